@@ -1,0 +1,264 @@
+#include "quantrain/nn/recipe.h"
+
+// Named recipes, the rules of a valid recipe, and the JSON form. The JSON holds every field under its C++ name; on reading,
+// a missing field takes its default and an unknown one is an error, so that a misspelt field never passes in silence.
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <utility>
+
+#include <nlohmann/json.hpp>
+
+namespace quantrain::nn {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+[[noreturn]] void fail(const std::string& name, const std::string& rule, const std::string& value) {
+  throw std::invalid_argument(name + ": expected " + rule + ", got " + value);
+}
+
+std::string join(const std::vector<std::string>& words) {
+  std::string text;
+  for (const std::string& word : words) {
+    text += (text.empty() ? "" : ", ") + word;
+  }
+  return text;
+}
+
+std::string number(double value) {
+  return std::isfinite(value) ? Json(value).dump() : std::to_string(value);
+}
+
+void check_one_of(const std::string& name, const std::string& field, const std::string& value,
+                  const std::vector<std::string>& allowed) {
+  if (std::find(allowed.begin(), allowed.end(), value) == allowed.end()) {
+    fail(name, field + " to be one of " + join(allowed), "'" + value + "'");
+  }
+}
+
+Json parse_object(const std::string& name, const std::string& text) {
+  Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (!json.is_object()) {
+    fail(name, "a JSON object", "'" + text.substr(0, 40) + "'");
+  }
+  return json;
+}
+
+void read_field(const std::string& name, const std::string& key, const Json& value, bool& out) {
+  if (!value.is_boolean()) fail(name, key + " to be true or false", value.dump());
+  out = value.get<bool>();
+}
+
+void read_field(const std::string& name, const std::string& key, const Json& value, int64_t& out) {
+  if (!value.is_number_integer()) fail(name, key + " to be an integer", value.dump());
+  out = value.get<int64_t>();
+}
+
+void read_field(const std::string& name, const std::string& key, const Json& value, double& out) {
+  if (!value.is_number()) fail(name, key + " to be a number", value.dump());
+  out = value.get<double>();
+}
+
+void read_field(const std::string& name, const std::string& key, const Json& value, std::string& out) {
+  if (!value.is_string()) fail(name, key + " to be a string", value.dump());
+  out = value.get<std::string>();
+}
+
+Json to_object(const QuantSpec& spec) {
+  return Json{{"bits", spec.bits},
+              {"symmetric", spec.symmetric},
+              {"granularity", spec.granularity},
+              {"group_size", spec.group_size},
+              {"observer", spec.observer},
+              {"learnable", spec.learnable},
+              {"averaging_constant", spec.averaging_constant},
+              {"percentile", spec.percentile},
+              {"nan_policy", spec.nan_policy}};
+}
+
+QuantSpec spec_from_object(const Json& json) {
+  static const std::string kName = "QuantSpec";
+  QuantSpec spec;
+  for (const auto& [key, value] : json.items()) {
+    if (key == "bits") read_field(kName, key, value, spec.bits);
+    else if (key == "symmetric") read_field(kName, key, value, spec.symmetric);
+    else if (key == "granularity") read_field(kName, key, value, spec.granularity);
+    else if (key == "group_size") read_field(kName, key, value, spec.group_size);
+    else if (key == "observer") read_field(kName, key, value, spec.observer);
+    else if (key == "learnable") read_field(kName, key, value, spec.learnable);
+    else if (key == "averaging_constant") read_field(kName, key, value, spec.averaging_constant);
+    else if (key == "percentile") read_field(kName, key, value, spec.percentile);
+    else if (key == "nan_policy") read_field(kName, key, value, spec.nan_policy);
+    else fail(kName, "only fields of a QuantSpec", "'" + key + "'");
+  }
+  spec.validate();
+  return spec;
+}
+
+Json optional_to_object(const std::optional<QuantSpec>& spec) {
+  return spec ? to_object(*spec) : Json(nullptr);
+}
+
+void read_field(const std::string& name, const std::string& key, const Json& value, std::optional<QuantSpec>& out) {
+  if (value.is_null()) {
+    out.reset();
+    return;
+  }
+  if (!value.is_object()) fail(name, key + " to be null or an object", value.dump());
+  out = spec_from_object(value);
+}
+
+// The parts the named recipes are made of.
+
+QuantSpec dynamic_weight(int64_t bits, const std::string& granularity) {
+  QuantSpec spec;
+  spec.bits = bits;
+  spec.granularity = granularity;
+  spec.observer = "dynamic";
+  return spec;
+}
+
+QuantSpec affine_input(int64_t bits, const std::string& observer) {
+  QuantSpec spec;
+  spec.bits = bits;
+  spec.symmetric = false;
+  spec.observer = observer;
+  return spec;
+}
+
+std::vector<Recipe> named_recipes() {
+  std::vector<Recipe> recipes;
+  const auto add = [&recipes](const std::string& name, QuantSpec weight, QuantSpec input) -> Recipe& {
+    Recipe recipe;
+    recipe.name = name;
+    recipe.weight = std::move(weight);
+    recipe.input = std::move(input);
+    return recipes.emplace_back(std::move(recipe));
+  };
+  add("qat-w8a8", dynamic_weight(8, "per_channel"), affine_input(8, "moving_average"));
+
+  QuantSpec token = affine_input(8, "dynamic");
+  token.granularity = "per_token";
+  add("qat-w8a8-token", dynamic_weight(8, "per_channel"), token);
+
+  add("qat-w4a8", dynamic_weight(4, "per_group"), affine_input(8, "moving_average"));
+
+  QuantSpec weight = dynamic_weight(4, "per_channel");
+  weight.observer = "mse";
+  weight.learnable = true;
+  QuantSpec input = affine_input(4, "mse");
+  input.learnable = true;
+  add("qat-w4a4", weight, input).edge_bits = 8;
+
+  add("ptq-w8a8", dynamic_weight(8, "per_channel"), affine_input(8, "mse")).training = false;
+
+  QuantSpec groups = dynamic_weight(4, "per_group");
+  groups.observer = "mse";
+  add("ptq-w4a8", groups, affine_input(8, "mse")).training = false;
+  return recipes;
+}
+
+}  // namespace
+
+int64_t QuantSpec::quant_min() const { return symmetric ? -(int64_t{1} << (bits - 1)) : 0; }
+
+int64_t QuantSpec::quant_max() const { return (int64_t{1} << (symmetric ? bits - 1 : bits)) - 1; }
+
+void QuantSpec::validate() const {
+  static const std::string kName = "QuantSpec";
+  if (bits < 1 || bits > 16) fail(kName, "bits in 1 to 16", std::to_string(bits));
+  check_one_of(kName, "granularity", granularity, {"per_tensor", "per_channel", "per_group", "per_token"});
+  check_one_of(kName, "observer", observer, {"dynamic", "min_max", "moving_average", "percentile", "mse"});
+  check_one_of(kName, "nan_policy", nan_policy, {"raise", "skip"});
+  if (group_size < 1) fail(kName, "group_size of at least 1", std::to_string(group_size));
+  if (!(averaging_constant > 0 && averaging_constant <= 1)) {
+    fail(kName, "averaging_constant in (0, 1]", number(averaging_constant));
+  }
+  if (!(percentile > 50 && percentile <= 100)) fail(kName, "percentile in (50, 100]", number(percentile));
+  if (learnable && observer == "dynamic") {
+    fail(kName, "an observer that initialises the learnable scale", "observer 'dynamic'");
+  }
+  if (granularity == "per_token" && observer != "dynamic") {
+    fail(kName, "observer 'dynamic' with granularity per_token", "'" + observer + "'");
+  }
+}
+
+std::string QuantSpec::to_json() const { return to_object(*this).dump(); }
+
+QuantSpec QuantSpec::from_json(const std::string& text) { return spec_from_object(parse_object("QuantSpec", text)); }
+
+Recipe Recipe::from_name(const std::string& name) {
+  for (Recipe& recipe : named_recipes()) {
+    if (recipe.name == name) return std::move(recipe);
+  }
+  fail("Recipe", "name to be one of " + join(names()), "'" + name + "'");
+}
+
+std::vector<std::string> Recipe::names() {
+  std::vector<std::string> names;
+  for (const Recipe& recipe : named_recipes()) {
+    names.push_back(recipe.name);
+  }
+  return names;
+}
+
+Recipe Recipe::edge() const {
+  Recipe recipe = *this;
+  if (edge_bits > 0) {
+    if (recipe.weight) recipe.weight->bits = edge_bits;
+    if (recipe.input) recipe.input->bits = edge_bits;
+  }
+  return recipe;
+}
+
+void Recipe::validate() const {
+  static const std::string kName = "Recipe";
+  check_one_of(kName, "backend", backend, {"simulate"});
+  if (edge_bits < 0 || edge_bits > 16) fail(kName, "edge_bits in 0 to 16", std::to_string(edge_bits));
+  if (!weight && !input && !output) fail(kName, "a spec for at least one of weight, input and output", "none");
+  if (weight) {
+    weight->validate();
+    check_one_of(kName, "weight granularity", weight->granularity, {"per_tensor", "per_channel", "per_group"});
+  }
+  if (input) {
+    input->validate();
+    check_one_of(kName, "input granularity", input->granularity, {"per_tensor", "per_token"});
+  }
+  if (output) {
+    output->validate();
+    check_one_of(kName, "output granularity", output->granularity, {"per_tensor", "per_token"});
+  }
+}
+
+std::string Recipe::to_json() const {
+  return Json{{"name", name},
+              {"weight", optional_to_object(weight)},
+              {"input", optional_to_object(input)},
+              {"output", optional_to_object(output)},
+              {"backend", backend},
+              {"training", training},
+              {"edge_bits", edge_bits}}
+      .dump();
+}
+
+Recipe Recipe::from_json(const std::string& text) {
+  static const std::string kName = "Recipe";
+  Recipe recipe;
+  const Json json = parse_object(kName, text);
+  for (const auto& [key, value] : json.items()) {
+    if (key == "name") read_field(kName, key, value, recipe.name);
+    else if (key == "weight") read_field(kName, key, value, recipe.weight);
+    else if (key == "input") read_field(kName, key, value, recipe.input);
+    else if (key == "output") read_field(kName, key, value, recipe.output);
+    else if (key == "backend") read_field(kName, key, value, recipe.backend);
+    else if (key == "training") read_field(kName, key, value, recipe.training);
+    else if (key == "edge_bits") read_field(kName, key, value, recipe.edge_bits);
+    else fail(kName, "only fields of a Recipe", "'" + key + "'");
+  }
+  recipe.validate();
+  return recipe;
+}
+
+}  // namespace quantrain::nn

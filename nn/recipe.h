@@ -1,0 +1,80 @@
+// How a layer is quantised, as data: QuantSpec for one tensor of a layer, Recipe for the layer.
+// One C++ struct serves both languages (bound to Python as quantrain.QuantSpec and quantrain.Recipe);
+// its JSON form travels in the metadata of every checkpoint.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace quantrain::nn {
+
+// One quantised tensor: which codes, how many elements share a scale, and where the scale comes from.
+//
+// granularity  per_tensor   one scale
+//              per_channel  one scale per output channel of a weight (dimension 0)
+//              per_group    one scale per `group_size` elements along the last dimension of a Linear or Embedding
+//                           weight; per_channel where group_size does not divide the row, and for convolutions
+//              per_token    one scale per row of an input (all dimensions but the last); observer "dynamic" only
+// observer     dynamic         the scale is computed from the tensor at each call and nothing is stored
+//              min_max         the smallest and largest value ever seen
+//              moving_average  averages of the batches' minimum and maximum with weight `averaging_constant` for the new one
+//              percentile      like moving_average, over the `percentile` and (100 - percentile) quantiles of each batch
+//              mse             like moving_average, over the range that rounds each batch with the least squared error
+// learnable    the scale is a parameter trained by LSQ (Esser et al., arXiv:1902.08153, section 2.1); the observer initialises it
+// nan_policy   what an observer does with a batch that holds NaN: "raise" an error, or "skip" the batch
+struct QuantSpec {
+  int64_t bits = 8;  // 1 to 16
+  bool symmetric = true;
+  std::string granularity = "per_tensor";
+  int64_t group_size = 32;
+  std::string observer = "min_max";
+  bool learnable = false;
+  double averaging_constant = 0.1;
+  double percentile = 99.99;
+  std::string nan_policy = "raise";
+
+  int64_t quant_min() const;  // symmetric: -2^(bits-1); affine: 0
+  int64_t quant_max() const;  // symmetric: 2^(bits-1) - 1; affine: 2^bits - 1
+
+  // Throws std::invalid_argument naming the field, the rule and the value.
+  void validate() const;
+
+  std::string to_json() const;
+  static QuantSpec from_json(const std::string& text);  // throws std::invalid_argument: not JSON, unknown field, wrong type, bad value
+
+  bool operator==(const QuantSpec&) const = default;
+};
+
+// One layer: specs of the tensors it quantises (absent: left in floating point), and how it runs.
+//
+// backend    "simulate": floating-point arithmetic on fake-quantised values
+// training   false: calibrate only, no fine-tuning (post-training quantisation)
+// edge_bits  > 0: the first and the last quantised layer of a model use this many bits (Esser et al., section 2.3)
+struct Recipe {
+  std::string name;
+  std::optional<QuantSpec> weight;
+  std::optional<QuantSpec> input;
+  std::optional<QuantSpec> output;
+  std::string backend = "simulate";
+  bool training = true;
+  int64_t edge_bits = 0;
+
+  // A named recipe, one of names(). Throws std::invalid_argument for another name.
+  static Recipe from_name(const std::string& name);
+  static std::vector<std::string> names();
+
+  // The recipe of the first and the last layer: this one with edge_bits for weight and input, itself where edge_bits is 0.
+  Recipe edge() const;
+
+  // Throws std::invalid_argument naming the field, the rule and the value.
+  void validate() const;
+
+  std::string to_json() const;
+  static Recipe from_json(const std::string& text);  // throws std::invalid_argument, as QuantSpec's
+
+  bool operator==(const Recipe&) const = default;
+};
+
+}  // namespace quantrain::nn

@@ -1,0 +1,110 @@
+// Python bindings of QuantSpec and Recipe: keyword constructors, properties, equality, copy and pickle (through JSON).
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "quantrain/nn/recipe.h"
+
+namespace py = pybind11;
+using quantrain::nn::QuantSpec;
+using quantrain::nn::Recipe;
+
+void bind_nn(py::module_& module);
+
+namespace {
+
+std::string python_repr(const py::object& value) { return py::repr(value).cast<std::string>(); }
+
+template <typename T>
+std::string repr_of(const char* name, const T& self, std::initializer_list<const char*> fields) {
+  const py::object object = py::cast(self);
+  std::string text = std::string(name) + "(";
+  const char* separator = "";
+  for (const char* field : fields) {
+    text += separator + std::string(field) + "=" + python_repr(object.attr(field));
+    separator = ", ";
+  }
+  return text + ")";
+}
+
+// to_json, from_json, ==, copy, deepcopy and pickle, the same for both structs. Pickle keeps a value that is not valid, as an
+// assignment can make it, only as far as JSON does: reading it back raises.
+template <typename T>
+void bind_value_semantics(py::class_<T>& cls) {
+  cls.def("to_json", &T::to_json, "The JSON form, every field under its name.")
+      .def_static("from_json", &T::from_json, py::arg("text"), "Reads to_json()'s text; ValueError where it is not valid.")
+      .def("validate", &T::validate, "Raises ValueError naming the field, the rule and the value.")
+      .def("__eq__", [](const T& a, const py::object& b) { return py::isinstance<T>(b) && a == b.cast<const T&>(); })
+      .def("__copy__", [](const T& self) { return T(self); })
+      .def("__deepcopy__", [](const T& self, const py::dict&) { return T(self); }, py::arg("memo"))
+      .def(py::pickle([](const T& self) { return self.to_json(); }, [](const std::string& text) { return T::from_json(text); }));
+}
+
+void bind_quant_spec(py::module_& module) {
+  const QuantSpec defaults;
+  py::class_<QuantSpec> cls(module, "QuantSpec",
+                            "How one tensor of a layer is quantised: codes, granularity, and where the scale comes from.");
+  cls.def(py::init([](int64_t bits, bool symmetric, const std::string& granularity, int64_t group_size, const std::string& observer,
+                      bool learnable, double averaging_constant, double percentile, const std::string& nan_policy) {
+            QuantSpec spec{bits,      symmetric,          granularity, group_size, observer,
+                           learnable, averaging_constant, percentile,  nan_policy};
+            spec.validate();
+            return spec;
+          }),
+          py::kw_only(), py::arg("bits") = defaults.bits, py::arg("symmetric") = defaults.symmetric,
+          py::arg("granularity") = defaults.granularity, py::arg("group_size") = defaults.group_size,
+          py::arg("observer") = defaults.observer, py::arg("learnable") = defaults.learnable,
+          py::arg("averaging_constant") = defaults.averaging_constant, py::arg("percentile") = defaults.percentile,
+          py::arg("nan_policy") = defaults.nan_policy)
+      .def_readwrite("bits", &QuantSpec::bits)
+      .def_readwrite("symmetric", &QuantSpec::symmetric)
+      .def_readwrite("granularity", &QuantSpec::granularity)
+      .def_readwrite("group_size", &QuantSpec::group_size)
+      .def_readwrite("observer", &QuantSpec::observer)
+      .def_readwrite("learnable", &QuantSpec::learnable)
+      .def_readwrite("averaging_constant", &QuantSpec::averaging_constant)
+      .def_readwrite("percentile", &QuantSpec::percentile)
+      .def_readwrite("nan_policy", &QuantSpec::nan_policy)
+      .def("quant_min", &QuantSpec::quant_min, "The smallest code: -2**(bits-1) symmetric, 0 affine.")
+      .def("quant_max", &QuantSpec::quant_max, "The largest code: 2**(bits-1) - 1 symmetric, 2**bits - 1 affine.")
+      .def("__repr__", [](const QuantSpec& self) {
+        return repr_of("QuantSpec", self,
+                       {"bits", "symmetric", "granularity", "group_size", "observer", "learnable", "averaging_constant",
+                        "percentile", "nan_policy"});
+      });
+  bind_value_semantics(cls);
+}
+
+void bind_recipe(py::module_& module) {
+  using Spec = std::optional<QuantSpec>;
+  py::class_<Recipe> cls(module, "Recipe", "How a layer is quantised: a QuantSpec (or None) for weight, input and output.");
+  cls.def(py::init([](const std::string& name, const Spec& weight, const Spec& input, const Spec& output, const std::string& backend,
+                      bool training, int64_t edge_bits) {
+            Recipe recipe{name, weight, input, output, backend, training, edge_bits};
+            recipe.validate();
+            return recipe;
+          }),
+          py::kw_only(), py::arg("name") = "", py::arg("weight") = py::none(), py::arg("input") = py::none(),
+          py::arg("output") = py::none(), py::arg("backend") = "simulate", py::arg("training") = true, py::arg("edge_bits") = 0)
+      .def_readwrite("name", &Recipe::name)
+      .def_readwrite("weight", &Recipe::weight)
+      .def_readwrite("input", &Recipe::input)
+      .def_readwrite("output", &Recipe::output)
+      .def_readwrite("backend", &Recipe::backend)
+      .def_readwrite("training", &Recipe::training)
+      .def_readwrite("edge_bits", &Recipe::edge_bits)
+      .def_static("from_name", &Recipe::from_name, py::arg("name"), "A named recipe; ValueError lists the names.")
+      .def_static("names", &Recipe::names, "The names from_name knows.")
+      .def("edge", &Recipe::edge, "The recipe of a model's first and last layer: edge_bits for weight and input.")
+      .def("__repr__", [](const Recipe& self) {
+        return repr_of("Recipe", self, {"name", "weight", "input", "output", "backend", "training", "edge_bits"});
+      });
+  bind_value_semantics(cls);
+}
+
+}  // namespace
+
+void bind_nn(py::module_& module) {
+  bind_quant_spec(module);
+  bind_recipe(module);
+}
