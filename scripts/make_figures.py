@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""Draws docs/figures/*.png: the formulas of docs/fake_quant.md, and the bandwidths of the committed benchmark results.
+
+Usage: make_figures.py [--out DIR]. Needs numpy and matplotlib; the formulas are written out here in NumPy, nothing of the
+package is imported. bandwidth.png is drawn only where benchmarks/results holds a GPU result of bench_fake_quant.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402, the backend comes first
+
+ROOT = Path(__file__).resolve().parent.parent
+BLUE, ORANGE, GREY, PALE = "#1f5fa8", "#d1650f", "#7a7a7a", "#dce8f5"
+
+
+def fake_quantize(x: np.ndarray, scale: float, zero_point: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+    """(y, inside): the simulated value, and where the straight-through gradient passes."""
+    code = np.rint(x / scale) + zero_point
+    return (np.clip(code, low, high) - zero_point) * scale, (code >= low) & (code <= high)
+
+
+def learnable_scale_gradient(x: np.ndarray, scale: float, zero_point: int, low: int, high: int) -> np.ndarray:
+    """dy/dscale of LSQ (Esser et al. 2020, eq. 3), with a zero point as in LSQ+."""
+    code = np.rint(x / scale) + zero_point
+    inside = (code >= low) & (code <= high)
+    return np.where(inside, code - zero_point - x / scale, np.clip(code, low, high) - zero_point)
+
+
+def shade(axis: plt.Axes, x: np.ndarray, inside: np.ndarray) -> None:
+    edges = x[inside]
+    axis.axvspan(edges[0], edges[-1], color=PALE, zorder=0, label="gradient passes (dL/dx = dL/dy)")
+
+
+def tidy(axis: plt.Axes, title: str, ylabel: str) -> None:
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("x")
+    axis.set_ylabel(ylabel)
+    axis.axhline(0, color=GREY, linewidth=0.5)
+    axis.axvline(0, color=GREY, linewidth=0.5)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    axis.legend(fontsize=8, frameon=False, loc="upper left")
+
+
+def staircase(out: Path) -> None:
+    """Symmetric and affine fake quantisation with the range in which the straight-through gradient passes."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
+    x = np.linspace(-3, 3, 6001)
+    cases = [
+        ("symmetric, 3 bits: codes -4 to 3, scale 0.5", 0.5, 0, -4, 3),
+        ("affine, 3 bits: codes 0 to 7, scale 0.5, zero point 2", 0.5, 2, 0, 7),
+    ]
+    for axis, (title, scale, zero_point, low, high) in zip(axes, cases, strict=True):
+        y, inside = fake_quantize(x, scale, zero_point, low, high)
+        shade(axis, x, inside)
+        axis.plot(x, x, color=GREY, linewidth=1, linestyle="--", label="y = x")
+        axis.plot(x, y, color=BLUE, linewidth=1.6, label="fake_quantize(x)")
+        tidy(axis, title, "y")
+        axis.set_ylim(-3, 4.4)
+    figure.savefig(out / "staircase.png", dpi=150)
+    plt.close(figure)
+
+
+def lsq_gradients(out: Path) -> None:
+    """What a learnable scale and a learnable zero point receive, as a function of x."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
+    x = np.linspace(-3, 3, 6001)
+    _, inside = fake_quantize(x, 0.5, 0, -4, 3)
+    shade(axes[0], x, inside)
+    axes[0].plot(x, learnable_scale_gradient(x, 0.5, 0, -4, 3), color=ORANGE, linewidth=1.4, label="dy/dscale")
+    tidy(axes[0], "LSQ: codes -4 to 3, scale 0.5", "dy/dscale")
+    axes[0].set_ylim(-5, 6.5)
+    _, inside = fake_quantize(x, 0.5, 2, 0, 7)
+    shade(axes[1], x, inside)
+    axes[1].plot(x, learnable_scale_gradient(x, 0.5, 2, 0, 7), color=ORANGE, linewidth=1.4, label="dy/dscale")
+    axes[1].plot(x, np.where(inside, 0.0, -0.5), color=BLUE, linewidth=1.4, label="dy/dzero_point")
+    tidy(axes[1], "LSQ+: codes 0 to 7, scale 0.5, zero point 2", "gradient")
+    axes[1].set_ylim(-5, 9)
+    figure.savefig(out / "lsq_gradients.png", dpi=150)
+    plt.close(figure)
+
+
+def range_search(out: Path) -> None:
+    """Squared error against the clipping ratio of the MSE range search, for normal samples and 3, 4 and 8 bits."""
+    x = np.random.default_rng(0).standard_normal(65536).astype(np.float32)
+    ratios = np.arange(1, 81) / 80
+    figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    for bits, colour in ((3, ORANGE), (4, BLUE), (8, GREY)):
+        high = 2 ** (bits - 1) - 1
+        errors = []
+        for ratio in ratios:
+            y, _ = fake_quantize(x, ratio * np.abs(x).max() / high, 0, -high - 1, high)
+            errors.append(float(np.mean((x - y) ** 2)))
+        best = int(np.argmin(errors))
+        axis.semilogy(ratios, errors, color=colour, linewidth=1.6, label=f"{bits} bits, least at {ratios[best]:.2f}")
+        axis.plot(ratios[best], errors[best], "o", color=colour)
+    axis.set_title("65,536 standard normal values: error of a range shrunk by r", fontsize=10)
+    axis.set_xlabel("r (1 = the min-max range)")
+    axis.set_ylabel("mean squared error")
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+    figure.savefig(out / "range_search.png", dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    for draw in (staircase, lsq_gradients, range_search):
+        draw(out)
+    print(f"make_figures: {', '.join(sorted(p.name for p in out.glob('*.png')))} in {out}")
+
+
+if __name__ == "__main__":
+    main()
