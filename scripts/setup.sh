@@ -93,8 +93,8 @@ fi
 
 cuda=${QUANTRAIN_CUDA:-AUTO}
 toolchain="${CXX:-c++} $("${CXX:-c++}" -dumpfullversion) $(command -v nvcc || true) $(ls -d /proc/driver/nvidia 2>/dev/null || true)"
-sources=$(find CMakeLists.txt CMakePresets.json pyproject.toml cmake csrc ops autograd nn amp python examples tests/cpp \
-  tests/consumer -type f ! -name '*.pyc' 2>/dev/null | LC_ALL=C sort)
+inputs=(CMakeLists.txt CMakePresets.json pyproject.toml cmake csrc ops autograd nn amp python examples tests)
+sources=$({ find "${inputs[@]}" -type f ! -name '*.py[co]' ! -path 'tests/python/*' 2>/dev/null || true; } | LC_ALL=C sort)
 for built in "$tests" ON; do # a build with tests serves a run without them
   stamp=$(fingerprint "$version" "$pins" "$toolchain" "$cuda" "$built" <<<"$sources")
   if [ "$(cat .venv/.quantrain-build 2>/dev/null)" = "$stamp" ]; then
