@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "quantrain/export.h"
+
 namespace quantrain::nn {
 
 // One quantised tensor: which codes, how many elements share a scale, and where the scale comes from.
@@ -24,7 +26,7 @@ namespace quantrain::nn {
 //              mse             like moving_average, over the range that rounds each batch with the least squared error
 // learnable    the scale is a parameter trained by LSQ (Esser et al., arXiv:1902.08153, section 2.1); the observer initialises it
 // nan_policy   what an observer does with a batch that holds NaN: "raise" an error, or "skip" the batch
-struct QuantSpec {
+struct QUANTRAIN_API QuantSpec {
   int64_t bits = 8;  // 1 to 16
   bool symmetric = true;
   std::string granularity = "per_tensor";
@@ -52,7 +54,7 @@ struct QuantSpec {
 // backend    "simulate": floating-point arithmetic on fake-quantised values
 // training   false: calibrate only, no fine-tuning (post-training quantisation)
 // edge_bits  > 0: the first and the last quantised layer of a model use this many bits (Esser et al., section 2.3)
-struct Recipe {
+struct QUANTRAIN_API Recipe {
   std::string name;
   std::optional<QuantSpec> weight;
   std::optional<QuantSpec> input;

@@ -1,0 +1,344 @@
+#include "quantrain/nn/checkpoint.h"
+
+// Reading trusts nothing: a header says where each tensor's bytes are, so it is checked against the file's size first.
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <limits>
+#include <set>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+#include <nlohmann/json.hpp>
+
+#include "quantrain/nn/layers.h"
+
+namespace quantrain::nn {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr uint64_t kMaxHeader = 100'000'000;  // the format's own limit
+constexpr size_t kNamesInMessage = 5;
+
+struct Dtype {
+  const char* name;
+  at::ScalarType type;
+};
+constexpr Dtype kDtypes[] = {{"F64", at::kDouble}, {"F32", at::kFloat}, {"F16", at::kHalf}, {"BF16", at::kBFloat16},
+                             {"I64", at::kLong},   {"I32", at::kInt},   {"I16", at::kShort}, {"I8", at::kChar},
+                             {"U8", at::kByte},    {"BOOL", at::kBool}};
+
+struct Entry {
+  std::string name;
+  at::ScalarType dtype;
+  std::vector<int64_t> shape;
+  uint64_t begin = 0;
+  uint64_t end = 0;
+};
+
+struct Header {
+  std::vector<Entry> entries;  // in the order of their bytes
+  std::map<std::string, std::string> metadata;
+  uint64_t data_start = 0;
+};
+
+[[noreturn]] void fail(const std::string& path, const std::string& rule, const std::string& value) {
+  TORCH_CHECK_VALUE(false, path, ": expected ", rule, ", got ", value);
+}
+
+std::string in_quotes(const std::string& name) { return "'" + name + "'"; }
+
+std::string listed(const std::set<std::string>& names) {
+  std::string text;
+  size_t shown = 0;
+  for (const std::string& name : names) {
+    if (shown++ == kNamesInMessage) return text + " and " + std::to_string(names.size() - kNamesInMessage) + " more";
+    text += (text.empty() ? "" : ", ") + in_quotes(name);
+  }
+  return text;
+}
+
+std::string shape_text(at::IntArrayRef shape) { return Json(shape.vec()).dump(); }
+
+uint64_t product(const std::string& path, const Entry& entry, uint64_t size) {
+  for (const int64_t length : entry.shape) {
+    const uint64_t factor = static_cast<uint64_t>(length);
+    if (factor != 0 && size > std::numeric_limits<uint64_t>::max() / factor) {
+      fail(path, "a tensor of fewer than 2^64 bytes", in_quotes(entry.name) + " of shape " + shape_text(entry.shape));
+    }
+    size *= factor;
+  }
+  return size;
+}
+
+Entry read_entry(const std::string& path, const std::string& name, const Json& json) {
+  const auto is_sizes = [](const Json& value) {
+    return value.is_array() && std::all_of(value.begin(), value.end(), [](const Json& size) {
+             return size.is_number_unsigned() && size.get<uint64_t>() <= std::numeric_limits<int64_t>::max();
+           });
+  };
+  if (!json.is_object() || !json.contains("dtype") || !json["dtype"].is_string() || !json.contains("shape") ||
+      !is_sizes(json["shape"]) || !json.contains("data_offsets") || !is_sizes(json["data_offsets"]) ||
+      json["data_offsets"].size() != 2) {
+    fail(path, "dtype, shape and data_offsets for the tensor " + in_quotes(name), json.dump().substr(0, 80));
+  }
+  const std::string dtype = json["dtype"];
+  const auto* known = std::find_if(std::begin(kDtypes), std::end(kDtypes), [&](const Dtype& d) { return dtype == d.name; });
+  if (known == std::end(kDtypes)) {
+    fail(path, "a dtype of F64, F32, F16, BF16, I64, I32, I16, I8, U8, BOOL for the tensor " + in_quotes(name), in_quotes(dtype));
+  }
+  Entry entry{name, known->type, json["shape"], json["data_offsets"][0], json["data_offsets"][1]};
+  const uint64_t bytes = product(path, entry, c10::elementSize(entry.dtype));
+  if (entry.end < entry.begin || entry.end - entry.begin != bytes) {
+    fail(path, std::to_string(bytes) + " bytes for the tensor " + in_quotes(name) + " of shape " + shape_text(entry.shape),
+         "data_offsets " + json["data_offsets"].dump());
+  }
+  return entry;
+}
+
+// The tensors' bytes must fill the rest of the file: this finds truncation, gaps and overlaps.
+void check_layout(const std::string& path, std::vector<Entry>& entries, uint64_t data_bytes) {
+  std::sort(entries.begin(), entries.end(),
+            [](const Entry& a, const Entry& b) { return std::pair(a.begin, a.end) < std::pair(b.begin, b.end); });
+  uint64_t end = 0;
+  for (const Entry& entry : entries) {
+    if (entry.begin != end) {
+      fail(path, "the tensor " + in_quotes(entry.name) + " to start at byte " + std::to_string(end), std::to_string(entry.begin));
+    }
+    end = entry.end;
+  }
+  if (end != data_bytes) {
+    fail(path, std::to_string(end) + " bytes of tensors", std::to_string(data_bytes) + (data_bytes < end ? " (truncated)" : ""));
+  }
+}
+
+std::ifstream open_to_read(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  TORCH_CHECK(file && !std::filesystem::is_directory(path), path, ": expected a file that can be read, got ",
+              file ? "a folder" : std::strerror(errno));
+  return file;
+}
+
+Header read_header(const std::string& path, std::ifstream& file) {
+  const uint64_t size = std::filesystem::file_size(path);
+  if (size < 8) fail(path, "a safetensors file of at least 8 bytes", std::to_string(size) + " bytes");
+  unsigned char prefix[8];
+  file.read(reinterpret_cast<char*>(prefix), 8);
+  uint64_t length = 0;
+  for (int i = 7; i >= 0; --i) length = length << 8 | prefix[i];
+  if (length > kMaxHeader || length > size - 8) {
+    fail(path, "a safetensors header of at most " + std::to_string(std::min(kMaxHeader, size - 8)) + " bytes",
+         std::to_string(length) + " (truncated, or not a safetensors file)");
+  }
+  std::string text(length, '\0');
+  file.read(text.data(), static_cast<std::streamsize>(length));
+  const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (!file || !json.is_object()) fail(path, "a safetensors header (a JSON object)", in_quotes(text.substr(0, 40)));
+  Header header;
+  header.data_start = 8 + length;
+  for (const auto& [name, value] : json.items()) {
+    if (name != "__metadata__") {
+      header.entries.push_back(read_entry(path, name, value));
+      continue;
+    }
+    if (!value.is_object()) fail(path, "__metadata__ to be an object of strings", value.dump().substr(0, 80));
+    for (const auto& [key, item] : value.items()) {
+      if (!item.is_string()) fail(path, "__metadata__ to be an object of strings", item.dump().substr(0, 80));
+      header.metadata[key] = item.get<std::string>();
+    }
+  }
+  check_layout(path, header.entries, size - header.data_start);
+  return header;
+}
+
+std::map<std::string, at::Tensor> state_of(const torch::nn::Module& module) {
+  std::map<std::string, at::Tensor> state;
+  for (const auto& item : module.named_parameters()) state[item.key()] = item.value();
+  for (const auto& item : module.named_buffers()) state[item.key()] = item.value();
+  return state;
+}
+
+Json converted_layers(const torch::nn::Module& module) {
+  Json layers = Json::object();
+  for (const auto& item : module.named_modules("", /*include_self=*/false)) {
+    const auto* layer = dynamic_cast<const QuantModule*>(item.value().get());
+    if (layer && layer->converted()) {
+      layers[item.key()] = {{"bits", layer->recipe().weight->bits}, {"shape", layer->weight_shape()}};
+    }
+  }
+  if (const auto* layer = dynamic_cast<const QuantModule*>(&module); layer && layer->converted()) {
+    layers[""] = {{"bits", layer->recipe().weight->bits}, {"shape", layer->weight_shape()}};
+  }
+  return layers;
+}
+
+std::string metadata_value(const std::string& path, const Header& header, const std::string& key) {
+  const auto found = header.metadata.find(key);
+  if (found == header.metadata.end()) fail(path, "metadata " + in_quotes(key) + " of a quantrain checkpoint", "none");
+  return found->second;
+}
+
+CheckpointInfo info_of(const std::string& path, const Header& header) {
+  const std::string format = metadata_value(path, header, "format");
+  if (format != "quantrain") fail(path, "metadata format 'quantrain'", in_quotes(format));
+  const std::string version = metadata_value(path, header, "version");
+  if (version != "1") fail(path, "metadata version '1'", in_quotes(version));
+  const std::string converted = metadata_value(path, header, "converted");
+  if (converted != "true" && converted != "false") fail(path, "metadata converted 'true' or 'false'", in_quotes(converted));
+  CheckpointInfo info;
+  info.converted = converted == "true";
+  const std::string recipe = metadata_value(path, header, "recipe");
+  if (!recipe.empty()) {
+    try {
+      info.recipe = Recipe::from_json(recipe);
+    } catch (const std::invalid_argument& error) {
+      fail(path, "a valid recipe in the metadata", error.what());
+    }
+  }
+  return info;
+}
+
+void check_layers(const std::string& path, const Header& header, const torch::nn::Module& module) {
+  const Json ours = converted_layers(module);
+  const std::string text = metadata_value(path, header, "layers");
+  const Json theirs = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (!theirs.is_object()) fail(path, "metadata layers to be a JSON object", in_quotes(text.substr(0, 40)));
+  for (const auto& [name, layer] : ours.items()) {
+    if (!theirs.contains(name)) fail(path, "the converted layer " + in_quotes(name) + " in the metadata", "none");
+    // Compared by value: a writer may order the two keys otherwise.
+    const nlohmann::json wanted = nlohmann::json::parse(layer.dump());
+    const nlohmann::json given = nlohmann::json::parse(theirs[name].dump());
+    if (wanted != given) fail(path, "the layer " + in_quotes(name) + " to be " + wanted.dump(), given.dump());
+  }
+}
+
+SafeTensors read_tensors(const std::string& path, std::ifstream& file, const Header& header) {
+  SafeTensors content;
+  content.metadata = header.metadata;
+  for (const Entry& entry : header.entries) {
+    at::Tensor tensor = at::empty(entry.shape, at::TensorOptions().dtype(entry.dtype));
+    file.read(static_cast<char*>(tensor.data_ptr()), static_cast<std::streamsize>(entry.end - entry.begin));
+    if (!file) fail(path, "the bytes of the tensor " + in_quotes(entry.name), "a read error");
+    content.tensors[entry.name] = std::move(tensor);
+  }
+  return content;
+}
+
+std::string dtype_name(const std::string& path, const std::string& name, at::ScalarType type) {
+  for (const Dtype& dtype : kDtypes) {
+    if (dtype.type == type) return dtype.name;
+  }
+  fail(path, "a dtype that safetensors files of this library hold", std::string(c10::toString(type)) + " in " + in_quotes(name));
+}
+
+}  // namespace
+
+SafeTensors read_safetensors(const std::string& path) {
+  std::ifstream file = open_to_read(path);
+  const Header header = read_header(path, file);
+  return read_tensors(path, file, header);
+}
+
+void write_safetensors(const std::string& path, const SafeTensors& content) {
+  // Wide elements first keeps every tensor aligned to its element size, as the format's own writer does.
+  std::vector<std::pair<std::string, at::Tensor>> order;
+  for (const auto& [name, tensor] : content.tensors) order.emplace_back(name, tensor.detach().cpu().contiguous());
+  std::stable_sort(order.begin(), order.end(),
+                   [](const auto& a, const auto& b) { return a.second.element_size() > b.second.element_size(); });
+  Json header = Json::object();
+  if (!content.metadata.empty()) header["__metadata__"] = content.metadata;
+  uint64_t offset = 0;
+  for (const auto& [name, tensor] : order) {
+    const uint64_t end = offset + tensor.nbytes();
+    header[name] = {{"dtype", dtype_name(path, name, tensor.scalar_type())},
+                    {"shape", tensor.sizes().vec()},
+                    {"data_offsets", {offset, end}}};
+    offset = end;
+  }
+  std::string text = header.dump();
+  text.append((8 - text.size() % 8) % 8, ' ');
+  const std::string temporary = path + ".tmp";
+  {
+    std::ofstream file(temporary, std::ios::binary | std::ios::trunc);
+    TORCH_CHECK(file, temporary, ": expected a file that can be written, got ", std::strerror(errno));
+    for (int i = 0; i < 8; ++i) file.put(static_cast<char>(text.size() >> 8 * i & 0xff));
+    file.write(text.data(), static_cast<std::streamsize>(text.size()));
+    for (const auto& [name, tensor] : order) {
+      file.write(static_cast<const char*>(tensor.const_data_ptr()), static_cast<std::streamsize>(tensor.nbytes()));
+    }
+    file.flush();
+    if (!file) {
+      const std::string reason = std::strerror(errno);
+      file.close();
+      std::remove(temporary.c_str());
+      TORCH_CHECK(false, temporary, ": expected to write ", offset, " bytes, got ", reason);
+    }
+  }
+  std::filesystem::rename(temporary, path);
+}
+
+CheckpointInfo read_checkpoint_info(const std::string& path) {
+  std::ifstream file = open_to_read(path);
+  return info_of(path, read_header(path, file));
+}
+
+void save_checkpoint(const std::string& path, const torch::nn::Module& module, const std::optional<Recipe>& recipe) {
+  const Json layers = converted_layers(module);
+  write_safetensors(path, {state_of(module),
+                           {{"format", "quantrain"},
+                            {"version", "1"},
+                            {"recipe", recipe ? recipe->to_json() : ""},
+                            {"converted", layers.empty() ? "false" : "true"},
+                            {"layers", layers.dump()}}});
+}
+
+CheckpointInfo load_checkpoint(const std::string& path, torch::nn::Module& module) {
+  std::ifstream file = open_to_read(path);
+  const Header header = read_header(path, file);
+  const CheckpointInfo info = info_of(path, header);
+  const bool converted = !converted_layers(module).empty();
+  if (info.converted != converted) {
+    fail(path, converted ? "a converted checkpoint, as the module is converted" : "a checkpoint that is not converted",
+         info.converted ? "a converted one (call convert(module, false) first)" : "one that is not");
+  }
+  check_layers(path, header, module);
+  load_tensors(read_tensors(path, file, header).tensors, module, path);
+  return info;
+}
+
+void load_tensors(const std::map<std::string, at::Tensor>& tensors, torch::nn::Module& module, const std::string& source) {
+  const std::map<std::string, at::Tensor> state = state_of(module);
+  std::set<std::string> missing;
+  std::set<std::string> unexpected;
+  for (const auto& item : state) {
+    if (!tensors.count(item.first)) missing.insert(item.first);
+  }
+  for (const auto& item : tensors) {
+    if (!state.count(item.first)) unexpected.insert(item.first);
+  }
+  if (!missing.empty()) fail(source, "a tensor for every name of the module", "none for " + listed(missing));
+  if (!unexpected.empty()) fail(source, "only names of the module", listed(unexpected));
+  for (const auto& [name, target] : state) {
+    const at::Tensor& given = tensors.at(name);
+    if (!given.sizes().equals(target.sizes())) {
+      fail(source, "the tensor " + in_quotes(name) + " of shape " + shape_text(target.sizes()), shape_text(given.sizes()));
+    }
+    if (given.scalar_type() != target.scalar_type() && !(given.is_floating_point() && target.is_floating_point())) {
+      fail(source, "the tensor " + in_quotes(name) + " of dtype " + c10::toString(target.scalar_type()),
+           c10::toString(given.scalar_type()));
+    }
+  }
+  const at::NoGradGuard no_grad;
+  for (const auto& [name, target] : state) at::Tensor(target).copy_(tensors.at(name));
+}
+
+}  // namespace quantrain::nn

@@ -1,0 +1,376 @@
+#include "quantrain/nn/layers.h"
+
+// The forward passes call the same ATen operators in the same order as the Python layers, so that both train alike.
+
+#include <cmath>
+#include <variant>
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/conv2d.h>
+#include <ATen/ops/embedding.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/sqrt.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/Exception.h>
+#include <torch/nn/init.h>
+
+#include "quantrain/ops/fake_quant.h"
+
+namespace quantrain::nn {
+namespace {
+
+constexpr int64_t kPackedBits = 4;  // codes of at most this many bits are stored two a byte
+
+// One scale a row, a group of the row, or the whole weight. Groups are for matrices whose rows they divide.
+std::vector<int64_t> weight_scale_shape(const QuantSpec& spec, const std::vector<int64_t>& shape) {
+  if (spec.granularity == "per_tensor") {
+    return {1};
+  }
+  std::vector<int64_t> scale_shape(shape.size(), 1);
+  scale_shape[0] = shape[0];
+  if (spec.granularity == "per_group" && shape.size() == 2 && shape[1] % spec.group_size == 0) {
+    scale_shape[1] = shape[1] / spec.group_size;
+  }
+  return scale_shape;
+}
+
+int64_t row_size(const std::vector<int64_t>& shape) {
+  int64_t size = 1;
+  for (size_t d = 1; d < shape.size(); ++d) size *= shape[d];
+  return size;
+}
+
+std::vector<int64_t> conv_weight_shape(const std::string& name, const torch::nn::Conv2dOptions& options) {
+  const int64_t groups = options.groups();
+  TORCH_CHECK_VALUE(groups > 0 && options.in_channels() % groups == 0 && options.out_channels() % groups == 0, name,
+                    ": expected groups to divide ", options.in_channels(), " input and ", options.out_channels(),
+                    " output channels, got ", groups);
+  TORCH_CHECK_VALUE(std::holds_alternative<torch::enumtype::kZeros>(options.padding_mode()), name,
+                    ": expected padding_mode zeros, got another");
+  const at::ArrayRef<int64_t> kernel = *options.kernel_size();
+  return {options.out_channels(), options.in_channels() / groups, kernel[0], kernel[1]};
+}
+
+at::Tensor rows_of(const at::Tensor& table, const at::Tensor& indices) {
+  std::vector<int64_t> shape = indices.sizes().vec();
+  shape.insert(shape.end(), table.sizes().begin() + 1, table.sizes().end());
+  return at::index_select(table, 0, indices.reshape(-1)).reshape(shape);
+}
+
+// Rows of a scale (or zero point): as they are where one serves the whole table.
+at::Tensor scale_rows_of(const at::Tensor& scale, const at::Tensor& indices) {
+  return !scale.defined() || scale.numel() == 1 ? scale : rows_of(scale, indices);
+}
+
+}  // namespace
+
+QuantModule::QuantModule(std::string name, const Recipe& recipe, std::vector<int64_t> weight_shape,
+                         std::vector<int64_t> token_shape)
+    : torch::nn::Module(std::move(name)), recipe_(recipe), weight_shape_(std::move(weight_shape)) {
+  recipe_.validate();
+  const auto activation_shape = [&token_shape](const QuantSpec& spec) {
+    return spec.granularity == "per_token" ? token_shape : std::vector<int64_t>{1};
+  };
+  if (recipe_.weight) {
+    weight_fake_quant = register_module(
+        "weight_fake_quant", FakeQuantize(*recipe_.weight, weight_scale_shape(*recipe_.weight, weight_shape_)));
+  }
+  if (recipe_.input) {
+    input_fake_quant = register_module("input_fake_quant", FakeQuantize(*recipe_.input, activation_shape(*recipe_.input)));
+  }
+  if (recipe_.output) {
+    output_fake_quant =
+        register_module("output_fake_quant", FakeQuantize(*recipe_.output, activation_shape(*recipe_.output)));
+  }
+}
+
+void QuantModule::reset_weight_and_bias(bool has_bias) {
+  weight = register_parameter("weight", at::empty(weight_shape_, at::kFloat));
+  torch::nn::init::kaiming_uniform_(weight, std::sqrt(5.0));
+  if (has_bias) {
+    bias = register_parameter("bias", at::empty({weight_shape_[0]}, at::kFloat));
+    const double bound = 1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(row_size(weight_shape_), 1)));
+    torch::nn::init::uniform_(bias, -bound, bound);
+  }
+}
+
+at::Tensor QuantModule::quantized_weight(const at::Tensor& float_weight) {
+  return weight_fake_quant ? weight_fake_quant->forward(float_weight) : float_weight;
+}
+
+at::Tensor QuantModule::quantized_input(const at::Tensor& input) {
+  return input_fake_quant ? input_fake_quant->forward(input) : input;
+}
+
+at::Tensor QuantModule::quantized_output(const at::Tensor& output) {
+  return output_fake_quant ? output_fake_quant->forward(output) : output;
+}
+
+at::Tensor QuantModule::unpacked(const at::Tensor& codes) const {
+  if (recipe_.weight->bits > kPackedBits) {
+    return codes;
+  }
+  std::vector<int64_t> shape = codes.sizes().vec();
+  shape.pop_back();
+  shape.insert(shape.end(), weight_shape_.begin() + 1, weight_shape_.end());
+  return quantrain::unpack_int4(codes, row_size(weight_shape_), recipe_.weight->symmetric).reshape(shape);
+}
+
+at::Tensor QuantModule::dequantized_weight(at::ScalarType dtype) const {
+  const auto zero_point = weight_zero_point.defined() ? std::optional<at::Tensor>(weight_zero_point) : std::nullopt;
+  return quantrain::dequantize(unpacked(weight), weight_scale, zero_point, dtype);
+}
+
+void QuantModule::check_convertible(bool check_observed) {
+  TORCH_CHECK_VALUE(!converted_, "convert: expected a ", name(), " that is not converted yet, got a converted one");
+  TORCH_CHECK_VALUE(recipe_.weight, "convert: expected a weight spec in the recipe of ", name(), ", got none in '",
+                    recipe_.name, "'");
+  TORCH_CHECK_VALUE(recipe_.weight->bits <= 8, "convert: expected a ", name(), " with weight bits of at most 8, got ",
+                    recipe_.weight->bits);
+  for (FakeQuantizeImpl* fake_quant : {weight_fake_quant.ptr().get(), input_fake_quant.ptr().get(), output_fake_quant.ptr().get()}) {
+    TORCH_CHECK_VALUE(!check_observed || !fake_quant || fake_quant->has_scale(), "convert: expected every scale of ", name(),
+                      " to be observed or loaded, got none (calibrate, train or load a checkpoint first)");
+  }
+}
+
+void QuantModule::convert_(bool check_observed) {
+  check_convertible(check_observed);
+  const at::NoGradGuard no_grad;
+  eval();
+  const at::Tensor stored_bias = float_bias();
+  store_codes(check_observed);
+  if (bias.defined()) {
+    parameters_.erase("bias");
+  }
+  bias = at::Tensor();
+  if (stored_bias.defined()) {
+    bias = register_buffer("bias", stored_bias.detach().clone());
+  }
+  unregister_module("weight_fake_quant");
+  weight_fake_quant = nullptr;
+  if (input_fake_quant) input_fake_quant->freeze();
+  if (output_fake_quant) output_fake_quant->freeze();
+  drop_float_children();
+  converted_ = true;
+}
+
+void QuantModule::store_codes(bool check_observed) {
+  const QuantSpec& spec = *recipe_.weight;
+  const at::Tensor values = float_weight().detach();
+  at::Tensor scale;
+  at::Tensor zero_point;
+  at::Tensor codes;
+  if (check_observed || weight_fake_quant->has_scale()) {
+    std::tie(scale, zero_point) = weight_fake_quant->calculate_qparams(values);
+    const auto optional_zero_point = zero_point.defined() ? std::optional<at::Tensor>(zero_point) : std::nullopt;
+    codes = quantrain::quantize(values, scale, optional_zero_point, spec.quant_min(), spec.quant_max(),
+                                spec.symmetric ? at::kChar : at::kByte);
+  } else {
+    scale = at::full_like(weight_fake_quant->scale, std::nan(""));
+    zero_point = weight_fake_quant->zero_point;
+    codes = at::zeros(weight_shape_, values.options().dtype(spec.symmetric ? at::kChar : at::kByte));
+  }
+  if (spec.bits <= kPackedBits) {
+    codes = quantrain::pack_int4(codes.reshape({weight_shape_[0], -1}));
+  }
+  parameters_.erase("weight");
+  weight = register_buffer("weight", codes);
+  weight_scale = register_buffer("weight_scale", scale.detach().clone());
+  if (!spec.symmetric) {
+    weight_zero_point = register_buffer("weight_zero_point", zero_point.clone());
+  }
+}
+
+void QuantModule::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {
+  converted_ ? torch::nn::Module::to(device, non_blocking) : torch::nn::Module::to(device, dtype, non_blocking);
+}
+
+void QuantModule::to(torch::Dtype dtype, bool non_blocking) {
+  if (!converted_) torch::nn::Module::to(dtype, non_blocking);
+}
+
+void QuantModule::to(torch::Device device, bool non_blocking) { torch::nn::Module::to(device, non_blocking); }
+
+void QuantModule::pretty_print(std::ostream& stream) const {
+  stream << "quantrain::nn::" << name() << "(weight " << at::IntArrayRef(weight_shape_) << ", recipe " << recipe_.name
+         << (converted_ ? ", converted)" : ")");
+}
+
+QuantLinearImpl::QuantLinearImpl(const torch::nn::LinearOptions& options, const Recipe& recipe)
+    : QuantModule("QuantLinear", recipe, {options.out_features(), options.in_features()}, {1}) {
+  reset_weight_and_bias(options.bias());
+}
+
+at::Tensor QuantLinearImpl::forward(const at::Tensor& input) {
+  const at::Tensor x = quantized_input(input);
+  if (!converted()) {
+    return quantized_output(at::linear(x, quantized_weight(weight), bias));
+  }
+  return quantized_output(at::linear(x, dequantized_weight(x.scalar_type()), bias.defined() ? bias.to(x.scalar_type()) : bias));
+}
+
+QuantConv2dImpl::QuantConv2dImpl(const std::string& name, const torch::nn::Conv2dOptions& options, const Recipe& recipe)
+    : QuantModule(name, recipe, conv_weight_shape(name, options), {-1, 1, 1, 1}), options_(options) {
+  reset_weight_and_bias(options.bias());
+}
+
+at::Tensor QuantConv2dImpl::convolve(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const {
+  const auto& padding = options_.padding();
+  if (const auto* sizes = std::get_if<torch::ExpandingArray<2>>(&padding)) {
+    return at::conv2d(input, weight, bias, options_.stride(), *sizes, options_.dilation(), options_.groups());
+  }
+  const bool same = std::holds_alternative<torch::enumtype::kSame>(padding);
+  return at::conv2d(input, weight, bias, options_.stride(), same ? "same" : "valid", options_.dilation(), options_.groups());
+}
+
+at::Tensor QuantConv2dImpl::forward(const at::Tensor& input) {
+  const at::Tensor x = quantized_input(input);
+  if (!converted()) {
+    return quantized_output(convolve(x, quantized_weight(weight), bias));
+  }
+  const at::Tensor bias_in_dtype = bias.defined() ? bias.to(x.scalar_type()) : bias;
+  return quantized_output(convolve(x, dequantized_weight(x.scalar_type()), bias_in_dtype));
+}
+
+QuantConvBn2dImpl::QuantConvBn2dImpl(const torch::nn::Conv2dOptions& options, const Recipe& recipe,
+                                     const torch::nn::BatchNorm2dOptions& bn_options)
+    : QuantConv2dImpl("QuantConvBn2d", options, recipe) {
+  TORCH_CHECK_VALUE(bn_options.num_features() == options.out_channels() && bn_options.affine() && bn_options.track_running_stats(),
+                    "QuantConvBn2d: expected an affine batch norm with running statistics over ", options.out_channels(),
+                    " channels, got ", bn_options.num_features(), " channels, affine ", bn_options.affine(),
+                    ", track_running_stats ", bn_options.track_running_stats());
+  bn = register_module("bn", torch::nn::BatchNorm2d(bn_options));
+}
+
+at::Tensor QuantConvBn2dImpl::scale_factor() const {
+  at::Tensor sf = bn->weight / at::sqrt(bn->running_var + bn->options.eps());
+  if (is_training()) {
+    sf = at::where(sf == 0, at::ones_like(sf), sf);
+  }
+  return sf.reshape({-1, 1, 1, 1});
+}
+
+at::Tensor QuantConvBn2dImpl::float_weight() const { return weight * scale_factor(); }
+
+at::Tensor QuantConvBn2dImpl::float_bias() const {
+  const at::Tensor shift = bias.defined() ? bn->running_mean - bias : bn->running_mean;
+  return bn->bias - shift * scale_factor().flatten();
+}
+
+void QuantConvBn2dImpl::drop_float_children() {
+  unregister_module("bn");
+  bn = nullptr;
+}
+
+at::Tensor QuantConvBn2dImpl::forward(const at::Tensor& input) {
+  if (converted()) {
+    return QuantConv2dImpl::forward(input);
+  }
+  const at::Tensor x = quantized_input(input);
+  const at::Tensor folded = quantized_weight(float_weight());
+  if (!is_training()) {
+    return quantized_output(convolve(x, folded, float_bias()));
+  }
+  at::Tensor y = convolve(x, folded, {}) / scale_factor().reshape({-1, 1, 1});
+  if (bias.defined()) {
+    y = y + bias.reshape({-1, 1, 1});
+  }
+  return quantized_output(bn->forward(y));
+}
+
+QuantEmbeddingImpl::QuantEmbeddingImpl(const torch::nn::EmbeddingOptions& options, const Recipe& recipe)
+    : QuantModule("QuantEmbedding",
+                  [&recipe] {
+                    Recipe without_input = recipe;
+                    without_input.input.reset();
+                    return without_input;
+                  }(),
+                  {options.num_embeddings(), options.embedding_dim()}, {1}),
+      padding_idx_(options.padding_idx().value_or(-1)) {
+  TORCH_CHECK_VALUE(!options.max_norm() && !options.scale_grad_by_freq() && !options.sparse(),
+                    "QuantEmbedding: expected no max_norm, scale_grad_by_freq or sparse, got one of them");
+  weight = register_parameter("weight", at::empty(weight_shape(), at::kFloat));
+  torch::nn::init::normal_(weight);
+  if (padding_idx_ >= 0) {
+    const at::NoGradGuard no_grad;
+    weight[padding_idx_].fill_(0);
+  }
+}
+
+at::Tensor QuantEmbeddingImpl::forward(const at::Tensor& indices) {
+  if (!converted()) {
+    return quantized_output(quantized_rows(indices));
+  }
+  const at::Tensor zero_point = scale_rows_of(weight_zero_point, indices);
+  return quantized_output(quantrain::dequantize(unpacked(rows_of(weight, indices)), scale_rows_of(weight_scale, indices),
+                                                zero_point.defined() ? std::optional<at::Tensor>(zero_point) : std::nullopt));
+}
+
+at::Tensor QuantEmbeddingImpl::quantized_rows(const at::Tensor& indices) {
+  const at::Tensor rows = at::embedding(weight, indices, padding_idx_);
+  if (!weight_fake_quant) {
+    return rows;
+  }
+  weight_fake_quant->observe(weight);
+  if (!weight_fake_quant->fake_quant_enabled()) {
+    return rows;
+  }
+  // Each row has its own scales, so a dynamic scale of the gathered rows is the table's scale, gathered.
+  if (weight_fake_quant->dynamic() && weight_fake_quant->spec().granularity != "per_tensor") {
+    const QuantSpec& spec = weight_fake_quant->spec();
+    std::vector<int64_t> shape = indices.sizes().vec();
+    shape.push_back(weight_fake_quant->scale_shape()[1]);
+    auto [scale, zero_point] = quantrain::choose_qparams(rows.detach(), shape, spec.quant_min(), spec.quant_max(), spec.symmetric);
+    return weight_fake_quant->quantize_dequantize(rows, scale, spec.symmetric ? at::Tensor() : zero_point);
+  }
+  const auto [scale, zero_point] = weight_fake_quant->calculate_qparams(weight);
+  return weight_fake_quant->quantize_dequantize(rows, scale_rows_of(scale, indices), scale_rows_of(zero_point, indices));
+}
+
+void convert(torch::nn::Module& module, bool check_observed) {
+  std::vector<QuantModule*> layers;
+  for (const auto& child : module.modules()) {
+    auto* layer = dynamic_cast<QuantModule*>(child.get());
+    if (layer && !layer->converted()) layers.push_back(layer);
+  }
+  TORCH_CHECK_VALUE(!layers.empty(), "convert: expected a module with a quantised layer to convert, got none");
+  for (QuantModule* layer : layers) layer->check_convertible(check_observed);
+  for (QuantModule* layer : layers) layer->convert_(check_observed);
+}
+
+struct Calibration::Saved {
+  at::NoGradGuard no_grad;
+  std::vector<std::pair<std::shared_ptr<torch::nn::Module>, bool>> training;
+  std::vector<std::pair<std::shared_ptr<torch::nn::Module>, bool>> fake_quant_enabled;
+};
+
+Calibration::Calibration(torch::nn::Module& module) : saved_(std::make_unique<Saved>()) {
+  for (const auto& child : module.modules()) {
+    saved_->training.emplace_back(child, child->is_training());
+    if (auto* fake_quant = child->as<FakeQuantizeImpl>()) {
+      saved_->fake_quant_enabled.emplace_back(child, fake_quant->fake_quant_enabled());
+      fake_quant->enable_fake_quant(false);
+      fake_quant->enable_observer(true);
+      fake_quant->set_calibrating(true);
+    }
+  }
+  module.eval();
+}
+
+Calibration::~Calibration() {
+  for (const auto& [child, enabled] : saved_->fake_quant_enabled) {
+    auto* fake_quant = child->as<FakeQuantizeImpl>();
+    fake_quant->enable_fake_quant(enabled);
+    fake_quant->enable_observer(false);
+    fake_quant->set_calibrating(false);
+  }
+  // Parents come before their children, whose own mode is set last.
+  for (const auto& [child, training] : saved_->training) child->train(training);
+}
+
+}  // namespace quantrain::nn

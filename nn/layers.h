@@ -1,0 +1,167 @@
+// Quantised layers: torch::nn layers whose weight, input and output pass a FakeQuantize, and convert in place to stored integers.
+//
+// Life of a layer: declare it with a Recipe, calibrate and train it, then convert(). Before, `weight` and `bias` are parameters and
+// the children weight_fake_quant, input_fake_quant and output_fake_quant are those the recipe has. After, `weight` is a buffer of
+// integer codes (int8 symmetric, uint8 affine; at most 4 bits: uint8, two codes a byte along each flattened row), with buffers
+// `weight_scale` (float32), `weight_zero_point` (int32, affine only) and `bias`; the forward pass dequantises and computes as before,
+// so its output equals the fake-quantised layer's in evaluation mode bit for bit. The names are those of the Python layers.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <ostream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <torch/nn/module.h>
+#include <torch/nn/modules/batchnorm.h>
+#include <torch/nn/options/conv.h>
+#include <torch/nn/options/embedding.h>
+#include <torch/nn/options/linear.h>
+#include <torch/nn/pimpl.h>
+
+#include "quantrain/export.h"
+#include "quantrain/nn/fake_quantize.h"
+#include "quantrain/nn/recipe.h"
+
+namespace quantrain::nn {
+
+// What the layers share: the recipe, the fake-quantisers and the conversion. Inputs float32, float16 or bfloat16.
+class QUANTRAIN_API QuantModule : public torch::nn::Module {
+ public:
+  const Recipe& recipe() const { return recipe_; }
+  bool converted() const { return converted_; }
+  const std::vector<int64_t>& weight_shape() const { return weight_shape_; }  // of the float weight; codes may be packed
+
+  // Throws ValueError where this layer cannot convert: no weight spec, more than 8 weight bits, already converted, or (check_observed)
+  // a scale that was neither observed nor loaded.
+  void check_convertible(bool check_observed = true);
+
+  // Replaces the float weight by its codes, in place, and sets evaluation mode. check_observed = false makes a skeleton to load a converted checkpoint into.
+  void convert_(bool check_observed = true);
+
+  // As torch::nn::Module::to; codes, scales and a converted bias keep their dtypes.
+  void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;
+  void to(torch::Dtype dtype, bool non_blocking = false) override;
+  void to(torch::Device device, bool non_blocking = false) override;
+
+  void pretty_print(std::ostream& stream) const override;
+
+  at::Tensor weight;             // float [O, ...], a parameter; converted: codes, a buffer
+  at::Tensor bias;               // [O] or undefined
+  at::Tensor weight_scale;       // converted only: [1], [O, 1, ...] or [O, K / group_size]
+  at::Tensor weight_zero_point;  // converted and affine only: as weight_scale
+  FakeQuantize weight_fake_quant{nullptr};
+  FakeQuantize input_fake_quant{nullptr};
+  FakeQuantize output_fake_quant{nullptr};
+
+ protected:
+  QuantModule(std::string name, const Recipe& recipe, std::vector<int64_t> weight_shape, std::vector<int64_t> token_shape);
+
+  // The weight and bias that conversion stores: those the evaluation forward pass uses, before quantisation.
+  virtual at::Tensor float_weight() const { return weight; }
+  virtual at::Tensor float_bias() const { return bias; }
+  virtual void drop_float_children() {}
+
+  void reset_weight_and_bias(bool has_bias);  // torch.nn.Linear's initial distribution
+  at::Tensor quantized_weight(const at::Tensor& float_weight);
+  at::Tensor dequantized_weight(at::ScalarType dtype) const;
+  at::Tensor quantized_input(const at::Tensor& input);
+  at::Tensor quantized_output(const at::Tensor& output);
+  at::Tensor unpacked(const at::Tensor& codes) const;  // [rows, ...] packed or not -> [rows, weight_shape[1:]]
+
+ private:
+  void store_codes(bool check_observed);
+
+  Recipe recipe_;
+  std::vector<int64_t> weight_shape_;
+  bool converted_ = false;
+};
+
+// y = x W^T + b on quantised x and W. Input [..., in_features], output [..., out_features].
+class QUANTRAIN_API QuantLinearImpl : public QuantModule {
+ public:
+  QuantLinearImpl(int64_t in_features, int64_t out_features, const Recipe& recipe)
+      : QuantLinearImpl(torch::nn::LinearOptions(in_features, out_features), recipe) {}
+  QuantLinearImpl(const torch::nn::LinearOptions& options, const Recipe& recipe);
+  at::Tensor forward(const at::Tensor& input);
+};
+TORCH_MODULE(QuantLinear);
+
+// 2-D convolution on quantised input and weight; stride, padding ("same" and "valid" too), dilation and groups as
+// torch::nn::Conv2d; zero padding only (ValueError otherwise). Input [N, C, H, W].
+class QUANTRAIN_API QuantConv2dImpl : public QuantModule {
+ public:
+  QuantConv2dImpl(const torch::nn::Conv2dOptions& options, const Recipe& recipe)
+      : QuantConv2dImpl("QuantConv2d", options, recipe) {}
+  virtual at::Tensor forward(const at::Tensor& input);
+
+ protected:
+  QuantConv2dImpl(const std::string& name, const torch::nn::Conv2dOptions& options, const Recipe& recipe);
+  at::Tensor convolve(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const;
+
+ private:
+  torch::nn::Conv2dOptions options_;
+};
+TORCH_MODULE(QuantConv2d);
+
+// Convolution and batch norm as they will be folded, with the statistics still trained (Jacob et al., arXiv:1712.05877, section 3.2;
+// Krishnamoorthi, arXiv:1806.08342, section 3.2.2). With sf = bn.weight / sqrt(bn.running_var + bn.eps) per output channel:
+//   training    y = bn(conv(x, fake_quantize(W sf)) / sf + b)     (sf = 0 counts as 1)
+//   evaluation  y = conv(x, fake_quantize(W sf)) + bn.bias - (bn.running_mean - b) sf
+// Conversion stores the folded weight and bias and drops `bn`.
+class QUANTRAIN_API QuantConvBn2dImpl : public QuantConv2dImpl {
+ public:
+  QuantConvBn2dImpl(const torch::nn::Conv2dOptions& options, const Recipe& recipe)
+      : QuantConvBn2dImpl(options, recipe, torch::nn::BatchNorm2dOptions(options.out_channels())) {}
+  QuantConvBn2dImpl(const torch::nn::Conv2dOptions& options, const Recipe& recipe, const torch::nn::BatchNorm2dOptions& bn_options);
+  at::Tensor forward(const at::Tensor& input) override;
+
+  torch::nn::BatchNorm2d bn{nullptr};
+
+ protected:
+  at::Tensor float_weight() const override;
+  at::Tensor float_bias() const override;
+  void drop_float_children() override;
+
+ private:
+  at::Tensor scale_factor() const;  // sf, [O, 1, 1, 1]
+};
+TORCH_MODULE(QuantConvBn2d);
+
+// Rows of a quantised table. indices int32 or int64 [...], output [..., embedding_dim]; equal to quantising the whole table and
+// looking up, at the cost of the rows alone. recipe.input does not apply: the input is indices.
+class QUANTRAIN_API QuantEmbeddingImpl : public QuantModule {
+ public:
+  QuantEmbeddingImpl(int64_t num_embeddings, int64_t embedding_dim, const Recipe& recipe)
+      : QuantEmbeddingImpl(torch::nn::EmbeddingOptions(num_embeddings, embedding_dim), recipe) {}
+  QuantEmbeddingImpl(const torch::nn::EmbeddingOptions& options, const Recipe& recipe);
+  at::Tensor forward(const at::Tensor& indices);
+
+ private:
+  at::Tensor quantized_rows(const at::Tensor& indices);
+
+  int64_t padding_idx_;
+};
+TORCH_MODULE(QuantEmbedding);
+
+// Converts every quantised layer in the module (held by a shared_ptr, as a module holder does), itself included. ValueError, with nothing changed, where the module has none or one
+// of them cannot convert (QuantModule::check_convertible).
+QUANTRAIN_API void convert(torch::nn::Module& module, bool check_observed = true);
+
+// While it lives, forward passes of `module` calibrate: evaluation mode, no gradients, observers on, nothing quantised. At its end
+// the modes are as before and every observer is off: training goes on with these ranges, or with learnable scales that start there.
+class QUANTRAIN_API Calibration {
+ public:
+  explicit Calibration(torch::nn::Module& module);
+  ~Calibration();
+  Calibration(const Calibration&) = delete;
+  Calibration& operator=(const Calibration&) = delete;
+
+ private:
+  struct Saved;
+  std::unique_ptr<Saved> saved_;
+};
+
+}  // namespace quantrain::nn

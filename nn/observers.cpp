@@ -1,0 +1,118 @@
+#include "quantrain/nn/observers.h"
+
+// The averaging is written without a branch on the data, so that only nan_policy "raise" waits for the device.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/isinf.h>
+#include <ATen/ops/kthvalue.h>
+#include <ATen/ops/logical_and.h>
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/minimum.h>
+#include <ATen/ops/where.h>
+#include <c10/util/Exception.h>
+
+#include "quantrain/ops/fake_quant.h"
+
+namespace quantrain::nn {
+namespace {
+
+// [scales, elements of one scale]: the blocks of `input` as rows.
+at::Tensor blocks(const at::Tensor& input, const std::vector<int64_t>& scale_shape) {
+  const int64_t rank = input.dim();
+  if (static_cast<int64_t>(scale_shape.size()) != rank) {
+    return input.reshape({1, -1});
+  }
+  std::vector<int64_t> split;
+  std::vector<int64_t> order;
+  int64_t scales = 1;
+  for (int64_t d = 0; d < rank; ++d) {
+    split.insert(split.end(), {scale_shape[d], input.size(d) / scale_shape[d]});
+    scales *= scale_shape[d];
+  }
+  for (const int64_t half : {0, 1}) {
+    for (int64_t d = 0; d < rank; ++d) order.push_back(2 * d + half);
+  }
+  return input.reshape(split).permute(order).reshape({scales, -1});
+}
+
+std::tuple<at::Tensor, at::Tensor> percentile_range(const at::Tensor& input, const std::vector<int64_t>& scale_shape,
+                                                    double percentile) {
+  const at::Tensor rows = blocks(input.to(at::kFloat), scale_shape);
+  const int64_t n = rows.size(1);
+  const int64_t k = std::clamp<int64_t>(static_cast<int64_t>(std::ceil(percentile / 100.0 * static_cast<double>(n))), 1, n);
+  at::Tensor min = std::get<0>(at::kthvalue(rows, n + 1 - k, 1)).reshape(scale_shape);
+  at::Tensor max = std::get<0>(at::kthvalue(rows, k, 1)).reshape(scale_shape);
+  return {std::move(min), std::move(max)};
+}
+
+}  // namespace
+
+void FixedDtypeModule::to(torch::Device device, torch::Dtype /*dtype*/, bool non_blocking) {
+  torch::nn::Module::to(device, non_blocking);
+}
+
+void FixedDtypeModule::to(torch::Dtype /*dtype*/, bool /*non_blocking*/) {}
+
+void FixedDtypeModule::to(torch::Device device, bool non_blocking) { torch::nn::Module::to(device, non_blocking); }
+
+ObserverImpl::ObserverImpl(const QuantSpec& spec, std::vector<int64_t> scale_shape)
+    : FixedDtypeModule("Observer"), spec_(spec), scale_shape_(std::move(scale_shape)) {
+  spec_.validate();
+  TORCH_CHECK_VALUE(spec_.observer != "dynamic", "Observer: expected an observer that stores a range, got 'dynamic'");
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  min_val = register_buffer("min_val", at::full(scale_shape_, kInfinity, at::kFloat));
+  max_val = register_buffer("max_val", at::full(scale_shape_, -kInfinity, at::kFloat));
+}
+
+void ObserverImpl::forward(const at::Tensor& input) {
+  const at::NoGradGuard no_grad;
+  if (input.numel() == 0) {
+    return;
+  }
+  const at::Tensor x = input.detach();
+  // A percentile can step over the NaN, so the check reads the whole input, by its minimum and maximum.
+  const auto [low, high] = quantrain::detail::min_max(x, scale_shape_);
+  const at::Tensor finite = at::logical_and(at::isfinite(low), at::isfinite(high));
+  if (spec_.nan_policy == "raise") {
+    TORCH_CHECK_VALUE(finite.all().item<bool>(), "Observer: expected a batch without NaN or infinity, got one that holds some ",
+                      "(nan_policy 'skip' passes over it)");
+  }
+  const auto [min, max] =
+      spec_.observer == "percentile" || spec_.observer == "mse" ? batch_range(x) : std::make_tuple(low, high);
+  at::Tensor new_min;
+  at::Tensor new_max;
+  if (spec_.observer == "min_max") {
+    new_min = at::minimum(min_val, min);
+    new_max = at::maximum(max_val, max);
+  } else {
+    new_min = at::where(at::isinf(min_val), min, min_val + spec_.averaging_constant * (min - min_val));
+    new_max = at::where(at::isinf(max_val), max, max_val + spec_.averaging_constant * (max - max_val));
+  }
+  min_val.copy_(at::where(finite, new_min, min_val));
+  max_val.copy_(at::where(finite, new_max, max_val));
+}
+
+std::tuple<at::Tensor, at::Tensor> ObserverImpl::batch_range(const at::Tensor& input) const {
+  if (spec_.observer == "mse") {
+    return quantrain::detail::mse_range(input, scale_shape_, spec_.quant_min(), spec_.quant_max(), spec_.symmetric);
+  }
+  return percentile_range(input, scale_shape_, spec_.percentile);
+}
+
+std::tuple<at::Tensor, at::Tensor> ObserverImpl::calculate_qparams() const {
+  const at::NoGradGuard no_grad;
+  auto [scale, zero_point] =
+      quantrain::detail::qparams_from_range(min_val, max_val, spec_.quant_min(), spec_.quant_max(), spec_.symmetric);
+  const at::Tensor seen = at::logical_and(at::isfinite(min_val), at::isfinite(max_val));
+  scale = at::where(seen, scale, at::full({}, std::numeric_limits<float>::quiet_NaN(), scale.options()));
+  return {scale, at::where(seen, zero_point, at::full({}, 0, zero_point.options()))};
+}
+
+}  // namespace quantrain::nn
