@@ -1,0 +1,62 @@
+"""Layers, observers and model transforms for quantised training: prepare -> train or calibrate -> convert."""
+
+from .calibrate import calibrate, calibration, enable_fake_quant, enable_observer
+from .checkpoint import load_checkpoint, save_checkpoint
+from .conv_bn import QuantConvBn2d
+from .dynamic import fake_quantize_per_token, quantize_per_token
+from .fake_quantize import FakeQuantize
+from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear
+from .observers import (
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    MSEObserver,
+    Observer,
+    PercentileObserver,
+    make_observer,
+)
+from .pact import PACT, pact
+from .prepare import PrepareSummary, convert, prepare
+from .quantized import QuantizedConv2d, QuantizedEmbedding, QuantizedLayer, QuantizedLinear
+from .recipes import as_recipe, changed_recipe, weight_scale_shape
+from .report import ErrorTable, SizeTable, model_size, quantization_error
+from .tables import Table
+
+__all__ = [
+    "PACT",
+    "ErrorTable",
+    "FakeQuantize",
+    "MSEObserver",
+    "MinMaxObserver",
+    "MovingAverageMinMaxObserver",
+    "Observer",
+    "PercentileObserver",
+    "PrepareSummary",
+    "QuantConv2d",
+    "QuantConvBn2d",
+    "QuantEmbedding",
+    "QuantLayer",
+    "QuantLinear",
+    "QuantizedConv2d",
+    "QuantizedEmbedding",
+    "QuantizedLayer",
+    "QuantizedLinear",
+    "SizeTable",
+    "Table",
+    "as_recipe",
+    "calibrate",
+    "calibration",
+    "changed_recipe",
+    "convert",
+    "enable_fake_quant",
+    "enable_observer",
+    "fake_quantize_per_token",
+    "load_checkpoint",
+    "make_observer",
+    "model_size",
+    "pact",
+    "prepare",
+    "quantization_error",
+    "quantize_per_token",
+    "save_checkpoint",
+    "weight_scale_shape",
+]

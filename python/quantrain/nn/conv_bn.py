@@ -1,0 +1,122 @@
+"""QuantConvBn2d: a convolution and its batch norm, folded as they will be for inference, with statistics still trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from quantrain._C import Recipe
+
+from .layers import QuantConv2d
+
+__all__ = ["QuantConvBn2d"]
+
+
+class QuantConvBn2d(QuantConv2d):
+    """Convolution + batch norm whose folded weight is fake-quantised, so that training sees what inference will run.
+
+    With sf = bn.weight / sqrt(bn.running_var + eps) (one a channel; 0 counts as 1 in training) and w = weight * sf:
+
+    - training: y = bn(conv2d(fq_in(x), fq_w(w)) / sf + bias), bn with the statistics of the batch;
+    - evaluation: y = conv2d(fq_in(x), fq_w(w)) + (bias - running_mean) * sf + bn.bias.
+
+    Source: Jacob et al. 2018 (arXiv:1712.05877), section 3.2; Krishnamoorthi 2018 (arXiv:1806.08342), section 3.2.2.
+
+    Args:
+        the arguments of :class:`QuantConv2d` (``bias`` False by default, as the batch norm has one), and
+        eps, momentum: of the child ``bn``, an ``nn.BatchNorm2d``.
+
+    Shapes, dtypes, gradient: as :class:`QuantConv2d`, and as ``nn.BatchNorm2d`` for ``bn.weight`` and ``bn.bias``.
+
+    Raises:
+        ValueError: as :class:`QuantConv2d`.
+
+    >>> layer = QuantConvBn2d(3, 8, 3, recipe="qat-w8a8")
+    >>> layer(torch.randn(2, 3, 5, 5)).shape
+    torch.Size([2, 8, 3, 3])
+    """
+
+    bn: nn.BatchNorm2d
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: str = "zeros",
+        *,
+        recipe: Recipe | str,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            recipe=recipe,
+            device=device,
+            dtype=dtype,
+        )
+        self._set_bn(nn.BatchNorm2d(out_channels, eps, momentum, device=device, dtype=dtype))
+
+    @classmethod
+    def from_float_pair(
+        cls, conv: nn.Conv2d, bn: nn.BatchNorm2d, recipe: Recipe | str, *, name: str = ""
+    ) -> QuantConvBn2d:
+        """The quantised twin of ``bn(conv(x))``; takes over both modules' Parameter objects and buffers.
+
+        Raises:
+            ValueError: a batch norm without running statistics or affine parameters.
+        """
+        if not bn.track_running_stats or not bn.affine:
+            raise ValueError(
+                "QuantConvBn2d: expected a batch norm with running statistics and affine parameters, "
+                f"got track_running_stats={bn.track_running_stats}, affine={bn.affine}"
+            )
+        layer = cls.from_float(conv, recipe, name=name)
+        layer._set_bn(bn)
+        return layer
+
+    def _set_bn(self, bn: nn.BatchNorm2d) -> None:
+        fake_quants = {name: self._modules.pop(name) for name in list(self._modules)}
+        self.bn = bn
+        self._modules.update(fake_quants)
+
+    def scale_factor(self) -> Tensor:
+        """sf = bn.weight / sqrt(bn.running_var + eps), shape ``[O, 1, 1, 1]``; in training 0 is replaced by 1."""
+        sf = self.bn.weight / torch.sqrt(self.bn.running_var + self.bn.eps)
+        if self.training:
+            sf = torch.where(sf == 0, torch.ones_like(sf), sf)
+        return sf.reshape(-1, 1, 1, 1)
+
+    def weight_to_quantize(self) -> Tensor:
+        return self.weight * self.scale_factor()
+
+    def bias_to_store(self) -> Tensor:
+        shift = self.bn.running_mean if self.bias is None else self.bn.running_mean - self.bias
+        return self.bn.bias - shift * self.scale_factor().flatten()
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.quantized_input(input)
+        weight = self.quantized_weight()
+        if not self.training:
+            return self.quantized_output(self._conv_forward(x, weight, self.bias_to_store()))
+        y = self._conv_forward(x, weight, None) / self.scale_factor().reshape(-1, 1, 1)
+        if self.bias is not None:
+            y = y + self.bias.reshape(-1, 1, 1)
+        return self.quantized_output(self.bn(y))

@@ -1,0 +1,216 @@
+"""FakeQuantize: an observer and a fake-quantise op behind one module, for weights and activations alike."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from quantrain._C import QuantSpec
+
+from .observers import Float32State, make_observer
+
+__all__ = ["FakeQuantize"]
+
+kMinScale = 1e-8  # a learned scale is kept at or above it: the ops need scale > 0
+
+
+class FakeQuantize(Float32State):
+    """Rounds a tensor to the codes of ``spec`` and back: ``y = (clamp(rint(x / scale) + zero_point) - zero_point) * scale``.
+
+    Where the scale comes from:
+
+    - ``spec.observer == "dynamic"``: from the tensor at every call (``choose_qparams``); nothing is stored.
+    - otherwise from the buffer ``scale`` (and ``zero_point`` where affine), which the child ``observer`` sets while it
+      observes: ``observer_enabled`` and (``training`` or ``calibrating``). Evaluation never moves a range.
+    - ``spec.learnable``: ``scale`` is a Parameter trained by LSQ (Esser et al. 2020, arXiv:1902.08153, eq. 3) with gradient
+      factor 1 / sqrt(elements a scale * quant_max). The observer only sets its first value: calibration, or else the first
+      training batch, after which the observer switches itself off.
+
+    Args:
+        spec: bits, symmetric, granularity, observer, ... (:class:`quantrain.QuantSpec`); copied.
+        scale_shape: shape of a stored scale; ``(1,)`` per tensor, else the rank of the tensor.
+        token_dims: with granularity ``per_token``, how many trailing dimensions share a scale (1 for a Linear's input
+            ``[..., K]``, 3 for a convolution's ``[B, C, H, W]``).
+        name: what error messages call this module; ``prepare`` sets it to the module's path.
+
+    Shapes and dtypes: any shape; float32, float16, bfloat16 in, the same out; scale float32 always, zero_point int32.
+    Gradient: straight through where the unclamped code is in [quant_min, quant_max], else 0; LSQ's for a learnable scale.
+    NaN in gives NaN out; what an observer does with it is ``spec.nan_policy``.
+
+    Raises:
+        ValueError: an invalid spec; a forward that needs a stored scale which was neither observed nor loaded; a non-finite
+            batch while observing under ``nan_policy="raise"``.
+
+    >>> import quantrain
+    >>> fq = FakeQuantize(quantrain.QuantSpec(bits=4, observer="min_max"))
+    >>> fq(torch.tensor([-0.7, 0.31, 0.7]))
+    tensor([-0.7000,  0.3000,  0.7000])
+    """
+
+    zero_point: Tensor | None
+
+    def __init__(
+        self,
+        spec: QuantSpec,
+        scale_shape: Sequence[int] = (1,),
+        *,
+        token_dims: int = 1,
+        name: str = "",
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        self.observer = make_observer(spec, scale_shape, name=f"{name}.observer" if name else "", device=device)
+        self.spec = copy.copy(spec)
+        self.scale_shape = tuple(scale_shape)
+        self.token_dims = token_dims
+        self.name = name
+        self.quant_min, self.quant_max = spec.quant_min(), spec.quant_max()
+        self.symmetric, self.granularity = spec.symmetric, spec.granularity
+        self.dynamic, self.learnable = spec.observer == "dynamic", spec.learnable
+        self.observer_enabled = self.fake_quant_enabled = True
+        self.calibrating = False
+        self._ready = self.dynamic
+        if not self.dynamic:
+            scale = torch.full(self.scale_shape, math.nan, device=device)
+            if self.learnable:
+                self.scale = nn.Parameter(scale)
+            else:
+                self.register_buffer("scale", scale)
+            if not self.symmetric:
+                self.register_buffer("zero_point", torch.zeros(self.scale_shape, dtype=torch.int32, device=device))
+        if self.symmetric or self.dynamic:
+            self.zero_point = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        observed = self.observe(x)
+        if not self.fake_quant_enabled:
+            return x
+        if self.dynamic:
+            return self.quantize_dequantize_dynamic(x, self._dynamic_shape(x))
+        scale, zero_point = observed if observed is not None else self.calculate_qparams()
+        return self.quantize_dequantize(x, scale, zero_point)
+
+    def observe(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Shows ``x`` to the observer if observing is on; returns the new (scale, zero_point) unless they are learned."""
+        if self.observer is None or not self.observer_enabled or not (self.training or self.calibrating):
+            return None
+        if x.numel() == 0:
+            return None
+        self.observer(x)
+        scale, zero_point = self.observer.calculate_qparams()
+        self.scale.data.copy_(scale)
+        if self.zero_point is not None:
+            self.zero_point.copy_(zero_point)
+        if not self._ready:
+            self._ready = self._has_scale()
+        if not self._ready:
+            return None
+        if self.learnable:
+            self.observer_enabled = self.calibrating
+            return None
+        return scale, (None if self.symmetric else zero_point)
+
+    def calculate_qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The ``(scale, zero_point)`` in force; zero_point is None where symmetric.
+
+        Args:
+            x: the tensor to be quantised; needed by a dynamic spec, else unused.
+
+        Raises:
+            ValueError: no scale was observed or loaded; a dynamic spec without ``x``.
+        """
+        if self.dynamic:
+            if x is None:
+                raise ValueError(f"{self._label()}: expected a tensor to compute a dynamic scale from, got None")
+            scale, zero_point = torch.ops.quantrain.choose_qparams(
+                x.detach(),
+                self._dynamic_shape(x),
+                quant_min=self.quant_min,
+                quant_max=self.quant_max,
+                symmetric=self.symmetric,
+            )
+            return scale, (None if self.symmetric else zero_point)
+        self._require_scale()
+        if not self.learnable:
+            return self.scale, self.zero_point
+        if self.training:
+            self.scale.data.clamp_(
+                min=kMinScale
+            )  # in place: a clamp in the graph would leave such a scale without gradient
+            return self.scale, self.zero_point
+        return self.scale.clamp(min=kMinScale), self.zero_point
+
+    def quantize_dequantize(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """``x`` fake-quantised with a given scale, by LSQ's op where the scale is learned."""
+        if not self.learnable:
+            return torch.ops.quantrain.fake_quantize(
+                x, scale, zero_point, quant_min=self.quant_min, quant_max=self.quant_max
+            )
+        per_scale = x.numel() / max(scale.numel(), 1)
+        grad_factor = 1.0 / math.sqrt(max(per_scale * max(self.quant_max, 1), 1.0))
+        return torch.ops.quantrain.fake_quantize_learnable(
+            x, scale, zero_point, quant_min=self.quant_min, quant_max=self.quant_max, grad_factor=grad_factor
+        )
+
+    def quantize_dequantize_dynamic(self, x: Tensor, scale_shape: Sequence[int]) -> Tensor:
+        """``x`` fake-quantised with its own scale; a NaN makes its block NaN."""
+        return torch.ops.quantrain.fake_quantize_dynamic(
+            x, scale_shape, quant_min=self.quant_min, quant_max=self.quant_max, symmetric=self.symmetric
+        )
+
+    def enable_observer(self, enabled: bool = True) -> None:
+        """Turns observing on or off (it also needs training mode or calibration)."""
+        self.observer_enabled = enabled
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        """Turns rounding on or off; off, the tensor passes unchanged."""
+        self.fake_quant_enabled = enabled
+
+    @property
+    def ready(self) -> bool:
+        """Whether a scale is known: dynamic, observed or loaded."""
+        if not self._ready:
+            self._ready = self._has_scale()
+        return self._ready
+
+    def frozen(self) -> FakeQuantize:
+        """A copy for inference: no observer, a learned scale turned into a buffer of the same name. Same values."""
+        result = copy.deepcopy(self)
+        result.observer, result.learnable, result.observer_enabled = None, False, False
+        if self.learnable:
+            del result.scale
+            result.register_buffer("scale", self.scale.detach().clamp(min=kMinScale))
+        return result
+
+    def extra_repr(self) -> str:
+        text = f"bits={self.spec.bits}, symmetric={self.symmetric}, granularity={self.granularity!r}"
+        text += f", observer={self.spec.observer!r}, learnable={self.learnable}"
+        return text if self.dynamic else f"{text}, scale_shape={self.scale_shape}"
+
+    def _dynamic_shape(self, x: Tensor) -> Sequence[int]:
+        if self.granularity != "per_token":
+            return self.scale_shape
+        return (*x.shape[: x.dim() - self.token_dims], *[1] * min(self.token_dims, x.dim()))
+
+    def _has_scale(self) -> bool:
+        scale = self.scale.detach()
+        usable = torch.isfinite(scale) if self.learnable else torch.isfinite(scale) & (scale > 0)
+        return bool(usable.all())
+
+    def _require_scale(self) -> None:
+        if not self._ready and not self.ready:
+            raise ValueError(
+                f"{self._label()}: expected a scale that was observed or loaded, got none "
+                "(run calibrate(model, batches), train a batch, or load a checkpoint first)"
+            )
+
+    def _label(self) -> str:
+        return f"FakeQuantize '{self.name}'" if self.name else "FakeQuantize"
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._ready = self.dynamic or self._has_scale()

@@ -1,0 +1,242 @@
+"""Layers for quantisation-aware training: nn.Linear, nn.Conv2d and nn.Embedding with fake-quantised tensors.
+
+Each is its float layer (same parameters, same names, same state dict plus scales) with up to three children:
+``weight_fake_quant``, ``input_fake_quant`` and ``output_fake_quant``, those that the recipe has a spec for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quantrain._C import Recipe
+
+from .fake_quantize import FakeQuantize
+from .recipes import as_recipe, weight_scale_shape
+
+__all__ = ["QuantConv2d", "QuantEmbedding", "QuantLayer", "QuantLinear"]
+
+
+class QuantLayer(nn.Module):
+    """What the quantised layers share: building the fake-quants of a recipe, and taking over a float layer."""
+
+    recipe: Recipe
+    weight: Tensor
+    weight_fake_quant: FakeQuantize | None
+    input_fake_quant: FakeQuantize | None
+    output_fake_quant: FakeQuantize | None
+
+    token_dims = 1  # trailing dimensions of an input that a per_token scale covers
+
+    @classmethod
+    def from_float(cls, module: nn.Module, recipe: Recipe | str, *, name: str = "") -> QuantLayer:
+        """The quantised twin of ``module``: the same Parameter objects, hooks and attributes, and new fake-quants.
+
+        Args:
+            module: the float layer; it is not changed.
+            recipe: a Recipe or the name of one.
+            name: the path that error messages use.
+        """
+        layer = cls.__new__(cls)
+        layer.__dict__.update({key: _own_copy(value) for key, value in module.__dict__.items()})
+        layer._add_fake_quants(recipe, name)
+        return layer.train(module.training)
+
+    def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
+        self.recipe = as_recipe(recipe)
+        device = self.weight.device
+        for tensor in ("weight", "input", "output"):
+            spec = getattr(self.recipe, tensor)
+            scale_shape = weight_scale_shape(spec, self.weight.shape) if spec and tensor == "weight" else (1,)
+            child = f"{tensor}_fake_quant"
+            path = f"{name}.{child}" if name else child
+            fake_quant = spec and FakeQuantize(spec, scale_shape, token_dims=self.token_dims, name=path, device=device)
+            self.add_module(child, fake_quant)
+
+    def weight_to_quantize(self) -> Tensor:
+        """The tensor that ``weight_fake_quant`` rounds (for a folded convolution, the folded weight)."""
+        return self.weight
+
+    def bias_to_store(self) -> Tensor | None:
+        """The bias that belongs to :meth:`weight_to_quantize`."""
+        return getattr(self, "bias", None)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        return x if self.input_fake_quant is None else self.input_fake_quant(x)
+
+    def quantized_weight(self) -> Tensor:
+        weight = self.weight_to_quantize()
+        return weight if self.weight_fake_quant is None else self.weight_fake_quant(weight)
+
+    def quantized_output(self, y: Tensor) -> Tensor:
+        return y if self.output_fake_quant is None else self.output_fake_quant(y)
+
+
+def _own_copy(value: object) -> object:
+    """A shallow copy of a container (parameters, hooks), anything else as it is."""
+    return copy.copy(value) if isinstance(value, (dict, list, set)) else value
+
+
+class QuantLinear(QuantLayer, nn.Linear):
+    """y = fq_out(fq_in(x) @ fq_w(weight)^T + bias), each fq a :class:`FakeQuantize` of the recipe or the identity.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as ``nn.Linear``.
+        recipe: a :class:`quantrain.Recipe` or the name of one.
+
+    Shapes: x ``[..., in_features]`` -> ``[..., out_features]``; weight ``[out_features, in_features]``, its scale
+    ``[out_features, 1]`` per channel, ``[out_features, in_features / group_size]`` per group; per_token input scale
+    ``[..., 1]``. Dtypes: float32, float16, bfloat16 and autocast, as ``nn.Linear``; scales stay float32.
+    Gradient: that of ``nn.Linear`` through the fake-quants' straight-through estimators; the bias is not quantised.
+
+    Raises:
+        ValueError: an invalid recipe; a range that was never observed; non-finite input while observing.
+
+    >>> layer = QuantLinear(4, 2, recipe="qat-w8a8")
+    >>> layer(torch.ones(3, 4)).shape
+    torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        recipe: Recipe | str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._add_fake_quants(recipe)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.quantized_output(F.linear(self.quantized_input(input), self.quantized_weight(), self.bias))
+
+
+class QuantConv2d(QuantLayer, nn.Conv2d):
+    """y = fq_out(conv2d(fq_in(x), fq_w(weight)) + bias), each fq a :class:`FakeQuantize` of the recipe or the identity.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
+            ``nn.Conv2d`` (depthwise: ``groups == in_channels``).
+        recipe: a :class:`quantrain.Recipe` or the name of one.
+
+    Shapes: x ``[B, C, H, W]`` or ``[C, H, W]``; weight ``[O, C / groups, kh, kw]``, its scale ``[O, 1, 1, 1]`` per channel
+    (also where the recipe says per_group); a per_token input scale is one a sample, ``[B, 1, 1, 1]``. Padding is added
+    after quantisation and is exactly 0. Dtypes and gradient as :class:`QuantLinear`.
+
+    Raises:
+        ValueError: as :class:`QuantLinear`.
+
+    >>> layer = QuantConv2d(3, 8, 3, padding=1, recipe="qat-w8a8")
+    >>> layer(torch.ones(1, 3, 5, 5)).shape
+    torch.Size([1, 8, 5, 5])
+    """
+
+    token_dims = 3
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        recipe: Recipe | str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        self._add_fake_quants(recipe)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.quantized_output(
+            self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+        )
+
+
+class QuantEmbedding(QuantLayer, nn.Embedding):
+    """Rows of a fake-quantised table: y = fq_out(fq_w(weight)[index]).
+
+    The rows are gathered first and quantised after, which gives the same values at the cost of the rows alone.
+
+    Args:
+        num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, device, dtype: as
+            ``nn.Embedding``.
+        recipe: a :class:`quantrain.Recipe` or the name of one; its input spec has no meaning here (indices) and is unused.
+
+    Shapes: index, any shape, int32 or int64 -> ``[*index.shape, embedding_dim]``; scale ``[num_embeddings, 1]`` per channel,
+    ``[num_embeddings, embedding_dim / group_size]`` per group. Gradient: as ``nn.Embedding``, straight through the rounding.
+
+    Raises:
+        ValueError: as :class:`QuantLinear`.
+
+    >>> layer = QuantEmbedding(10, 4, recipe="qat-w8a8")
+    >>> layer(torch.tensor([1, 2])).shape
+    torch.Size([2, 4])
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        *,
+        recipe: Recipe | str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            padding_idx,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            sparse,
+            device=device,
+            dtype=dtype,
+        )
+        self._add_fake_quants(recipe)
+
+    def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
+        super()._add_fake_quants(recipe, name)
+        self.input_fake_quant = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = super().forward(input)
+        if self.weight_fake_quant is not None:
+            rows = self._quantized_rows(self.weight_fake_quant, input, rows)
+        return self.quantized_output(rows)
+
+    def _quantized_rows(self, fake_quant: FakeQuantize, index: Tensor, rows: Tensor) -> Tensor:
+        observed = fake_quant.observe(self.weight)
+        if not fake_quant.fake_quant_enabled:
+            return rows
+        if fake_quant.dynamic and len(fake_quant.scale_shape) > 1:
+            return fake_quant.quantize_dequantize_dynamic(rows, (*rows.shape[:-1], fake_quant.scale_shape[1]))
+        scale, zero_point = observed if observed is not None else fake_quant.calculate_qparams(self.weight)
+        return fake_quant.quantize_dequantize(rows, *gathered_qparams(index, scale, zero_point))
+
+
+def gathered_qparams(index: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The scale (and zero point) of the rows ``index`` of a table; one scale for the whole table stays as it is."""
+    if scale.dim() < 2:
+        return scale, zero_point
+    return F.embedding(index, scale), None if zero_point is None else F.embedding(index, zero_point)

@@ -1,0 +1,275 @@
+"""prepare: float layers to quantisation-aware ones. convert: those to stored integers."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from quantrain._C import Recipe
+
+from .conv_bn import QuantConvBn2d
+from .graph import ModelGraph, trace_model
+from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear
+from .quantized import QuantizedLayer, check_convertible, quantized_layer
+from .recipes import as_recipe, changed_recipe
+from .tables import Table
+
+__all__ = ["PrepareSummary", "convert", "prepare"]
+
+logger = logging.getLogger("quantrain")
+
+_TWINS: dict[type[nn.Module], type[QuantLayer]] = {
+    nn.Linear: QuantLinear,
+    nn.Conv2d: QuantConv2d,
+    nn.Embedding: QuantEmbedding,
+}
+
+
+class PrepareSummary(Table):
+    """What ``prepare`` did: one row a quantised layer, and ``left_float``: name -> why a module stayed in floating point.
+
+    ``recipe`` is the model's recipe.
+    """
+
+    def __init__(self, rows: Sequence[Mapping], left_float: Mapping[str, str], recipe: Recipe):
+        columns = {"layer": "layer", "type": "type", "weight": "weight", "input": "input", "output": "output"}
+        notes = [f"left float: {name} ({reason})" for name, reason in left_float.items()]
+        super().__init__(columns, rows, title=f"recipe {recipe.name or '(unnamed)'}: {len(rows)} layers", notes=notes)
+        self.left_float, self.recipe = dict(left_float), recipe
+
+
+def prepare(
+    model: nn.Module,
+    recipe: Recipe | str,
+    *,
+    overrides: Mapping[str, Recipe | str | Mapping] | None = None,
+    skip: Iterable[str] = (),
+    example_inputs: tuple | None = None,
+    inplace: bool = True,
+) -> nn.Module:
+    """Swaps every nn.Linear, nn.Conv2d and nn.Embedding for its quantised twin, at any depth, keeping the weights.
+
+    Parameters stay the same objects (tied weights stay tied, an optimiser made before stays valid) and a module that appears
+    twice is swapped once. A convolution whose only user is an nn.BatchNorm2d (found by torch.fx, else by torch.export when
+    ``example_inputs`` are given) becomes a :class:`QuantConvBn2d` under the convolution's name, the batch norm an
+    nn.Identity; other batch norms stay in floating point. Subclasses of the three layers are left alone.
+
+    Args:
+        model: a float model.
+        recipe: a :class:`quantrain.Recipe` or the name of one (``quantrain.Recipe.names()``).
+        overrides: layer-name pattern (fnmatch, e.g. ``"layer1.*"``) -> a Recipe, a name, or a mapping of changed fields such
+            as ``{"weight": {"bits": 8}, "input": None}``. Where several patterns match, the last one wins. An override also
+            wins over the recipe's ``edge_bits`` (bits of the first and last layer, in order of call where the model could
+            be traced, else of registration).
+        skip: layer-name patterns to leave in floating point; one that names a batch norm keeps it unfolded.
+        example_inputs: positional arguments of one call of the model, for torch.export.
+        inplace: False works on a deep copy.
+
+    Returns:
+        The model, with the attribute ``quantization_summary`` (:class:`PrepareSummary`; also logged to "quantrain"). A model
+        that is itself one of the three layers is returned as a new module.
+
+    Raises:
+        ValueError: a model without such layers, a pattern that names none, an invalid recipe. The model is then unchanged.
+
+    Warns:
+        UserWarning: a model with batch norms that could not be traced.
+
+    >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    >>> print(prepare(model, "qat-w8a8").quantization_summary)
+    recipe qat-w8a8: 2 layers
+    layer  type           weight                      input                              output
+    0      QuantConvBn2d  int8 per_channel (dynamic)  uint8 per_tensor (moving_average)  -
+    3      QuantLinear    int8 per_channel (dynamic)  uint8 per_tensor (moving_average)  -
+    """
+    base = as_recipe(recipe)
+    overrides = dict(overrides or {})
+    if not inplace:
+        model = copy.deepcopy(model)
+    layers = {name: module for name, module in model.named_modules() if type(module) in _TWINS}
+    if not layers:
+        raise ValueError(_no_layers(model))
+    batch_norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    skipped = {name for p in skip for name in _matching("skip", p, [*layers, *batch_norms], layers)}
+    matches = {pattern: _matching("overrides", pattern, layers, layers) for pattern in overrides}
+
+    graph = trace_model(model, example_inputs)
+    if graph.error and batch_norms:
+        hint = "" if example_inputs is not None else "; example_inputs=(...) may help"
+        warnings.warn(
+            f"prepare: the model could not be traced, batch norms stay float ({graph.error}){hint}", stacklevel=2
+        )
+    names = [name for name in layers if name not in skipped]
+    recipes = _layer_recipes(base, names, _call_order(model, graph, names), overrides, matches)
+    names = [name for name in names if _has_effect(layers[name], recipes[name])]
+    if not names:
+        raise ValueError(f"prepare: expected at least one layer to quantise, got none after skip={list(skip)}")
+
+    twins: dict[int, nn.Module] = {}
+    for name in names:
+        pair = graph.pairs.get(name)
+        if pair is None or pair in skipped:
+            twins[id(layers[name])] = _TWINS[type(layers[name])].from_float(layers[name], recipes[name], name=name)
+        else:
+            bn = batch_norms[pair]
+            twins[id(layers[name])] = QuantConvBn2d.from_float_pair(layers[name], bn, recipes[name], name=name)
+            twins[id(bn)] = nn.Identity().train(bn.training)
+    left = _left_float(model, twins, skipped, graph)
+    rows = [_summary_row(name, twins[id(layers[name])]) for name in names]
+    model = _swapped(model, twins)
+    _leave_fast_path(model)
+    model.quantization_summary = PrepareSummary(rows, left, base)
+    logger.info("%s", model.quantization_summary)
+    return model
+
+
+def convert(model: nn.Module, *, inplace: bool = True, check_observed: bool = True) -> nn.Module:
+    """Swaps every prepared layer for one that stores integer codes: the same outputs as in evaluation, bit for bit.
+
+    Args:
+        model: a prepared (calibrated or trained) model.
+        inplace: False works on a deep copy.
+        check_observed: False converts a model whose ranges were never set: a skeleton for ``load_checkpoint``, whose outputs
+            mean nothing before.
+
+    Returns:
+        The model (a new module where ``model`` is itself a prepared layer).
+
+    Raises:
+        ValueError: no prepared layer; a layer without weight spec, with weights of more than 8 bits, or with a range that
+            was never observed. The model is then unchanged.
+
+    >>> import torch
+    >>> model = prepare(nn.Sequential(nn.Linear(4, 2)), "qat-w8a8-token")
+    >>> convert(model)[0].weight.dtype
+    torch.int8
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
+    if not layers:
+        raise ValueError("convert: expected a prepared model, got one without quantised layers")
+    for name, layer in layers.items():
+        check_convertible(layer, name)
+        for fake_quant in (layer.weight_fake_quant, layer.input_fake_quant, layer.output_fake_quant):
+            if check_observed and fake_quant is not None and not fake_quant.ready:
+                raise ValueError(
+                    f"convert: expected observed ranges at '{fake_quant.name or name}', got none "
+                    "(calibrate or train first; check_observed=False makes a skeleton to load a checkpoint into)"
+                )
+    if not inplace:
+        return convert(copy.deepcopy(model), check_observed=check_observed)
+    twins = {id(layer): quantized_layer(layer, check_observed=check_observed) for layer in layers.values()}
+    summary = getattr(model, "quantization_summary", None)
+    model = _swapped(model, twins)
+    if summary is not None:
+        model.quantization_summary = summary
+    return model
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether ``model`` holds converted layers."""
+    return any(isinstance(module, QuantizedLayer) for module in model.modules())
+
+
+def _matching(argument: str, pattern: str, names: Iterable[str], layers: Mapping[str, nn.Module]) -> list[str]:
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
+        first = ", ".join(repr(name) for name in list(layers)[:5])
+        raise ValueError(
+            f"prepare: expected every pattern of {argument} to name a layer, got {pattern!r} "
+            f"(of {len(layers)} layers the first are {first})"
+        )
+    return found
+
+
+def _no_layers(model: nn.Module) -> str:
+    prepared = sum(isinstance(module, (QuantLayer, QuantizedLayer)) for module in model.modules())
+    if prepared:
+        return f"prepare: expected a float model, got one with {prepared} layers that are quantised already"
+    first = ", ".join(f"{name!r} ({type(module).__name__})" for name, module in list(model.named_modules())[:5])
+    return f"prepare: expected a Linear, Conv2d or Embedding in the model, got none (first modules: {first})"
+
+
+def _call_order(model: nn.Module, graph: ModelGraph, names: Sequence[str]) -> list[str]:
+    """``names`` in order of first call where tracing saw them all, else of registration."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    first_name = {id(modules[name]): name for name in reversed(names)}
+    called = [first_name[id(modules[name])] for name in graph.order if id(modules[name]) in first_name]
+    called = list(dict.fromkeys(called))
+    return called if len(called) == len(names) else list(names)
+
+
+def _layer_recipes(
+    base: Recipe,
+    names: Sequence[str],
+    order: Sequence[str],
+    overrides: Mapping[str, Recipe | str | Mapping],
+    matches: Mapping[str, Sequence[str]],
+) -> dict[str, Recipe]:
+    edges = {order[0], order[-1]} if order else set()
+    recipes = {name: base.edge() if name in edges else base for name in names}
+    for pattern, change in overrides.items():
+        for name in matches[pattern]:
+            if name in recipes:
+                start = base.edge() if name in edges else base
+                recipes[name] = changed_recipe(start, change)
+    return recipes
+
+
+def _has_effect(layer: nn.Module, recipe: Recipe) -> bool:
+    """An embedding has no input to quantise: without a weight and an output spec nothing is left to do."""
+    return not isinstance(layer, nn.Embedding) or recipe.weight is not None or recipe.output is not None
+
+
+def _left_float(
+    model: nn.Module, twins: Mapping[int, nn.Module], skipped: set[str], graph: ModelGraph
+) -> dict[str, str]:
+    left = {}
+    for name, module in model.named_modules():
+        if id(module) in twins or not any(True for _ in module.parameters(recurse=False)):
+            continue
+        if name in skipped:
+            left[name] = "skip"
+        elif isinstance(module, nn.BatchNorm2d):
+            left[name] = "model not traced" if graph.error else "not the only user of a quantised convolution"
+        elif isinstance(module, tuple(_TWINS)):
+            kept = type(module) in _TWINS
+            left[name] = "nothing to quantise under its recipe" if kept else f"{type(module).__name__} is a subclass"
+        elif any(p.dim() > 1 for p in module.parameters(recurse=False)):
+            left[name] = f"{type(module).__name__} has no quantised twin"
+    return left
+
+
+def _summary_row(name: str, layer: QuantLayer) -> dict[str, str | None]:
+    row: dict[str, str | None] = {"layer": name, "type": type(layer).__name__}
+    for tensor in ("weight", "input", "output"):
+        fake_quant = getattr(layer, f"{tensor}_fake_quant")
+        row[tensor] = None
+        if fake_quant is not None:
+            spec = fake_quant.spec
+            source = f"{spec.observer}, learned" if spec.learnable else spec.observer
+            kind = "int" if spec.symmetric else "uint"
+            grouped = spec.granularity == "per_group" and any(size > 1 for size in fake_quant.scale_shape[1:])
+            granularity = "per_channel" if spec.granularity == "per_group" and not grouped else spec.granularity
+            row[tensor] = f"{kind}{spec.bits} {granularity} ({source})"
+    return row
+
+
+def _swapped(model: nn.Module, twins: Mapping[int, nn.Module]) -> nn.Module:
+    """``model`` with every module that has a twin (by identity) replaced, wherever it is registered."""
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if id(child) in twins:
+                parent._modules[key] = twins[id(child)]
+    return twins.get(id(model), model)
+
+
+def _leave_fast_path(model: nn.Module) -> None:
+    """nn.TransformerEncoderLayer's fused inference path reads ``linear1.weight`` itself, past the quantised layer."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0

@@ -1,0 +1,223 @@
+"""Converted layers: integer codes and scales in buffers, the float layer's arithmetic on the dequantised weight.
+
+What the prepared layer computed in evaluation, its converted twin computes bit for bit: codes and scales come from the
+same formula, so the dequantised weight equals the fake-quantised one.
+
+Buffers: ``weight`` (int8 codes where symmetric, uint8 where affine; of 4 bits and fewer uint8, two codes a byte, packed
+along the flattened row: ``[O, ceil(row / 2)]``), ``weight_scale`` (float32, the granularity is its shape),
+``weight_zero_point`` (int32, only where affine), ``bias`` (float32, only where the layer has one).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .calibrate import evaluating
+from .fake_quantize import FakeQuantize
+from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear, gathered_qparams
+from .observers import Float32State
+
+__all__ = ["QuantizedConv2d", "QuantizedEmbedding", "QuantizedLayer", "QuantizedLinear", "quantized_layer"]
+
+kPackedBits = 4  # codes of at most this many bits are stored two a byte
+
+
+class QuantizedLayer(Float32State):
+    """What the converted layers share: the stored integers and how to read them back.
+
+    Made by ``convert`` or ``from_quant``; a converted layer has no parameters and is not trained.
+
+    Args:
+        layer: the prepared layer to convert; it is not changed.
+        check_observed: False lets a weight scale that was never set pass, as NaN, to be loaded later.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    bias: Tensor | None
+    input_fake_quant: FakeQuantize | None
+    output_fake_quant: FakeQuantize | None
+
+    def __init__(self, layer: QuantLayer, *, check_observed: bool = True):
+        super().__init__()
+        with evaluating(layer):
+            self._store_weight(layer, check_observed)
+        for child in ("input_fake_quant", "output_fake_quant"):
+            fake_quant = getattr(layer, child)
+            self.add_module(child, fake_quant and fake_quant.frozen())
+        self.recipe = layer.recipe
+        self.eval()
+
+    @classmethod
+    def from_quant(cls, layer: QuantLayer, *, check_observed: bool = True) -> QuantizedLayer:
+        """The converted twin of a prepared layer.
+
+        Raises:
+            ValueError: a weight without spec or with more than 8 bits; a scale that was never observed.
+        """
+        return cls(layer, check_observed=check_observed)
+
+    @torch.no_grad()
+    def _store_weight(self, layer: QuantLayer, check_observed: bool) -> None:
+        fake_quant, weight = check_convertible(layer), layer.weight_to_quantize()
+        self.bits, self.signed = fake_quant.spec.bits, fake_quant.symmetric
+        self.weight_shape = tuple(weight.shape)
+        if fake_quant.ready or check_observed:
+            scale, zero_point = fake_quant.calculate_qparams(weight)
+        else:
+            scale, zero_point = torch.ones_like(fake_quant.scale), fake_quant.zero_point
+        codes = torch.ops.quantrain.quantize(
+            weight,
+            scale,
+            zero_point,
+            quant_min=fake_quant.quant_min,
+            quant_max=fake_quant.quant_max,
+            dtype=torch.int8 if self.signed else torch.uint8,
+        )
+        if self.packed:
+            codes = torch.ops.quantrain.pack_int4(codes.reshape(codes.shape[0], -1).contiguous())
+        self.register_buffer("weight", codes)
+        self.register_buffer("weight_scale", scale.clone() if fake_quant.ready else torch.full_like(scale, math.nan))
+        self.register_buffer("weight_zero_point", None if zero_point is None else zero_point.clone())
+        bias = layer.bias_to_store()
+        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
+
+    @property
+    def packed(self) -> bool:
+        """Whether ``weight`` holds two codes a byte."""
+        return self.bits <= kPackedBits
+
+    def codes(self) -> Tensor:
+        """The integer codes in the weight's shape, int8 (symmetric) or uint8 (affine)."""
+        return self._unpacked(self.weight).reshape(self.weight_shape) if self.packed else self.weight
+
+    def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(codes - zero_point) * scale, in the weight's shape."""
+        return torch.ops.quantrain.dequantize(self.codes(), self.weight_scale, self.weight_zero_point, dtype=dtype)
+
+    def _unpacked(self, rows: Tensor) -> Tensor:
+        return torch.ops.quantrain.unpack_int4(rows, size=math.prod(self.weight_shape[1:]), signed=self.signed)
+
+    def _cast_bias(self, x: Tensor) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(x.dtype)
+
+    def _quantized_input(self, x: Tensor) -> Tensor:
+        return x if self.input_fake_quant is None else self.input_fake_quant(x)
+
+    def _quantized_output(self, y: Tensor) -> Tensor:
+        return y if self.output_fake_quant is None else self.output_fake_quant(y)
+
+    def extra_repr(self) -> str:
+        return f"weight_shape={self.weight_shape}, bits={self.bits}, signed={self.signed}, bias={self.bias is not None}"
+
+
+class QuantizedLinear(QuantizedLayer):
+    """y = fq_out(fq_in(x) @ ((codes - zero_point) * scale)^T + bias) with stored codes ``[out_features, in_features]``.
+
+    Shapes: x ``[..., in_features]`` -> ``[..., out_features]``. Dtype: x's (the weight is dequantised to it).
+    Gradient: to x only.
+
+    >>> layer = QuantizedLinear.from_quant(QuantLinear(4, 2, recipe="qat-w8a8-token"))
+    >>> layer.weight.dtype, layer(torch.ones(3, 4)).shape
+    (torch.int8, torch.Size([3, 2]))
+    """
+
+    def __init__(self, layer: QuantLinear, *, check_observed: bool = True):
+        super().__init__(layer, check_observed=check_observed)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self._quantized_input(input)
+        return self._quantized_output(F.linear(x, self.dequantized_weight(x.dtype), self._cast_bias(x)))
+
+
+class QuantizedConv2d(QuantizedLayer):
+    """y = fq_out(conv2d(fq_in(x), (codes - zero_point) * scale) + bias) with stored codes ``[O, C / groups, kh, kw]``.
+
+    Also what :class:`QuantConvBn2d` converts to, the batch norm folded into weight and bias.
+
+    Shapes: x ``[B, C, H, W]`` or ``[C, H, W]``. Dtype: x's. Gradient: to x only.
+    """
+
+    def __init__(self, layer: QuantConv2d, *, check_observed: bool = True):
+        super().__init__(layer, check_observed=check_observed)
+        self.stride, self.padding, self.dilation, self.groups = (
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+        )
+        self.padding_mode, self._reversed_padding = layer.padding_mode, layer._reversed_padding_repeated_twice
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, padding = self._quantized_input(input), self.padding
+        weight, bias = self.dequantized_weight(x.dtype), self._cast_bias(x)
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._reversed_padding, mode=self.padding_mode), (0, 0)
+        return self._quantized_output(F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups))
+
+
+class QuantizedEmbedding(QuantizedLayer):
+    """Rows of a stored integer table, dequantised after the gather: y = fq_out((codes[index] - zero_point) * scale).
+
+    Shapes: index, any shape, int32 or int64 -> ``[*index.shape, embedding_dim]``. Dtype: that of the float table when it was
+    converted, or as ``.to(dtype)`` sets it since. No gradient.
+    """
+
+    def __init__(self, layer: QuantEmbedding, *, check_observed: bool = True):
+        super().__init__(layer, check_observed=check_observed)
+        self.num_embeddings, self.embedding_dim = layer.num_embeddings, layer.embedding_dim
+        self.output_dtype = layer.weight.dtype
+
+    def _apply(self, fn, recurse=True):
+        probe = torch.empty(0, dtype=self.output_dtype, device=self.weight.device)
+        super()._apply(fn, recurse)
+        self.output_dtype = fn(probe).dtype
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = F.embedding(input, self.weight)
+        codes = self._unpacked(rows) if self.packed else rows
+        scale, zero_point = gathered_qparams(input, self.weight_scale, self.weight_zero_point)
+        return self._quantized_output(torch.ops.quantrain.dequantize(codes, scale, zero_point, dtype=self.output_dtype))
+
+
+_TWINS: Sequence[tuple[type[QuantLayer], type[QuantizedLayer]]] = (
+    (QuantLinear, QuantizedLinear),
+    (QuantConv2d, QuantizedConv2d),
+    (QuantEmbedding, QuantizedEmbedding),
+)
+
+
+def check_convertible(layer: QuantLayer, name: str = "") -> FakeQuantize:
+    """The layer's ``weight_fake_quant`` if its integers can be stored.
+
+    Raises:
+        ValueError: no weight spec, or more than 8 bits.
+    """
+    label = f"convert: layer '{name}'" if name else f"convert: {type(layer).__name__}"
+    if layer.weight_fake_quant is None:
+        raise ValueError(f"{label}: expected a recipe with a weight spec, got none")
+    bits = layer.weight_fake_quant.spec.bits
+    if bits > 8:
+        raise ValueError(f"{label}: expected weights of at most 8 bits, got {bits}")
+    return layer.weight_fake_quant
+
+
+def quantized_layer(layer: nn.Module, *, check_observed: bool = True) -> QuantizedLayer:
+    """The converted twin of a prepared layer (QuantLinear, QuantConv2d, QuantConvBn2d, QuantEmbedding).
+
+    Raises:
+        TypeError: another module.
+        ValueError: as :meth:`QuantizedLayer.from_quant`.
+    """
+    for kind, twin in _TWINS:
+        if isinstance(layer, kind):
+            return twin(layer, check_observed=check_observed)
+    raise TypeError(f"convert: expected a prepared layer, got {type(layer).__name__}")
