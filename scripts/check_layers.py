@@ -31,6 +31,7 @@ LAYERS = {
     "amp": {"amp", "autograd", "ops", "csrc"},
     "python": {"python", "amp", "nn", "autograd", "ops", "csrc"},
 }
+UMBRELLA = "quantrain.h"  # <quantrain/quantrain.h>, which includes all of nn
 HEAVY = {"torch/all.h", "torch/torch.h", "torch/extension.h"}
 SKIPPED = {".git", ".venv", ".ccache", "__pycache__", "dist", "runs"}
 SOURCES = {".h", ".hpp", ".cuh", ".cpp", ".cc", ".cu"}
@@ -93,6 +94,8 @@ def layer_of(include: Include) -> str | None:
     target = include.target.removeprefix("quantrain/")
     if target.startswith("."):
         target = os.path.normpath(os.path.join(os.path.dirname(include.path), target))
+    if target == UMBRELLA and include.target != target:
+        return "nn"
     folder, _, rest = target.partition("/")
     return folder if rest and folder in LAYERS else None
 

@@ -75,6 +75,7 @@ def test_the_good_tree_passes(tmp_path):
         ("ops/scale.h", '#include "quantrain/autograd/scale.h"\n', 1),
         ("ops/scale.h", "\n#include <quantrain/nn/layers.h>\n", 2),
         ("autograd/scale.cpp", '#include "../nn/layers.h"\n', 1),
+        ("autograd/scale.cpp", "#include <quantrain/quantrain.h>\n", 1),
         ("nn/layers.h", '#include "quantrain/amp/scaler.h"\n', 1),
         ("amp/scaler.cpp", '#include "quantrain/nn/layers.h"\n', 1),
         ("nn/layers.cpp", '/* two\nlines */ #include "python/bindings.h"\n', 2),

@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# Where there is a GPU: runs every pytest test marked cuda, every Catch2 test tagged [cuda] and every benchmarks/bench_*.py, and
+# writes benchmarks/results/<gpu>-<date>.txt. Fails where a test or a benchmark fails; the file is written all the same.
+# Usage: scripts/gpu_check.sh [--build-only]
+#   --build-only   only makes build/gpu (needs nvcc, no GPU), to be carried to the machine with the GPU
+# It uses build/gpu where that is, else the quantrain of .venv where that has CUDA, else it makes build/gpu.
+# Environment: PYTHON (an interpreter with torch 2.11; default .venv's, else python3), RESULTS (folder of the result file)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+say() { printf 'gpu_check: %s\n' "$*"; }
+fail() {
+  printf 'gpu_check: %s\n' "$*" >&2
+  exit 1
+}
+
+has_torch() { "$1" -c 'import torch; assert torch.__version__.startswith("2.11.")' 2>/dev/null; }
+
+python=${PYTHON:-}
+for candidate in "$PWD/.venv/bin/python" python3; do
+  if [ -z "$python" ] && has_torch "$candidate"; then python=$candidate; fi
+done
+[ -n "$python" ] || fail "no Python with torch 2.11: run scripts/setup.sh, or set PYTHON"
+PATH="$(dirname "$(command -v "$python")"):/usr/local/cuda/bin:$PATH"
+export PATH
+
+# Builds library, Python module and C++ tests into build/gpu, and lays the package out in build/gpu/site.
+build() {
+  command -v nvcc >/dev/null || fail "no nvcc: install a CUDA toolkit of torch's major version, or carry build/gpu here"
+  say "building build/gpu"
+  local tests=ON
+  [ -e /usr/include/catch2/catch.hpp ] || tests=OFF # without Debian's catch2 the C++ tests are left out
+  cmake -S . -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DQUANTRAIN_CUDA=ON -DQUANTRAIN_BUILD_TESTS="$tests" \
+    -DQUANTRAIN_BUILD_EXAMPLES=OFF -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')"
+  cmake --build build/gpu
+  rm -rf build/gpu/site
+  mkdir -p build/gpu/site
+  cp -r python/quantrain build/gpu/site/quantrain
+  cmake --install build/gpu --prefix build/gpu/site/quantrain >/dev/null
+}
+
+cuda_build() { "$python" -c 'import sys, torch, quantrain; sys.exit(not quantrain._C.built_with_cuda)' 2>/dev/null; }
+
+if [ "${1:-}" = --build-only ]; then
+  build
+  exit 0
+fi
+nvidia-smi >/dev/null 2>&1 || fail "no GPU here: nvidia-smi does not answer"
+if [ -d build/gpu/site ]; then
+  say "using build/gpu"
+elif cuda_build; then
+  say "using the quantrain that $python has"
+else
+  build
+fi
+[ -d build/gpu/site ] && export PYTHONPATH="$PWD/build/gpu/site${PYTHONPATH:+:$PYTHONPATH}"
+cuda_build || fail "the quantrain that $python imports has no CUDA kernels"
+
+gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)
+results=${RESULTS:-benchmarks/results}
+mkdir -p "$results"
+file="$results/$(tr '[:upper:] ' '[:lower:]-' <<<"$gpu")-$(date +%F).txt"
+failed=0
+
+section() { printf '\n## %s\n' "$*"; }
+
+# Runs one command under its own heading; a failure is noted and the next one still runs.
+record() {
+  section "$*"
+  "$@" 2>&1 || {
+    echo "FAILED with status $?: $*"
+    touch "$file.failed"
+  }
+}
+
+# The C++ tests find torch's libraries where this Python has them.
+library_path=$("$python" - <<'END'
+import pathlib, torch
+root = pathlib.Path(torch.__file__).parent
+print(":".join(map(str, [root / "lib", *root.parent.glob("nvidia/*/lib")])))
+END
+)
+
+report() {
+  echo "# quantrain on $gpu"
+  echo "date     $(date -u +%FT%TZ)"
+  echo "command  scripts/gpu_check.sh"
+  echo "commit   $(git describe --always --dirty 2>/dev/null || echo unknown)"
+  echo "driver   $(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)"
+  "$python" -c 'import torch; print(f"torch    {torch.__version__}, CUDA {torch.version.cuda}")'
+  record "$python" -m pytest -q -m cuda tests/python
+  for test in build/gpu/tests/cpp/*; do
+    if [ -f "$test" ] && [ -x "$test" ]; then LD_LIBRARY_PATH="$library_path" record "$test" "[cuda]"; fi
+  done
+  for bench in benchmarks/bench_*.py; do
+    record "$python" "$bench" --device cuda
+  done
+}
+
+rm -f "$file.failed"
+report | tee "$file"
+if [ -e "$file.failed" ]; then
+  rm -f "$file.failed"
+  failed=1
+fi
+say "wrote $file"
+exit "$failed"
