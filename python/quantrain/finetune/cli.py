@@ -1,0 +1,169 @@
+"""The console script ``quantrain``. Its command ``finetune`` fine-tunes a model under each of a list of recipes and compares."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from quantrain.finetune.config import IMAGE_RECIPES, TEXT_RECIPES, JobConfig
+from quantrain.finetune.trainer import Interrupted, StopRequest
+
+EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+
+EXAMPLES = """\
+examples:
+  quantrain finetune                                   ResNet-20 on Fashion-MNIST: qat-w8a8, qat-w4a4, ptq-w8a8
+  quantrain finetune --quick                           the same in under three minutes, on less data
+  quantrain finetune --job sst2                        MiniLM-L6 on SST-2: qat-w8a8, qat-w4a8
+  quantrain finetune --recipes qat-w4a8 ptq-w4a8       other recipes
+  quantrain finetune --model my_models:tiny --data folder/with/idx/files --name tiny
+"""
+
+# What each job does unless told otherwise: (normal, --quick).
+_DEFAULTS = {
+    "images": {
+        "epochs": (3.0, 0.4),
+        "lr": (0.2, 0.2),
+        "batch_size": (128, 128),
+        "train_rows": (None, None),
+        "test_rows": (None, 2000),
+        "recipes": (IMAGE_RECIPES, IMAGE_RECIPES),
+        "model": ("resnet20", "resnet20"),
+        "data": ("fashion-mnist", "fashion-mnist"),
+    },
+    "sst2": {
+        "epochs": (1.0, 1.0),
+        "lr": (2e-4, 2e-4),
+        "batch_size": (32, 32),
+        "train_rows": (8000, 640),
+        "test_rows": (None, None),
+        "recipes": (TEXT_RECIPES, TEXT_RECIPES),
+        "model": ("minilm", "minilm"),
+        "data": ("sst2", "sst2"),
+    },
+}
+
+
+def _positive(kind: type):
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(
+                f"expected a positive {'whole ' if kind is int else ''}number, got {text!r}"
+            )
+        return value
+
+    return parse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    parser = argparse.ArgumentParser(prog="quantrain", description="Train and run neural networks in few bits.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    finetune = commands.add_parser(
+        "finetune",
+        help="fine-tune a model under each of a list of recipes and compare",
+        description="Train (or load) a float32 baseline; then for each recipe prepare, calibrate, fine-tune, convert to "
+        "integer weights and evaluate. Prints one table and writes runs/<name>/ with metrics.jsonl, checkpoints, plots and "
+        "report.html. Ctrl-C keeps what is done; the same command goes on from there.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    whole, number = _positive(int), _positive(float)
+    what = finetune.add_argument_group("what to run")
+    what.add_argument("--job", choices=sorted(_DEFAULTS), default="images", help="images (default), or MiniLM on sst2")
+    what.add_argument("--recipes", nargs="+", metavar="RECIPE", help="named recipes, run in this order")
+    what.add_argument("--model", metavar="MODEL", help="resnet20 (default) or module:function returning an nn.Module")
+    what.add_argument(
+        "--data",
+        metavar="DATA",
+        help="fashion-mnist (default), digits, a folder with four IDX files; for sst2 a folder with train.tsv and dev.tsv, "
+        "or a tsv file with the columns sentence and label",
+    )
+    what.add_argument("--baseline", type=Path, metavar="FILE", help="load the float32 model from this checkpoint")
+    what.add_argument("--quick", action="store_true", help="a short run: fewer steps, fewer samples")
+    run = finetune.add_argument_group("the run's folder")
+    run.add_argument("--name", help="the run's name (default: made of model and data)")
+    run.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="the folder of all runs (runs)")
+    run.add_argument(
+        "--restart", action="store_true", help="delete what an earlier run of this name left, and begin again"
+    )
+    run.add_argument("--tensorboard", action="store_true", help="write TensorBoard events too")
+    training = finetune.add_argument_group("training")
+    training.add_argument("--epochs", type=number, help="epochs of the float32 baseline")
+    training.add_argument("--lr", type=number, help="its largest learning rate")
+    training.add_argument("--qat-epochs", type=number, help="epochs of fine-tuning, for every recipe")
+    training.add_argument("--qat-lr", type=number, help="its largest learning rate, for every recipe")
+    training.add_argument("--batch-size", type=whole, help="samples a training step")
+    training.add_argument(
+        "--calibration-batches", type=whole, default=8, help="training batches that observers see (8)"
+    )
+    training.add_argument("--train-rows", type=whole, help="use only so many training samples")
+    training.add_argument("--test-rows", type=whole, help="use only so many test samples")
+    training.add_argument("--max-steps", type=whole, help="stop each stage after so many steps of its schedule")
+    training.add_argument(
+        "--precision", choices=("float32", "bf16"), default="float32", help="bf16: train under autocast"
+    )
+    training.add_argument("--seed", type=int, default=0, help="seeds the weights and the order of the data (0)")
+    machine = finetune.add_argument_group("machine")
+    machine.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    machine.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's)")
+    return parser
+
+
+def make_config(arguments: argparse.Namespace) -> JobConfig:
+    """The job that parsed arguments ask for, defaults filled in."""
+    values = {key: value for key, value in vars(arguments).items() if key not in ("command", "restart")}
+    for key, (normal, quick) in _DEFAULTS[arguments.job].items():
+        if values[key] is None:
+            values[key] = quick if arguments.quick else normal
+    values["recipes"] = tuple(dict.fromkeys(values["recipes"]))
+    if values["name"] is None:
+        parts = [values["model"].replace(":", "-"), Path(values["data"]).stem, *(["quick"] if arguments.quick else [])]
+        values["name"] = "-".join(parts)
+    return JobConfig(**values)
+
+
+def finetune(arguments: argparse.Namespace) -> int:
+    """Run the command ``finetune``; the result is the exit status."""
+    config = make_config(arguments)
+    try:
+        from quantrain.finetune.job import Job, restart
+
+        if arguments.restart:
+            restart(config)
+        with StopRequest().listening() as stop:
+            Job(config, stop).run()
+    except Interrupted:
+        print(
+            f"\nstopped; what is done is in {config.folder}, and the same command goes on from there", file=sys.stderr
+        )
+        return EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        print(f"\nstopped at once; the same command goes on from the last save in {config.folder}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except ModuleNotFoundError as error:
+        print(
+            f"quantrain finetune: error: expected the package {error.name}, got none (pip install 'quantrain[train]')",
+            file=sys.stderr,
+        )
+        return EXIT_ERROR
+    except (ValueError, OSError) as error:
+        print(f"quantrain finetune: error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script's entry; ``argv`` is the command line without the program's name."""
+    return finetune(build_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""What a fine-tuning job is asked to do, and the defaults that go with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from quantrain.finetune.trainer import TrainSettings
+
+BASELINE = "float32"
+IMAGE_RECIPES = ("qat-w8a8", "qat-w4a4", "ptq-w8a8")
+TEXT_RECIPES = ("qat-w8a8", "qat-w4a8")
+
+# What may differ between a run and the one that resumes it: where and how fast it runs, and which recipes it adds.
+_FREE_TO_CHANGE = {"recipes", "name", "runs", "device", "threads", "tensorboard"}
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """One fine-tuning job, as the command line states it.
+
+    Attributes:
+        job: ``"images"`` or ``"sst2"``.
+        model: ``"resnet20"``, ``"minilm"`` or ``"module:function"``.
+        data: ``"fashion-mnist"``, ``"digits"``, ``"sst2"``, or a path.
+        recipes: Names of recipes, run in this order.
+        name: The run's name; its files go to ``runs / name``.
+        runs: The folder of all runs.
+        baseline: A float32 checkpoint to start from; None trains one.
+        epochs: Of the float32 training.
+        lr: Its largest learning rate.
+        qat_epochs: Of the fine-tuning of a recipe; None takes the recipe's default.
+        qat_lr: Its largest learning rate; None takes the recipe's default.
+        batch_size: Samples a training step.
+        calibration_batches: Training batches that the observers see.
+        train_rows: Use only so many training samples; None uses all.
+        test_rows: Use only so many test samples; None uses all.
+        max_steps: Stop each training stage after so many steps of its schedule; None takes them all.
+        precision: ``"float32"`` or ``"bf16"`` (autocast in training; evaluation is always float32).
+        device: ``"cpu"``, ``"cuda"``, ...
+        threads: CPU threads; None leaves PyTorch's number.
+        seed: Seeds the weights and the order of the data.
+        quick: Whether the defaults are the short ones.
+        tensorboard: Whether to write TensorBoard events too.
+    """
+
+    job: str
+    model: str
+    data: str
+    recipes: tuple[str, ...]
+    name: str
+    runs: Path = Path("runs")
+    baseline: Path | None = None
+    epochs: float = 3.0
+    lr: float = 0.2
+    qat_epochs: float | None = None
+    qat_lr: float | None = None
+    batch_size: int = 128
+    calibration_batches: int = 8
+    train_rows: int | None = None
+    test_rows: int | None = None
+    max_steps: int | None = None
+    precision: str = "float32"
+    device: str = "cpu"
+    threads: int | None = None
+    seed: int = 0
+    quick: bool = False
+    tensorboard: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """The folder of this run's files."""
+        return self.runs / self.name
+
+    def baseline_settings(self) -> TrainSettings:
+        """How the float32 baseline is trained."""
+        return self._settings(self.epochs, self.lr)
+
+    def recipe_settings(self, recipe) -> TrainSettings:
+        """How a model prepared with ``recipe`` is fine-tuned: fewer bits get more steps and a larger learning rate."""
+        few_bits = min(spec.bits for spec in (recipe.weight, recipe.input) if spec is not None) <= 4
+        epochs, lr = _RECIPE_DEFAULTS[self.job, few_bits]
+        if self.quick:
+            epochs *= _QUICK_FACTOR[self.job]
+        return self._settings(self.qat_epochs or epochs, self.qat_lr or lr)
+
+    def _settings(self, epochs: float, lr: float) -> TrainSettings:
+        text = self.job == "sst2"
+        return TrainSettings(
+            epochs=epochs,
+            lr=lr,
+            batch_size=self.batch_size,
+            optimizer="adamw" if text else "sgd",
+            weight_decay=0.01 if text else 5e-4,
+            warmup=0.1 if text else 0.25,
+            precision=self.precision,
+            seed=self.seed,
+            max_steps=self.max_steps,
+        )
+
+    def to_json(self) -> dict:
+        """The fields, as JSON takes them."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+
+# (job, some tensor has 4 bits or fewer) -> (epochs, largest learning rate) of the fine-tuning after calibration.
+_RECIPE_DEFAULTS = {
+    ("images", False): (0.5, 0.02),
+    ("images", True): (1.0, 0.05),
+    ("sst2", False): (1.0, 5e-5),
+    ("sst2", True): (1.0, 1e-4),
+}
+_QUICK_FACTOR = {"images": 0.25, "sst2": 1.0}
+
+
+def record_config(config: JobConfig) -> None:
+    """Write the run's config.json, or check that the one that is there asks for the same.
+
+    Raises:
+        ValueError: An earlier run of this name was asked for something else; nothing is changed.
+    """
+    path = config.folder / "config.json"
+    wanted = json.loads(json.dumps(config.to_json()))
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: expected the JSON of an earlier run, got {error}") from error
+        for field in fields(config):
+            key = field.name
+            if key not in _FREE_TO_CHANGE and found.get(key) != wanted[key]:
+                raise ValueError(
+                    f"{path}: expected {key} = {found.get(key)!r} as in the run that is resumed, got {wanted[key]!r}; "
+                    "take another --name, or --restart to begin again"
+                )
+    config.folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,297 @@
+"""The fine-tuning job: a float32 baseline, then each recipe prepared, calibrated, fine-tuned, converted and evaluated."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import shutil
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import quantrain
+from quantrain import nn as qnn
+from quantrain.finetune import memory, minilm, plots
+from quantrain.finetune.config import BASELINE, JobConfig, record_config
+from quantrain.finetune.data import Batch, calibration_batches, load_image_data
+from quantrain.finetune.grids import input_grids, weight_grids
+from quantrain.finetune.metrics import Metrics
+from quantrain.finetune.models import load_model
+from quantrain.finetune.report import write_report
+from quantrain.finetune.results import LayerError, StageResult, read_results, write_results
+from quantrain.finetune.table import format_seconds, format_table
+from quantrain.finetune.text import load_text_data
+from quantrain.finetune.trainer import EVAL_BATCH, StopRequest, TrainResult, evaluate, to_device, train
+
+_OWN_FILES = ("config.json", "results.json", "metrics.jsonl", "report.html", "table.txt")
+_OWN_FOLDERS = ("plots", "state", "tensorboard")
+
+
+def load_data(config: JobConfig):
+    """The data that the job names: an ImageData or a TextData.
+
+    Raises:
+        FileNotFoundError: It is not there; the message says what was looked for.
+        ValueError: A file of it is damaged.
+    """
+    if config.job == "sst2":
+        data = load_text_data(config.data, minilm.load_tokenizer())
+    else:
+        data = load_image_data(config.data)
+    return data.subset(config.train_rows, config.test_rows)
+
+
+def new_model(config: JobConfig, data) -> nn.Module:
+    """The job's float32 model with fresh (MiniLM: pretrained) weights drawn by the job's seed."""
+    torch.manual_seed(config.seed)
+    if config.job == "sst2":
+        return minilm.sentence_classifier(data.num_classes)
+    return load_model(config.model, data.num_classes, data.in_channels)
+
+
+def restart(config: JobConfig) -> None:
+    """Delete the files that an earlier run of this name left; files that no run writes stay."""
+    for name in _OWN_FILES:
+        (config.folder / name).unlink(missing_ok=True)
+    for name in _OWN_FOLDERS:
+        shutil.rmtree(config.folder / name, ignore_errors=True)
+    for path in config.folder.glob("*.safetensors"):
+        path.unlink()
+
+
+class Job:
+    """One run of a JobConfig, resumed from what its folder holds.
+
+    Args:
+        config: What to do.
+        stop: Asked between steps whether the user wants to stop.
+
+    Raises:
+        ValueError: An unknown recipe, a model that does not exist, or a folder of another run.
+        FileNotFoundError: Data or a baseline that is not there.
+    """
+
+    def __init__(self, config: JobConfig, stop: StopRequest | None = None) -> None:
+        self.config = config
+        self.stop = stop or StopRequest()
+        self.recipes = {name: quantrain.Recipe.from_name(name) for name in config.recipes}
+        self.device = torch.device(config.device)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.data = load_data(config)
+        self.baseline = new_model(config, self.data).to(self.device)
+        record_config(config)
+        self.folder = config.folder
+        for name in ("plots", "state"):
+            (self.folder / name).mkdir(exist_ok=True)
+        self.metrics = Metrics(
+            self.folder / "metrics.jsonl", self.folder / "tensorboard" if config.tensorboard else None
+        )
+        self.results = read_results(self.folder)
+        self.calibration = calibration_batches(self.data, config.batch_size, config.calibration_batches, config.seed)
+
+    def run(self) -> list[StageResult]:
+        """Do what is not done yet, print and write the table and the report; the result is the table's rows.
+
+        Raises:
+            Interrupted: The user asked to stop; finished stages and the state of the current one are kept.
+        """
+        self._say(f"data: {self.data.name}, {self.data.train_size} training and {self.data.test_size} test samples")
+        self._run_baseline()
+        for name in self.recipes:
+            if name in self.results:
+                self._say(f"{name}: done by an earlier run")
+            else:
+                self._run_recipe(name)
+        return self._finish()
+
+    def checkpoint(self, stage: str, form: str = "") -> Path:
+        """The path of a stage's checkpoint; ``form`` is prepared, trained or converted, or empty for the baseline."""
+        return self.folder / (f"{stage}.{form}.safetensors" if form else f"{stage}.safetensors")
+
+    def _say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def _train(self, model: nn.Module, stage: str, settings) -> TrainResult:
+        return train(
+            model,
+            self.data,
+            settings,
+            stage=stage,
+            metrics=self.metrics,
+            state_path=self.folder / "state" / f"{stage}.pt",
+            device=self.device,
+            stop=self.stop,
+        )
+
+    def _keep(self, result: StageResult, epochs: float) -> None:
+        self.metrics.evaluation(result.stage, result.steps, epochs, result.accuracy, result.loss)
+        self.results[result.stage] = result
+        write_results(self.folder, self.results)
+        (self.folder / "state" / f"{result.stage}.pt").unlink(missing_ok=True)
+        self._say(f"{result.stage}: accuracy {100 * result.accuracy:.2f} % in {format_seconds(result.seconds)}")
+
+    def _run_baseline(self) -> None:
+        path = self.checkpoint(BASELINE)
+        if BASELINE in self.results:
+            qnn.load_checkpoint(path, self.baseline)
+            self._say(f"{BASELINE}: done by an earlier run")
+            return
+        started = time.perf_counter()
+        memory.reset_peak(self.device)
+        trained = None
+        if self.config.baseline is not None:
+            if not self.config.baseline.is_file():
+                raise FileNotFoundError(f"{self.config.baseline}: expected a float32 checkpoint, got no such file")
+            qnn.load_checkpoint(self.config.baseline, self.baseline)
+            self._say(f"{BASELINE}: loaded from {self.config.baseline}")
+        else:
+            trained = self._train(self.baseline, BASELINE, self.config.baseline_settings())
+        accuracy, loss = evaluate(self.baseline, self.data, self.device, self.stop)
+        qnn.save_checkpoint(path, self.baseline)
+        self._keep(
+            StageResult(
+                stage=BASELINE,
+                accuracy=accuracy,
+                loss=loss,
+                weight_bytes=path.stat().st_size,
+                peak_memory_bytes=memory.peak_bytes(self.device),
+                steps=trained.steps if trained else 0,
+                step_seconds=trained.step_seconds if trained else None,
+                seconds=time.perf_counter() - started + (trained.earlier_seconds if trained else 0.0),
+            ),
+            self.config.epochs if trained else 0,
+        )
+
+    def _run_recipe(self, name: str) -> None:
+        recipe = self.recipes[name]
+        started = time.perf_counter()
+        memory.reset_peak(self.device)
+        model = self._prepared(name, recipe)
+        trained = None
+        settings = self.config.recipe_settings(recipe)
+        if recipe.training:
+            trained = self._train(model, name, settings)
+            qnn.save_checkpoint(self.checkpoint(name, "trained"), model, recipe)
+        converted = qnn.convert(copy.deepcopy(model).eval())
+        path = self.checkpoint(name, "converted")
+        qnn.save_checkpoint(path, converted, recipe)
+        accuracy, loss = evaluate(converted, self.data, self.device, self.stop)
+        result = StageResult(
+            stage=name,
+            accuracy=accuracy,
+            loss=loss,
+            weight_bytes=path.stat().st_size,
+            peak_memory_bytes=memory.peak_bytes(self.device),
+            steps=trained.steps if trained else 0,
+            step_seconds=trained.step_seconds if trained else None,
+            seconds=time.perf_counter() - started + (trained.earlier_seconds if trained else 0.0),
+            convert_difference=self._convert_difference(model, converted),
+            layer_errors=self._layer_errors(model),
+        )
+        self._plot_grids(name, model)
+        self._keep(result, settings.epochs if trained else 0)
+
+    def _prepared(self, name: str, recipe) -> nn.Module:
+        """The baseline prepared with the recipe and calibrated; an interrupted stage goes on from its own calibration."""
+        path = self.checkpoint(name, "prepared")
+        model = qnn.prepare(copy.deepcopy(self.baseline), recipe)
+        if (self.folder / "state" / f"{name}.pt").is_file():
+            qnn.load_checkpoint(path, model)
+            qnn.enable_observer(model, False)
+            return model
+        batches = [to_device(batch, self.device) for batch in self.calibration]
+        qnn.calibrate(model, batches, forward=lambda module, batch: module(*batch[0]))
+        qnn.save_checkpoint(path, model, recipe)
+        return model
+
+    def _probe(self) -> Batch:
+        return to_device(next(self.data.test_batches(EVAL_BATCH)), self.device)
+
+    @torch.inference_mode()
+    def _convert_difference(self, model: nn.Module, converted: nn.Module) -> float:
+        inputs, _ = self._probe()
+        return float((model.eval()(*inputs) - converted(*inputs)).abs().max())
+
+    def _layer_errors(self, model: nn.Module) -> tuple[LayerError, ...]:
+        inputs, _ = self._probe()
+        table = qnn.quantization_error(model, inputs)
+        return tuple(
+            LayerError(row["layer"], tensor, row[f"{tensor}_sqnr_db"], row.get(f"{tensor}_saturation_pct"))
+            for row in table.rows
+            for tensor in ("weight", "input", "output")
+            if row.get(f"{tensor}_sqnr_db") is not None
+        )
+
+    def _plot_grids(self, name: str, model: nn.Module) -> None:
+        color = plots.stage_colors([BASELINE, *self.recipes])[name]
+        inputs, _ = self._probe()
+        for kind, grids in (("weights", weight_grids(model)), ("inputs", input_grids(model, inputs))):
+            if grids:
+                plots.plot_histograms(grids, name, color, self.folder / "plots" / f"{name}-{kind}.png")
+
+    def _finish(self) -> list[StageResult]:
+        results = [self.results[stage] for stage in (BASELINE, *self.recipes)]
+        table = format_table(results)
+        self._say("\n" + self._title() + "\n" + table + "\n")
+        (self.folder / "table.txt").write_text(self._title() + "\n" + table + "\n", encoding="utf-8")
+        folder = self.folder / "plots"
+        figures = [("Loss and accuracy", folder / "curves.png")]
+        plots.plot_curves(self.metrics.read(), results, folder / "curves.png")
+        if any(result.layer_errors for result in results):
+            plots.plot_sqnr(results, folder / "sqnr.png")
+            figures.append(("Signal to quantisation noise by layer", folder / "sqnr.png"))
+        for name in self.recipes:
+            for kind in ("weights", "inputs"):
+                path = folder / f"{name}-{kind}.png"
+                if path.is_file():
+                    figures.append((f"{name}: what is rounded, and the grid it is rounded to", path))
+        report = self.folder / "report.html"
+        write_report(report, self._title(), self._lead(results), results, figures, self._facts(results))
+        self._say(f"report: {report}")
+        return results
+
+    def _title(self) -> str:
+        model = "MiniLM-L6" if self.config.job == "sst2" else self.config.model.replace("resnet20", "ResNet-20")
+        return f"{model} on {self.data.name}{' (quick run)' if self.config.quick else ''}"
+
+    def _lead(self, results: list[StageResult]) -> str:
+        total = format_seconds(sum(result.seconds for result in results))
+        return (
+            f"A float32 model and {len(results) - 1} quantised ones, each prepared, calibrated, fine-tuned where its recipe "
+            f"trains, converted to integer weights and evaluated on {self.data.test_size} test samples, in {total}."
+        )
+
+    def _facts(self, results: list[StageResult]) -> list[tuple[str, str]]:
+        config = self.config
+        trained = [
+            f"{result.stage}: {result.steps} steps of {config.batch_size}" for result in results if result.steps > 0
+        ]
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _cpu_name()
+        facts = [
+            ("date", date.today().isoformat()),
+            (
+                "data",
+                f"{self.data.name} from {self.data.source}, {self.data.train_size} + {self.data.test_size} samples",
+            ),
+            ("training", "; ".join(trained) or "none"),
+            ("calibration", f"{len(self.calibration)} batches of {config.batch_size}"),
+            ("precision of training", config.precision),
+            ("seed", str(config.seed)),
+            ("device", f"{device}, {torch.get_num_threads()} threads" if self.device.type == "cpu" else device),
+            ("torch", torch.__version__),
+            ("quantrain", quantrain.__version__),
+        ]
+        return facts + [(f"recipe {name}", recipe.to_json()) for name, recipe in self.recipes.items()]
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

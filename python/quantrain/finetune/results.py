@@ -1,0 +1,82 @@
+"""What each finished stage of a run measured, kept in results.json."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """How far a layer's quantised tensor lies from the float one.
+
+    Attributes:
+        layer: The layer's name.
+        tensor: ``"weight"``, ``"input"`` or ``"output"`` (the layer's result, both errors together).
+        sqnr_db: Signal to quantisation noise ratio in dB.
+        saturation_pct: Per cent of the elements whose code lies outside the grid; None for an output.
+    """
+
+    layer: str
+    tensor: str
+    sqnr_db: float
+    saturation_pct: float | None
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One row of the table.
+
+    Attributes:
+        stage: ``"float32"`` or the recipe's name.
+        accuracy: On the test set, 0 to 1; of a recipe, that of the converted model.
+        loss: Mean cross-entropy there.
+        weight_bytes: Size of the stage's checkpoint file (of a recipe, the converted one's).
+        peak_memory_bytes: Largest resident memory of the process during the stage (on a GPU, allocated memory).
+        steps: Training steps taken.
+        step_seconds: Median time of one; None without training.
+        seconds: Wall time of the stage.
+        convert_difference: Largest difference of a logit between the fake-quantised and the converted model on one
+            batch; None for the baseline.
+        layer_errors: Per layer and tensor, of the fake-quantised model on one training batch.
+    """
+
+    stage: str
+    accuracy: float
+    loss: float
+    weight_bytes: int
+    peak_memory_bytes: int
+    steps: int
+    step_seconds: float | None
+    seconds: float
+    convert_difference: float | None = None
+    layer_errors: tuple[LayerError, ...] = field(default=())
+
+
+def read_results(folder: Path) -> dict[str, StageResult]:
+    """The finished stages by name, in the order they finished.
+
+    Raises:
+        ValueError: results.json is not what write_results writes.
+    """
+    path = folder / "results.json"
+    if not path.is_file():
+        return {}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        results = [
+            StageResult(**{**entry, "layer_errors": tuple(LayerError(**error) for error in entry["layer_errors"])})
+            for entry in entries
+        ]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: expected the results of an earlier run, got {error}") from error
+    return {result.stage: result for result in results}
+
+
+def write_results(folder: Path, results: dict[str, StageResult]) -> None:
+    """Write results.json whole, then rename it into place."""
+    temporary = folder / "results.tmp"
+    temporary.write_text(json.dumps([asdict(result) for result in results.values()], indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / "results.json")

@@ -1,0 +1,54 @@
+"""The one table of a run: recipe, accuracy, change against float32, weight bytes, peak memory, time a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quantrain.finetune.results import StageResult
+
+HEADER = ("recipe", "accuracy", "change", "weights on disk", "peak memory", "step", "stage")
+
+
+def rows(results: Sequence[StageResult]) -> list[tuple[str, ...]]:
+    """The table's cells, a row a stage in the order of ``results``; the first is the float32 baseline."""
+    return [_row(result, results[0]) for result in results]
+
+
+def _row(result: StageResult, baseline: StageResult) -> tuple[str, ...]:
+    change = 100 * (result.accuracy - baseline.accuracy)
+    return (
+        result.stage,
+        f"{100 * result.accuracy:.2f} %",
+        "" if result is baseline else f"{change:+.2f}",
+        format_bytes(result.weight_bytes),
+        format_bytes(result.peak_memory_bytes),
+        f"{1000 * result.step_seconds:.0f} ms" if result.step_seconds is not None else "no training",
+        format_seconds(result.seconds),
+    )
+
+
+def format_table(results: Sequence[StageResult]) -> str:
+    """The table as text, in columns two spaces apart; numbers are aligned right."""
+    cells = [HEADER, *rows(results)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(HEADER))]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in cells
+    ]
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def format_bytes(count: int) -> str:
+    """``count`` bytes in kB or MB, powers of 1000."""
+    if count < 1e6:
+        return f"{count / 1e3:.1f} kB"
+    return f"{count / 1e6:.2f} MB" if count < 1e8 else f"{count / 1e6:.0f} MB"
+
+
+def format_seconds(seconds: float) -> str:
+    """``seconds`` as ``58 s`` or ``3 min 05 s``."""
+    whole = round(seconds)
+    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02d} s"

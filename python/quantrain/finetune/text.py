@@ -1,0 +1,155 @@
+"""Sentences with labels for the fine-tuning job: SST-2, or a tsv file that the user names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantrain.finetune.data import Batch
+
+
+@dataclass(frozen=True)
+class TextData:
+    """A training and a test set of tokenised sentences held in memory.
+
+    Attributes:
+        name: What the data is called in tables and plots.
+        source: Where it came from.
+        classes: The class names, by label.
+        train_ids: Token ids of each training sentence.
+        train_labels: int64 ``[N]``.
+        test_ids: Token ids of each test sentence.
+        test_labels: int64 ``[M]``.
+    """
+
+    name: str
+    source: str
+    classes: tuple[str, ...]
+    train_ids: Sequence[list[int]]
+    train_labels: Tensor
+    test_ids: Sequence[list[int]]
+    test_labels: Tensor
+
+    @property
+    def train_size(self) -> int:
+        """Number of training samples."""
+        return len(self.train_labels)
+
+    @property
+    def test_size(self) -> int:
+        """Number of test samples."""
+        return len(self.test_labels)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    def train_batch(self, indices: Tensor, generator: torch.Generator | None) -> Batch:
+        """The training sentences at ``indices``, padded to the longest of them; ``generator`` is not drawn from."""
+        return pad([self.train_ids[index] for index in indices.tolist()]), self.train_labels[indices]
+
+    def skip_train_batch(self, size: int, generator: torch.Generator) -> None:
+        """A batch of text draws nothing, so there is nothing to skip."""
+
+    def test_batches(self, batch_size: int) -> Iterator[Batch]:
+        """The test set, shortest sentences first, so that little is padded."""
+        order = sorted(range(self.test_size), key=lambda index: len(self.test_ids[index]))
+        for start in range(0, self.test_size, batch_size):
+            chosen = order[start : start + batch_size]
+            yield pad([self.test_ids[index] for index in chosen]), self.test_labels[chosen]
+
+    def subset(self, train_rows: int | None, test_rows: int | None) -> TextData:
+        """``train_rows`` training sentences drawn by a fixed seed and the first ``test_rows``; None keeps them all."""
+        order = torch.randperm(self.train_size, generator=torch.Generator().manual_seed(0))[:train_rows]
+        return replace(
+            self,
+            train_ids=[self.train_ids[index] for index in order.tolist()],
+            train_labels=self.train_labels[order],
+            test_ids=self.test_ids[:test_rows],
+            test_labels=self.test_labels[:test_rows],
+        )
+
+
+def pad(sentences: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids as int64 ``[B, T]`` padded with 0 to the longest, and the mask bool ``[B, T]`` of the tokens."""
+    length = max(len(ids) for ids in sentences)
+    ids = torch.zeros(len(sentences), length, dtype=torch.long)
+    mask = torch.zeros(len(sentences), length, dtype=torch.bool)
+    for row, sentence in enumerate(sentences):
+        ids[row, : len(sentence)] = torch.tensor(sentence)
+        mask[row, : len(sentence)] = True
+    return ids, mask
+
+
+def read_tsv(path: Path) -> tuple[list[str], list[int]]:
+    """The sentences and labels in a tsv file with the header ``sentence<TAB>label``.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The header or a row is not of that form, or there are no rows.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a tsv file with the columns sentence and label, got none")
+    lines = path.read_text(encoding="utf-8").split("\n")
+    if lines[0].rstrip("\r").split("\t") != ["sentence", "label"]:
+        raise ValueError(f"{path}: expected the header 'sentence<TAB>label', got {lines[0][:60]!r}")
+    sentences, labels = [], []
+    for number, line in enumerate(lines[1:], start=2):
+        if not line.strip():
+            continue
+        sentence, tab, label = line.rstrip("\r").rpartition("\t")
+        if not tab or not label.strip().isdecimal():
+            raise ValueError(f"{path}: expected 'sentence<TAB>label' in line {number}, got {line[:60]!r}")
+        sentences.append(sentence.strip())
+        labels.append(int(label))
+    if not sentences:
+        raise ValueError(f"{path}: expected at least one row, got none")
+    return sentences, labels
+
+
+def load_text_data(name: str, tokenizer) -> TextData:
+    """``sst2`` (``$QUANTRAIN_DATA/sst2``), the path of a folder with train.tsv and dev.tsv, or of one tsv file.
+
+    Of a single file every tenth row, in the order of a fixed seed, is held out as the test set.
+
+    Raises:
+        FileNotFoundError: $QUANTRAIN_DATA is not set, or a file is missing; the message names it.
+        ValueError: A file is not of the form that read_tsv takes.
+    """
+    path = _sst2_folder() if name == "sst2" else Path(name)
+    if path.is_file():
+        sentences, labels = read_tsv(path)
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
+        test_rows, train_rows = order[::10], [row for place, row in enumerate(order) if place % 10]
+        if not train_rows:
+            raise ValueError(f"{path}: expected at least two rows, got {len(labels)}")
+        train = [sentences[row] for row in train_rows], [labels[row] for row in train_rows]
+        test = [sentences[row] for row in test_rows], [labels[row] for row in test_rows]
+    else:
+        train, test = read_tsv(path / "train.tsv"), read_tsv(path / "dev.tsv")
+    classes = max(max(train[1]), max(test[1])) + 1
+    return TextData(
+        name="SST-2" if name == "sst2" else path.stem,
+        source=str(path),
+        classes=("negative", "positive") if classes == 2 else tuple(str(label) for label in range(classes)),
+        train_ids=[encoding.ids for encoding in tokenizer.encode_batch(train[0])],
+        train_labels=torch.tensor(train[1]),
+        test_ids=[encoding.ids for encoding in tokenizer.encode_batch(test[0])],
+        test_labels=torch.tensor(test[1]),
+    )
+
+
+def _sst2_folder() -> Path:
+    root = os.environ.get("QUANTRAIN_DATA")
+    if not root:
+        raise FileNotFoundError(
+            "sst2: expected QUANTRAIN_DATA to name a folder with sst2/train.tsv and sst2/dev.tsv, or --data with a tsv "
+            "file, got neither"
+        )
+    return Path(root) / "sst2"

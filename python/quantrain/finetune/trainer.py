@@ -1,0 +1,283 @@
+"""The training loop of the fine-tuning job: schedule, optimisers, interruption, exact resumption, evaluation.
+
+A run that was interrupted after step s and resumed takes the same steps as one that was not: the state file holds the
+parameters, the optimiser and the generators, and the order of the data depends only on the seed and the epoch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from quantrain.finetune.data import Batch
+from quantrain.finetune.metrics import Metrics
+from quantrain.finetune.progress import Progress
+
+SAVE_SECONDS = 30.0  # between saves of the training state; a save of MiniLM's 270 MB takes 0.3 s
+EVAL_BATCH = 256
+
+
+class Interrupted(Exception):
+    """Raised after a step when the user asked to stop and the state was saved."""
+
+
+class StopRequest:
+    """Set by the first Ctrl-C or SIGTERM and looked at between steps; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def check(self) -> None:
+        """Raise Interrupted where a stop was asked for."""
+        if self.requested:
+            raise Interrupted
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Take SIGINT and SIGTERM for the length of the block (main thread only)."""
+
+        def ask(signum: int, frame: object) -> None:
+            if self.requested:
+                raise KeyboardInterrupt
+            self.requested = True
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a model is trained.
+
+    Attributes:
+        epochs: Passes over the training set; 0.5 is half of one.
+        lr: The schedule's largest learning rate.
+        batch_size: Samples a step.
+        optimizer: ``"sgd"`` (Nesterov momentum 0.9) or ``"adamw"``.
+        weight_decay: Applied to weights, not to biases, norms and quantiser scales.
+        warmup: The part of the steps over which the learning rate rises.
+        precision: ``"float32"``, or ``"bf16"`` for autocast.
+        seed: Seeds the order of the data.
+        max_steps: Stop after this many steps of the schedule; None takes them all.
+    """
+
+    epochs: float
+    lr: float
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    weight_decay: float = 5e-4
+    warmup: float = 0.25
+    precision: str = "float32"
+    seed: int = 0
+    max_steps: int | None = None
+
+    def total_steps(self, train_size: int) -> int:
+        """The length of the schedule in steps."""
+        return max(1, math.ceil(self.epochs * math.ceil(train_size / self.batch_size)))
+
+
+@dataclass
+class TrainResult:
+    """What a training stage measured.
+
+    Attributes:
+        steps: Steps taken, those of earlier runs included.
+        step_seconds: The median time of a step.
+        earlier_seconds: Wall time that earlier, interrupted runs of the stage spent training.
+    """
+
+    steps: int
+    step_seconds: float
+    earlier_seconds: float
+
+
+def learning_rate(step: int, total: int, peak: float, warmup: float = 0.25) -> float:
+    """One cycle: a linear rise to ``peak`` over the first ``warmup`` of the steps, then half a cosine down to 0.
+
+    ``step`` counts from 0 to ``total - 1``. Source: Smith & Topin, arXiv:1708.07120, with the cosine of Loshchilov &
+    Hutter, arXiv:1608.03983.
+
+    Example:
+        >>> [round(learning_rate(step, 8, 1.0), 3) for step in range(8)]
+        [0.5, 1.0, 0.933, 0.75, 0.5, 0.25, 0.067, 0.0]
+    """
+    place = (step + 1) / total
+    if place < warmup:
+        return peak * place / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (place - warmup) / (1 - warmup)))
+
+
+def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """The optimiser over two groups: weights of two or more dimensions, which decay, and everything else.
+
+    Raises:
+        ValueError: ``settings.optimizer`` is no known name.
+    """
+    decayed, other = [], []
+    for name, parameter in model.named_parameters():
+        decays = name.endswith("weight") and parameter.dim() >= 2
+        (decayed if decays else other).append(parameter)
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": other, "weight_decay": 0.0}]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True)
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr)
+    raise ValueError(f"optimizer: expected sgd or adamw, got {settings.optimizer!r}")
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch's tensors on ``device``."""
+    inputs, labels = batch
+    return tuple(tensor.to(device) for tensor in inputs), labels.to(device)
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, data, device: torch.device, stop: StopRequest | None = None) -> tuple[float, float]:
+    """Accuracy (0 to 1) and mean cross-entropy of ``model`` in eval mode on the test set."""
+    model.eval()
+    correct, loss = 0, 0.0
+    for batch in data.test_batches(EVAL_BATCH):
+        inputs, labels = to_device(batch, device)
+        logits = model(*inputs)
+        correct += int((logits.argmax(1) == labels).sum())
+        loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+        if stop is not None:
+            stop.check()
+    return correct / data.test_size, loss / data.test_size
+
+
+class _State:
+    """The state file of a stage in training: written whole, then renamed, so that it is never half a file."""
+
+    def __init__(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.path, self.model, self.optimizer = path, model, optimizer
+        self.saved_at = time.monotonic()
+
+    def save(self, step: int, seconds: float, durations: list[float]) -> None:
+        state = {
+            "step": step,
+            "seconds": seconds,
+            "durations": durations,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        temporary = self.path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, self.path)
+        self.saved_at = time.monotonic()
+
+    def due(self) -> bool:
+        return time.monotonic() - self.saved_at > SAVE_SECONDS
+
+    def load(self, device: torch.device) -> tuple[int, float, list[float]]:
+        """Steps taken, seconds spent and each step's time; zeros where there is no state file."""
+        if not self.path.is_file():
+            return 0, 0.0, []
+        try:
+            state = torch.load(self.path, map_location=device, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"].cpu())
+            return state["step"], state["seconds"], state["durations"]
+        except Exception as error:
+            raise ValueError(f"{self.path}: expected the state of this training stage, got {error}") from error
+
+
+def _batches(data, settings: TrainSettings, first: int, last: int) -> Iterator[tuple[int, int, Batch]]:
+    """(step, epoch, batch) for the steps from ``first`` to ``last - 1``, in the order both trainers share."""
+    per_epoch = math.ceil(data.train_size / settings.batch_size)
+    for epoch in range(first // per_epoch, math.ceil(last / per_epoch)):
+        generator = torch.Generator().manual_seed(settings.seed + epoch)
+        order = torch.randperm(data.train_size, generator=generator)
+        for place, indices in enumerate(order.split(settings.batch_size)):
+            step = epoch * per_epoch + place
+            if step >= last:
+                return
+            if step < first:
+                data.skip_train_batch(len(indices), generator)
+            else:
+                yield step, epoch, data.train_batch(indices, generator)
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, autocast) -> Tensor:
+    """One step on the mean cross-entropy; the result is the loss before the update."""
+    inputs, labels = batch
+    with autocast:
+        loss = functional.cross_entropy(model(*inputs).float(), labels)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def train(
+    model: nn.Module,
+    data,
+    settings: TrainSettings,
+    *,
+    stage: str,
+    metrics: Metrics,
+    state_path: Path,
+    device: torch.device,
+    stop: StopRequest,
+) -> TrainResult:
+    """Train ``model`` in place, from the state file where an earlier run left one.
+
+    A line goes to ``metrics`` for each step, and one for the test set after each epoch but the last, which the caller
+    evaluates in the form that it keeps.
+
+    Raises:
+        Interrupted: The user asked to stop; the state file holds what is done.
+        ValueError: The state file is damaged or another model's, or the loss is not finite.
+    """
+    total = settings.total_steps(data.train_size)
+    last = total if settings.max_steps is None else min(total, settings.max_steps)
+    per_epoch = math.ceil(data.train_size / settings.batch_size)
+    optimizer = make_optimizer(model, settings)
+    state = _State(state_path, model, optimizer)
+    first, before, durations = state.load(device)
+    metrics.forget_after(stage, first)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+    started = time.perf_counter()
+
+    def seconds() -> float:
+        return before + time.perf_counter() - started
+
+    with Progress(stage, first, last) as progress:
+        model.train()
+        for step, epoch, batch in _batches(data, settings, first, last):
+            begun = time.perf_counter()
+            rate = learning_rate(step, total, settings.lr, settings.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss = float(train_step(model, optimizer, to_device(batch, device), autocast))
+            durations.append(time.perf_counter() - begun)
+            if not math.isfinite(loss):
+                raise ValueError(f"{stage}: expected a finite loss, got {loss} at step {step} (learning rate {rate:g})")
+            metrics.step(stage, step, epoch, loss, rate, seconds())
+            progress.update(loss, rate)
+            epoch_ends = (step + 1) % per_epoch == 0 and step + 1 < last
+            if stop.requested or epoch_ends or state.due():
+                state.save(step + 1, seconds(), durations)
+                stop.check()
+            if epoch_ends:
+                metrics.evaluation(stage, step + 1, epoch + 1, *evaluate(model, data, device))
+                model.train()
+    state.save(last, seconds(), durations)
+    return TrainResult(last, statistics.median(durations), before)

