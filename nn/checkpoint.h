@@ -16,7 +16,7 @@
 
 #include <torch/nn/module.h>
 
-#include "quantrain/export.h"
+#include "quantrain/ops/export.h"
 #include "quantrain/nn/recipe.h"
 
 namespace quantrain::nn {

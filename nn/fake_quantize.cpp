@@ -128,6 +128,9 @@ std::vector<int64_t> FakeQuantizeImpl::scale_shape_of(const at::Tensor& input) c
     shape.assign(input.dim(), -1);
     if (!shape.empty()) shape.back() = 1;
   }
+  if (spec_.granularity == "per_token" && shape.size() > static_cast<size_t>(input.dim())) {
+    shape.erase(shape.begin(), shape.end() - input.dim());  // one sample without its batch dimension
+  }
   for (size_t d = 0; d < shape.size(); ++d) {
     if (shape[d] == -1) shape[d] = input.size(static_cast<int64_t>(d));
   }

@@ -9,7 +9,7 @@
 #include <torch/nn/module.h>
 #include <torch/nn/pimpl.h>
 
-#include "quantrain/export.h"
+#include "quantrain/ops/export.h"
 #include "quantrain/nn/observers.h"
 #include "quantrain/nn/recipe.h"
 

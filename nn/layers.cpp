@@ -3,6 +3,7 @@
 // The forward passes call the same ATen operators in the same order as the Python layers, so that both train alike.
 
 #include <cmath>
+#include <optional>
 #include <variant>
 
 #include <ATen/core/grad_mode.h>
@@ -37,6 +38,10 @@ std::vector<int64_t> weight_scale_shape(const QuantSpec& spec, const std::vector
     scale_shape[1] = shape[1] / spec.group_size;
   }
   return scale_shape;
+}
+
+std::optional<at::Tensor> defined_or_none(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
 }
 
 int64_t row_size(const std::vector<int64_t>& shape) {
@@ -122,8 +127,7 @@ at::Tensor QuantModule::unpacked(const at::Tensor& codes) const {
 }
 
 at::Tensor QuantModule::dequantized_weight(at::ScalarType dtype) const {
-  const auto zero_point = weight_zero_point.defined() ? std::optional<at::Tensor>(weight_zero_point) : std::nullopt;
-  return quantrain::dequantize(unpacked(weight), weight_scale, zero_point, dtype);
+  return quantrain::dequantize(unpacked(weight), weight_scale, defined_or_none(weight_zero_point), dtype);
 }
 
 void QuantModule::check_convertible(bool check_observed) {
@@ -167,8 +171,7 @@ void QuantModule::store_codes(bool check_observed) {
   at::Tensor codes;
   if (check_observed || weight_fake_quant->has_scale()) {
     std::tie(scale, zero_point) = weight_fake_quant->calculate_qparams(values);
-    const auto optional_zero_point = zero_point.defined() ? std::optional<at::Tensor>(zero_point) : std::nullopt;
-    codes = quantrain::quantize(values, scale, optional_zero_point, spec.quant_min(), spec.quant_max(),
+    codes = quantrain::quantize(values, scale, defined_or_none(zero_point), spec.quant_min(), spec.quant_max(),
                                 spec.symmetric ? at::kChar : at::kByte);
   } else {
     scale = at::full_like(weight_fake_quant->scale, std::nan(""));
@@ -178,6 +181,7 @@ void QuantModule::store_codes(bool check_observed) {
   if (spec.bits <= kPackedBits) {
     codes = quantrain::pack_int4(codes.reshape({weight_shape_[0], -1}));
   }
+  float_dtype_ = weight.scalar_type();
   parameters_.erase("weight");
   weight = register_buffer("weight", codes);
   weight_scale = register_buffer("weight_scale", scale.detach().clone());
@@ -308,7 +312,7 @@ at::Tensor QuantEmbeddingImpl::forward(const at::Tensor& indices) {
   }
   const at::Tensor zero_point = scale_rows_of(weight_zero_point, indices);
   return quantized_output(quantrain::dequantize(unpacked(rows_of(weight, indices)), scale_rows_of(weight_scale, indices),
-                                                zero_point.defined() ? std::optional<at::Tensor>(zero_point) : std::nullopt));
+                                                defined_or_none(zero_point), float_dtype()));
 }
 
 at::Tensor QuantEmbeddingImpl::quantized_rows(const at::Tensor& indices) {

@@ -21,7 +21,7 @@
 #include <torch/nn/options/linear.h>
 #include <torch/nn/pimpl.h>
 
-#include "quantrain/export.h"
+#include "quantrain/ops/export.h"
 #include "quantrain/nn/fake_quantize.h"
 #include "quantrain/nn/recipe.h"
 
@@ -70,12 +70,14 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
   at::Tensor quantized_input(const at::Tensor& input);
   at::Tensor quantized_output(const at::Tensor& output);
   at::Tensor unpacked(const at::Tensor& codes) const;  // [rows, ...] packed or not -> [rows, weight_shape[1:]]
+  at::ScalarType float_dtype() const { return converted_ ? float_dtype_ : weight.scalar_type(); }  // converted: the dtype it had
 
  private:
   void store_codes(bool check_observed);
 
   Recipe recipe_;
   std::vector<int64_t> weight_shape_;
+  at::ScalarType float_dtype_ = at::kFloat;
   bool converted_ = false;
 };
 

@@ -8,7 +8,7 @@
 #include <torch/nn/module.h>
 #include <torch/nn/pimpl.h>
 
-#include "quantrain/export.h"
+#include "quantrain/ops/export.h"
 #include "quantrain/nn/recipe.h"
 
 namespace quantrain::nn {

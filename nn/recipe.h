@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "quantrain/export.h"
+#include "quantrain/ops/export.h"
 
 namespace quantrain::nn {
 
