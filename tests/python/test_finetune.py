@@ -49,6 +49,11 @@ def tiny(num_classes: int = 10, in_channels: int = 1) -> nn.Module:
     )
 
 
+def not_a_model() -> dict:
+    """What --model must refuse."""
+    return {}
+
+
 def arguments(folder: Path, *more: str) -> list[str]:
     """A command line for a run of a second or two."""
     common = ["finetune", "--data", "digits", "--model", "test_finetune:tiny", "--runs", str(folder), "--name", "t"]
@@ -70,6 +75,13 @@ def arguments(folder: Path, *more: str) -> list[str]:
 @pytest.fixture(autouse=True)
 def _model_is_importable(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Leave the plots out of runs whose test is about something else: they take most of such a run's time."""
+    monkeypatch.setattr(job.Job, "_plot_grids", lambda *_: None)
+    monkeypatch.setattr(job.Job, "_write_report", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +193,7 @@ def _losses(folder: Path) -> list[tuple[str, int, float]]:
 
 
 @pytest.mark.parametrize("stage", [BASELINE, "qat-w4a4"])
-def test_interrupted_run_goes_on_as_if_nothing_happened(tmp_path, monkeypatch, capsys, stage):
+def test_interrupted_run_goes_on_as_if_nothing_happened(tmp_path, monkeypatch, capsys, stage, no_plots):
     command = arguments(tmp_path, "--recipes", "qat-w4a4", "--epochs", "1")
     assert main([*command, "--name", "whole"]) == 0
     with monkeypatch.context() as patch:
@@ -197,7 +209,7 @@ def test_interrupted_run_goes_on_as_if_nothing_happened(tmp_path, monkeypatch, c
     assert not list((tmp_path / "parts" / "state").iterdir())
 
 
-def test_resuming_with_other_settings_is_refused(tmp_path, capsys):
+def test_resuming_with_other_settings_is_refused(tmp_path, capsys, no_plots):
     assert main(arguments(tmp_path, "--recipes", "ptq-w8a8", "--epochs", "1")) == 0
     before = {path: path.read_bytes() for path in (tmp_path / "t").glob("*.*")}
     assert main(arguments(tmp_path, "--recipes", "ptq-w8a8", "--epochs", "3")) == 2
@@ -210,7 +222,7 @@ def test_resuming_with_other_settings_is_refused(tmp_path, capsys):
     assert read_results(tmp_path / "t")[BASELINE].steps == 12
 
 
-def test_baseline_is_loaded_from_a_checkpoint(finished, tmp_path):
+def test_baseline_is_loaded_from_a_checkpoint(finished, tmp_path, no_plots):
     path = finished / "float32.safetensors"
     assert main(arguments(tmp_path, "--recipes", "ptq-w8a8", "--baseline", str(path))) == 0
     results = read_results(tmp_path / "t")
@@ -218,13 +230,13 @@ def test_baseline_is_loaded_from_a_checkpoint(finished, tmp_path):
     assert results[BASELINE].steps == 0
 
 
-def test_max_steps_keeps_the_schedule(finished, tmp_path):
+def test_max_steps_keeps_the_schedule(finished, tmp_path, no_plots):
     path = finished / "float32.safetensors"
     assert main(arguments(tmp_path, "--recipes", "qat-w8a8", "--baseline", str(path), "--max-steps", "5")) == 0
     assert _losses(tmp_path / "t") == [entry for entry in _losses(finished) if entry[0] == "qat-w8a8"][:5]
 
 
-def test_bf16_training_reaches_the_same_accuracy(tmp_path):
+def test_bf16_training_reaches_the_same_accuracy(tmp_path, no_plots):
     assert main(arguments(tmp_path, "--recipes", "qat-w8a8", "--precision", "bf16")) == 0
     results = read_results(tmp_path / "t")
     assert results[BASELINE].accuracy > 0.8
@@ -248,20 +260,21 @@ def test_unknown_recipe_is_named(tmp_path, capsys):
         ("no_such_module:f", "expected an importable module, got 'no_such_module'"),
         ("test_finetune:no_such_function", "expected a function in test_finetune, got 'no_such_function'"),
         ("resnet99", "expected resnet20 or module:function, got 'resnet99'"),
-        ("test_finetune:arguments", "--model"),
+        ("test_finetune:not_a_model", "expected test_finetune:not_a_model to return a torch.nn.Module, got dict"),
     ],
 )
 def test_bad_model_is_named(tmp_path, capsys, model, message):
-    if model == "test_finetune:arguments":
-        model, message = "builtins:dict", "expected builtins:dict to return a torch.nn.Module, got dict"
     assert message in _failing(tmp_path, capsys, "--model", model)
 
 
-def test_model_without_a_layer_to_quantise_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("test_finetune.tiny", lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), raising=True)
-    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64))
-    with pytest.raises(ValueError, match="prepare: expected a Linear, Conv2d or Embedding"):
-        qnn.prepare(model, "qat-w8a8")
+def no_layers() -> nn.Module:
+    """A model in which a recipe finds nothing to quantise."""
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.AdaptiveAvgPool1d(10))
+
+
+def test_recipe_that_names_no_layer_is_refused(tmp_path, capsys):
+    assert main(arguments(tmp_path, "--model", "test_finetune:no_layers", "--recipes", "ptq-w8a8")) == 2
+    assert "prepare: expected a Linear, Conv2d or Embedding in the model, got none" in capsys.readouterr().err
 
 
 def test_missing_data_folder_is_named(tmp_path, capsys):
@@ -290,7 +303,7 @@ def test_bad_baseline_is_named(finished, tmp_path, capsys, damage):
     assert str(path) in capsys.readouterr().err
 
 
-def test_damaged_state_file_is_named(tmp_path, capsys, monkeypatch):
+def test_damaged_state_file_is_named(tmp_path, capsys, monkeypatch, no_plots):
     command = arguments(tmp_path, "--recipes", "ptq-w8a8", "--epochs", "1")
     with monkeypatch.context() as patch:
         _stop_after(patch, BASELINE, 3)
@@ -437,10 +450,10 @@ def test_table_aligns_and_subtracts():
         StageResult("qat-w4a4", 0.9135, 0.3, 151_300, 2_610_000_000, 0, None, 185.2),
     ]
     assert table.format_table(rows).splitlines() == [
-        "recipe    accuracy  change  weights on disk  peak memory         step        stage",
-        "--------  --------  ------  ---------------  -----------  -----------  -----------",
-        "float32    92.00 %                  1.10 MB       600 MB       131 ms   1 min 01 s",
-        "qat-w4a4   91.35 %   -0.65         151.3 kB      2610 MB  no training   3 min 05 s",
+        "recipe    accuracy  change  weights on disk  peak memory         step       stage",
+        "--------  --------  ------  ---------------  -----------  -----------  ----------",
+        "float32    92.00 %                  1.10 MB       600 MB       131 ms  1 min 01 s",
+        "qat-w4a4   91.35 %   -0.65         151.3 kB      2610 MB  no training  3 min 05 s",
     ]
 
 
@@ -672,9 +685,9 @@ def test_pretrained_encoder_knows_what_sentences_mean():
 
 
 @needs_minilm
-def test_sst2_job_end_to_end(tmp_path):
+def test_sst2_job_end_to_end(tmp_path, no_plots):
     path = tmp_path / "films.tsv"
-    good, bad = ("a wonderful film", "great acting", "i loved it"), ("a terrible film", "awful acting", "i hated it")
+    good, bad = ("a wonderful film", "i loved it"), ("a terrible film", "i hated it")
     rows = [
         f"{sentence} {number}\t{label}\n"
         for number in range(12)
@@ -701,7 +714,7 @@ def test_sst2_job_end_to_end(tmp_path):
     assert results["qat-w4a8"].weight_bytes < 0.25 * results[BASELINE].weight_bytes
 
 
-def test_job_api_without_the_command_line(tmp_path):
+def test_job_api_without_the_command_line(tmp_path, no_plots):
     config = make_config(build_parser().parse_args(arguments(tmp_path, "--recipes", "ptq-w8a8", "--epochs", "0.5")))
     results = job.Job(config).run()
     assert [result.stage for result in results] == [BASELINE, "ptq-w8a8"]

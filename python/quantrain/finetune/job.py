@@ -238,6 +238,10 @@ class Job:
         table = format_table(results)
         self._say("\n" + self._title() + "\n" + table + "\n")
         (self.folder / "table.txt").write_text(self._title() + "\n" + table + "\n", encoding="utf-8")
+        self._write_report(results)
+        return results
+
+    def _write_report(self, results: list[StageResult]) -> None:
         folder = self.folder / "plots"
         figures = [("Loss and accuracy", folder / "curves.png")]
         plots.plot_curves(self.metrics.read(), results, folder / "curves.png")
@@ -252,7 +256,6 @@ class Job:
         report = self.folder / "report.html"
         write_report(report, self._title(), self._lead(results), results, figures, self._facts(results))
         self._say(f"report: {report}")
-        return results
 
     def _title(self) -> str:
         model = "MiniLM-L6" if self.config.job == "sst2" else self.config.model.replace("resnet20", "ResNet-20")

@@ -78,7 +78,8 @@ def plot_curves(entries: Sequence[dict], results: Sequence[StageResult], path: P
         left.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
         left.yaxis.set_minor_formatter(ticker.NullFormatter())
         left.grid(axis="y", color=FAINT, linewidth=0.6)
-        left.legend()
+        if left.lines:
+            left.legend()
         _accuracy_panel(right, entries, results, colors)
         figure.savefig(path)
         pyplot.close(figure)
