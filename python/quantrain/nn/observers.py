@@ -135,7 +135,7 @@ class Observer(Float32State):
             self.min_val, self.max_val, quant_min=self.quant_min, quant_max=self.quant_max, symmetric=self.symmetric
         )
         seen = torch.isfinite(self.min_val) & torch.isfinite(self.max_val)
-        return torch.where(seen, scale, math.nan), zero_point
+        return torch.where(seen, scale, math.nan), torch.where(seen, zero_point, 0)
 
     def reset(self) -> None:
         """Forget everything seen."""
