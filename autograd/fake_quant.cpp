@@ -1,0 +1,160 @@
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/clone.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "ops/check.h"
+#include "ops/fake_quant.h"
+
+// Gradients of the fake_quant family. Where nothing needs a gradient the call goes straight to the kernel: no mask, no node.
+
+namespace quantrain {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+using OptionalTensor = std::optional<at::Tensor>;
+
+// ---- operators, below and above this layer ---------------------------------------------------------------------------------
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+using DynamicSignature = at::Tensor(const at::Tensor&, c10::SymIntArrayRef, int64_t, int64_t, bool);
+
+std::tuple<at::Tensor, at::Tensor> fake_quantize_mask(const at::Tensor& input, const at::Tensor& scale,
+                                                      const OptionalTensor& zero_point, int64_t quant_min, int64_t quant_max,
+                                                      bool check_values) {
+  static const auto op = find_operator<std::tuple<at::Tensor, at::Tensor>(
+      const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t, bool)>("quantrain::_fake_quantize_mask");
+  return op.call(input, scale, zero_point, quant_min, quant_max, check_values);
+}
+
+at::Tensor fake_quantize_backward(const at::Tensor& grad_output, const at::Tensor& mask, c10::SymIntArrayRef stride) {
+  static const auto op = find_operator<at::Tensor(const at::Tensor&, const at::Tensor&, c10::SymIntArrayRef)>(
+      "quantrain::_fake_quantize_backward");
+  return op.call(grad_output, mask, stride);
+}
+
+bool needs_grad(const at::Tensor& tensor) { return at::GradMode::is_enabled() && tensor.requires_grad(); }
+
+// ---- nodes -----------------------------------------------------------------------------------------------------------------
+
+struct FakeQuantizeFunction : torch::autograd::Function<FakeQuantizeFunction> {
+  static constexpr bool is_traceable = true;
+
+  static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& scale, const OptionalTensor& zero_point,
+                          int64_t quant_min, int64_t quant_max, bool check_values) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    auto [output, mask] = fake_quantize_mask(input, scale, zero_point, quant_min, quant_max, check_values);
+    ctx->save_for_backward({mask});
+    ctx->saved_data["stride"] = output.sym_strides();
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const auto stride = ctx->saved_data["stride"].toSymIntVector();
+    return {fake_quantize_backward(grad_outputs[0], ctx->get_saved_variables()[0], stride), {}, {}, {}, {}, {}};
+  }
+};
+
+// The gradient is linear in grad_output, with the same mask: gradients of gradients are this function again.
+struct FakeQuantizeBackwardFunction : torch::autograd::Function<FakeQuantizeBackwardFunction> {
+  static constexpr bool is_traceable = true;
+
+  static Variable forward(AutogradContext* ctx, const Variable& grad_output, const Variable& mask,
+                          c10::SymIntArrayRef stride) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({mask});
+    ctx->saved_data["stride"] = stride;
+    return fake_quantize_backward(grad_output, mask, stride);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const auto stride = ctx->saved_data["stride"].toSymIntVector();
+    return {fake_quantize_backward(grad_outputs[0], ctx->get_saved_variables()[0], stride), {}, {}};
+  }
+};
+
+struct FakeQuantizeLearnableFunction : torch::autograd::Function<FakeQuantizeLearnableFunction> {
+  static constexpr bool is_traceable = true;
+
+  static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& scale, const OptionalTensor& zero_point,
+                          int64_t quant_min, int64_t quant_max, double grad_factor) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({input, scale, zero_point.value_or(at::Tensor())});
+    ctx->saved_data["quant_min"] = quant_min;
+    ctx->saved_data["quant_max"] = quant_max;
+    ctx->saved_data["grad_factor"] = grad_factor;
+    return fake_quantize_learnable(input, scale, zero_point, quant_min, quant_max, grad_factor);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    static const auto op = find_operator<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+        const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t, double)>("quantrain::_fake_quantize_learnable_backward");
+    const auto saved = ctx->get_saved_variables();
+    const OptionalTensor zero_point = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
+    auto [grad_input, grad_scale, grad_zero_point] =
+        op.call(grad_outputs[0], saved[0], saved[1], zero_point, ctx->saved_data["quant_min"].toInt(),
+                ctx->saved_data["quant_max"].toInt(), ctx->saved_data["grad_factor"].toDouble());
+    const bool learned = zero_point && zero_point->scalar_type() == at::kFloat;
+    return {grad_input, grad_scale, learned ? grad_zero_point : at::Tensor(), {}, {}, {}};
+  }
+};
+
+// ---- Autograd kernels ------------------------------------------------------------------------------------------------------
+
+at::Tensor fake_quantize_autograd(const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
+                                  int64_t quant_min, int64_t quant_max) {
+  QUANTRAIN_CHECK_VALUE(!needs_grad(scale),
+                        "fake_quantize: expected scale without requires_grad (fake_quantize_learnable learns it), got {}",
+                        "a scale that requires a gradient");
+  if (needs_grad(input)) return FakeQuantizeFunction::apply(input, scale, zero_point, quant_min, quant_max, true);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return fake_quantize(input, scale, zero_point, quant_min, quant_max);
+}
+
+at::Tensor fake_quantize_dynamic_autograd(const at::Tensor& input, c10::SymIntArrayRef scale_shape, int64_t quant_min,
+                                          int64_t quant_max, bool symmetric) {
+  static const auto dynamic = find_operator<DynamicSignature>("quantrain::fake_quantize_dynamic");
+  static const auto choose = find_operator<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, c10::SymIntArrayRef, int64_t,
+                                                                              int64_t, bool)>("quantrain::choose_qparams");
+  if (needs_grad(input) && input.sym_numel() == 0) return input.clone();
+  if (!needs_grad(input)) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return dynamic.call(input, scale_shape, quant_min, quant_max, symmetric);
+  }
+  at::Tensor scale, zero_point;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    std::tie(scale, zero_point) = choose.call(input, scale_shape, quant_min, quant_max, symmetric);
+  }
+  return FakeQuantizeFunction::apply(input, scale, symmetric ? OptionalTensor() : zero_point, quant_min, quant_max, false);
+}
+
+at::Tensor fake_quantize_backward_autograd(const at::Tensor& grad_output, const at::Tensor& mask, c10::SymIntArrayRef stride) {
+  if (needs_grad(grad_output)) return FakeQuantizeBackwardFunction::apply(grad_output, mask, stride);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return fake_quantize_backward(grad_output, mask, stride);
+}
+
+at::Tensor fake_quantize_learnable_autograd(const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
+                                            int64_t quant_min, int64_t quant_max, double grad_factor) {
+  if (needs_grad(input) || needs_grad(scale) || (zero_point && needs_grad(*zero_point)))
+    return FakeQuantizeLearnableFunction::apply(input, scale, zero_point, quant_min, quant_max, grad_factor);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return fake_quantize_learnable(input, scale, zero_point, quant_min, quant_max, grad_factor);
+}
+
+}  // namespace
+}  // namespace quantrain
+
+TORCH_LIBRARY_IMPL(quantrain, Autograd, m) {
+  m.impl("fake_quantize", &quantrain::fake_quantize_autograd);
+  m.impl("fake_quantize_dynamic", &quantrain::fake_quantize_dynamic_autograd);
+  m.impl("fake_quantize_learnable", &quantrain::fake_quantize_learnable_autograd);
+  m.impl("_fake_quantize_backward", &quantrain::fake_quantize_backward_autograd);
+}

@@ -1,0 +1,217 @@
+// The formulas of the fake_quant family, once for host and device, and the arguments of its kernels.
+//
+//   code v = rint(x * (1 / scale)) + zero_point          (half to even)
+//   q = clamp(v, quant_min, quant_max),  y = (q - zero_point) * scale
+//
+// All in float32 and without fused multiply-add, so that CPU and CUDA agree bit for bit. NaN passes through every function.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+
+#include "csrc/common/grouping.h"
+#include "csrc/common/macros.h"
+#include "csrc/common/philox.h"
+#include "csrc/common/types.h"
+
+namespace quantrain {
+
+struct QuantRange {
+  float min = -128.0f;
+  float max = 127.0f;
+};
+
+struct QParams {
+  float scale;
+  float inv_scale;
+  float zero_point;
+};
+
+// A scale that is not positive gives NaN, here and so in every result: a device tensor cannot be checked without waiting for it.
+QUANTRAIN_HOST_DEVICE QParams make_qparams(float scale, float zero_point) {
+  const float checked = scale > 0.0f ? scale : detail::bits_to_float(0x7fc00000u);
+  return QParams{checked, 1.0f / checked, zero_point};
+}
+
+QUANTRAIN_HOST_DEVICE float round_half_even(float x) { return rintf(x); }
+
+// The comparisons are false for NaN, which therefore stays; fmin and fmax would drop it.
+QUANTRAIN_HOST_DEVICE float clamp_code(float v, QuantRange range) {
+  v = range.min > v ? range.min : v;
+  return range.max < v ? range.max : v;
+}
+
+QUANTRAIN_HOST_DEVICE float unclamped_code(float x, QParams p) { return round_half_even(x * p.inv_scale) + p.zero_point; }
+
+QUANTRAIN_HOST_DEVICE float dequantized(float code, QParams p) { return (code - p.zero_point) * p.scale; }
+
+// Straight-through estimator: the end codes pass, what lies beyond them and NaN does not. Bitwise & keeps the loop branch-free.
+QUANTRAIN_HOST_DEVICE bool code_in_range(float v, QuantRange range) {
+  return static_cast<bool>(static_cast<int>(v >= range.min) & static_cast<int>(v <= range.max));
+}
+
+// A learned zero point is a float that the forward pass rounds and holds inside the code range.
+QUANTRAIN_HOST_DEVICE float rounded_zero_point(float zero_point, QuantRange range) {
+  return clamp_code(round_half_even(zero_point), range);
+}
+
+// LSQ (Esser et al., ICLR 2020, eq. 3) with a zero point (LSQ+, Bhalgat et al. 2020, eq. 4 and 5), per unit of grad_output:
+//   dy/dscale      = inside: (y - x) / scale = q - zero_point - x / scale;  outside: end code - zero_point
+//   dy/dzero_point = inside: 0;  outside: -scale
+struct LearnableGradient {
+  float scale;
+  float zero_point;
+  bool inside;
+};
+
+QUANTRAIN_HOST_DEVICE LearnableGradient learnable_gradient(float x, QParams p, QuantRange range) {
+  const float v = unclamped_code(x, p);
+  const float q = clamp_code(v, range);
+  const bool inside = code_in_range(v, range);
+  const float distance = q - p.zero_point;
+  // NaN is outside, and reaches the scale's gradient through `distance`.
+  return LearnableGradient{inside ? (distance * p.scale - x) * p.inv_scale : distance, inside ? 0.0f : -p.scale, inside};
+}
+
+// Unbiased rounding: up with probability v - floor(v). The difference is exact in float32, so the mean error is at most 2^-24.
+QUANTRAIN_HOST_DEVICE float round_stochastic(float v, float uniform) {
+  const float low = floorf(v);
+  return low + (uniform < v - low ? 1.0f : 0.0f);
+}
+
+// Stored codes cannot hold NaN: it becomes the code nearest to real zero, and the block's NaN scale carries it on.
+QUANTRAIN_HOST_DEVICE float storable_code(float v, QParams p, QuantRange range) {
+  const float q = clamp_code(v, range);
+  return q == q ? q : clamp_code(p.zero_point, range);
+}
+
+// scale and zero_point from a range of real numbers. Symmetric: neither end of [-absmax, absmax] clips. Affine: the range is
+// widened to hold 0, which then is a code exactly. An all-zero range has scale 1; NaN gives scale NaN.
+QUANTRAIN_HOST_DEVICE QParams qparams_from_range(float min, float max, QuantRange range, bool symmetric) {
+  const bool nan = !(min == min) || !(max == max);
+  float width, steps;
+  if (symmetric) {
+    const float low = fabsf(range.min), high = fabsf(range.max);
+    steps = range.min < 0.0f && range.max > 0.0f ? (low < high ? low : high) : (low > high ? low : high);
+    width = fabsf(min) > fabsf(max) ? fabsf(min) : fabsf(max);
+  } else {
+    min = min < 0.0f ? min : 0.0f;
+    max = max > 0.0f ? max : 0.0f;
+    steps = range.max - range.min;
+    // Halves, because max - min overflows where both ends are huge.
+    width = 2.0f * (0.5f * max - 0.5f * min);
+    if (width > FLT_MAX && min >= -FLT_MAX && max <= FLT_MAX) width = FLT_MAX;
+  }
+  float scale = width / steps;
+  scale = scale < FLT_MIN ? FLT_MIN : scale;  // 1 / scale stays finite
+  if (!(width > 0.0f)) scale = 1.0f;
+  if (nan) scale = detail::bits_to_float(0x7fc00000u);
+  float zero_point = 0.0f;
+  if (!symmetric) zero_point = clamp_code(nan ? 0.0f : range.min - round_half_even(min / scale), range);
+  return QParams{scale, 1.0f / scale, zero_point};
+}
+
+// ---- kernel arguments ------------------------------------------------------------------------------------------------------
+
+struct QParamTensors {
+  const float* scale;              // [groups]
+  const int32_t* zero_point;       // [groups] or null: symmetric
+  const float* float_zero_point;   // [groups] or null: a learned zero point
+};
+
+QUANTRAIN_HOST_DEVICE QParams load_qparams(const QParamTensors& t, int64_t index, QuantRange range) {
+  const float zero_point = t.zero_point         ? static_cast<float>(t.zero_point[index])
+                           : t.float_zero_point ? rounded_zero_point(t.float_zero_point[index], range)
+                                                : 0.0f;
+  return make_qparams(t.scale[index], zero_point);
+}
+
+struct FakeQuantizeArgs {
+  const void* x;  // [numel]
+  void* y;        // [numel]
+  uint8_t* mask;  // [ceil(numel / 8)] or null; element i is bit i % 8 of byte i / 8
+  DType dtype;
+  Grouping grouping;
+  QParamTensors qparams;
+  QuantRange range;
+};
+
+struct FakeQuantizeBackwardArgs {
+  const void* grad_output;  // [numel]
+  const uint8_t* mask;      // [ceil(numel / 8)]
+  void* grad_input;         // [numel]
+  DType dtype;
+  int64_t numel;
+};
+
+struct QuantizeArgs {
+  const void* x;  // [numel]
+  void* codes;    // [numel]
+  DType dtype;
+  DType code_dtype;
+  Grouping grouping;
+  QParamTensors qparams;
+  QuantRange range;
+  bool stochastic;
+  PhiloxState philox;
+};
+
+struct DequantizeArgs {
+  const void* codes;  // [numel]
+  void* y;            // [numel]
+  DType code_dtype;
+  DType dtype;
+  Grouping grouping;
+  QParamTensors qparams;
+};
+
+// Reductions over rows go in two steps: a row is cut into chunks, each chunk gives one partial result, and the operator adds
+// (or takes the extremes of) the partial results in a fixed order. The cut depends on the shape alone, so results repeat.
+constexpr int64_t kRowChunk = 8192;
+
+inline int64_t chunks_per_row(const Grouping& g) { return (g.inner + kRowChunk - 1) / kRowChunk; }
+
+struct LearnableBackwardArgs {
+  const void* grad_output;        // [numel]
+  const void* x;                  // [numel]
+  void* grad_input;               // [numel]
+  float* partial_scale;           // [rows, chunks]
+  float* partial_zero_point;      // [rows, chunks] or null
+  DType dtype;
+  Grouping grouping;
+  QParamTensors qparams;
+  QuantRange range;
+};
+
+struct MinMaxArgs {
+  const void* x;       // [numel]
+  float* partial_min;  // [rows, chunks]
+  float* partial_max;  // [rows, chunks]
+  DType dtype;
+  Grouping grouping;
+};
+
+struct RangeErrorArgs {
+  const void* x;         // [numel]
+  const float* min;      // [groups]
+  const float* max;      // [groups]
+  float* partial_error;  // [steps, rows, chunks]: candidate k has the range times (k + 1) / steps
+  DType dtype;
+  Grouping grouping;
+  QuantRange range;
+  bool symmetric;
+  int64_t steps;
+};
+
+struct QParamsFromRangeArgs {
+  const float* min;     // [groups]
+  const float* max;     // [groups]
+  float* scale;         // [groups]
+  int32_t* zero_point;  // [groups]
+  int64_t groups;
+  QuantRange range;
+  bool symmetric;
+};
+
+}  // namespace quantrain

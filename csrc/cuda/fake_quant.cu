@@ -1,0 +1,373 @@
+#include "csrc/cuda/fake_quant.h"
+
+#include "csrc/cuda/common.cuh"
+
+// Elementwise kernels: one 16-byte vector of the floating-point side at a time, kUnroll vectors in flight a thread.
+// Compiled with --fmad=false: a fused multiply-add would break bit equality with the CPU.
+
+namespace quantrain::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kUnroll = 4;
+
+// How the parameters of a vector are found.
+enum class Mode {
+  kTensor,  // one set for the whole tensor
+  kRow,     // one set a vector: rows hold whole vectors
+  kColumn,  // consecutive sets for consecutive elements: the scale varies along the last dimension
+  kAny,     // a vector may cross rows
+};
+
+// ---- kernels ---------------------------------------------------------------------------------------------------------------
+
+template <typename Index>
+struct Lookup {
+  DeviceGrouping<Index> grouping;
+  QParamTensors tensors;
+  QuantRange range;
+  Index inner_elements;
+};
+
+template <Mode kMode, int kSize, typename Index>
+__device__ __forceinline__ void find_qparams(const Lookup<Index>& lookup,
+                                             Index vector,  // index of the vector, in vectors
+                                             QParams (&params)[kSize]) {
+  if constexpr (kMode == Mode::kTensor) {
+    const QParams p = load_qparams(lookup.tensors, 0, lookup.range);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) params[j] = p;
+  } else if constexpr (kMode == Mode::kRow) {
+    const QParams p =
+        load_qparams(lookup.tensors, lookup.grouping.scale_index(lookup.grouping.inner.divide(vector)), lookup.range);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) params[j] = p;
+  } else if constexpr (kMode == Mode::kColumn) {
+    const Index first = lookup.grouping.scale_index(vector * kSize);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) params[j] = load_qparams(lookup.tensors, first + j, lookup.range);
+  } else {
+    Index row = lookup.grouping.inner.divide(vector * kSize);
+    Index column = vector * kSize - row * lookup.inner_elements;
+    QParams p = load_qparams(lookup.tensors, lookup.grouping.scale_index(row), lookup.range);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      if (column == lookup.inner_elements) {
+        column = 0;
+        ++row;
+        p = load_qparams(lookup.tensors, lookup.grouping.scale_index(row), lookup.range);
+      }
+      params[j] = p;
+      ++column;
+    }
+  }
+}
+
+// The last vector of a tensor may be short, and a pointer may be unaligned: then elements move one by one.
+template <bool kAligned, typename T, int kSize>
+__device__ __forceinline__ Pack<T, kSize> load_pack(const T* __restrict__ x, int64_t first, int64_t numel) {
+  Pack<T, kSize> pack;
+  if (kAligned && first + kSize <= numel) {
+    pack = *reinterpret_cast<const Pack<T, kSize>*>(x + first);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) pack.value[j] = first + j < numel ? x[first + j] : T{};
+  }
+  return pack;
+}
+
+template <bool kAligned, typename T, int kSize>
+__device__ __forceinline__ void store_pack(T* __restrict__ y, int64_t first, int64_t numel, const Pack<T, kSize>& pack) {
+  if (kAligned && first + kSize <= numel) {
+    *reinterpret_cast<Pack<T, kSize>*>(y + first) = pack;
+  } else {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j)
+      if (first + j < numel) y[first + j] = pack.value[j];
+  }
+}
+
+// Bits of one vector into the mask. A vector of four elements fills half a byte, so pairs of lanes join theirs.
+template <int kSize>
+__device__ __forceinline__ void store_mask(uint8_t* __restrict__ mask, int64_t first, int64_t numel, uint32_t bits) {
+  if constexpr (kSize == 4) {
+    const uint32_t other = __shfl_down_sync(0xffffffffu, bits, 1);
+    if (threadIdx.x % 2 == 0 && first < numel) mask[first / 8] = static_cast<uint8_t>(bits | other << 4);
+  } else {
+    if (first < numel) mask[first / 8] = static_cast<uint8_t>(bits);
+  }
+}
+
+template <typename T, Mode kMode, bool kMask, bool kAligned, typename Index>
+__global__ void __launch_bounds__(kThreads) fake_quantize_kernel(const T* __restrict__ x,      // [numel]
+                                                                 T* __restrict__ y,            // [numel]
+                                                                 uint8_t* __restrict__ mask,   // [ceil(numel / 8)] if kMask
+                                                                 int64_t numel, const Lookup<Index> lookup) {
+  constexpr int kSize = kVectorBytes / sizeof(T);
+  const int64_t block = static_cast<int64_t>(blockIdx.x) * (kThreads * kUnroll);
+  Pack<T, kSize> in[kUnroll];
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u)
+    in[u] = load_pack<kAligned, T, kSize>(x, (block + u * kThreads + threadIdx.x) * kSize, numel);
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int64_t vector = block + u * kThreads + threadIdx.x;
+    const int64_t first = vector * kSize;
+    QParams params[kSize];
+    // Beyond the end the first vector's parameters serve: every lane must reach the exchange in store_mask.
+    find_qparams<kMode, kSize, Index>(lookup, first < numel ? static_cast<Index>(vector) : Index{0}, params);
+    Pack<T, kSize> out;
+    uint32_t bits = 0;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      const float v = unclamped_code(to_float(in[u].value[j]), params[j]);
+      if constexpr (kMask) bits |= (code_in_range(v, lookup.range) && first + j < numel ? 1u : 0u) << j;
+      out.value[j] = from_float<T>(dequantized(clamp_code(v, lookup.range), params[j]));
+    }
+    store_pack<kAligned, T, kSize>(y, first, numel, out);
+    if constexpr (kMask) store_mask<kSize>(mask, first, numel, bits);
+  }
+}
+
+template <typename Bits, bool kAligned>
+__global__ void __launch_bounds__(kThreads)
+    fake_quantize_backward_kernel(const Bits* __restrict__ grad_output,  // [numel]
+                                  const uint8_t* __restrict__ mask,      // [ceil(numel / 8)]
+                                  Bits* __restrict__ grad_input,         // [numel]
+                                  int64_t numel) {
+  constexpr int kSize = kVectorBytes / sizeof(Bits);
+  const int64_t block = static_cast<int64_t>(blockIdx.x) * (kThreads * kUnroll);
+  Pack<Bits, kSize> in[kUnroll];
+  uint32_t bits[kUnroll];
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int64_t first = (block + u * kThreads + threadIdx.x) * kSize;
+    in[u] = load_pack<kAligned, Bits, kSize>(grad_output, first, numel);
+    bits[u] = first < numel ? static_cast<uint32_t>(mask[first / 8]) >> (first % 8) : 0u;
+  }
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j)
+      if (!(bits[u] >> j & 1u)) in[u].value[j] = Bits{0};
+    store_pack<kAligned, Bits, kSize>(grad_input, (block + u * kThreads + threadIdx.x) * kSize, numel, in[u]);
+  }
+}
+
+// Codes beside a vector of kSize floating-point elements; the type of the codes is a run-time value, the same for all threads.
+template <bool kAligned, int kSize>
+__device__ __forceinline__ void store_codes(void* codes, DType type, int64_t first, int64_t numel, const int (&q)[kSize]) {
+  const auto store = [&](auto* typed) {
+    using Code = std::remove_pointer_t<decltype(typed)>;
+    Pack<Code, kSize> pack;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) pack.value[j] = static_cast<Code>(q[j]);
+    store_pack<kAligned, Code, kSize>(typed, first, numel, pack);
+  };
+  if (type == DType::kInt16)
+    store(static_cast<int16_t*>(codes));
+  else if (type == DType::kInt32)
+    store(static_cast<int32_t*>(codes));
+  else
+    store(static_cast<int8_t*>(codes));  // uint8 has the same low byte
+}
+
+template <bool kAligned, int kSize>
+__device__ __forceinline__ void load_codes(const void* codes, DType type, int64_t first, int64_t numel, float (&q)[kSize]) {
+  const auto load = [&](const auto* typed) {
+    using Code = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+    const Pack<Code, kSize> pack = load_pack<kAligned, Code, kSize>(typed, first, numel);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) q[j] = static_cast<float>(pack.value[j]);
+  };
+  if (type == DType::kInt16)
+    load(static_cast<const int16_t*>(codes));
+  else if (type == DType::kInt32)
+    load(static_cast<const int32_t*>(codes));
+  else if (type == DType::kUInt8)
+    load(static_cast<const uint8_t*>(codes));
+  else
+    load(static_cast<const int8_t*>(codes));
+}
+
+template <typename T, Mode kMode, bool kAligned, typename Index>
+__global__ void __launch_bounds__(kThreads)
+    quantize_kernel(const T* __restrict__ x,  // [numel]
+                    void* __restrict__ codes,  // [numel] of code_dtype
+                    DType code_dtype, int64_t numel, const Lookup<Index> lookup, bool stochastic, PhiloxState philox) {
+  constexpr int kSize = kVectorBytes / sizeof(T);
+  const uint64_t seed = philox.seed_pointer ? static_cast<uint64_t>(*philox.seed_pointer) : philox.seed;
+  const uint64_t offset = philox.offset + (philox.offset_pointer ? static_cast<uint64_t>(*philox.offset_pointer) : 0);
+  const int64_t block = static_cast<int64_t>(blockIdx.x) * (kThreads * kUnroll);
+  Pack<T, kSize> in[kUnroll];
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u)
+    in[u] = load_pack<kAligned, T, kSize>(x, (block + u * kThreads + threadIdx.x) * kSize, numel);
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int64_t vector = block + u * kThreads + threadIdx.x;
+    const int64_t first = vector * kSize;
+    if (first >= numel) return;
+    QParams params[kSize];
+    find_qparams<kMode, kSize, Index>(lookup, static_cast<Index>(vector), params);
+    int q[kSize];
+    if (stochastic) {
+#pragma unroll
+      for (int j = 0; j < kSize; j += 4) {
+        const Philox4 random = philox4x32_10(seed, offset, static_cast<uint64_t>(first + j) / 4);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const QParams p = params[j + k];
+          const float v = round_stochastic(to_float(in[u].value[j + k]) * p.inv_scale, philox_uniform(random.word[k]));
+          q[j + k] = static_cast<int>(storable_code(v + p.zero_point, p, lookup.range));
+        }
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j)
+        q[j] = static_cast<int>(
+            storable_code(unclamped_code(to_float(in[u].value[j]), params[j]), params[j], lookup.range));
+    }
+    store_codes<kAligned, kSize>(codes, code_dtype, first, numel, q);
+  }
+}
+
+template <typename T, Mode kMode, bool kAligned, typename Index>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_kernel(const void* __restrict__ codes,  // [numel] of code_dtype
+                      T* __restrict__ y,               // [numel]
+                      DType code_dtype, int64_t numel, const Lookup<Index> lookup) {
+  constexpr int kSize = kVectorBytes / sizeof(T);
+  const int64_t block = static_cast<int64_t>(blockIdx.x) * (kThreads * kUnroll);
+  float q[kUnroll][kSize];
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u)
+    load_codes<kAligned, kSize>(codes, code_dtype, (block + u * kThreads + threadIdx.x) * kSize, numel, q[u]);
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int64_t vector = block + u * kThreads + threadIdx.x;
+    const int64_t first = vector * kSize;
+    if (first >= numel) return;
+    QParams params[kSize];
+    find_qparams<kMode, kSize, Index>(lookup, static_cast<Index>(vector), params);
+    Pack<T, kSize> out;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) out.value[j] = from_float<T>(dequantized(q[u][j], params[j]));
+    store_pack<kAligned, T, kSize>(y, first, numel, out);
+  }
+}
+
+__global__ void qparams_from_range_kernel(const float* __restrict__ min,       // [groups]
+                                          const float* __restrict__ max,       // [groups]
+                                          float* __restrict__ scale,           // [groups]
+                                          int32_t* __restrict__ zero_point,    // [groups]
+                                          int64_t groups, QuantRange range, bool symmetric) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= groups) return;
+  const QParams p = quantrain::qparams_from_range(min[i], max[i], range, symmetric);
+  scale[i] = p.scale;
+  zero_point[i] = static_cast<int32_t>(p.zero_point);
+}
+
+// ---- launchers -------------------------------------------------------------------------------------------------------------
+
+// Blocks that cover `numel` elements, kUnroll vectors a thread.
+template <typename T>
+unsigned grid_for(int64_t numel) {
+  return static_cast<unsigned>(ceil_div(numel, int64_t{kThreads} * kUnroll * (kVectorBytes / sizeof(T))));
+}
+
+// Calls launch(mode, aligned, lookup) with the cheapest way to find the parameters, all three as compile-time choices.
+template <typename T, typename Launch>
+void dispatch_lookup(const Grouping& g, const QParamTensors& tensors, QuantRange range, bool aligned, const Launch& launch) {
+  constexpr int64_t kSize = kVectorBytes / sizeof(T);
+  using True = std::true_type;
+  using False = std::false_type;
+  const auto lookup = [&](auto index, int64_t inner_units) {
+    using Index = decltype(index);
+    return Lookup<Index>{DeviceGrouping<Index>(g, inner_units), tensors, range, static_cast<Index>(g.inner)};
+  };
+  const bool small = g.numel < (int64_t{1} << 31);                   // elements as 31-bit indices
+  const bool small_vectors = g.numel / kSize < (int64_t{1} << 31);   // vectors likewise
+  if (aligned && small_vectors && g.levels == 0)
+    return launch(std::integral_constant<Mode, Mode::kTensor>{}, True{}, lookup(uint32_t{}, 1));
+  if (aligned && small_vectors && g.inner % kSize == 0)
+    return launch(std::integral_constant<Mode, Mode::kRow>{}, True{}, lookup(uint32_t{}, g.inner / kSize));
+  if (aligned && small && g.levels > 0 && g.inner == 1 && g.modulus[0] % kSize == 0)
+    return launch(std::integral_constant<Mode, Mode::kColumn>{}, True{}, lookup(uint32_t{}, 1));
+  if (aligned && small) return launch(std::integral_constant<Mode, Mode::kAny>{}, True{}, lookup(uint32_t{}, g.inner));
+  launch(std::integral_constant<Mode, Mode::kAny>{}, False{}, lookup(uint64_t{}, g.inner));
+}
+
+}  // namespace
+
+int fake_quantize(const FakeQuantizeArgs& a, void* stream) {
+  dispatch_float(a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const bool aligned = is_aligned(a.x) && is_aligned(a.y);
+    dispatch_lookup<T>(a.grouping, a.qparams, a.range, aligned, [&](auto mode, auto is_aligned_type, auto lookup) {
+      using Index = decltype(lookup.inner_elements);
+      const auto launch = [&](auto with_mask) {
+        fake_quantize_kernel<T, mode.value, with_mask.value, is_aligned_type.value, Index>
+            <<<grid_for<T>(a.grouping.numel), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+                static_cast<const T*>(a.x), static_cast<T*>(a.y), a.mask, a.grouping.numel, lookup);
+      };
+      if (a.mask)
+        launch(std::true_type{});
+      else
+        launch(std::false_type{});
+    });
+  });
+  return cudaGetLastError();
+}
+
+int fake_quantize_backward(const FakeQuantizeBackwardArgs& a, void* stream) {
+  const bool aligned = is_aligned(a.grad_output) && is_aligned(a.grad_input);
+  const auto launch = [&](auto* type, auto is_aligned_type) {
+    using Bits = std::remove_pointer_t<decltype(type)>;
+    fake_quantize_backward_kernel<Bits, is_aligned_type.value>
+        <<<grid_for<Bits>(a.numel), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+            static_cast<const Bits*>(a.grad_output), a.mask, static_cast<Bits*>(a.grad_input), a.numel);
+  };
+  const auto pick = [&](auto* type) { aligned ? launch(type, std::true_type{}) : launch(type, std::false_type{}); };
+  if (a.dtype == DType::kFloat32)
+    pick(static_cast<uint32_t*>(nullptr));
+  else
+    pick(static_cast<uint16_t*>(nullptr));
+  return cudaGetLastError();
+}
+
+int quantize(const QuantizeArgs& a, void* stream) {
+  dispatch_float(a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const bool aligned = is_aligned(a.x) && is_aligned(a.codes);
+    dispatch_lookup<T>(a.grouping, a.qparams, a.range, aligned, [&](auto mode, auto is_aligned_type, auto lookup) {
+      quantize_kernel<T, mode.value, is_aligned_type.value, decltype(lookup.inner_elements)>
+          <<<grid_for<T>(a.grouping.numel), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+              static_cast<const T*>(a.x), a.codes, a.code_dtype, a.grouping.numel, lookup, a.stochastic, a.philox);
+    });
+  });
+  return cudaGetLastError();
+}
+
+int dequantize(const DequantizeArgs& a, void* stream) {
+  dispatch_float(a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const bool aligned = is_aligned(a.codes) && is_aligned(a.y);
+    dispatch_lookup<T>(a.grouping, a.qparams, QuantRange{}, aligned, [&](auto mode, auto is_aligned_type, auto lookup) {
+      dequantize_kernel<T, mode.value, is_aligned_type.value, decltype(lookup.inner_elements)>
+          <<<grid_for<T>(a.grouping.numel), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+              a.codes, static_cast<T*>(a.y), a.code_dtype, a.grouping.numel, lookup);
+    });
+  });
+  return cudaGetLastError();
+}
+
+int qparams_from_range(const QParamsFromRangeArgs& a, void* stream) {
+  qparams_from_range_kernel<<<static_cast<unsigned>(ceil_div(a.groups, kThreads)), kThreads, 0,
+                              static_cast<cudaStream_t>(stream)>>>(a.min, a.max, a.scale, a.zero_point, a.groups, a.range,
+                                                                   a.symmetric);
+  return cudaGetLastError();
+}
+
+}  // namespace quantrain::cuda

@@ -1,0 +1,85 @@
+#include "ops/fake_quant_check.h"
+
+#include <cmath>
+
+#include "ops/check.h"
+
+namespace quantrain {
+namespace {
+
+std::string type_name(const at::Tensor& tensor) { return c10::toString(tensor.scalar_type()); }
+
+// Non-negative where every value is positive; else the index of the first that is not.
+int64_t first_not_positive(const float* values, int64_t count) {
+  bool good = true;
+  for (int64_t i = 0; i < count; ++i) good &= values[i] > 0.0f;  // no early exit: this form vectorises
+  if (good) return -1;
+  int64_t i = 0;
+  while (values[i] > 0.0f) ++i;
+  return i;
+}
+
+}  // namespace
+
+void check_range(std::string_view op, int64_t quant_min, int64_t quant_max) {
+  QUANTRAIN_CHECK_VALUE(quant_min <= quant_max, "{}: expected quant_min <= quant_max, got {} and {}", op, quant_min, quant_max);
+  QUANTRAIN_CHECK_VALUE(quant_min >= -32768 && quant_max <= 65535 && quant_max - quant_min <= 65535,
+                        "{}: expected codes of at most 16 bits (quant_min >= -32768, quant_max <= 65535), got {} and {}", op,
+                        quant_min, quant_max);
+}
+
+void check_input(std::string_view op, const at::Tensor& input) {
+  const auto type = input.scalar_type();
+  QUANTRAIN_CHECK_TYPE(type == at::kFloat || type == at::kHalf || type == at::kBFloat16,
+                       "{}: expected input of float32, float16 or bfloat16, got {}", op, type_name(input));
+  QUANTRAIN_CHECK_TYPE(input.layout() == at::kStrided, "{}: expected a dense input, got layout {}", op,
+                       c10::str(input.layout()));
+}
+
+void check_scale_shape(std::string_view op, std::string_view name, c10::SymIntArrayRef sizes, c10::SymIntArrayRef scale_shape) {
+  bool one = true;
+  for (const auto& size : scale_shape) one = one && size == 1;
+  if (one) return;
+  QUANTRAIN_CHECK_VALUE(scale_shape.size() == sizes.size(),
+                        "{}: expected {} to have one element or the input's {} dimensions, got {} dimensions", op, name,
+                        sizes.size(), scale_shape.size());
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    const bool divides = scale_shape[d] == sizes[d] || (scale_shape[d] > 0 && sizes[d] % scale_shape[d] == 0);
+    QUANTRAIN_CHECK_VALUE(divides, "{}: expected {} to divide input at dimension {}, got {} and {}", op, name, d,
+                          c10::str(scale_shape[d]), c10::str(sizes[d]));
+  }
+}
+
+void check_qparams(std::string_view op, const at::Tensor& input, const at::Tensor& scale,
+                   const std::optional<at::Tensor>& zero_point, bool zero_point_may_be_float) {
+  QUANTRAIN_CHECK_TYPE(scale.scalar_type() == at::kFloat, "{}: expected scale of float32, got {}", op, type_name(scale));
+  QUANTRAIN_CHECK_TYPE(scale.device() == input.device(), "{}: expected scale on the input's device {}, got {}", op,
+                       input.device().str(), scale.device().str());
+  check_scale_shape(op, "scale", input.sym_sizes(), scale.sym_sizes());
+  if (!zero_point) return;
+  const auto type = zero_point->scalar_type();
+  QUANTRAIN_CHECK_TYPE(type == at::kInt || (zero_point_may_be_float && type == at::kFloat),
+                       "{}: expected zero_point of int32{}, got {}", op, zero_point_may_be_float ? " or float32" : "",
+                       type_name(*zero_point));
+  QUANTRAIN_CHECK_TYPE(zero_point->device() == input.device(), "{}: expected zero_point on the input's device {}, got {}", op,
+                       input.device().str(), zero_point->device().str());
+  QUANTRAIN_CHECK_VALUE(zero_point->sym_sizes() == scale.sym_sizes(),
+                        "{}: expected zero_point to have the shape of scale {}, got {}", op, detail::shape_text(scale),
+                        detail::shape_text(*zero_point));
+}
+
+void check_qparam_values(std::string_view op, const at::Tensor& scale, const std::optional<at::Tensor>& zero_point,
+                         int64_t quant_min, int64_t quant_max) {
+  const at::Tensor scales = scale.contiguous();
+  const float* values = scales.const_data_ptr<float>();
+  const int64_t bad = first_not_positive(values, scales.numel());
+  QUANTRAIN_CHECK_VALUE(bad < 0, "{}: expected every scale to be positive, got {} at index {}", op, values[bad], bad);
+  if (!zero_point || zero_point->scalar_type() != at::kInt) return;
+  const at::Tensor points = zero_point->contiguous();
+  const int32_t* point = points.const_data_ptr<int32_t>();
+  for (int64_t i = 0; i < points.numel(); ++i)
+    QUANTRAIN_CHECK_VALUE(point[i] >= quant_min && point[i] <= quant_max,
+                          "{}: expected zero_point in [{}, {}], got {} at index {}", op, quant_min, quant_max, point[i], i);
+}
+
+}  // namespace quantrain

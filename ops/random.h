@@ -1,0 +1,17 @@
+// Where random operators take their Philox state from: PyTorch's generators, under torch.manual_seed's rules.
+#pragma once
+
+#include <ATen/core/Generator.h>
+#include <c10/core/Device.h>
+
+#include <optional>
+
+#include "csrc/common/philox.h"
+
+namespace quantrain {
+
+// A state that no other call of this generator gets. CPU: the seed is 64 bits drawn from the generator, the offset 0. CUDA: the
+// generator's own (seed, offset), moved on; under graph capture pointers that each replay refreshes.
+PhiloxState next_philox_state(const std::optional<at::Generator>& generator, c10::Device device);
+
+}  // namespace quantrain

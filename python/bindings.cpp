@@ -1,0 +1,12 @@
+// quantrain._C: importing it loads libquantrain, and with it the operators in torch.ops.quantrain. Beside that it says how the library
+// was built, and binds the classes that are not operators.
+#include <pybind11/pybind11.h>
+
+void bind_nn(pybind11::module_& module);
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "quantrain's compiled part";
+  module.attr("__version__") = QUANTRAIN_VERSION;
+  module.attr("built_with_cuda") = static_cast<bool>(QUANTRAIN_CUDA_BUILD);
+  bind_nn(module);
+}

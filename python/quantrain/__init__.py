@@ -1,0 +1,61 @@
+"""quantrain: training and running neural networks in few bits.
+
+The operators are in ``torch.ops.quantrain`` and, with documentation, in this module; layers and the flow
+``prepare -> train or calibrate -> convert`` in ``quantrain.nn``.
+"""
+
+from pathlib import Path
+
+from quantrain._load import load
+
+_C = load()
+
+__version__: str = _C.__version__
+built_with_cuda: bool = _C.built_with_cuda
+# For CMake: -DCMAKE_PREFIX_PATH=$(python -c "import quantrain; print(quantrain.cmake_prefix_path)")
+cmake_prefix_path: str = str(Path(_C.__file__).parent / "share" / "cmake")
+
+from quantrain import nn  # noqa: E402
+from quantrain._C import QuantSpec, Recipe  # noqa: E402
+from quantrain.fake_quant import (  # noqa: E402
+    choose_qparams,
+    dequantize,
+    fake_quantize,
+    fake_quantize_dynamic,
+    fake_quantize_learnable,
+    pack_int4,
+    quantize,
+    unpack_int4,
+)
+from quantrain.nn import (  # noqa: E402
+    calibrate,
+    convert,
+    load_checkpoint,
+    model_size,
+    prepare,
+    quantization_error,
+    save_checkpoint,
+)
+
+__all__ = [
+    "QuantSpec",
+    "Recipe",
+    "built_with_cuda",
+    "calibrate",
+    "choose_qparams",
+    "cmake_prefix_path",
+    "convert",
+    "dequantize",
+    "fake_quantize",
+    "fake_quantize_dynamic",
+    "fake_quantize_learnable",
+    "load_checkpoint",
+    "model_size",
+    "nn",
+    "pack_int4",
+    "prepare",
+    "quantization_error",
+    "quantize",
+    "save_checkpoint",
+    "unpack_int4",
+]

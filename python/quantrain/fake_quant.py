@@ -1,0 +1,205 @@
+"""Simulated and stored integer quantisation.
+
+    q = clamp(rint(input * (1 / scale)) + zero_point, quant_min, quant_max)
+    y = (q - zero_point) * scale
+
+in float32, rounding half to even, for ``input`` of float32, float16 or bfloat16 with any strides.
+
+**Granularity is the scale's shape.** ``scale`` (float32) has one element, or the rank of ``input`` with sizes that divide the
+input's: along each dimension element ``i`` uses scale index ``i // (input size // scale size)``. ``[O, 1, 1, 1]`` is per output
+channel of a convolution's weight, ``[O, K // 32]`` groups of 32, ``[B, T, 1]`` per token. ``zero_point`` (int32) has the scale's
+shape; without it quantisation is symmetric. ``axis=`` accepts a 1-D scale for that dimension.
+
+NaN gives NaN in simulated results and an infinity saturates. On CPU a scale that is not positive raises; on CUDA, where the check
+would wait for the device, it makes its group NaN. Results are deterministic, and equal on CPU and CUDA bit for bit where no sum is
+involved. Under ``torch.autocast`` every operator keeps its input's element type; scales are float32 always.
+
+Errors are ``ValueError`` (values and shapes) and ``TypeError`` (element types and devices).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.quantrain
+
+
+def _along(axis: int | None, input: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+    """1-D parameters of dimension ``axis`` in the rank of ``input``; anything else as it is."""
+    if axis is None:
+        return parameters
+    shape = [1] * input.dim()
+    shape[axis] = -1
+    return tuple(p if p is None or p.dim() != 1 else p.view(shape) for p in parameters)
+
+
+def fake_quantize(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    quant_min: int = -128,
+    quant_max: int = 127,
+    axis: int | None = None,
+) -> Tensor:
+    """Quantise and dequantise: ``y`` above, with the element type and strides of ``input``.
+
+    Gradient: straight-through (Bengio et al. 2013, arXiv:1308.3432): that of ``y`` where
+    ``quant_min <= unclamped code <= quant_max``, else 0. One bit an element is kept for it. ``scale`` gets none and may not
+    require one: :func:`fake_quantize_learnable` learns it.
+
+    >>> x = torch.tensor([-1.0, 0.26, 0.74, 9.0], requires_grad=True)
+    >>> y = fake_quantize(x, torch.tensor([0.5]), quant_min=-8, quant_max=7)
+    >>> y
+    tensor([-1.0000,  0.5000,  0.5000,  3.5000], grad_fn=<...>)
+    >>> y.sum().backward(); x.grad
+    tensor([1., 1., 1., 0.])
+    """
+    scale, zero_point = _along(axis, input, scale, zero_point)
+    return _ops.fake_quantize(input, scale, zero_point, quant_min=quant_min, quant_max=quant_max)
+
+
+def fake_quantize_learnable(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    quant_min: int = -128,
+    quant_max: int = 127,
+    grad_factor: float = 1.0,
+    axis: int | None = None,
+) -> Tensor:
+    """:func:`fake_quantize` with a learned scale: LSQ (Esser et al. 2020, arXiv:1902.08153, eq. 3).
+
+    ``zero_point`` may be int32 (fixed) or float32: then it is learned too (LSQ+, Bhalgat et al. 2020, arXiv:2004.09576), rounded
+    and held in ``[quant_min, quant_max]`` by the forward pass.
+
+    Gradients: ``grad_input`` as in :func:`fake_quantize`; ``grad_scale = grad_factor * sum(grad_output * t)`` over each group with
+    ``t = q - zero_point - input / scale`` inside the range and ``end code - zero_point`` outside;
+    ``grad_zero_point = grad_factor * sum(grad_output * (0 inside, -scale outside))``. Esser et al. take
+    ``grad_factor = 1 / sqrt(group size * quant_max)``. The sums are deterministic; a second derivative is not defined.
+
+    >>> scale = torch.tensor([0.5], requires_grad=True)
+    >>> fake_quantize_learnable(torch.tensor([0.2, 9.0]), scale, quant_min=-8, quant_max=7).sum().backward()
+    >>> scale.grad
+    tensor([6.6000])
+    """
+    scale, zero_point = _along(axis, input, scale, zero_point)
+    return _ops.fake_quantize_learnable(
+        input, scale, zero_point, quant_min=quant_min, quant_max=quant_max, grad_factor=grad_factor
+    )
+
+
+def fake_quantize_dynamic(
+    input: Tensor,
+    scale_shape: Sequence[int],
+    *,
+    quant_min: int = -128,
+    quant_max: int = 127,
+    symmetric: bool = True,
+) -> Tensor:
+    """:func:`choose_qparams` and :func:`fake_quantize` in one call: the scale is the input's own.
+
+    A NaN makes its group NaN (and does not raise). Gradient: straight-through, the scale held constant.
+
+    >>> fake_quantize_dynamic(torch.tensor([[1.0, 2.0], [10.0, 20.0]]), [2, 1], quant_min=-8, quant_max=7)
+    tensor([[ 1.1429,  2.0000],
+            [11.4286, 20.0000]])
+    """
+    return _ops.fake_quantize_dynamic(input, scale_shape, quant_min=quant_min, quant_max=quant_max, symmetric=symmetric)
+
+
+def choose_qparams(
+    input: Tensor,
+    scale_shape: Sequence[int],
+    *,
+    quant_min: int = -128,
+    quant_max: int = 127,
+    symmetric: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """``(scale float32, zero_point int32)`` of ``scale_shape`` from the extremes of each group, in one pass.
+
+    Symmetric: ``scale = absmax / d`` with ``d = min(-quant_min, quant_max)`` (127 for int8: neither end clips), ``zero_point`` 0.
+    Affine: the range is widened to hold 0, ``scale = (max - min) / (quant_max - quant_min)``,
+    ``zero_point = clamp(quant_min - rint(min / scale))``. An all-zero group has scale 1; NaN gives scale NaN. No gradient.
+
+    >>> choose_qparams(torch.tensor([[1.0, -2.54], [0.0, 0.0]]), [2, 1])
+    (tensor([[0.0200],
+            [1.0000]]), tensor([[0],
+            [0]], dtype=torch.int32))
+    """
+    return _ops.choose_qparams(input, scale_shape, quant_min=quant_min, quant_max=quant_max, symmetric=symmetric)
+
+
+def quantize(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    quant_min: int = -128,
+    quant_max: int = 127,
+    dtype: torch.dtype = torch.int8,
+    stochastic: bool = False,
+    generator: torch.Generator | None = None,
+    axis: int | None = None,
+) -> Tensor:
+    """The codes ``q`` as int8, uint8, int16 or int32.
+
+    ``stochastic`` rounds up with probability equal to the fraction, from Philox numbers by (seed, offset, element index):
+    unbiased for elements that do not saturate, under ``torch.manual_seed``'s rules. NaN becomes the code nearest to zero. The
+    overload ``torch.ops.quantrain.quantize.seeded(..., seed=, offset=)`` gives the same bits on CPU and CUDA. No gradient.
+
+    >>> quantize(torch.tensor([-1.0, 0.26, 9.0]), torch.tensor([0.5]), quant_min=-8, quant_max=7)
+    tensor([-2,  1,  7], dtype=torch.int8)
+    """
+    scale, zero_point = _along(axis, input, scale, zero_point)
+    return _ops.quantize(
+        input,
+        scale,
+        zero_point,
+        quant_min=quant_min,
+        quant_max=quant_max,
+        dtype=dtype,
+        stochastic=stochastic,
+        generator=generator,
+    )
+
+
+def dequantize(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    axis: int | None = None,
+) -> Tensor:
+    """``(codes - zero_point) * scale`` as float32, float16 or bfloat16. No gradient.
+
+    >>> dequantize(torch.tensor([-2, 1, 7], dtype=torch.int8), torch.tensor([0.5]))
+    tensor([-1.0000,  0.5000,  3.5000])
+    """
+    scale, zero_point = _along(axis, input, scale, zero_point)
+    return _ops.dequantize(input, scale, zero_point, dtype=dtype)
+
+
+def pack_int4(input: Tensor) -> Tensor:
+    """4-bit codes two a byte along the last dimension, element ``2i`` in the low half.
+
+    int8 (-8..7) or uint8 (0..15) ``[..., K]`` to uint8 ``[..., ceil(K / 2)]``; an odd row ends in a zero half.
+
+    >>> pack_int4(torch.tensor([1, -1, 7], dtype=torch.int8))
+    tensor([241,   7], dtype=torch.uint8)
+    """
+    return _ops.pack_int4(input)
+
+
+def unpack_int4(input: Tensor, *, size: int, signed: bool = True) -> Tensor:
+    """The inverse of :func:`pack_int4`: int8 (``signed``) or uint8 codes ``[..., size]``.
+
+    >>> unpack_int4(torch.tensor([241, 7], dtype=torch.uint8), size=3)
+    tensor([ 1, -1,  7], dtype=torch.int8)
+    """
+    return _ops.unpack_int4(input, size=size, signed=signed)
