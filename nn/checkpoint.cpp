@@ -33,7 +33,7 @@ struct Dtype {
   const char* name;
   at::ScalarType type;
 };
-constexpr Dtype kDtypes[] = {{"F64", at::kDouble}, {"F32", at::kFloat}, {"F16", at::kHalf}, {"BF16", at::kBFloat16},
+constexpr Dtype kDtypes[] = {{"F64", at::kDouble}, {"F32", at::kFloat}, {"F16", at::kHalf},  {"BF16", at::kBFloat16},
                              {"I64", at::kLong},   {"I32", at::kInt},   {"I16", at::kShort}, {"I8", at::kChar},
                              {"U8", at::kByte},    {"BOOL", at::kBool}};
 
@@ -92,14 +92,17 @@ Entry read_entry(const std::string& path, const std::string& name, const Json& j
     fail(path, "dtype, shape and data_offsets for the tensor " + in_quotes(name), json.dump().substr(0, 80));
   }
   const std::string dtype = json["dtype"];
-  const auto* known = std::find_if(std::begin(kDtypes), std::end(kDtypes), [&](const Dtype& d) { return dtype == d.name; });
+  const auto* known =
+      std::find_if(std::begin(kDtypes), std::end(kDtypes), [&](const Dtype& d) { return dtype == d.name; });
   if (known == std::end(kDtypes)) {
-    fail(path, "a dtype of F64, F32, F16, BF16, I64, I32, I16, I8, U8, BOOL for the tensor " + in_quotes(name), in_quotes(dtype));
+    fail(path, "a dtype of F64, F32, F16, BF16, I64, I32, I16, I8, U8, BOOL for the tensor " + in_quotes(name),
+         in_quotes(dtype));
   }
   Entry entry{name, known->type, json["shape"], json["data_offsets"][0], json["data_offsets"][1]};
   const uint64_t bytes = product(path, entry, c10::elementSize(entry.dtype));
   if (entry.end < entry.begin || entry.end - entry.begin != bytes) {
-    fail(path, std::to_string(bytes) + " bytes for the tensor " + in_quotes(name) + " of shape " + shape_text(entry.shape),
+    fail(path,
+         std::to_string(bytes) + " bytes for the tensor " + in_quotes(name) + " of shape " + shape_text(entry.shape),
          "data_offsets " + json["data_offsets"].dump());
   }
   return entry;
@@ -112,12 +115,14 @@ void check_layout(const std::string& path, std::vector<Entry>& entries, uint64_t
   uint64_t end = 0;
   for (const Entry& entry : entries) {
     if (entry.begin != end) {
-      fail(path, "the tensor " + in_quotes(entry.name) + " to start at byte " + std::to_string(end), std::to_string(entry.begin));
+      fail(path, "the tensor " + in_quotes(entry.name) + " to start at byte " + std::to_string(end),
+           std::to_string(entry.begin));
     }
     end = entry.end;
   }
   if (end != data_bytes) {
-    fail(path, std::to_string(end) + " bytes of tensors", std::to_string(data_bytes) + (data_bytes < end ? " (truncated)" : ""));
+    fail(path, std::to_string(end) + " bytes of tensors",
+         std::to_string(data_bytes) + (data_bytes < end ? " (truncated)" : ""));
   }
 }
 
@@ -193,7 +198,8 @@ CheckpointInfo info_of(const std::string& path, const Header& header) {
   const std::string version = metadata_value(path, header, "version");
   if (version != "1") fail(path, "metadata version '1'", in_quotes(version));
   const std::string converted = metadata_value(path, header, "converted");
-  if (converted != "true" && converted != "false") fail(path, "metadata converted 'true' or 'false'", in_quotes(converted));
+  if (converted != "true" && converted != "false")
+    fail(path, "metadata converted 'true' or 'false'", in_quotes(converted));
   CheckpointInfo info;
   info.converted = converted == "true";
   const std::string recipe = metadata_value(path, header, "recipe");
@@ -237,7 +243,8 @@ std::string dtype_name(const std::string& path, const std::string& name, at::Sca
   for (const Dtype& dtype : kDtypes) {
     if (dtype.type == type) return dtype.name;
   }
-  fail(path, "a dtype that safetensors files of this library hold", std::string(c10::toString(type)) + " in " + in_quotes(name));
+  fail(path, "a dtype that safetensors files of this library hold",
+       std::string(c10::toString(type)) + " in " + in_quotes(name));
 }
 
 }  // namespace
@@ -315,7 +322,8 @@ CheckpointInfo load_checkpoint(const std::string& path, torch::nn::Module& modul
   return info;
 }
 
-void load_tensors(const std::map<std::string, at::Tensor>& tensors, torch::nn::Module& module, const std::string& source) {
+void load_tensors(const std::map<std::string, at::Tensor>& tensors, torch::nn::Module& module,
+                  const std::string& source) {
   const std::map<std::string, at::Tensor> state = state_of(module);
   std::set<std::string> missing;
   std::set<std::string> unexpected;
@@ -330,7 +338,8 @@ void load_tensors(const std::map<std::string, at::Tensor>& tensors, torch::nn::M
   for (const auto& [name, target] : state) {
     const at::Tensor& given = tensors.at(name);
     if (!given.sizes().equals(target.sizes())) {
-      fail(source, "the tensor " + in_quotes(name) + " of shape " + shape_text(target.sizes()), shape_text(given.sizes()));
+      fail(source, "the tensor " + in_quotes(name) + " of shape " + shape_text(target.sizes()),
+           shape_text(given.sizes()));
     }
     if (given.scalar_type() != target.scalar_type() && !(given.is_floating_point() && target.is_floating_point())) {
       fail(source, "the tensor " + in_quotes(name) + " of dtype " + c10::toString(target.scalar_type()),

@@ -16,8 +16,8 @@
 
 #include <torch/nn/module.h>
 
-#include "quantrain/ops/export.h"
 #include "quantrain/nn/recipe.h"
+#include "quantrain/ops/export.h"
 
 namespace quantrain::nn {
 

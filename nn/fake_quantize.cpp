@@ -83,8 +83,8 @@ void FakeQuantizeImpl::observe(const at::Tensor& input) {
 std::tuple<at::Tensor, at::Tensor> FakeQuantizeImpl::calculate_qparams(const std::optional<at::Tensor>& input) {
   if (dynamic()) {
     TORCH_CHECK_VALUE(input, "FakeQuantize: expected an input to compute a dynamic scale from, got none");
-    auto qparams = quantrain::choose_qparams(input->detach(), scale_shape_of(*input), spec_.quant_min(), spec_.quant_max(),
-                                             spec_.symmetric);
+    auto qparams = quantrain::choose_qparams(input->detach(), scale_shape_of(*input), spec_.quant_min(),
+                                             spec_.quant_max(), spec_.symmetric);
     if (spec_.symmetric) {
       std::get<1>(qparams) = at::Tensor();
     }
@@ -103,7 +103,8 @@ at::Tensor FakeQuantizeImpl::quantize_dequantize(const at::Tensor& input, const 
   if (!spec_.learnable) {
     return quantrain::fake_quantize(input, scale_in_force, zero, spec_.quant_min(), spec_.quant_max());
   }
-  const double per_scale = static_cast<double>(input.numel()) / static_cast<double>(std::max<int64_t>(scale_in_force.numel(), 1));
+  const double per_scale =
+      static_cast<double>(input.numel()) / static_cast<double>(std::max<int64_t>(scale_in_force.numel(), 1));
   const double top = static_cast<double>(std::max<int64_t>(spec_.quant_max(), 1));
   return quantrain::fake_quantize_learnable(input, scale_in_force, zero, spec_.quant_min(), spec_.quant_max(),
                                             1.0 / std::sqrt(std::max(per_scale * top, 1.0)));

@@ -9,9 +9,9 @@
 #include <torch/nn/module.h>
 #include <torch/nn/pimpl.h>
 
-#include "quantrain/ops/export.h"
 #include "quantrain/nn/observers.h"
 #include "quantrain/nn/recipe.h"
+#include "quantrain/ops/export.h"
 
 namespace quantrain::nn {
 

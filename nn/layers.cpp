@@ -86,7 +86,8 @@ QuantModule::QuantModule(std::string name, const Recipe& recipe, std::vector<int
         "weight_fake_quant", FakeQuantize(*recipe_.weight, weight_scale_shape(*recipe_.weight, weight_shape_)));
   }
   if (recipe_.input) {
-    input_fake_quant = register_module("input_fake_quant", FakeQuantize(*recipe_.input, activation_shape(*recipe_.input)));
+    input_fake_quant =
+        register_module("input_fake_quant", FakeQuantize(*recipe_.input, activation_shape(*recipe_.input)));
   }
   if (recipe_.output) {
     output_fake_quant =
@@ -136,8 +137,9 @@ void QuantModule::check_convertible(bool check_observed) {
                     recipe_.name, "'");
   TORCH_CHECK_VALUE(recipe_.weight->bits <= 8, "convert: expected a ", name(), " with weight bits of at most 8, got ",
                     recipe_.weight->bits);
-  for (FakeQuantizeImpl* fake_quant : {weight_fake_quant.ptr().get(), input_fake_quant.ptr().get(), output_fake_quant.ptr().get()}) {
-    TORCH_CHECK_VALUE(!check_observed || !fake_quant || fake_quant->has_scale(), "convert: expected every scale of ", name(),
+  for (FakeQuantize* fake_quant : {&weight_fake_quant, &input_fake_quant, &output_fake_quant}) {
+    TORCH_CHECK_VALUE(!check_observed || !*fake_quant || (*fake_quant)->has_scale(),
+                      "convert: expected every scale of ", name(),
                       " to be observed or loaded, got none (calibrate, train or load a checkpoint first)");
   }
 }
@@ -215,7 +217,8 @@ at::Tensor QuantLinearImpl::forward(const at::Tensor& input) {
   if (!converted()) {
     return quantized_output(at::linear(x, quantized_weight(weight), bias));
   }
-  return quantized_output(at::linear(x, dequantized_weight(x.scalar_type()), bias.defined() ? bias.to(x.scalar_type()) : bias));
+  return quantized_output(
+      at::linear(x, dequantized_weight(x.scalar_type()), bias.defined() ? bias.to(x.scalar_type()) : bias));
 }
 
 QuantConv2dImpl::QuantConv2dImpl(const std::string& name, const torch::nn::Conv2dOptions& options, const Recipe& recipe)
@@ -229,7 +232,8 @@ at::Tensor QuantConv2dImpl::convolve(const at::Tensor& input, const at::Tensor& 
     return at::conv2d(input, weight, bias, options_.stride(), *sizes, options_.dilation(), options_.groups());
   }
   const bool same = std::holds_alternative<torch::enumtype::kSame>(padding);
-  return at::conv2d(input, weight, bias, options_.stride(), same ? "same" : "valid", options_.dilation(), options_.groups());
+  return at::conv2d(input, weight, bias, options_.stride(), same ? "same" : "valid", options_.dilation(),
+                    options_.groups());
 }
 
 at::Tensor QuantConv2dImpl::forward(const at::Tensor& input) {
@@ -244,12 +248,21 @@ at::Tensor QuantConv2dImpl::forward(const at::Tensor& input) {
 QuantConvBn2dImpl::QuantConvBn2dImpl(const torch::nn::Conv2dOptions& options, const Recipe& recipe,
                                      const torch::nn::BatchNorm2dOptions& bn_options)
     : QuantConv2dImpl("QuantConvBn2d", options, recipe) {
-  TORCH_CHECK_VALUE(bn_options.num_features() == options.out_channels() && bn_options.affine() && bn_options.track_running_stats(),
-                    "QuantConvBn2d: expected an affine batch norm with running statistics over ", options.out_channels(),
-                    " channels, got ", bn_options.num_features(), " channels, affine ", bn_options.affine(),
-                    ", track_running_stats ", bn_options.track_running_stats());
+  TORCH_CHECK_VALUE(
+      bn_options.num_features() == options.out_channels() && bn_options.affine() && bn_options.track_running_stats(),
+      "QuantConvBn2d: expected an affine batch norm with running statistics over ", options.out_channels(),
+      " channels, got ", bn_options.num_features(), " channels, affine ", bn_options.affine(), ", track_running_stats ",
+      bn_options.track_running_stats());
   bn = register_module("bn", torch::nn::BatchNorm2d(bn_options));
 }
+
+void QuantConvBn2dImpl::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {
+  const at::Tensor count = bn ? bn->num_batches_tracked.clone() : at::Tensor();
+  QuantModule::to(device, dtype, non_blocking);
+  if (bn) bn->num_batches_tracked.set_data(count.to(device));
+}
+
+void QuantConvBn2dImpl::to(torch::Dtype dtype, bool non_blocking) { to(weight.device(), dtype, non_blocking); }
 
 at::Tensor QuantConvBn2dImpl::scale_factor() const {
   at::Tensor sf = bn->weight / at::sqrt(bn->running_var + bn->options.eps());
@@ -311,8 +324,9 @@ at::Tensor QuantEmbeddingImpl::forward(const at::Tensor& indices) {
     return quantized_output(quantized_rows(indices));
   }
   const at::Tensor zero_point = scale_rows_of(weight_zero_point, indices);
-  return quantized_output(quantrain::dequantize(unpacked(rows_of(weight, indices)), scale_rows_of(weight_scale, indices),
-                                                defined_or_none(zero_point), float_dtype()));
+  return quantized_output(quantrain::dequantize(unpacked(rows_of(weight, indices)),
+                                                scale_rows_of(weight_scale, indices), defined_or_none(zero_point),
+                                                float_dtype()));
 }
 
 at::Tensor QuantEmbeddingImpl::quantized_rows(const at::Tensor& indices) {
@@ -329,11 +343,13 @@ at::Tensor QuantEmbeddingImpl::quantized_rows(const at::Tensor& indices) {
     const QuantSpec& spec = weight_fake_quant->spec();
     std::vector<int64_t> shape = indices.sizes().vec();
     shape.push_back(weight_fake_quant->scale_shape()[1]);
-    auto [scale, zero_point] = quantrain::choose_qparams(rows.detach(), shape, spec.quant_min(), spec.quant_max(), spec.symmetric);
+    auto [scale, zero_point] =
+        quantrain::choose_qparams(rows.detach(), shape, spec.quant_min(), spec.quant_max(), spec.symmetric);
     return weight_fake_quant->quantize_dequantize(rows, scale, spec.symmetric ? at::Tensor() : zero_point);
   }
   const auto [scale, zero_point] = weight_fake_quant->calculate_qparams(weight);
-  return weight_fake_quant->quantize_dequantize(rows, scale_rows_of(scale, indices), scale_rows_of(zero_point, indices));
+  return weight_fake_quant->quantize_dequantize(rows, scale_rows_of(scale, indices),
+                                                scale_rows_of(zero_point, indices));
 }
 
 void convert(torch::nn::Module& module, bool check_observed) {

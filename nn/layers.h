@@ -21,9 +21,9 @@
 #include <torch/nn/options/linear.h>
 #include <torch/nn/pimpl.h>
 
-#include "quantrain/ops/export.h"
 #include "quantrain/nn/fake_quantize.h"
 #include "quantrain/nn/recipe.h"
+#include "quantrain/ops/export.h"
 
 namespace quantrain::nn {
 
@@ -32,7 +32,9 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
  public:
   const Recipe& recipe() const { return recipe_; }
   bool converted() const { return converted_; }
-  const std::vector<int64_t>& weight_shape() const { return weight_shape_; }  // of the float weight; codes may be packed
+  const std::vector<int64_t>& weight_shape() const {
+    return weight_shape_;
+  }  // of the float weight; codes may be packed
 
   // Throws ValueError where this layer cannot convert: no weight spec, more than 8 weight bits, already converted, or (check_observed)
   // a scale that was neither observed nor loaded.
@@ -57,7 +59,8 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
   FakeQuantize output_fake_quant{nullptr};
 
  protected:
-  QuantModule(std::string name, const Recipe& recipe, std::vector<int64_t> weight_shape, std::vector<int64_t> token_shape);
+  QuantModule(std::string name, const Recipe& recipe, std::vector<int64_t> weight_shape,
+              std::vector<int64_t> token_shape);
 
   // The weight and bias that conversion stores: those the evaluation forward pass uses, before quantisation.
   virtual at::Tensor float_weight() const { return weight; }
@@ -70,7 +73,9 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
   at::Tensor quantized_input(const at::Tensor& input);
   at::Tensor quantized_output(const at::Tensor& output);
   at::Tensor unpacked(const at::Tensor& codes) const;  // [rows, ...] packed or not -> [rows, weight_shape[1:]]
-  at::ScalarType float_dtype() const { return converted_ ? float_dtype_ : weight.scalar_type(); }  // converted: the dtype it had
+  at::ScalarType float_dtype() const {
+    return converted_ ? float_dtype_ : weight.scalar_type();
+  }  // converted: the dtype it had
 
  private:
   void store_codes(bool check_observed);
@@ -117,8 +122,14 @@ class QUANTRAIN_API QuantConvBn2dImpl : public QuantConv2dImpl {
  public:
   QuantConvBn2dImpl(const torch::nn::Conv2dOptions& options, const Recipe& recipe)
       : QuantConvBn2dImpl(options, recipe, torch::nn::BatchNorm2dOptions(options.out_channels())) {}
-  QuantConvBn2dImpl(const torch::nn::Conv2dOptions& options, const Recipe& recipe, const torch::nn::BatchNorm2dOptions& bn_options);
+  QuantConvBn2dImpl(const torch::nn::Conv2dOptions& options, const Recipe& recipe,
+                    const torch::nn::BatchNorm2dOptions& bn_options);
   at::Tensor forward(const at::Tensor& input) override;
+
+  // bn.num_batches_tracked stays an integer.
+  void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;
+  void to(torch::Dtype dtype, bool non_blocking = false) override;
+  using QuantModule::to;
 
   torch::nn::BatchNorm2d bn{nullptr};
 

@@ -46,7 +46,8 @@ std::tuple<at::Tensor, at::Tensor> percentile_range(const at::Tensor& input, con
                                                     double percentile) {
   const at::Tensor rows = blocks(input.to(at::kFloat), scale_shape);
   const int64_t n = rows.size(1);
-  const int64_t k = std::clamp<int64_t>(static_cast<int64_t>(std::ceil(percentile / 100.0 * static_cast<double>(n))), 1, n);
+  const int64_t k =
+      std::clamp<int64_t>(static_cast<int64_t>(std::ceil(percentile / 100.0 * static_cast<double>(n))), 1, n);
   at::Tensor min = std::get<0>(at::kthvalue(rows, n + 1 - k, 1)).reshape(scale_shape);
   at::Tensor max = std::get<0>(at::kthvalue(rows, k, 1)).reshape(scale_shape);
   return {std::move(min), std::move(max)};
@@ -81,7 +82,8 @@ void ObserverImpl::forward(const at::Tensor& input) {
   const auto [low, high] = quantrain::detail::min_max(x, scale_shape_);
   const at::Tensor finite = at::logical_and(at::isfinite(low), at::isfinite(high));
   if (spec_.nan_policy == "raise") {
-    TORCH_CHECK_VALUE(finite.all().item<bool>(), "Observer: expected a batch without NaN or infinity, got one that holds some ",
+    TORCH_CHECK_VALUE(finite.all().item<bool>(),
+                      "Observer: expected a batch without NaN or infinity, got one that holds some ",
                       "(nan_policy 'skip' passes over it)");
   }
   const auto [min, max] =

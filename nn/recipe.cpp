@@ -27,9 +27,7 @@ std::string join(const std::vector<std::string>& words) {
   return text;
 }
 
-std::string number(double value) {
-  return std::isfinite(value) ? Json(value).dump() : std::to_string(value);
-}
+std::string number(double value) { return std::isfinite(value) ? Json(value).dump() : std::to_string(value); }
 
 void check_one_of(const std::string& name, const std::string& field, const std::string& value,
                   const std::vector<std::string>& allowed) {
@@ -82,24 +80,32 @@ QuantSpec spec_from_object(const Json& json) {
   static const std::string kName = "QuantSpec";
   QuantSpec spec;
   for (const auto& [key, value] : json.items()) {
-    if (key == "bits") read_field(kName, key, value, spec.bits);
-    else if (key == "symmetric") read_field(kName, key, value, spec.symmetric);
-    else if (key == "granularity") read_field(kName, key, value, spec.granularity);
-    else if (key == "group_size") read_field(kName, key, value, spec.group_size);
-    else if (key == "observer") read_field(kName, key, value, spec.observer);
-    else if (key == "learnable") read_field(kName, key, value, spec.learnable);
-    else if (key == "averaging_constant") read_field(kName, key, value, spec.averaging_constant);
-    else if (key == "percentile") read_field(kName, key, value, spec.percentile);
-    else if (key == "nan_policy") read_field(kName, key, value, spec.nan_policy);
-    else fail(kName, "only fields of a QuantSpec", "'" + key + "'");
+    if (key == "bits")
+      read_field(kName, key, value, spec.bits);
+    else if (key == "symmetric")
+      read_field(kName, key, value, spec.symmetric);
+    else if (key == "granularity")
+      read_field(kName, key, value, spec.granularity);
+    else if (key == "group_size")
+      read_field(kName, key, value, spec.group_size);
+    else if (key == "observer")
+      read_field(kName, key, value, spec.observer);
+    else if (key == "learnable")
+      read_field(kName, key, value, spec.learnable);
+    else if (key == "averaging_constant")
+      read_field(kName, key, value, spec.averaging_constant);
+    else if (key == "percentile")
+      read_field(kName, key, value, spec.percentile);
+    else if (key == "nan_policy")
+      read_field(kName, key, value, spec.nan_policy);
+    else
+      fail(kName, "only fields of a QuantSpec", "'" + key + "'");
   }
   spec.validate();
   return spec;
 }
 
-Json optional_to_object(const std::optional<QuantSpec>& spec) {
-  return spec ? to_object(*spec) : Json(nullptr);
-}
+Json optional_to_object(const std::optional<QuantSpec>& spec) { return spec ? to_object(*spec) : Json(nullptr); }
 
 void read_field(const std::string& name, const std::string& key, const Json& value, std::optional<QuantSpec>& out) {
   if (value.is_null()) {
@@ -248,14 +254,22 @@ Recipe Recipe::from_json(const std::string& text) {
   Recipe recipe;
   const Json json = parse_object(kName, text);
   for (const auto& [key, value] : json.items()) {
-    if (key == "name") read_field(kName, key, value, recipe.name);
-    else if (key == "weight") read_field(kName, key, value, recipe.weight);
-    else if (key == "input") read_field(kName, key, value, recipe.input);
-    else if (key == "output") read_field(kName, key, value, recipe.output);
-    else if (key == "backend") read_field(kName, key, value, recipe.backend);
-    else if (key == "training") read_field(kName, key, value, recipe.training);
-    else if (key == "edge_bits") read_field(kName, key, value, recipe.edge_bits);
-    else fail(kName, "only fields of a Recipe", "'" + key + "'");
+    if (key == "name")
+      read_field(kName, key, value, recipe.name);
+    else if (key == "weight")
+      read_field(kName, key, value, recipe.weight);
+    else if (key == "input")
+      read_field(kName, key, value, recipe.input);
+    else if (key == "output")
+      read_field(kName, key, value, recipe.output);
+    else if (key == "backend")
+      read_field(kName, key, value, recipe.backend);
+    else if (key == "training")
+      read_field(kName, key, value, recipe.training);
+    else if (key == "edge_bits")
+      read_field(kName, key, value, recipe.edge_bits);
+    else
+      fail(kName, "only fields of a Recipe", "'" + key + "'");
   }
   recipe.validate();
   return recipe;

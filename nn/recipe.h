@@ -44,7 +44,8 @@ struct QUANTRAIN_API QuantSpec {
   void validate() const;
 
   std::string to_json() const;
-  static QuantSpec from_json(const std::string& text);  // throws std::invalid_argument: not JSON, unknown field, wrong type, bad value
+  static QuantSpec from_json(
+      const std::string& text);  // throws std::invalid_argument: not JSON, unknown field, wrong type, bad value
 
   bool operator==(const QuantSpec&) const = default;
 };

@@ -32,20 +32,25 @@ std::string repr_of(const char* name, const T& self, std::initializer_list<const
 template <typename T>
 void bind_value_semantics(py::class_<T>& cls) {
   cls.def("to_json", &T::to_json, "The JSON form, every field under its name.")
-      .def_static("from_json", &T::from_json, py::arg("text"), "Reads to_json()'s text; ValueError where it is not valid.")
+      .def_static("from_json", &T::from_json, py::arg("text"),
+                  "Reads to_json()'s text; ValueError where it is not valid.")
       .def("validate", &T::validate, "Raises ValueError naming the field, the rule and the value.")
       .def("__eq__", [](const T& a, const py::object& b) { return py::isinstance<T>(b) && a == b.cast<const T&>(); })
       .def("__copy__", [](const T& self) { return T(self); })
-      .def("__deepcopy__", [](const T& self, const py::dict&) { return T(self); }, py::arg("memo"))
-      .def(py::pickle([](const T& self) { return self.to_json(); }, [](const std::string& text) { return T::from_json(text); }));
+      .def(
+          "__deepcopy__", [](const T& self, const py::dict&) { return T(self); }, py::arg("memo"))
+      .def(py::pickle([](const T& self) { return self.to_json(); },
+                      [](const std::string& text) { return T::from_json(text); }));
 }
 
 void bind_quant_spec(py::module_& module) {
   const QuantSpec defaults;
-  py::class_<QuantSpec> cls(module, "QuantSpec",
-                            "How one tensor of a layer is quantised: codes, granularity, and where the scale comes from.");
-  cls.def(py::init([](int64_t bits, bool symmetric, const std::string& granularity, int64_t group_size, const std::string& observer,
-                      bool learnable, double averaging_constant, double percentile, const std::string& nan_policy) {
+  py::class_<QuantSpec> cls(
+      module, "QuantSpec",
+      "How one tensor of a layer is quantised: codes, granularity, and where the scale comes from.");
+  cls.def(py::init([](int64_t bits, bool symmetric, const std::string& granularity, int64_t group_size,
+                      const std::string& observer, bool learnable, double averaging_constant, double percentile,
+                      const std::string& nan_policy) {
             QuantSpec spec{bits,      symmetric,          granularity, group_size, observer,
                            learnable, averaging_constant, percentile,  nan_policy};
             spec.validate();
@@ -77,15 +82,17 @@ void bind_quant_spec(py::module_& module) {
 
 void bind_recipe(py::module_& module) {
   using Spec = std::optional<QuantSpec>;
-  py::class_<Recipe> cls(module, "Recipe", "How a layer is quantised: a QuantSpec (or None) for weight, input and output.");
-  cls.def(py::init([](const std::string& name, const Spec& weight, const Spec& input, const Spec& output, const std::string& backend,
-                      bool training, int64_t edge_bits) {
+  py::class_<Recipe> cls(module, "Recipe",
+                         "How a layer is quantised: a QuantSpec (or None) for weight, input and output.");
+  cls.def(py::init([](const std::string& name, const Spec& weight, const Spec& input, const Spec& output,
+                      const std::string& backend, bool training, int64_t edge_bits) {
             Recipe recipe{name, weight, input, output, backend, training, edge_bits};
             recipe.validate();
             return recipe;
           }),
           py::kw_only(), py::arg("name") = "", py::arg("weight") = py::none(), py::arg("input") = py::none(),
-          py::arg("output") = py::none(), py::arg("backend") = "simulate", py::arg("training") = true, py::arg("edge_bits") = 0)
+          py::arg("output") = py::none(), py::arg("backend") = "simulate", py::arg("training") = true,
+          py::arg("edge_bits") = 0)
       .def_readwrite("name", &Recipe::name)
       .def_readwrite("weight", &Recipe::weight)
       .def_readwrite("input", &Recipe::input)

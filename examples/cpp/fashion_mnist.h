@@ -38,9 +38,7 @@ struct ImageData {
   int64_t test_size() const { return test_labels.size(0); }
   int64_t classes() const { return train_labels.max().item<int64_t>() + 1; }
 
-  at::Tensor normalize(const at::Tensor& images) const {
-    return images.to(at::kFloat).div_(255).sub_(mean).div_(std);
-  }
+  at::Tensor normalize(const at::Tensor& images) const { return images.to(at::kFloat).div_(255).sub_(mean).div_(std); }
 
   // The training samples at `indices`; the generator decides the flips, without one the images stay as they are.
   Batch train_batch(const at::Tensor& indices, std::optional<at::Generator> generator) const {
@@ -140,7 +138,8 @@ inline ImageData load_images(const std::string& folder, bool fashion, int64_t tr
     tensors[i] = detail::read_idx(path);
   }
   for (const size_t part : {0, 2}) {
-    if (tensors[part].dim() != 3 || tensors[part + 1].dim() != 1 || tensors[part].size(0) != tensors[part + 1].size(0)) {
+    if (tensors[part].dim() != 3 || tensors[part + 1].dim() != 1 ||
+        tensors[part].size(0) != tensors[part + 1].size(0)) {
       detail::fail(folder, "images [N, H, W] and as many labels [N]", "other shapes");
     }
   }

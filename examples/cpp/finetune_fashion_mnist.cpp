@@ -86,17 +86,23 @@ struct Options {
 };
 
 Options parse(int argc, char** argv) {
-  static const std::map<std::string, bool> kTakesValue = {
-      {"recipe", true},     {"checkpoint", true}, {"data", true},       {"output", true},    {"epochs", true},
-      {"lr", true},         {"float-epochs", true}, {"float-lr", true}, {"batch-size", true}, {"calibration-batches", true},
-      {"train-rows", true}, {"test-rows", true},  {"max-steps", true},  {"seed", true},      {"threads", true},
-      {"device", true},     {"logits", true},     {"evaluate", false},  {"help", false}};
+  static const std::map<std::string, bool> kTakesValue = {{"recipe", true},       {"checkpoint", true},
+                                                          {"data", true},         {"output", true},
+                                                          {"epochs", true},       {"lr", true},
+                                                          {"float-epochs", true}, {"float-lr", true},
+                                                          {"batch-size", true},   {"calibration-batches", true},
+                                                          {"train-rows", true},   {"test-rows", true},
+                                                          {"max-steps", true},    {"seed", true},
+                                                          {"threads", true},      {"device", true},
+                                                          {"logits", true},       {"evaluate", false},
+                                                          {"help", false}};
   Options options;
   for (int i = 1; i < argc; ++i) {
     const std::string argument = argv[i];
     const std::string flag = argument.rfind("--", 0) == 0 ? argument.substr(2) : "";
     const auto known = kTakesValue.find(flag);
-    if (known == kTakesValue.end()) throw std::invalid_argument("arguments: expected a flag of --help, got '" + argument + "'");
+    if (known == kTakesValue.end())
+      throw std::invalid_argument("arguments: expected a flag of --help, got '" + argument + "'");
     if (known->second && i + 1 == argc) throw std::invalid_argument(argument + ": expected a value, got none");
     options.values[flag] = known->second ? argv[++i] : "";
   }
@@ -117,7 +123,8 @@ struct Evaluation {
   double loss;
 };
 
-Evaluation evaluate(ResNet20& model, const ImageData& data, at::Device device, std::vector<at::Tensor>* all_logits = nullptr) {
+Evaluation evaluate(ResNet20& model, const ImageData& data, at::Device device,
+                    std::vector<at::Tensor>* all_logits = nullptr) {
   const at::NoGradGuard no_grad;
   model->eval();
   int64_t correct = 0;
@@ -137,7 +144,8 @@ Evaluation evaluate(ResNet20& model, const ImageData& data, at::Device device, s
 // Trains in place and returns the number of steps taken. Throws Interrupted after the step during which Ctrl-C came.
 int64_t train(ResNet20& model, const ImageData& data, const Training& training, Metrics& metrics, at::Device device) {
   const int64_t per_epoch = (data.train_size() + training.batch_size - 1) / training.batch_size;
-  const auto total = std::max<int64_t>(1, static_cast<int64_t>(std::ceil(training.epochs * static_cast<double>(per_epoch))));
+  const auto total =
+      std::max<int64_t>(1, static_cast<int64_t>(std::ceil(training.epochs * static_cast<double>(per_epoch))));
   const int64_t last = training.max_steps > 0 ? std::min(total, training.max_steps) : total;
   torch::optim::SGD optimizer = example::make_optimizer(*model);
   const auto start = std::chrono::steady_clock::now();
@@ -178,7 +186,8 @@ int64_t train(ResNet20& model, const ImageData& data, const Training& training, 
   return last;
 }
 
-void calibrate(ResNet20& model, const ImageData& data, int64_t batch_size, int64_t batches, int64_t seed, at::Device device) {
+void calibrate(ResNet20& model, const ImageData& data, int64_t batch_size, int64_t batches, int64_t seed,
+               at::Device device) {
   const at::Tensor order = at::randperm(data.train_size(), example::seeded_generator(seed), at::kLong);
   const qnn::Calibration calibration(*model);
   const int64_t rows = std::min(batch_size * batches, data.train_size());
@@ -190,7 +199,8 @@ void calibrate(ResNet20& model, const ImageData& data, int64_t batch_size, int64
 
 // The float model's checkpoint, under the names that the Python package gives it.
 void save_float(const std::string& path, ResNet20& model) {
-  qnn::SafeTensors content{{}, {{"format", "quantrain"}, {"version", "1"}, {"recipe", ""}, {"converted", "false"}, {"layers", "{}"}}};
+  qnn::SafeTensors content{
+      {}, {{"format", "quantrain"}, {"version", "1"}, {"recipe", ""}, {"converted", "false"}, {"layers", "{}"}}};
   const auto add = [&content](const auto& items) {
     for (const auto& item : items) {
       const std::string name = example::float_name(item.key());
@@ -229,7 +239,9 @@ struct Job {
   qnn::Recipe recipe;
   std::filesystem::path output;
 
-  std::string file(const std::string& form) const { return (output / (recipe.name + "." + form + ".safetensors")).string(); }
+  std::string file(const std::string& form) const {
+    return (output / (recipe.name + "." + form + ".safetensors")).string();
+  }
 };
 
 ImageData read_data(const Options& options) {
@@ -242,7 +254,8 @@ ImageData read_data(const Options& options) {
   std::string lower = folder;
   std::transform(lower.begin(), lower.end(), lower.begin(), [](unsigned char c) { return std::tolower(c); });
   const bool fashion = !options.has("data") || lower.find("fashion") != std::string::npos;
-  return example::load_images(folder, fashion, options.number<int64_t>("train-rows", 0), options.number<int64_t>("test-rows", 0));
+  return example::load_images(folder, fashion, options.number<int64_t>("train-rows", 0),
+                              options.number<int64_t>("test-rows", 0));
 }
 
 Job make_job(const Options& options) {
@@ -263,22 +276,27 @@ Job make_job(const Options& options) {
 }
 
 int run_evaluation(const Job& job) {
-  if (!job.start || !job.start->recipe) throw std::invalid_argument("--evaluate: expected --checkpoint of a quantised model, got none");
+  if (!job.start || !job.start->recipe)
+    throw std::invalid_argument("--evaluate: expected --checkpoint of a quantised model, got none");
   ResNet20 model(job.data.classes(), 1, job.recipe);
   if (job.start->converted) qnn::convert(*model, /*check_observed=*/false);
   qnn::load_checkpoint(job.options.text("checkpoint", ""), *model);
   model->to(job.device);
   std::vector<at::Tensor> logits;
   const Evaluation result = evaluate(model, job.data, job.device, &logits);
-  if (job.options.has("logits")) qnn::write_safetensors(job.options.text("logits", ""), {{{"logits", at::cat(logits)}}, {}});
+  if (job.options.has("logits"))
+    qnn::write_safetensors(job.options.text("logits", ""), {{{"logits", at::cat(logits)}}, {}});
   std::printf("%s%s: accuracy %.2f %%, loss %.4f\n", job.recipe.name.c_str(), job.start->converted ? " converted" : "",
               100 * result.accuracy, result.loss);
   return 0;
 }
 
 Training settings(const Job& job, const std::string& stage, const std::string& prefix, double epochs, double lr) {
-  Training training{stage, job.options.number(prefix + "epochs", epochs), job.options.number(prefix + "lr", lr),
-                    job.options.number<int64_t>("batch-size", 128), job.options.number<int64_t>("max-steps", 0),
+  Training training{stage,
+                    job.options.number(prefix + "epochs", epochs),
+                    job.options.number(prefix + "lr", lr),
+                    job.options.number<int64_t>("batch-size", 128),
+                    job.options.number<int64_t>("max-steps", 0),
                     job.options.number<int64_t>("seed", 0)};
   if (training.batch_size < 1) throw std::invalid_argument("--batch-size: expected at least 1, got 0");
   return training;
@@ -300,7 +318,8 @@ void prepare_from_float(const Job& job, ResNet20& model, Metrics& metrics) {
     qnn::enable_fake_quant(*model, true);
   }
   const Training training = settings(job, "", "", 0, 0);
-  calibrate(model, job.data, training.batch_size, job.options.number<int64_t>("calibration-batches", 8), training.seed, job.device);
+  calibrate(model, job.data, training.batch_size, job.options.number<int64_t>("calibration-batches", 8), training.seed,
+            job.device);
   qnn::save_checkpoint(job.file("prepared"), *model, job.recipe);
 }
 
@@ -322,7 +341,8 @@ int run_job(const Job& job) {
       prepare_from_float(job, model, metrics);
     }
     calibrated = true;
-    const bool few_bits = std::min(job.recipe.weight ? job.recipe.weight->bits : 32, job.recipe.input ? job.recipe.input->bits : 32) <= 4;
+    const bool few_bits =
+        std::min(job.recipe.weight ? job.recipe.weight->bits : 32, job.recipe.input ? job.recipe.input->bits : 32) <= 4;
     const Training training = settings(job, job.recipe.name, "", few_bits ? 1.0 : 0.5, few_bits ? 0.05 : 0.02);
     int64_t steps = 0;
     if (job.recipe.training) {
@@ -333,8 +353,10 @@ int run_job(const Job& job) {
     qnn::save_checkpoint(job.file("converted"), *model, job.recipe);
     const Evaluation result = evaluate(model, job.data, job.device);
     metrics.evaluation(job.recipe.name, steps, steps > 0 ? training.epochs : 0.0, result.accuracy, result.loss);
-    std::printf("%s: accuracy %.2f %% with integer weights, %llu bytes in %s\n", job.recipe.name.c_str(), 100 * result.accuracy,
-                static_cast<unsigned long long>(std::filesystem::file_size(job.file("converted"))), job.file("converted").c_str());
+    std::printf("%s: accuracy %.2f %% with integer weights, %llu bytes in %s\n", job.recipe.name.c_str(),
+                100 * result.accuracy,
+                static_cast<unsigned long long>(std::filesystem::file_size(job.file("converted"))),
+                job.file("converted").c_str());
     return 0;
   } catch (const Interrupted& interrupted) {
     if (calibrated) {
@@ -360,7 +382,8 @@ int main(int argc, char** argv) {
       std::fputs(kHelp, stdout);
       return 0;
     }
-    if (options.has("threads")) at::set_num_threads(static_cast<int>(std::max<int64_t>(1, options.number<int64_t>("threads", 1))));
+    if (options.has("threads"))
+      at::set_num_threads(static_cast<int>(std::max<int64_t>(1, options.number<int64_t>("threads", 1))));
     const Job job = make_job(options);
     return options.has("evaluate") ? run_evaluation(job) : run_job(job);
   } catch (const c10::Error& error) {

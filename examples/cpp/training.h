@@ -65,8 +65,8 @@ class Metrics {
   }
 
   void step(const std::string& stage, int64_t step, int64_t epoch, double loss, double lr, double seconds) {
-    file_ << R"({"stage": ")" << stage << R"(", "event": "step", "step": )" << step << R"(, "epoch": )" << epoch << R"(, "loss": )"
-          << loss << R"(, "lr": )" << lr << R"(, "seconds": )" << seconds << "}" << std::endl;
+    file_ << R"({"stage": ")" << stage << R"(", "event": "step", "step": )" << step << R"(, "epoch": )" << epoch
+          << R"(, "loss": )" << loss << R"(, "lr": )" << lr << R"(, "seconds": )" << seconds << "}" << std::endl;
   }
 
   void evaluation(const std::string& stage, int64_t step, double epoch, double accuracy, double loss) {
@@ -93,10 +93,10 @@ class ProgressLine {
     last_ = seconds;
     shown_ = true;
     const double a_step = seconds / static_cast<double>(done);
-    std::fprintf(stderr, "%s%-12s %5.1f %%  step %lld/%lld  loss %.4f  lr %.4f  %.0f ms/step  %.0f s left%s", terminal_ ? "\r" : "",
-                 stage_.c_str(), 100.0 * static_cast<double>(done) / static_cast<double>(steps_), static_cast<long long>(done),
-                 static_cast<long long>(steps_), loss, lr, 1e3 * a_step, a_step * static_cast<double>(steps_ - done),
-                 terminal_ ? "\x1b[K" : "");
+    std::fprintf(stderr, "%s%-12s %5.1f %%  step %lld/%lld  loss %.4f  lr %.4f  %.0f ms/step  %.0f s left%s",
+                 terminal_ ? "\r" : "", stage_.c_str(), 100.0 * static_cast<double>(done) / static_cast<double>(steps_),
+                 static_cast<long long>(done), static_cast<long long>(steps_), loss, lr, 1e3 * a_step,
+                 a_step * static_cast<double>(steps_ - done), terminal_ ? "\x1b[K" : "");
     std::fflush(stderr);
   }
 
