@@ -9,83 +9,11 @@ import tempfile
 import pytest
 import torch
 import torch.nn.functional as F
+from layer_samples import BUILDERS, RECIPES, calibrated, conv, conv_bn, depthwise_conv, embedding, linear, make_recipe
 from torch import nn
 
 import quantrain.nn as qnn
 from quantrain import QuantSpec, Recipe
-
-RECIPES = Recipe.names()
-
-
-def make_recipe(bits=8, granularity="per_channel", symmetric=True, observer="dynamic", learnable=False, **fields):
-    weight = QuantSpec(
-        bits=bits, granularity=granularity, symmetric=symmetric, observer=observer, learnable=learnable, group_size=4
-    )
-    fields.setdefault("input", QuantSpec(bits=bits, symmetric=False, observer="moving_average"))
-    return Recipe(weight=weight, **fields)
-
-
-def linear(recipe):
-    return qnn.QuantLinear(8, 5, recipe=recipe), torch.randn(6, 8)
-
-
-def odd_linear(recipe):
-    return qnn.QuantLinear(7, 3, bias=False, recipe=recipe), torch.randn(2, 3, 7)
-
-
-def conv(recipe):
-    return qnn.QuantConv2d(4, 6, 3, stride=2, padding=1, recipe=recipe), torch.randn(2, 4, 9, 9)
-
-
-def grouped_conv(recipe):
-    layer = qnn.QuantConv2d(4, 8, (3, 1), padding="same", dilation=2, groups=2, padding_mode="reflect", recipe=recipe)
-    return layer, torch.randn(2, 4, 8, 8)
-
-
-def depthwise_conv(recipe):
-    return qnn.QuantConv2d(4, 4, 3, groups=4, bias=False, recipe=recipe), torch.randn(3, 4, 6, 6)
-
-
-def conv_bn(recipe, bias=False):
-    layer = qnn.QuantConvBn2d(4, 6, 3, padding=1, bias=bias, recipe=recipe)
-    with torch.no_grad():
-        layer.bn.weight.uniform_(-1.5, 1.5)
-        layer.bn.bias.normal_()
-        layer.bn.running_mean.normal_()
-        layer.bn.running_var.uniform_(0.5, 2)
-    return layer, torch.randn(4, 4, 6, 6)
-
-
-def conv_bn_with_bias(recipe):
-    return conv_bn(recipe, bias=True)
-
-
-def embedding(recipe):
-    return qnn.QuantEmbedding(11, 8, padding_idx=2, recipe=recipe), torch.randint(0, 11, (3, 5))
-
-
-def odd_embedding(recipe):
-    return qnn.QuantEmbedding(6, 5, recipe=recipe), torch.tensor([0, 5, 5], dtype=torch.int32)
-
-
-BUILDERS = [
-    linear,
-    odd_linear,
-    conv,
-    grouped_conv,
-    depthwise_conv,
-    conv_bn,
-    conv_bn_with_bias,
-    embedding,
-    odd_embedding,
-]
-
-
-def calibrated(build, recipe, seed=0):
-    torch.manual_seed(seed)
-    layer, x = build(recipe)
-    qnn.calibrate(layer, [x])
-    return layer, x
 
 
 @pytest.mark.parametrize("build", BUILDERS)

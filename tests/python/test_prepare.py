@@ -126,7 +126,7 @@ def test_train_convert_and_pickle_a_network(recipe):
 
 def test_qat_learns_what_a_float_model_learns():
     torch.manual_seed(2)
-    x = torch.randn(256, 1, 6, 6)
+    x = torch.randn(128, 1, 6, 6)
     target = (x.mean((1, 2, 3)) > 0).long()
     model = Net()
     for stage in ("float32", "qat-w4a8"):
@@ -134,7 +134,7 @@ def test_qat_learns_what_a_float_model_learns():
             quantrain.prepare(model, stage)
             qnn.calibrate(model, [x])
         optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
-        for _ in range(60):
+        for _ in range(50):
             optimiser.zero_grad()
             nn.functional.cross_entropy(model(x), target).backward()
             optimiser.step()
