@@ -25,7 +25,7 @@ examples:
 # What each job does unless told otherwise: (normal, --quick).
 _DEFAULTS = {
     "images": {
-        "epochs": (3.0, 0.4),
+        "epochs": (2.5, 0.4),
         "lr": (0.2, 0.2),
         "batch_size": (128, 128),
         "train_rows": (None, None),

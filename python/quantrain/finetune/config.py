@@ -52,7 +52,7 @@ class JobConfig:
     name: str
     runs: Path = Path("runs")
     baseline: Path | None = None
-    epochs: float = 3.0
+    epochs: float = 2.5
     lr: float = 0.2
     qat_epochs: float | None = None
     qat_lr: float | None = None
