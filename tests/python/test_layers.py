@@ -238,6 +238,24 @@ def test_converted_layers_compile_without_a_graph_break():
         assert torch.equal(torch.compile(converted, fullgraph=True, backend="aot_eager")(x), converted(x))
 
 
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("recipe", ["qat-w8a8", "qat-w4a4"])
+def test_prepared_and_converted_layers_export(build, recipe):
+    layer, x = calibrated(build, recipe)
+    layer.eval()
+    expected = layer(x)
+    for module in (layer, qnn.convert(layer, inplace=False)):
+        assert torch.equal(torch.export.export(module, (x,)).module()(x), expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_converted_equals_fake_quantised_in_channels_last(bits):
+    layer, x = calibrated(conv_bn, make_recipe(bits))
+    layer.eval().to(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(qnn.convert(layer, inplace=False)(x), layer(x))
+
+
 def test_distributed_data_parallel():
     dist = torch.distributed
     with tempfile.TemporaryDirectory() as folder:

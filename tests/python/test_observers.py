@@ -244,6 +244,12 @@ def test_a_learned_scale_is_set_once_then_trained():
     assert torch.equal(fq.scale.detach(), first)
 
 
+def test_calibration_shows_a_learned_scale_every_batch():
+    layer = qnn.QuantLinear(2, 1, recipe=quantrain.Recipe(input=spec("min_max", bits=4, learnable=True)))
+    qnn.calibrate(layer, [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 14.0]])])
+    assert layer.input_fake_quant.scale.item() == 2.0
+
+
 def test_the_lsq_gradient_carries_its_factor():
     x, fq = torch.tensor([-9.0, 0.3, 0.7, 9.0]), FakeQuantize(spec("min_max", bits=4, learnable=True))
     with torch.no_grad():
@@ -286,7 +292,10 @@ def test_fake_quantize_copies_pickles_and_casts(observer, learnable):
         assert torch.equal(twin(x), y)
     assert fq.frozen().observer is None
     assert set(fq.frozen().state_dict()) == {"scale", "zero_point"}
-    half = copy.deepcopy(fq).to(torch.bfloat16)
+    half = copy.deepcopy(fq)
+    scale = half.scale
+    half.to(torch.bfloat16)
+    assert not learnable or half.scale is scale
     assert half.scale.dtype == torch.float32 and torch.equal(half.scale, fq.scale)
     assert isinstance(half.scale, torch.nn.Parameter) == learnable
     assert half(x.bfloat16()).dtype == torch.bfloat16

@@ -37,7 +37,7 @@ class Float32State(nn.Module):
             if name in before and tensor.dtype != torch.float32:
                 kept = before[name].to(device=tensor.device, dtype=torch.float32)
                 if name in self._parameters:
-                    self._parameters[name] = nn.Parameter(kept, requires_grad=tensor.requires_grad)
+                    tensor.data = kept  # the same Parameter object, which an optimiser may hold
                 else:
                     self._buffers[name] = kept
         return self
