@@ -247,18 +247,18 @@ def test_overrides_and_skip():
 
 
 def test_edge_bits_follow_the_order_of_calls_and_yield_to_overrides():
-    class Reversed(nn.Module):
+    class Shuffled(nn.Module):
         def __init__(self):
             super().__init__()
-            self.last, self.middle, self.first = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.middle, self.last, self.first = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
 
         def forward(self, x):
             return self.last(self.middle(self.first(x)))
 
-    model = quantrain.prepare(Reversed(), "qat-w4a4", overrides={"last": {"weight": {"bits": 2}}})
+    model = quantrain.prepare(Shuffled(), "qat-w4a4", overrides={"last": {"weight": {"bits": 2}}})
     bits = {n: (m.weight_fake_quant.spec.bits, m.input_fake_quant.spec.bits) for n, m in model.named_children()}
     assert bits == {"first": (8, 8), "middle": (4, 4), "last": (2, 8)}
-    model = quantrain.prepare(Reversed(), "qat-w4a4", skip=["first"])
+    model = quantrain.prepare(Shuffled(), "qat-w4a4", skip=["first"])
     assert [m.weight_fake_quant.spec.bits for m in (model.last, model.middle)] == [8, 8]
 
 

@@ -138,9 +138,7 @@ class FakeQuantize(Float32State):
         if not self.learnable:
             return self.scale, self.zero_point
         if self.training:
-            self.scale.data.clamp_(
-                min=kMinScale
-            )  # in place: a clamp in the graph would leave such a scale without gradient
+            self.scale.data.clamp_(min=kMinScale)  # a clamp in the graph would leave such a scale without gradient
             return self.scale, self.zero_point
         return self.scale.clamp(min=kMinScale), self.zero_point
 
