@@ -25,7 +25,7 @@ examples:
 # What each job does unless told otherwise: (normal, --quick).
 _DEFAULTS = {
     "images": {
-        "epochs": (2.5, 0.4),
+        "epochs": (2.5, 0.35),
         "lr": (0.2, 0.2),
         "batch_size": (128, 128),
         "train_rows": (None, None),
@@ -134,12 +134,10 @@ def finetune(arguments: argparse.Namespace) -> int:
     """Run the command ``finetune``; the result is the exit status."""
     config = make_config(arguments)
     try:
-        from quantrain.finetune.job import Job, restart
+        from quantrain.finetune.job import Job
 
-        if arguments.restart:
-            restart(config)
         with StopRequest().listening() as stop:
-            Job(config, stop).run()
+            Job(config, stop, restart=arguments.restart).run()
     except Interrupted:
         print(
             f"\nstopped; what is done is in {config.folder}, and the same command goes on from there", file=sys.stderr

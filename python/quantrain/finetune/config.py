@@ -107,11 +107,11 @@ class JobConfig:
 # (job, some tensor has 4 bits or fewer) -> (epochs, largest learning rate) of the fine-tuning after calibration.
 _RECIPE_DEFAULTS = {
     ("images", False): (0.5, 0.02),
-    ("images", True): (1.0, 0.05),
-    ("sst2", False): (1.0, 5e-5),
-    ("sst2", True): (1.0, 1e-4),
+    ("images", True): (1.0, 0.03),
+    ("sst2", False): (0.5, 2e-5),
+    ("sst2", True): (1.0, 5e-5),
 }
-_QUICK_FACTOR = {"images": 0.25, "sst2": 1.0}
+_QUICK_FACTOR = {"images": 0.2, "sst2": 1.0}
 
 
 def record_config(config: JobConfig) -> None:

@@ -52,7 +52,20 @@ def new_model(config: JobConfig, data) -> nn.Module:
     return load_model(config.model, data.num_classes, data.in_channels)
 
 
-def restart(config: JobConfig) -> None:
+def find_device(name: str) -> torch.device:
+    """The device ``name``.
+
+    Raises:
+        ValueError: PyTorch knows no such device, or this machine has none.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device: expected a device that this machine has, got {name!r} ({reason})") from error
+
+
+def delete_run(config: JobConfig) -> None:
     """Delete the files that an earlier run of this name left; files that no run writes stay."""
     for name in _OWN_FILES:
         (config.folder / name).unlink(missing_ok=True)
@@ -68,21 +81,24 @@ class Job:
     Args:
         config: What to do.
         stop: Asked between steps whether the user wants to stop.
+        restart: Whether to delete what an earlier run of this name left.
 
     Raises:
-        ValueError: An unknown recipe, a model that does not exist, or a folder of another run.
+        ValueError: An unknown recipe, a model or a device that does not exist, or a folder of another run.
         FileNotFoundError: Data or a baseline that is not there.
     """
 
-    def __init__(self, config: JobConfig, stop: StopRequest | None = None) -> None:
+    def __init__(self, config: JobConfig, stop: StopRequest | None = None, restart: bool = False) -> None:
         self.config = config
         self.stop = stop or StopRequest()
         self.recipes = {name: quantrain.Recipe.from_name(name) for name in config.recipes}
-        self.device = torch.device(config.device)
+        self.device = find_device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.data = load_data(config)
         self.baseline = new_model(config, self.data).to(self.device)
+        if restart:
+            delete_run(config)
         record_config(config)
         self.folder = config.folder
         for name in ("plots", "state"):

@@ -1,7 +1,8 @@
 """The training loop of the fine-tuning job: schedule, optimisers, interruption, exact resumption, evaluation.
 
 A run that was interrupted after step s and resumed takes the same steps as one that was not: the state file holds the
-parameters, the optimiser and the generators, and the order of the data depends only on the seed and the epoch.
+parameters, the optimiser and the generator, and the order of the data depends only on the seed and the epoch. On the CPU
+the losses are then the same bit for bit; on a GPU, within what cuDNN's gradient sums vary from run to run.
 """
 
 from __future__ import annotations
