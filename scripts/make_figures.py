@@ -8,6 +8,7 @@ package is imported. bandwidth.png is drawn only where benchmarks/results holds 
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import matplotlib
@@ -111,12 +112,54 @@ def range_search(out: Path) -> None:
     plt.close(figure)
 
 
+LINE = re.compile(
+    r"^(?P<op>.{41}) (?P<granularity>.{17}) (?P<dtype>\w+) +(?P<shape>\S+) +[\d.]+ us"
+    r" +\d+ GB/s +(?P<percent>[\d.]+) % +(?P<native>[\d.]+x|-)"
+)
+
+
+def bandwidth(out: Path) -> None:
+    """Per cent of the copy's rate at 8192 x 8192, from the newest GPU result that holds bench_fake_quant's lines."""
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.txt"), key=lambda p: p.stem[-10:], reverse=True):
+        lines = [m.groupdict() for m in map(LINE.match, path.read_text(encoding="utf-8").splitlines()) if m]
+        rows = [row for row in lines if row["shape"] == "8192x8192" and row["op"].startswith("fake_quantize")]
+        if rows:
+            break
+    else:
+        return
+    labels = list(dict.fromkeys(f"{row['op'].strip()}, {row['granularity'].strip()}" for row in rows))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 1.2 + 0.34 * len(labels)), layout="constrained", sharey=True)
+    for axis, dtype in zip(axes, ("float32", "bfloat16"), strict=True):
+        for row in (row for row in rows if row["dtype"] == dtype):
+            place = labels.index(f"{row['op'].strip()}, {row['granularity'].strip()}")
+            ours = float(row["percent"])
+            axis.barh(place - 0.2, ours, height=0.38, color=BLUE)
+            axis.text(ours + 1, place - 0.2, f"{ours:.0f}", va="center", fontsize=7)
+            if row["native"] != "-":
+                native = ours / float(row["native"].rstrip("x"))
+                axis.barh(place + 0.2, native, height=0.38, color=GREY)
+                axis.text(native + 1, place + 0.2, f"{native:.0f}", va="center", fontsize=7)
+        axis.axvline(100, color=GREY, linewidth=0.8, linestyle="--")
+        axis.set_title(dtype, fontsize=10)
+        axis.set_xlabel("per cent of the rate of a copy in the same run")
+        axis.set_xlim(0, 115)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    axes[0].set_yticks(range(len(labels)), labels, fontsize=8)
+    axes[0].invert_yaxis()
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in (BLUE, GREY)]
+    figure.legend(handles, ["quantrain", "PyTorch"], fontsize=8, frameon=False, loc="outside lower center", ncols=2)
+    figure.suptitle(f"8192 x 8192, from benchmarks/results/{path.name}", fontsize=10)
+    figure.savefig(out / "bandwidth.png", dpi=150)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    for draw in (staircase, lsq_gradients, range_search):
+    for draw in (staircase, lsq_gradients, range_search, bandwidth):
         draw(out)
     print(f"make_figures: {', '.join(sorted(p.name for p in out.glob('*.png')))} in {out}")
 
