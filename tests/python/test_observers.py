@@ -315,6 +315,16 @@ def test_calibration_restores_and_survives_an_error():
         qnn.calibrate(torch.nn.Linear(2, 2), [torch.randn(2, 2)])
 
 
+def test_calibration_sees_the_float_activations():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    x = torch.randn(8, 4)
+    expected = model[0](x).max()
+    quantrain.prepare(model, "qat-w8a8", overrides={"0": {"weight": {"bits": 2}}})
+    qnn.calibrate(model, [x])
+    assert torch.equal(model[1].input_fake_quant.observer.max_val[0], expected)
+
+
 def test_calibrate_takes_tuples_mappings_and_a_forward():
     model = qnn.QuantLinear(4, 2, recipe="ptq-w8a8")
     x = torch.rand(8, 4)

@@ -223,7 +223,7 @@ def test_a_frozen_batch_norm_and_hooks_survive():
     model[1].eval()
     model[3].register_forward_hook(lambda module, args, y: calls.append(type(module).__name__))
     quantrain.prepare(model, "qat-w8a8")
-    assert model[0].training and not model[0].bn.training
+    assert model[0].training and not model[0].bn.training and not model[1].training
     model(images())
     assert calls == ["QuantLinear"]
 

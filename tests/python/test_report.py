@@ -130,6 +130,7 @@ def test_a_layer_called_twice_and_an_embedding():
     embed, fc = quantrain.quantization_error(model, torch.arange(9)).rows
     assert embed["input_bits"] is None and embed["output_sqnr_db"] > 30
     assert fc["input_sqnr_db"] > 30 and fc["input_saturation_pct"] == 0
+    assert fc["output_sqnr_db"] > 30  # each call against its own float output
 
 
 def test_a_converted_model_reports_its_inputs():
