@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,14 +131,14 @@ def make_config(arguments: argparse.Namespace) -> JobConfig:
     return JobConfig(**values)
 
 
-def finetune(arguments: argparse.Namespace) -> int:
-    """Run the command ``finetune``; the result is the exit status."""
+def finetune(arguments: argparse.Namespace, command: str) -> int:
+    """Run the command ``finetune``, given on the command line as ``command``; the result is the exit status."""
     config = make_config(arguments)
     try:
         from quantrain.finetune.job import Job
 
         with StopRequest().listening() as stop:
-            Job(config, stop, restart=arguments.restart).run()
+            Job(config, stop, restart=arguments.restart, command=command).run()
     except Interrupted:
         print(
             f"\nstopped; what is done is in {config.folder}, and the same command goes on from there", file=sys.stderr
@@ -160,7 +161,8 @@ def finetune(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script's entry; ``argv`` is the command line without the program's name."""
-    return finetune(build_parser().parse_args(argv))
+    words = sys.argv[1:] if argv is None else list(argv)
+    return finetune(build_parser().parse_args(words), shlex.join(["quantrain", *words]))
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ _RECIPE_DEFAULTS = {
     ("images", False): (0.5, 0.02),
     ("images", True): (1.0, 0.03),
     ("sst2", False): (0.5, 2e-5),
-    ("sst2", True): (1.0, 5e-5),
+    ("sst2", True): (0.5, 3e-5),
 }
 _QUICK_FACTOR = {"images": 0.2, "sst2": 1.0}
 

@@ -82,14 +82,17 @@ class Job:
         config: What to do.
         stop: Asked between steps whether the user wants to stop.
         restart: Whether to delete what an earlier run of this name left.
+        command: The command line, for the report.
 
     Raises:
         ValueError: An unknown recipe, a model or a device that does not exist, or a folder of another run.
         FileNotFoundError: Data or a baseline that is not there.
     """
 
-    def __init__(self, config: JobConfig, stop: StopRequest | None = None, restart: bool = False) -> None:
-        self.config = config
+    def __init__(
+        self, config: JobConfig, stop: StopRequest | None = None, *, restart: bool = False, command: str = ""
+    ) -> None:
+        self.config, self.command = config, command
         self.stop = stop or StopRequest()
         self.recipes = {name: quantrain.Recipe.from_name(name) for name in config.recipes}
         self.device = find_device(config.device)
@@ -253,7 +256,8 @@ class Job:
         results = [self.results[stage] for stage in (BASELINE, *self.recipes)]
         table = format_table(results)
         self._say("\n" + self._title() + "\n" + table + "\n")
-        (self.folder / "table.txt").write_text(self._title() + "\n" + table + "\n", encoding="utf-8")
+        facts = "\n".join(f"{name}: {value}" for name, value in self._facts(results))
+        (self.folder / "table.txt").write_text(f"{self._title()}\n{table}\n\n{facts}\n", encoding="utf-8")
         self._write_report(results)
         return results
 
@@ -303,7 +307,10 @@ class Job:
             ("device", f"{device}, {torch.get_num_threads()} threads" if self.device.type == "cpu" else device),
             ("torch", torch.__version__),
             ("quantrain", quantrain.__version__),
+            ("whole run", format_seconds(sum(result.seconds for result in results))),
         ]
+        if self.command:
+            facts.append(("command", self.command))
         return facts + [(f"recipe {name}", recipe.to_json()) for name, recipe in self.recipes.items()]
 
 
