@@ -9,6 +9,7 @@
 #include <iostream>
 #include <map>
 #include <optional>
+#include <set>
 #include <stdexcept>
 #include <string>
 
@@ -41,8 +42,8 @@ Fine-tunes ResNet-20 under one recipe and writes metrics.jsonl and safetensors c
                            which brings its recipe (default: train a float32 model first)
   --data FOLDER            the four IDX files of Fashion-MNIST (default: $QUANTRAIN_DATA, Debian's dataset-fashion-mnist)
   --output FOLDER          where results go (default: runs/cpp-RECIPE)
-  --epochs X, --lr X       of the fine-tuning (default: 0.5 and 0.02; with 4 bits or fewer 1 and 0.05)
-  --float-epochs X, --float-lr X   of the float32 training (3 and 0.2)
+  --epochs X, --lr X       of the fine-tuning (default: 0.5 and 0.02; with 4 bits or fewer 1 and 0.03)
+  --float-epochs X, --float-lr X   of the float32 training (2.5 and 0.2)
   --batch-size N           samples a step (128)
   --calibration-batches N  batches that observers see (8)
   --train-rows N, --test-rows N    use only the first N samples
@@ -86,25 +87,26 @@ struct Options {
 };
 
 Options parse(int argc, char** argv) {
-  static const std::map<std::string, bool> kTakesValue = {{"recipe", true},       {"checkpoint", true},
-                                                          {"data", true},         {"output", true},
-                                                          {"epochs", true},       {"lr", true},
-                                                          {"float-epochs", true}, {"float-lr", true},
-                                                          {"batch-size", true},   {"calibration-batches", true},
-                                                          {"train-rows", true},   {"test-rows", true},
-                                                          {"max-steps", true},    {"seed", true},
-                                                          {"threads", true},      {"device", true},
-                                                          {"logits", true},       {"evaluate", false},
-                                                          {"help", false}};
+  static const std::set<std::string> kTexts = {"recipe", "checkpoint", "data", "output", "device", "logits"};
+  static const std::set<std::string> kNumbers = {"epochs", "lr", "float-epochs", "float-lr"};
+  static const std::set<std::string> kWhole = {
+      "batch-size", "calibration-batches", "train-rows", "test-rows", "max-steps", "seed", "threads"};
+  static const std::set<std::string> kSwitches = {"evaluate", "help"};
   Options options;
   for (int i = 1; i < argc; ++i) {
     const std::string argument = argv[i];
     const std::string flag = argument.rfind("--", 0) == 0 ? argument.substr(2) : "";
-    const auto known = kTakesValue.find(flag);
-    if (known == kTakesValue.end())
+    if (kSwitches.count(flag)) {
+      options.values[flag] = "";
+      continue;
+    }
+    if (!kTexts.count(flag) && !kNumbers.count(flag) && !kWhole.count(flag)) {
       throw std::invalid_argument("arguments: expected a flag of --help, got '" + argument + "'");
-    if (known->second && i + 1 == argc) throw std::invalid_argument(argument + ": expected a value, got none");
-    options.values[flag] = known->second ? argv[++i] : "";
+    }
+    if (++i == argc) throw std::invalid_argument(argument + ": expected a value, got none");
+    options.values[flag] = argv[i];
+    if (kNumbers.count(flag)) options.number<double>(flag, 0.0);
+    if (kWhole.count(flag)) options.number<int64_t>(flag, 0);
   }
   return options;
 }
@@ -309,7 +311,7 @@ void prepare_from_float(const Job& job, ResNet20& model, Metrics& metrics) {
   } else {
     qnn::enable_observer(*model, false);
     qnn::enable_fake_quant(*model, false);
-    const Training training = settings(job, "float32", "float-", 3.0, 0.2);
+    const Training training = settings(job, "float32", "float-", 2.5, 0.2);
     const int64_t steps = train(model, job.data, training, metrics, job.device);
     const Evaluation result = evaluate(model, job.data, job.device);
     metrics.evaluation("float32", steps, training.epochs, result.accuracy, result.loss);
@@ -343,7 +345,7 @@ int run_job(const Job& job) {
     calibrated = true;
     const bool few_bits =
         std::min(job.recipe.weight ? job.recipe.weight->bits : 32, job.recipe.input ? job.recipe.input->bits : 32) <= 4;
-    const Training training = settings(job, job.recipe.name, "", few_bits ? 1.0 : 0.5, few_bits ? 0.05 : 0.02);
+    const Training training = settings(job, job.recipe.name, "", few_bits ? 1.0 : 0.5, few_bits ? 0.03 : 0.02);
     int64_t steps = 0;
     if (job.recipe.training) {
       steps = train(model, job.data, training, metrics, job.device);
@@ -372,6 +374,7 @@ int run_job(const Job& job) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
   std::signal(SIGINT, [](int) {
     stop_requested = 1;
     std::signal(SIGINT, SIG_DFL);  // a second Ctrl-C stops at once
