@@ -46,10 +46,8 @@ QUANTRAIN_HOST_DEVICE float unclamped_code(float x, QParams p) { return round_ha
 
 QUANTRAIN_HOST_DEVICE float dequantized(float code, QParams p) { return (code - p.zero_point) * p.scale; }
 
-// Straight-through estimator: the end codes pass, what lies beyond them and NaN does not. Bitwise & keeps the loop branch-free.
-QUANTRAIN_HOST_DEVICE bool code_in_range(float v, QuantRange range) {
-  return static_cast<bool>(static_cast<int>(v >= range.min) & static_cast<int>(v <= range.max));
-}
+// Straight-through estimator: the end codes pass, what lies beyond them and NaN does not.
+QUANTRAIN_HOST_DEVICE bool code_in_range(float v, QuantRange range) { return clamp_code(v, range) == v; }
 
 // A learned zero point is a float that the forward pass rounds and holds inside the code range.
 QUANTRAIN_HOST_DEVICE float rounded_zero_point(float zero_point, QuantRange range) {
@@ -120,11 +118,21 @@ struct QParamTensors {
   const float* float_zero_point;   // [groups] or null: a learned zero point
 };
 
+// Through the read-only path on the device: the compiler may then move the load above the stores of results.
+template <typename T>
+QUANTRAIN_HOST_DEVICE T load_parameter(const T* parameter) {
+#if defined(__CUDA_ARCH__)
+  return __ldg(parameter);
+#else
+  return *parameter;
+#endif
+}
+
 QUANTRAIN_HOST_DEVICE QParams load_qparams(const QParamTensors& t, int64_t index, QuantRange range) {
-  const float zero_point = t.zero_point         ? static_cast<float>(t.zero_point[index])
-                           : t.float_zero_point ? rounded_zero_point(t.float_zero_point[index], range)
+  const float zero_point = t.zero_point         ? static_cast<float>(load_parameter(t.zero_point + index))
+                           : t.float_zero_point ? rounded_zero_point(load_parameter(t.float_zero_point + index), range)
                                                 : 0.0f;
-  return make_qparams(t.scale[index], zero_point);
+  return make_qparams(load_parameter(t.scale + index), zero_point);
 }
 
 struct FakeQuantizeArgs {

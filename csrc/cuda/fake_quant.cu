@@ -15,7 +15,7 @@ constexpr int kUnroll = 4;
 enum class Mode {
   kTensor,  // one set for the whole tensor
   kRow,     // one set a vector: rows hold whole vectors
-  kColumn,  // consecutive sets for consecutive elements: the scale varies along the last dimension
+  kColumn,  // consecutive sets for consecutive elements, the same for all vectors of a thread: the scale varies along the last dimension
   kAny,     // a vector may cross rows
 };
 
@@ -27,41 +27,86 @@ struct Lookup {
   QParamTensors tensors;
   QuantRange range;
   Index inner_elements;
+  Index rows;
+  int64_t column_step;  // kColumn: vectors between those of one thread, a multiple of a row
 };
 
+// The vectors of one thread: neighbours in a block, or, where columns have their own parameters, kUnroll rows of one column.
 template <Mode kMode, int kSize, typename Index>
-__device__ __forceinline__ void find_qparams(const Lookup<Index>& lookup,
-                                             Index vector,  // index of the vector, in vectors
-                                             QParams (&params)[kSize]) {
-  if constexpr (kMode == Mode::kTensor) {
-    const QParams p = load_qparams(lookup.tensors, 0, lookup.range);
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) params[j] = p;
-  } else if constexpr (kMode == Mode::kRow) {
-    const QParams p =
-        load_qparams(lookup.tensors, lookup.grouping.scale_index(lookup.grouping.inner.divide(vector)), lookup.range);
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) params[j] = p;
-  } else if constexpr (kMode == Mode::kColumn) {
-    const Index first = lookup.grouping.scale_index(vector * kSize);
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) params[j] = load_qparams(lookup.tensors, first + j, lookup.range);
-  } else {
-    Index row = lookup.grouping.inner.divide(vector * kSize);
-    Index column = vector * kSize - row * lookup.inner_elements;
-    QParams p = load_qparams(lookup.tensors, lookup.grouping.scale_index(row), lookup.range);
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      if (column == lookup.inner_elements) {
-        column = 0;
-        ++row;
-        p = load_qparams(lookup.tensors, lookup.grouping.scale_index(row), lookup.range);
-      }
-      params[j] = p;
-      ++column;
+struct ThreadVectors {
+  int64_t base;
+  int64_t step;
+  int64_t end;  // vectors at or past it are not this thread's
+
+  __device__ __forceinline__ ThreadVectors(const Lookup<Index>& lookup, int64_t numel) {
+    if constexpr (kMode == Mode::kColumn) {
+      base = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+      step = lookup.column_step;
+      end = base < step ? numel / kSize : 0;
+    } else {
+      base = static_cast<int64_t>(blockIdx.x) * (kThreads * kUnroll) + threadIdx.x;
+      step = kThreads;
+      end = (numel + kSize - 1) / kSize;
     }
   }
-}
+
+  __device__ __forceinline__ int64_t vector(int u) const { return base + u * step; }
+  __device__ __forceinline__ bool valid(int u) const { return vector(u) < end; }
+  __device__ __forceinline__ int64_t first(int u) const { return vector(u) * kSize; }
+};
+
+// Parameters of a thread's vectors, looked up before the first store: a load behind a store would wait for it.
+template <Mode kMode, int kSize, typename Index>
+struct ThreadParams {
+  static constexpr int kSets = kMode == Mode::kTensor ? 1 : kMode == Mode::kRow ? kUnroll : kSize;
+  QParams set[kSets];
+
+  __device__ __forceinline__ ThreadParams(const Lookup<Index>& lookup, const ThreadVectors<kMode, kSize, Index>& vectors) {
+    if constexpr (kMode == Mode::kTensor) {
+      set[0] = load_qparams(lookup.tensors, 0, lookup.range);
+    } else if constexpr (kMode == Mode::kRow) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        // Past the end the first row's serve: every lane must reach the exchange of mask bits.
+        const Index row = lookup.grouping.inner.divide(vectors.valid(u) ? static_cast<Index>(vectors.vector(u)) : Index{0});
+        set[u] = load_qparams(lookup.tensors, lookup.grouping.scale_index(row), lookup.range);
+      }
+    } else if constexpr (kMode == Mode::kColumn) {
+      const Index first = lookup.grouping.scale_index(vectors.valid(0) ? static_cast<Index>(vectors.first(0)) : Index{0});
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) set[j] = load_qparams(lookup.tensors, first + j, lookup.range);
+    }
+  }
+
+  __device__ __forceinline__ void enter(const Lookup<Index>& lookup, const ThreadVectors<kMode, kSize, Index>& vectors, int u) {
+    if constexpr (kMode == Mode::kAny) {
+      const Index first = vectors.valid(u) ? static_cast<Index>(vectors.first(u)) : Index{0};
+      Index row = lookup.grouping.inner.divide(first);
+      Index column = first - row * lookup.inner_elements;
+      const Index rows = lookup.rows;
+      QParams p = load_qparams(lookup.tensors, lookup.grouping.scale_index(row), lookup.range);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        if (column == lookup.inner_elements) {
+          column = 0;
+          ++row;
+          if (row < rows) p = load_qparams(lookup.tensors, lookup.grouping.scale_index(row), lookup.range);
+        }
+        set[j] = p;
+        ++column;
+      }
+    }
+  }
+
+  __device__ __forceinline__ const QParams& get(int u, int j) const {
+    if constexpr (kMode == Mode::kTensor)
+      return set[0];
+    else if constexpr (kMode == Mode::kRow)
+      return set[u];
+    else
+      return set[j];
+  }
+};
 
 // The last vector of a tensor may be short, and a pointer may be unaligned: then elements move one by one.
 template <bool kAligned, typename T, int kSize>
@@ -89,12 +134,14 @@ __device__ __forceinline__ void store_pack(T* __restrict__ y, int64_t first, int
 
 // Bits of one vector into the mask. A vector of four elements fills half a byte, so pairs of lanes join theirs.
 template <int kSize>
-__device__ __forceinline__ void store_mask(uint8_t* __restrict__ mask, int64_t first, int64_t numel, uint32_t bits) {
+__device__ __forceinline__ void store_mask(uint8_t* __restrict__ mask, int64_t first, bool valid, int64_t numel, uint32_t bits) {
+  if (!valid) bits = 0;
+  if (valid && first + kSize > numel) bits &= (1u << (numel - first)) - 1u;  // the byte's bits past the end are 0
   if constexpr (kSize == 4) {
     const uint32_t other = __shfl_down_sync(0xffffffffu, bits, 1);
-    if (threadIdx.x % 2 == 0 && first < numel) mask[first / 8] = static_cast<uint8_t>(bits | other << 4);
+    if (threadIdx.x % 2 == 0 && valid) mask[first / 8] = static_cast<uint8_t>(bits | other << 4);
   } else {
-    if (first < numel) mask[first / 8] = static_cast<uint8_t>(bits);
+    if (valid) mask[first / 8] = static_cast<uint8_t>(bits);
   }
 }
 
@@ -104,28 +151,25 @@ __global__ void __launch_bounds__(kThreads) fake_quantize_kernel(const T* __rest
                                                                  uint8_t* __restrict__ mask,   // [ceil(numel / 8)] if kMask
                                                                  int64_t numel, const Lookup<Index> lookup) {
   constexpr int kSize = kVectorBytes / sizeof(T);
-  const int64_t block = static_cast<int64_t>(blockIdx.x) * (kThreads * kUnroll);
-  Pack<T, kSize> in[kUnroll];
+  const ThreadVectors<kMode, kSize, Index> vectors(lookup, numel);
+  Pack<T, kSize> in[kUnroll] = {};
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u)
-    in[u] = load_pack<kAligned, T, kSize>(x, (block + u * kThreads + threadIdx.x) * kSize, numel);
+    if (vectors.valid(u)) in[u] = load_pack<kAligned, T, kSize>(x, vectors.first(u), numel);
+  ThreadParams<kMode, kSize, Index> params(lookup, vectors);
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    const int64_t vector = block + u * kThreads + threadIdx.x;
-    const int64_t first = vector * kSize;
-    QParams params[kSize];
-    // Beyond the end the first vector's parameters serve: every lane must reach the exchange in store_mask.
-    find_qparams<kMode, kSize, Index>(lookup, first < numel ? static_cast<Index>(vector) : Index{0}, params);
+    params.enter(lookup, vectors, u);
     Pack<T, kSize> out;
     uint32_t bits = 0;
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
-      const float v = unclamped_code(to_float(in[u].value[j]), params[j]);
-      if constexpr (kMask) bits |= (code_in_range(v, lookup.range) && first + j < numel ? 1u : 0u) << j;
-      out.value[j] = from_float<T>(dequantized(clamp_code(v, lookup.range), params[j]));
+      const float v = unclamped_code(to_float(in[u].value[j]), params.get(u, j));
+      if constexpr (kMask) bits |= (code_in_range(v, lookup.range) ? 1u : 0u) << j;
+      out.value[j] = from_float<T>(dequantized(clamp_code(v, lookup.range), params.get(u, j)));
     }
-    store_pack<kAligned, T, kSize>(y, first, numel, out);
-    if constexpr (kMask) store_mask<kSize>(mask, first, numel, bits);
+    if (vectors.valid(u)) store_pack<kAligned, T, kSize>(y, vectors.first(u), numel, out);
+    if constexpr (kMask) store_mask<kSize>(mask, vectors.first(u), vectors.valid(u), numel, bits);
   }
 }
 
@@ -198,35 +242,35 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kSize = kVectorBytes / sizeof(T);
   const uint64_t seed = philox.seed_pointer ? static_cast<uint64_t>(*philox.seed_pointer) : philox.seed;
   const uint64_t offset = philox.offset + (philox.offset_pointer ? static_cast<uint64_t>(*philox.offset_pointer) : 0);
-  const int64_t block = static_cast<int64_t>(blockIdx.x) * (kThreads * kUnroll);
-  Pack<T, kSize> in[kUnroll];
+  const ThreadVectors<kMode, kSize, Index> vectors(lookup, numel);
+  Pack<T, kSize> in[kUnroll] = {};
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u)
-    in[u] = load_pack<kAligned, T, kSize>(x, (block + u * kThreads + threadIdx.x) * kSize, numel);
+    if (vectors.valid(u)) in[u] = load_pack<kAligned, T, kSize>(x, vectors.first(u), numel);
+  ThreadParams<kMode, kSize, Index> params(lookup, vectors);
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    const int64_t vector = block + u * kThreads + threadIdx.x;
-    const int64_t first = vector * kSize;
-    if (first >= numel) return;
-    QParams params[kSize];
-    find_qparams<kMode, kSize, Index>(lookup, static_cast<Index>(vector), params);
+    if (!vectors.valid(u)) return;
+    params.enter(lookup, vectors, u);
+    const int64_t first = vectors.first(u);
     int q[kSize];
     if (stochastic) {
 #pragma unroll
       for (int j = 0; j < kSize; j += 4) {
         const Philox4 random = philox4x32_10(seed, offset, static_cast<uint64_t>(first + j) / 4);
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const QParams p = params[j + k];
-          const float v = round_stochastic(to_float(in[u].value[j + k]) * p.inv_scale, philox_uniform(random.word[k]));
-          q[j + k] = static_cast<int>(storable_code(v + p.zero_point, p, lookup.range));
+        for (int k = j; k < j + 4; ++k) {
+          const QParams& p = params.get(u, k);
+          const float v = round_stochastic(to_float(in[u].value[k]) * p.inv_scale, philox_uniform(random.word[k - j]));
+          q[k] = static_cast<int>(storable_code(v + p.zero_point, p, lookup.range));
         }
       }
     } else {
 #pragma unroll
-      for (int j = 0; j < kSize; ++j)
-        q[j] = static_cast<int>(
-            storable_code(unclamped_code(to_float(in[u].value[j]), params[j]), params[j], lookup.range));
+      for (int j = 0; j < kSize; ++j) {
+        const QParams& p = params.get(u, j);
+        q[j] = static_cast<int>(storable_code(unclamped_code(to_float(in[u].value[j]), p), p, lookup.range));
+      }
     }
     store_codes<kAligned, kSize>(codes, code_dtype, first, numel, q);
   }
@@ -238,22 +282,20 @@ __global__ void __launch_bounds__(kThreads)
                       T* __restrict__ y,               // [numel]
                       DType code_dtype, int64_t numel, const Lookup<Index> lookup) {
   constexpr int kSize = kVectorBytes / sizeof(T);
-  const int64_t block = static_cast<int64_t>(blockIdx.x) * (kThreads * kUnroll);
-  float q[kUnroll][kSize];
+  const ThreadVectors<kMode, kSize, Index> vectors(lookup, numel);
+  float q[kUnroll][kSize] = {};
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u)
-    load_codes<kAligned, kSize>(codes, code_dtype, (block + u * kThreads + threadIdx.x) * kSize, numel, q[u]);
+    if (vectors.valid(u)) load_codes<kAligned, kSize>(codes, code_dtype, vectors.first(u), numel, q[u]);
+  ThreadParams<kMode, kSize, Index> params(lookup, vectors);
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    const int64_t vector = block + u * kThreads + threadIdx.x;
-    const int64_t first = vector * kSize;
-    if (first >= numel) return;
-    QParams params[kSize];
-    find_qparams<kMode, kSize, Index>(lookup, static_cast<Index>(vector), params);
+    if (!vectors.valid(u)) return;
+    params.enter(lookup, vectors, u);
     Pack<T, kSize> out;
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) out.value[j] = from_float<T>(dequantized(q[u][j], params[j]));
-    store_pack<kAligned, T, kSize>(y, first, numel, out);
+    for (int j = 0; j < kSize; ++j) out.value[j] = from_float<T>(dequantized(q[u][j], params.get(u, j)));
+    store_pack<kAligned, T, kSize>(y, vectors.first(u), numel, out);
   }
 }
 
@@ -277,6 +319,13 @@ unsigned grid_for(int64_t numel) {
   return static_cast<unsigned>(ceil_div(numel, int64_t{kThreads} * kUnroll * (kVectorBytes / sizeof(T))));
 }
 
+// The same for a mode, whose threads may be spread otherwise.
+template <typename T, Mode kMode, typename Index>
+unsigned grid_for(int64_t numel, const Lookup<Index>& lookup) {
+  if (kMode == Mode::kColumn) return static_cast<unsigned>(ceil_div(lookup.column_step, kThreads));
+  return grid_for<T>(numel);
+}
+
 // Calls launch(mode, aligned, lookup) with the cheapest way to find the parameters, all three as compile-time choices.
 template <typename T, typename Launch>
 void dispatch_lookup(const Grouping& g, const QParamTensors& tensors, QuantRange range, bool aligned, const Launch& launch) {
@@ -285,7 +334,11 @@ void dispatch_lookup(const Grouping& g, const QParamTensors& tensors, QuantRange
   using False = std::false_type;
   const auto lookup = [&](auto index, int64_t inner_units) {
     using Index = decltype(index);
-    return Lookup<Index>{DeviceGrouping<Index>(g, inner_units), tensors, range, static_cast<Index>(g.inner)};
+    // Rows of one column are shared out so that each thread has kUnroll of them.
+    const int64_t row = g.levels > 0 ? g.modulus[0] / kSize : 0;
+    const int64_t column_step = row > 0 ? row * ceil_div(g.numel / kSize / row, kUnroll) : 0;
+    return Lookup<Index>{DeviceGrouping<Index>(g, inner_units), tensors, range, static_cast<Index>(g.inner),
+                         static_cast<Index>(g.rows), column_step};
   };
   const bool small = g.numel < (int64_t{1} << 31);                   // elements as 31-bit indices
   const bool small_vectors = g.numel / kSize < (int64_t{1} << 31);   // vectors likewise
@@ -293,7 +346,7 @@ void dispatch_lookup(const Grouping& g, const QParamTensors& tensors, QuantRange
     return launch(std::integral_constant<Mode, Mode::kTensor>{}, True{}, lookup(uint32_t{}, 1));
   if (aligned && small_vectors && g.inner % kSize == 0)
     return launch(std::integral_constant<Mode, Mode::kRow>{}, True{}, lookup(uint32_t{}, g.inner / kSize));
-  if (aligned && small && g.levels > 0 && g.inner == 1 && g.modulus[0] % kSize == 0)
+  if (aligned && small && g.levels == 1 && g.inner == 1 && g.modulus[0] % kSize == 0)
     return launch(std::integral_constant<Mode, Mode::kColumn>{}, True{}, lookup(uint32_t{}, 1));
   if (aligned && small) return launch(std::integral_constant<Mode, Mode::kAny>{}, True{}, lookup(uint32_t{}, g.inner));
   launch(std::integral_constant<Mode, Mode::kAny>{}, False{}, lookup(uint64_t{}, g.inner));
@@ -309,7 +362,7 @@ int fake_quantize(const FakeQuantizeArgs& a, void* stream) {
       using Index = decltype(lookup.inner_elements);
       const auto launch = [&](auto with_mask) {
         fake_quantize_kernel<T, mode.value, with_mask.value, is_aligned_type.value, Index>
-            <<<grid_for<T>(a.grouping.numel), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+            <<<grid_for<T, mode.value>(a.grouping.numel, lookup), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
                 static_cast<const T*>(a.x), static_cast<T*>(a.y), a.mask, a.grouping.numel, lookup);
       };
       if (a.mask)
@@ -343,7 +396,7 @@ int quantize(const QuantizeArgs& a, void* stream) {
     const bool aligned = is_aligned(a.x) && is_aligned(a.codes);
     dispatch_lookup<T>(a.grouping, a.qparams, a.range, aligned, [&](auto mode, auto is_aligned_type, auto lookup) {
       quantize_kernel<T, mode.value, is_aligned_type.value, decltype(lookup.inner_elements)>
-          <<<grid_for<T>(a.grouping.numel), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+          <<<grid_for<T, mode.value>(a.grouping.numel, lookup), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
               static_cast<const T*>(a.x), a.codes, a.code_dtype, a.grouping.numel, lookup, a.stochastic, a.philox);
     });
   });
@@ -356,7 +409,7 @@ int dequantize(const DequantizeArgs& a, void* stream) {
     const bool aligned = is_aligned(a.codes) && is_aligned(a.y);
     dispatch_lookup<T>(a.grouping, a.qparams, QuantRange{}, aligned, [&](auto mode, auto is_aligned_type, auto lookup) {
       dequantize_kernel<T, mode.value, is_aligned_type.value, decltype(lookup.inner_elements)>
-          <<<grid_for<T>(a.grouping.numel), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+          <<<grid_for<T, mode.value>(a.grouping.numel, lookup), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
               a.codes, static_cast<T*>(a.y), a.code_dtype, a.grouping.numel, lookup);
     });
   });
