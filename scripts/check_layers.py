@@ -156,7 +156,8 @@ def schemas(root: Path, files: list[Path]) -> dict[str, tuple[str, int]]:
 class _Definition(ast.NodeVisitor):
     """The names that one top-level statement uses, the ops it names, and whether it calls opcheck."""
 
-    def __init__(self, node: ast.AST) -> None:
+    def __init__(self, node: ast.AST, namespaces: set[str]) -> None:
+        self.namespaces = namespaces  # how the file writes torch.ops.quantrain
         self.names: set[str] = set()
         self.ops: set[str] = set()
         self.calls_opcheck = False
@@ -166,7 +167,7 @@ class _Definition(ast.NodeVisitor):
         self.names.add(node.id)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        if ast.unparse(node.value) in {"torch.ops.quantrain", "ops.quantrain"}:
+        if ast.unparse(node.value) in self.namespaces:
             self.ops.add(node.attr)
         self.generic_visit(node)
 
@@ -192,16 +193,19 @@ def opchecked(text: str) -> set[str]:
     """
     definitions: dict[str, _Definition] = {}
     tests = []
+    namespaces = {"torch.ops.quantrain"}
     for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.value) in namespaces:
+            namespaces |= {target.id for target in node.targets if isinstance(target, ast.Name)}
         for part in node.body if isinstance(node, ast.ClassDef) else [node]:
             if isinstance(part, ast.FunctionDef):
-                definitions[part.name] = _Definition(part)
+                definitions[part.name] = _Definition(part, namespaces)
                 tests += [part.name] if part.name.startswith("test_") else []
             elif isinstance(part, (ast.Assign, ast.AnnAssign)):
                 targets = part.targets if isinstance(part, ast.Assign) else [part.target]
                 for target in targets:
                     if isinstance(target, ast.Name):
-                        definitions[target.id] = _Definition(part)
+                        definitions[target.id] = _Definition(part, namespaces)
     covered: set[str] = set()
     for test in tests:
         reached, queue = {test}, [test]

@@ -152,6 +152,7 @@ def test_what_does_not_count_as_an_opcheck_test(tmp_path, test):
         "def test_direct():\n    torch.library.opcheck(torch.ops.quantrain.scale.default, ())\n",
         "@pytest.mark.parametrize('name', ['scale'])\ndef test_by_name(name):\n"
         "    opcheck(getattr(torch.ops.quantrain, name), ())\n",
+        "ops = torch.ops.quantrain\ndef test_by_alias():\n    opcheck(ops.scale.default, ())\n",
         "class TestScale:\n    def test_method(self):\n        opcheck(torch.ops.quantrain.scale, ())\n",
     ],
 )
