@@ -26,7 +26,7 @@ examples:
 # What each job does unless told otherwise: (normal, --quick).
 _DEFAULTS = {
     "images": {
-        "epochs": (2.5, 0.35),
+        "epochs": (3.0, 0.35),
         "lr": (0.2, 0.2),
         "batch_size": (128, 128),
         "train_rows": (None, None),
