@@ -26,10 +26,11 @@ c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
 using DynamicSignature = at::Tensor(const at::Tensor&, c10::SymIntArrayRef, int64_t, int64_t, bool);
 
 std::tuple<at::Tensor, at::Tensor> fake_quantize_mask(const at::Tensor& input, const at::Tensor& scale,
-                                                      const OptionalTensor& zero_point, int64_t quant_min, int64_t quant_max,
-                                                      bool check_values) {
-  static const auto op = find_operator<std::tuple<at::Tensor, at::Tensor>(
-      const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t, bool)>("quantrain::_fake_quantize_mask");
+                                                      const OptionalTensor& zero_point, int64_t quant_min,
+                                                      int64_t quant_max, bool check_values) {
+  static const auto op =
+      find_operator<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                                                       int64_t, int64_t, bool)>("quantrain::_fake_quantize_mask");
   return op.call(input, scale, zero_point, quant_min, quant_max, check_values);
 }
 
@@ -46,8 +47,8 @@ bool needs_grad(const at::Tensor& tensor) { return at::GradMode::is_enabled() &&
 struct FakeQuantizeFunction : torch::autograd::Function<FakeQuantizeFunction> {
   static constexpr bool is_traceable = true;
 
-  static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& scale, const OptionalTensor& zero_point,
-                          int64_t quant_min, int64_t quant_max, bool check_values) {
+  static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& scale,
+                          const OptionalTensor& zero_point, int64_t quant_min, int64_t quant_max, bool check_values) {
     const at::AutoDispatchBelowADInplaceOrView below;
     auto [output, mask] = fake_quantize_mask(input, scale, zero_point, quant_min, quant_max, check_values);
     ctx->save_for_backward({mask});
@@ -82,8 +83,8 @@ struct FakeQuantizeBackwardFunction : torch::autograd::Function<FakeQuantizeBack
 struct FakeQuantizeLearnableFunction : torch::autograd::Function<FakeQuantizeLearnableFunction> {
   static constexpr bool is_traceable = true;
 
-  static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& scale, const OptionalTensor& zero_point,
-                          int64_t quant_min, int64_t quant_max, double grad_factor) {
+  static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& scale,
+                          const OptionalTensor& zero_point, int64_t quant_min, int64_t quant_max, double grad_factor) {
     const at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({input, scale, zero_point.value_or(at::Tensor())});
     ctx->saved_data["quant_min"] = quant_min;
@@ -94,7 +95,8 @@ struct FakeQuantizeLearnableFunction : torch::autograd::Function<FakeQuantizeLea
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     static const auto op = find_operator<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
-        const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t, double)>("quantrain::_fake_quantize_learnable_backward");
+        const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t, double)>(
+        "quantrain::_fake_quantize_learnable_backward");
     const auto saved = ctx->get_saved_variables();
     const OptionalTensor zero_point = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
     auto [grad_input, grad_scale, grad_zero_point] =
@@ -109,9 +111,10 @@ struct FakeQuantizeLearnableFunction : torch::autograd::Function<FakeQuantizeLea
 
 at::Tensor fake_quantize_autograd(const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
                                   int64_t quant_min, int64_t quant_max) {
-  QUANTRAIN_CHECK_VALUE(!needs_grad(scale),
-                        "fake_quantize: expected scale without requires_grad (fake_quantize_learnable learns it), got {}",
-                        "a scale that requires a gradient");
+  QUANTRAIN_CHECK_VALUE(
+      !needs_grad(scale),
+      "fake_quantize: expected scale without requires_grad (fake_quantize_learnable learns it), got {}",
+      "a scale that requires a gradient");
   if (needs_grad(input)) return FakeQuantizeFunction::apply(input, scale, zero_point, quant_min, quant_max, true);
   const at::AutoDispatchBelowADInplaceOrView below;
   return fake_quantize(input, scale, zero_point, quant_min, quant_max);
@@ -120,8 +123,9 @@ at::Tensor fake_quantize_autograd(const at::Tensor& input, const at::Tensor& sca
 at::Tensor fake_quantize_dynamic_autograd(const at::Tensor& input, c10::SymIntArrayRef scale_shape, int64_t quant_min,
                                           int64_t quant_max, bool symmetric) {
   static const auto dynamic = find_operator<DynamicSignature>("quantrain::fake_quantize_dynamic");
-  static const auto choose = find_operator<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, c10::SymIntArrayRef, int64_t,
-                                                                              int64_t, bool)>("quantrain::choose_qparams");
+  static const auto choose =
+      find_operator<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, c10::SymIntArrayRef, int64_t, int64_t, bool)>(
+          "quantrain::choose_qparams");
   if (needs_grad(input) && input.sym_numel() == 0) return input.clone();
   if (!needs_grad(input)) {
     const at::AutoDispatchBelowADInplaceOrView below;
@@ -132,17 +136,20 @@ at::Tensor fake_quantize_dynamic_autograd(const at::Tensor& input, c10::SymIntAr
     const at::AutoDispatchBelowADInplaceOrView below;
     std::tie(scale, zero_point) = choose.call(input, scale_shape, quant_min, quant_max, symmetric);
   }
-  return FakeQuantizeFunction::apply(input, scale, symmetric ? OptionalTensor() : zero_point, quant_min, quant_max, false);
+  return FakeQuantizeFunction::apply(input, scale, symmetric ? OptionalTensor() : zero_point, quant_min, quant_max,
+                                     false);
 }
 
-at::Tensor fake_quantize_backward_autograd(const at::Tensor& grad_output, const at::Tensor& mask, c10::SymIntArrayRef stride) {
+at::Tensor fake_quantize_backward_autograd(const at::Tensor& grad_output, const at::Tensor& mask,
+                                           c10::SymIntArrayRef stride) {
   if (needs_grad(grad_output)) return FakeQuantizeBackwardFunction::apply(grad_output, mask, stride);
   const at::AutoDispatchBelowADInplaceOrView below;
   return fake_quantize_backward(grad_output, mask, stride);
 }
 
-at::Tensor fake_quantize_learnable_autograd(const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
-                                            int64_t quant_min, int64_t quant_max, double grad_factor) {
+at::Tensor fake_quantize_learnable_autograd(const at::Tensor& input, const at::Tensor& scale,
+                                            const OptionalTensor& zero_point, int64_t quant_min, int64_t quant_max,
+                                            double grad_factor) {
   if (needs_grad(input) || needs_grad(scale) || (zero_point && needs_grad(*zero_point)))
     return FakeQuantizeLearnableFunction::apply(input, scale, zero_point, quant_min, quant_max, grad_factor);
   const at::AutoDispatchBelowADInplaceOrView below;

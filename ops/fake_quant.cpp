@@ -24,8 +24,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // ---- shapes, shared with Meta ----------------------------------------------------------------------------------------------
 
-void check_fake_quantize(std::string_view op, const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
-                         int64_t quant_min, int64_t quant_max, bool learnable) {
+void check_fake_quantize(std::string_view op, const at::Tensor& input, const at::Tensor& scale,
+                         const OptionalTensor& zero_point, int64_t quant_min, int64_t quant_max, bool learnable) {
   check_range(op, quant_min, quant_max);
   check_input(op, input);
   check_qparams(op, input, scale, zero_point, learnable);
@@ -64,15 +64,16 @@ at::Tensor fake_quantize_backward_meta(const at::Tensor& grad_output, const at::
   return at::empty_strided_symint(grad_output.sym_sizes(), stride, grad_output.options());
 }
 
-at::Tensor fake_quantize_learnable_meta(const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
-                                        int64_t quant_min, int64_t quant_max, double) {
+at::Tensor fake_quantize_learnable_meta(const at::Tensor& input, const at::Tensor& scale,
+                                        const OptionalTensor& zero_point, int64_t quant_min, int64_t quant_max,
+                                        double) {
   check_fake_quantize("fake_quantize_learnable", input, scale, zero_point, quant_min, quant_max, true);
   return at::empty_like(input);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_learnable_backward_meta(
-    const at::Tensor&, const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point, int64_t quant_min,
-    int64_t quant_max, double) {
+    const at::Tensor&, const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
+    int64_t quant_min, int64_t quant_max, double) {
   check_fake_quantize("fake_quantize_learnable", input, scale, zero_point, quant_min, quant_max, true);
   const bool learned = zero_point && zero_point->scalar_type() == at::kFloat;
   return {at::empty_like(input), at::empty_symint(scale.sym_sizes(), scale.options()),
@@ -99,8 +100,8 @@ at::Tensor fake_quantize_unchecked(std::string_view op, const at::Tensor& input,
   return output;
 }
 
-void check_values_on_cpu(std::string_view op, const at::Tensor& scale, const OptionalTensor& zero_point, int64_t quant_min,
-                         int64_t quant_max) {
+void check_values_on_cpu(std::string_view op, const at::Tensor& scale, const OptionalTensor& zero_point,
+                         int64_t quant_min, int64_t quant_max) {
   if (scale.is_cpu()) check_qparam_values(op, scale, zero_point, quant_min, quant_max);
 }
 
@@ -127,34 +128,34 @@ at::Tensor fake_quantize_dynamic_kernel(const at::Tensor& input, c10::SymIntArra
   if (input.numel() == 0) return at::empty_like(input);
   const auto [scale, zero_point] =
       choose_qparams(input, C10_AS_INTARRAYREF_SLOW(scale_shape), quant_min, quant_max, symmetric);
-  return fake_quantize_unchecked("fake_quantize_dynamic", input, scale, symmetric ? OptionalTensor() : zero_point, quant_min,
-                                 quant_max, {});
+  return fake_quantize_unchecked("fake_quantize_dynamic", input, scale, symmetric ? OptionalTensor() : zero_point,
+                                 quant_min, quant_max, {});
 }
 
-at::Tensor fake_quantize_backward_kernel(const at::Tensor& grad_output, const at::Tensor& mask, at::IntArrayRef stride) {
+at::Tensor fake_quantize_backward_kernel(const at::Tensor& grad_output, const at::Tensor& mask,
+                                         at::IntArrayRef stride) {
   at::Tensor grad = grad_output;
   if (grad.strides() != stride) grad = at::empty_strided(grad.sizes(), stride, grad.options()).copy_(grad_output);
   at::Tensor grad_input = at::empty_strided(grad.sizes(), stride, grad.options());
   if (grad.numel() == 0) return grad_input;
-  const FakeQuantizeBackwardArgs args{grad.const_data_ptr(), mask.const_data_ptr<uint8_t>(), grad_input.mutable_data_ptr(),
-                                      dtype_of(grad), grad.numel()};
+  const FakeQuantizeBackwardArgs args{grad.const_data_ptr(), mask.const_data_ptr<uint8_t>(),
+                                      grad_input.mutable_data_ptr(), dtype_of(grad), grad.numel()};
   run_elementwise(args, grad_input, QUANTRAIN_KERNELS(fake_quantize_backward));
   return grad_input;
 }
 
-at::Tensor fake_quantize_learnable_kernel(const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
-                                          int64_t quant_min, int64_t quant_max, double) {
+at::Tensor fake_quantize_learnable_kernel(const at::Tensor& input, const at::Tensor& scale,
+                                          const OptionalTensor& zero_point, int64_t quant_min, int64_t quant_max,
+                                          double) {
   check_fake_quantize("fake_quantize_learnable", input, scale, zero_point, quant_min, quant_max, true);
   check_values_on_cpu("fake_quantize_learnable", scale, zero_point, quant_min, quant_max);
   return fake_quantize_unchecked("fake_quantize_learnable", input, scale, zero_point, quant_min, quant_max, {});
 }
 
 // Rows of few elements: the same on a copy in which the elements of a group lie together.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> learnable_backward_regrouped(const at::Tensor& grad_output,
-                                                                            const at::Tensor& input, const at::Tensor& scale,
-                                                                            const OptionalTensor& zero_point,
-                                                                            int64_t quant_min, int64_t quant_max,
-                                                                            double grad_factor);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> learnable_backward_regrouped(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
+    int64_t quant_min, int64_t quant_max, double grad_factor);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_learnable_backward_kernel(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
@@ -190,16 +191,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_learnable_backward_
   return {grad_input, fold(partial_scale), learned ? fold(partial_zero_point) : at::empty({0}, scale.options())};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> learnable_backward_regrouped(const at::Tensor& grad_output,
-                                                                            const at::Tensor& input, const at::Tensor& scale,
-                                                                            const OptionalTensor& zero_point,
-                                                                            int64_t quant_min, int64_t quant_max,
-                                                                            double grad_factor) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> learnable_backward_regrouped(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
+    int64_t quant_min, int64_t quant_max, double grad_factor) {
   const auto column = [](const at::Tensor& tensor) { return tensor.reshape({-1, 1}); };
   auto [grad_input, grad_scale, grad_zero_point] = fake_quantize_learnable_backward_kernel(
       regroup(grad_output, scale.sizes()), regroup(input, scale.sizes()), column(scale),
       zero_point ? OptionalTensor(column(*zero_point)) : zero_point, quant_min, quant_max, grad_factor);
-  return {at::empty_like(input).copy_(ungroup(grad_input, input.sizes(), scale.sizes())), grad_scale.view(scale.sizes()),
+  return {at::empty_like(input).copy_(ungroup(grad_input, input.sizes(), scale.sizes())),
+          grad_scale.view(scale.sizes()),
           grad_zero_point.numel() > 0 ? grad_zero_point.view(scale.sizes()) : grad_zero_point};
 }
 
@@ -215,16 +215,17 @@ at::Tensor fake_quantize(const at::Tensor& input, const at::Tensor& scale, const
   return op.call(input, scale, zero_point, quant_min, quant_max);
 }
 
-at::Tensor fake_quantize_learnable(const at::Tensor& input, const at::Tensor& scale, const std::optional<at::Tensor>& zero_point,
-                                   int64_t quant_min, int64_t quant_max, double grad_factor) {
+at::Tensor fake_quantize_learnable(const at::Tensor& input, const at::Tensor& scale,
+                                   const std::optional<at::Tensor>& zero_point, int64_t quant_min, int64_t quant_max,
+                                   double grad_factor) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("quantrain::fake_quantize_learnable", "")
                              .typed<decltype(fake_quantize_learnable_kernel)>();
   return op.call(input, scale, zero_point, quant_min, quant_max, grad_factor);
 }
 
-at::Tensor fake_quantize_dynamic(const at::Tensor& input, at::IntArrayRef scale_shape, int64_t quant_min, int64_t quant_max,
-                                 bool symmetric) {
+at::Tensor fake_quantize_dynamic(const at::Tensor& input, at::IntArrayRef scale_shape, int64_t quant_min,
+                                 int64_t quant_max, bool symmetric) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("quantrain::fake_quantize_dynamic", "")
                              .typed<decltype(fake_quantize_dynamic_kernel)>();
@@ -255,12 +256,12 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
       "quant_max, float grad_factor) -> (Tensor grad_input, Tensor grad_scale, Tensor grad_zero_point)");
 }
 
-#define QUANTRAIN_REGISTER_FAKE_QUANT(kind)                                                        \
-  m.impl("fake_quantize", &quantrain::fake_quantize_##kind);                                       \
-  m.impl("fake_quantize_learnable", &quantrain::fake_quantize_learnable_##kind);                   \
-  m.impl("fake_quantize_dynamic", &quantrain::fake_quantize_dynamic_##kind);                       \
-  m.impl("_fake_quantize_mask", &quantrain::fake_quantize_mask_##kind);                            \
-  m.impl("_fake_quantize_backward", &quantrain::fake_quantize_backward_##kind);                    \
+#define QUANTRAIN_REGISTER_FAKE_QUANT(kind)                                      \
+  m.impl("fake_quantize", &quantrain::fake_quantize_##kind);                     \
+  m.impl("fake_quantize_learnable", &quantrain::fake_quantize_learnable_##kind); \
+  m.impl("fake_quantize_dynamic", &quantrain::fake_quantize_dynamic_##kind);     \
+  m.impl("_fake_quantize_mask", &quantrain::fake_quantize_mask_##kind);          \
+  m.impl("_fake_quantize_backward", &quantrain::fake_quantize_backward_##kind);  \
   m.impl("_fake_quantize_learnable_backward", &quantrain::fake_quantize_learnable_backward_##kind)
 
 TORCH_LIBRARY_IMPL(quantrain, CPU, m) { QUANTRAIN_REGISTER_FAKE_QUANT(kernel); }

@@ -29,8 +29,8 @@ namespace quantrain {
 // Gradient: straight-through (Bengio et al. 2013): grad_input = grad_output where quant_min <= unclamped code <= quant_max, else 0;
 // NaN inputs count as outside. One bit an element is kept for it. scale and zero_point get none: see fake_quantize_learnable.
 QUANTRAIN_API at::Tensor fake_quantize(const at::Tensor& input, const at::Tensor& scale,
-                                       const std::optional<at::Tensor>& zero_point = std::nullopt, int64_t quant_min = -128,
-                                       int64_t quant_max = 127);
+                                       const std::optional<at::Tensor>& zero_point = std::nullopt,
+                                       int64_t quant_min = -128, int64_t quant_max = 127);
 
 // Learned step size (LSQ, Esser et al. 2020), forward as fake_quantize. zero_point may be int32 (fixed) or float32: learned (LSQ+,
 // Bhalgat et al. 2020), rounded and held in [quant_min, quant_max] by the forward pass.
@@ -39,12 +39,14 @@ QUANTRAIN_API at::Tensor fake_quantize(const at::Tensor& input, const at::Tensor
 // Esser et al. use grad_factor = 1 / sqrt(group size * quant_max). The sums are deterministic.
 QUANTRAIN_API at::Tensor fake_quantize_learnable(const at::Tensor& input, const at::Tensor& scale,
                                                  const std::optional<at::Tensor>& zero_point = std::nullopt,
-                                                 int64_t quant_min = -128, int64_t quant_max = 127, double grad_factor = 1.0);
+                                                 int64_t quant_min = -128, int64_t quant_max = 127,
+                                                 double grad_factor = 1.0);
 
 // choose_qparams and fake_quantize in one call: the scale is the input's own (dynamic quantisation: per token with [B, T, 1]).
 // A NaN makes its group NaN rather than raising. Gradient: straight-through, the scale held constant.
-QUANTRAIN_API at::Tensor fake_quantize_dynamic(const at::Tensor& input, at::IntArrayRef scale_shape, int64_t quant_min = -128,
-                                               int64_t quant_max = 127, bool symmetric = true);
+QUANTRAIN_API at::Tensor fake_quantize_dynamic(const at::Tensor& input, at::IntArrayRef scale_shape,
+                                               int64_t quant_min = -128, int64_t quant_max = 127,
+                                               bool symmetric = true);
 
 // (scale, zero_point) of `scale_shape` from the extremes of each group. symmetric: scale = absmax / d with
 // d = min(-quant_min, quant_max) (or the larger magnitude where the range has one sign), zero_point 0. Affine: the range widened to
@@ -64,8 +66,8 @@ QUANTRAIN_API at::Tensor quantize(const at::Tensor& input, const at::Tensor& sca
 
 // quantize with stochastic rounding from the given seed and offset: a pure function of its arguments.
 QUANTRAIN_API at::Tensor quantize_seeded(const at::Tensor& input, const at::Tensor& scale,
-                                         const std::optional<at::Tensor>& zero_point, int64_t quant_min, int64_t quant_max,
-                                         at::ScalarType dtype, int64_t seed, int64_t offset);
+                                         const std::optional<at::Tensor>& zero_point, int64_t quant_min,
+                                         int64_t quant_max, at::ScalarType dtype, int64_t seed, int64_t offset);
 
 // (codes - zero_point) * scale. No gradient.
 QUANTRAIN_API at::Tensor dequantize(const at::Tensor& input, const at::Tensor& scale,
@@ -84,10 +86,12 @@ namespace detail {
 // The pieces that observers are made of. float32 results of `scale_shape`; NaN in a group gives NaN.
 QUANTRAIN_API std::tuple<at::Tensor, at::Tensor> min_max(const at::Tensor& input, at::IntArrayRef scale_shape);
 QUANTRAIN_API std::tuple<at::Tensor, at::Tensor> qparams_from_range(const at::Tensor& min, const at::Tensor& max,
-                                                                    int64_t quant_min, int64_t quant_max, bool symmetric);
+                                                                    int64_t quant_min, int64_t quant_max,
+                                                                    bool symmetric);
 // The group's range times the ratio in {1 / steps, 2 / steps, ..., 1} whose quantisation error is least in the squared sense.
-QUANTRAIN_API std::tuple<at::Tensor, at::Tensor> mse_range(const at::Tensor& input, at::IntArrayRef scale_shape, int64_t quant_min,
-                                                           int64_t quant_max, bool symmetric, int64_t steps = 80);
+QUANTRAIN_API std::tuple<at::Tensor, at::Tensor> mse_range(const at::Tensor& input, at::IntArrayRef scale_shape,
+                                                           int64_t quant_min, int64_t quant_max, bool symmetric,
+                                                           int64_t steps = 80);
 
 }  // namespace detail
 }  // namespace quantrain

@@ -22,10 +22,12 @@ int64_t first_not_positive(const float* values, int64_t count) {
 }  // namespace
 
 void check_range(std::string_view op, int64_t quant_min, int64_t quant_max) {
-  QUANTRAIN_CHECK_VALUE(quant_min <= quant_max, "{}: expected quant_min <= quant_max, got {} and {}", op, quant_min, quant_max);
-  QUANTRAIN_CHECK_VALUE(quant_min >= -32768 && quant_max <= 65535 && quant_max - quant_min <= 65535,
-                        "{}: expected codes of at most 16 bits (quant_min >= -32768, quant_max <= 65535), got {} and {}", op,
-                        quant_min, quant_max);
+  QUANTRAIN_CHECK_VALUE(quant_min <= quant_max, "{}: expected quant_min <= quant_max, got {} and {}", op, quant_min,
+                        quant_max);
+  QUANTRAIN_CHECK_VALUE(
+      quant_min >= -32768 && quant_max <= 65535 && quant_max - quant_min <= 65535,
+      "{}: expected codes of at most 16 bits (quant_min >= -32768, quant_max <= 65535), got {} and {}", op, quant_min,
+      quant_max);
 }
 
 void check_input(std::string_view op, const at::Tensor& input) {
@@ -36,7 +38,8 @@ void check_input(std::string_view op, const at::Tensor& input) {
                        c10::str(input.layout()));
 }
 
-void check_scale_shape(std::string_view op, std::string_view name, c10::SymIntArrayRef sizes, c10::SymIntArrayRef scale_shape) {
+void check_scale_shape(std::string_view op, std::string_view name, c10::SymIntArrayRef sizes,
+                       c10::SymIntArrayRef scale_shape) {
   bool one = true;
   for (const auto& size : scale_shape) one = one && size == 1;
   if (one) return;
@@ -52,7 +55,8 @@ void check_scale_shape(std::string_view op, std::string_view name, c10::SymIntAr
 
 void check_qparams(std::string_view op, const at::Tensor& input, const at::Tensor& scale,
                    const std::optional<at::Tensor>& zero_point, bool zero_point_may_be_float) {
-  QUANTRAIN_CHECK_TYPE(scale.scalar_type() == at::kFloat, "{}: expected scale of float32, got {}", op, type_name(scale));
+  QUANTRAIN_CHECK_TYPE(scale.scalar_type() == at::kFloat, "{}: expected scale of float32, got {}", op,
+                       type_name(scale));
   QUANTRAIN_CHECK_TYPE(scale.device() == input.device(), "{}: expected scale on the input's device {}, got {}", op,
                        input.device().str(), scale.device().str());
   check_scale_shape(op, "scale", input.sym_sizes(), scale.sym_sizes());
@@ -61,8 +65,9 @@ void check_qparams(std::string_view op, const at::Tensor& input, const at::Tenso
   QUANTRAIN_CHECK_TYPE(type == at::kInt || (zero_point_may_be_float && type == at::kFloat),
                        "{}: expected zero_point of int32{}, got {}", op, zero_point_may_be_float ? " or float32" : "",
                        type_name(*zero_point));
-  QUANTRAIN_CHECK_TYPE(zero_point->device() == input.device(), "{}: expected zero_point on the input's device {}, got {}", op,
-                       input.device().str(), zero_point->device().str());
+  QUANTRAIN_CHECK_TYPE(zero_point->device() == input.device(),
+                       "{}: expected zero_point on the input's device {}, got {}", op, input.device().str(),
+                       zero_point->device().str());
   QUANTRAIN_CHECK_VALUE(zero_point->sym_sizes() == scale.sym_sizes(),
                         "{}: expected zero_point to have the shape of scale {}, got {}", op, detail::shape_text(scale),
                         detail::shape_text(*zero_point));
@@ -79,7 +84,8 @@ void check_qparam_values(std::string_view op, const at::Tensor& scale, const std
   const int32_t* point = points.const_data_ptr<int32_t>();
   for (int64_t i = 0; i < points.numel(); ++i)
     QUANTRAIN_CHECK_VALUE(point[i] >= quant_min && point[i] <= quant_max,
-                          "{}: expected zero_point in [{}, {}], got {} at index {}", op, quant_min, quant_max, point[i], i);
+                          "{}: expected zero_point in [{}, {}], got {} at index {}", op, quant_min, quant_max, point[i],
+                          i);
 }
 
 }  // namespace quantrain

@@ -19,7 +19,8 @@ void check_qparams(std::string_view op, const at::Tensor& input, const at::Tenso
                    const std::optional<at::Tensor>& zero_point, bool zero_point_may_be_float = false);
 
 // One size, or sizes that divide the input's.
-void check_scale_shape(std::string_view op, std::string_view name, c10::SymIntArrayRef sizes, c10::SymIntArrayRef scale_shape);
+void check_scale_shape(std::string_view op, std::string_view name, c10::SymIntArrayRef sizes,
+                       c10::SymIntArrayRef scale_shape);
 
 // What only a look at the values can tell. CPU tensors alone: on CUDA it would wait for the device.
 void check_qparam_values(std::string_view op, const at::Tensor& scale, const std::optional<at::Tensor>& zero_point,

@@ -30,33 +30,38 @@ using OptionalGenerator = std::optional<at::Generator>;
 
 // ---- shapes, shared with Meta ----------------------------------------------------------------------------------------------
 
-bool holds_codes(at::ScalarType type) { return type == at::kChar || type == at::kByte || type == at::kShort || type == at::kInt; }
-
-void check_code_type(std::string_view op, std::string_view name, at::ScalarType type) {
-  QUANTRAIN_CHECK_TYPE(holds_codes(type), "{}: expected {} int8, uint8, int16 or int32, got {}", op, name, c10::toString(type));
+bool holds_codes(at::ScalarType type) {
+  return type == at::kChar || type == at::kByte || type == at::kShort || type == at::kInt;
 }
 
-void check_quantize(const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point, int64_t quant_min,
-                    int64_t quant_max, at::ScalarType dtype) {
+void check_code_type(std::string_view op, std::string_view name, at::ScalarType type) {
+  QUANTRAIN_CHECK_TYPE(holds_codes(type), "{}: expected {} int8, uint8, int16 or int32, got {}", op, name,
+                       c10::toString(type));
+}
+
+void check_quantize(const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
+                    int64_t quant_min, int64_t quant_max, at::ScalarType dtype) {
   check_range("quantize", quant_min, quant_max);
   check_input("quantize", input);
   check_qparams("quantize", input, scale, zero_point);
   check_code_type("quantize", "dtype", dtype);
   const int64_t low = dtype == at::kChar ? -128 : dtype == at::kByte ? 0 : -32768;
   const int64_t high = dtype == at::kChar ? 127 : dtype == at::kByte ? 255 : dtype == at::kShort ? 32767 : 65535;
-  QUANTRAIN_CHECK_VALUE(quant_min >= low && quant_max <= high, "quantize: expected codes that fit {} [{}, {}], got [{}, {}]",
-                        c10::toString(dtype), low, high, quant_min, quant_max);
+  QUANTRAIN_CHECK_VALUE(quant_min >= low && quant_max <= high,
+                        "quantize: expected codes that fit {} [{}, {}], got [{}, {}]", c10::toString(dtype), low, high,
+                        quant_min, quant_max);
 }
 
-void check_dequantize(const at::Tensor& codes, const at::Tensor& scale, const OptionalTensor& zero_point, at::ScalarType dtype) {
+void check_dequantize(const at::Tensor& codes, const at::Tensor& scale, const OptionalTensor& zero_point,
+                      at::ScalarType dtype) {
   check_code_type("dequantize", "input of", codes.scalar_type());
   check_qparams("dequantize", codes, scale, zero_point);
   QUANTRAIN_CHECK_TYPE(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16,
                        "dequantize: expected dtype float32, float16 or bfloat16, got {}", c10::toString(dtype));
 }
 
-at::Tensor quantize_meta(const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point, int64_t quant_min,
-                         int64_t quant_max, at::ScalarType dtype, bool, const OptionalGenerator&) {
+at::Tensor quantize_meta(const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
+                         int64_t quant_min, int64_t quant_max, at::ScalarType dtype, bool, const OptionalGenerator&) {
   check_quantize(input, scale, zero_point, quant_min, quant_max, dtype);
   return at::empty_like(input, input.options().dtype(dtype));
 }
@@ -85,9 +90,11 @@ at::Tensor pack_int4_meta(const at::Tensor& input) {
 at::Tensor unpack_int4_meta(const at::Tensor& input, c10::SymInt size, bool is_signed) {
   QUANTRAIN_CHECK_TYPE(input.scalar_type() == at::kByte, "unpack_int4: expected input of uint8, got {}",
                        c10::toString(input.scalar_type()));
-  QUANTRAIN_CHECK_VALUE(input.dim() >= 1, "unpack_int4: expected input with at least one dimension, got {}", input.dim());
+  QUANTRAIN_CHECK_VALUE(input.dim() >= 1, "unpack_int4: expected input with at least one dimension, got {}",
+                        input.dim());
   auto sizes = input.sym_sizes().vec();
-  QUANTRAIN_CHECK_VALUE((size + 1) / 2 == sizes.back(), "unpack_int4: expected size to be twice the {} packed bytes, or one less, got {}",
+  QUANTRAIN_CHECK_VALUE((size + 1) / 2 == sizes.back(),
+                        "unpack_int4: expected size to be twice the {} packed bytes, or one less, got {}",
                         c10::str(sizes.back()), c10::str(size));
   sizes.back() = size;
   return at::empty_symint(sizes, input.options().dtype(is_signed ? at::kChar : at::kByte));
@@ -115,15 +122,17 @@ at::Tensor quantize_with_state(const at::Tensor& input, const at::Tensor& scale,
   return codes;
 }
 
-at::Tensor quantize_kernel(const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point, int64_t quant_min,
-                           int64_t quant_max, at::ScalarType dtype, bool stochastic, const OptionalGenerator& generator) {
+at::Tensor quantize_kernel(const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
+                           int64_t quant_min, int64_t quant_max, at::ScalarType dtype, bool stochastic,
+                           const OptionalGenerator& generator) {
   check_quantize(input, scale, zero_point, quant_min, quant_max, dtype);
   const PhiloxState philox = stochastic ? next_philox_state(generator, input.device()) : PhiloxState{};
   return quantize_with_state(input, scale, zero_point, quant_min, quant_max, dtype, stochastic, philox);
 }
 
 at::Tensor quantize_seeded_kernel(const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
-                                  int64_t quant_min, int64_t quant_max, at::ScalarType dtype, int64_t seed, int64_t offset) {
+                                  int64_t quant_min, int64_t quant_max, at::ScalarType dtype, int64_t seed,
+                                  int64_t offset) {
   check_quantize(input, scale, zero_point, quant_min, quant_max, dtype);
   PhiloxState philox;
   philox.seed = static_cast<uint64_t>(seed);
@@ -137,8 +146,12 @@ at::Tensor dequantize_kernel(const at::Tensor& input, const at::Tensor& scale, c
   const Arranged arranged = arrange("dequantize", input, scale, zero_point);
   at::Tensor values = at::empty_like(arranged.input, arranged.input.options().dtype(dtype));
   if (input.numel() == 0) return values;
-  const DequantizeArgs args{arranged.input.const_data_ptr(), values.mutable_data_ptr(), dtype_of(input),
-                            dtype_of(values),                arranged.grouping,         arranged.qparams()};
+  const DequantizeArgs args{arranged.input.const_data_ptr(),
+                            values.mutable_data_ptr(),
+                            dtype_of(input),
+                            dtype_of(values),
+                            arranged.grouping,
+                            arranged.qparams()};
   run_elementwise(args, values, QUANTRAIN_KERNELS(dequantize));
   return values;
 }
@@ -149,8 +162,8 @@ at::Tensor pack_int4_kernel(const at::Tensor& input) {
   if (input.is_cpu() && input.numel() > 0) {
     const int64_t low = input.min().item<int64_t>(), high = input.max().item<int64_t>();
     const int64_t least = input.scalar_type() == at::kChar ? -8 : 0, most = input.scalar_type() == at::kChar ? 7 : 15;
-    QUANTRAIN_CHECK_VALUE(low >= least && high <= most, "pack_int4: expected codes in [{}, {}], got [{}, {}]", least, most, low,
-                          high);
+    QUANTRAIN_CHECK_VALUE(low >= least && high <= most, "pack_int4: expected codes in [{}, {}], got [{}, {}]", least,
+                          most, low, high);
   }
   const at::Tensor nibbles = input.view(at::kByte).bitwise_and(15);
   const at::Tensor even = at::constant_pad_nd(nibbles, {0, input.size(-1) % 2}, 0);
@@ -165,8 +178,9 @@ at::Tensor pack_int4_kernel(const at::Tensor& input) {
 
 at::Tensor unpack_int4_kernel(const at::Tensor& input, c10::SymInt size, bool is_signed) {
   unpack_int4_meta(input, size, is_signed);
-  const at::Tensor nibbles =
-      at::stack({at::bitwise_and(input, 15), at::bitwise_right_shift(input, 4)}, -1).flatten(-2).narrow_symint(-1, 0, size);
+  const at::Tensor nibbles = at::stack({at::bitwise_and(input, 15), at::bitwise_right_shift(input, 4)}, -1)
+                                 .flatten(-2)
+                                 .narrow_symint(-1, 0, size);
   if (!is_signed) return nibbles.contiguous();
   return nibbles.to(at::kChar).bitwise_xor(8).sub_(8);  // sign extension of 4 bits
 }
@@ -183,8 +197,9 @@ at::Tensor quantize(const at::Tensor& input, const at::Tensor& scale, const std:
   return op.call(input, scale, zero_point, quant_min, quant_max, dtype, stochastic, generator);
 }
 
-at::Tensor quantize_seeded(const at::Tensor& input, const at::Tensor& scale, const std::optional<at::Tensor>& zero_point,
-                           int64_t quant_min, int64_t quant_max, at::ScalarType dtype, int64_t seed, int64_t offset) {
+at::Tensor quantize_seeded(const at::Tensor& input, const at::Tensor& scale,
+                           const std::optional<at::Tensor>& zero_point, int64_t quant_min, int64_t quant_max,
+                           at::ScalarType dtype, int64_t seed, int64_t offset) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("quantrain::quantize", "seeded")
                              .typed<decltype(quantize_seeded_kernel)>();
@@ -205,8 +220,9 @@ at::Tensor pack_int4(const at::Tensor& input) {
 }
 
 at::Tensor unpack_int4(const at::Tensor& input, int64_t size, bool is_signed) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("quantrain::unpack_int4", "").typed<decltype(unpack_int4_kernel)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("quantrain::unpack_int4", "")
+                             .typed<decltype(unpack_int4_kernel)>();
   return op.call(input, size, is_signed);
 }
 
@@ -228,11 +244,11 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
   m.def("unpack_int4(Tensor input, *, SymInt size, bool signed=True) -> Tensor");
 }
 
-#define QUANTRAIN_REGISTER_CODES(kind)                              \
-  m.impl("quantize", &quantrain::quantize_##kind);                  \
-  m.impl("quantize.seeded", &quantrain::quantize_seeded_##kind);    \
-  m.impl("dequantize", &quantrain::dequantize_##kind);              \
-  m.impl("pack_int4", &quantrain::pack_int4_##kind);                \
+#define QUANTRAIN_REGISTER_CODES(kind)                           \
+  m.impl("quantize", &quantrain::quantize_##kind);               \
+  m.impl("quantize.seeded", &quantrain::quantize_seeded_##kind); \
+  m.impl("dequantize", &quantrain::dequantize_##kind);           \
+  m.impl("pack_int4", &quantrain::pack_int4_##kind);             \
   m.impl("unpack_int4", &quantrain::unpack_int4_##kind)
 
 TORCH_LIBRARY_IMPL(quantrain, CPU, m) { QUANTRAIN_REGISTER_CODES(kernel); }

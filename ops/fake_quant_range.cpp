@@ -39,33 +39,37 @@ TensorPair min_max_meta(const at::Tensor& input, c10::SymIntArrayRef scale_shape
   return {empty_scale(input, scale_shape, at::kFloat), empty_scale(input, scale_shape, at::kFloat)};
 }
 
-TensorPair qparams_from_range_meta(const at::Tensor& min, const at::Tensor& max, int64_t quant_min, int64_t quant_max, bool) {
+TensorPair qparams_from_range_meta(const at::Tensor& min, const at::Tensor& max, int64_t quant_min, int64_t quant_max,
+                                   bool) {
   check_range("_qparams_from_range", quant_min, quant_max);
-  QUANTRAIN_CHECK_VALUE(quant_min < quant_max, "_qparams_from_range: expected quant_min < quant_max, got {} and {}", quant_min,
-                        quant_max);
+  QUANTRAIN_CHECK_VALUE(quant_min < quant_max, "_qparams_from_range: expected quant_min < quant_max, got {} and {}",
+                        quant_min, quant_max);
   QUANTRAIN_CHECK_TYPE(min.scalar_type() == at::kFloat && max.scalar_type() == at::kFloat,
-                       "_qparams_from_range: expected min and max of float32, got {} and {}", c10::toString(min.scalar_type()),
-                       c10::toString(max.scalar_type()));
-  QUANTRAIN_CHECK_VALUE(min.sym_sizes() == max.sym_sizes(), "_qparams_from_range: expected min and max of one shape, got {} and {}",
+                       "_qparams_from_range: expected min and max of float32, got {} and {}",
+                       c10::toString(min.scalar_type()), c10::toString(max.scalar_type()));
+  QUANTRAIN_CHECK_VALUE(min.sym_sizes() == max.sym_sizes(),
+                        "_qparams_from_range: expected min and max of one shape, got {} and {}",
                         detail::shape_text(min), detail::shape_text(max));
-  QUANTRAIN_CHECK_TYPE(min.device() == max.device(), "_qparams_from_range: expected min and max on one device, got {} and {}",
-                       min.device().str(), max.device().str());
+  QUANTRAIN_CHECK_TYPE(min.device() == max.device(),
+                       "_qparams_from_range: expected min and max on one device, got {} and {}", min.device().str(),
+                       max.device().str());
   return {empty_scale(min, min.sym_sizes(), at::kFloat), empty_scale(min, min.sym_sizes(), at::kInt)};
 }
 
-TensorPair choose_qparams_meta(const at::Tensor& input, c10::SymIntArrayRef scale_shape, int64_t quant_min, int64_t quant_max,
-                               bool) {
+TensorPair choose_qparams_meta(const at::Tensor& input, c10::SymIntArrayRef scale_shape, int64_t quant_min,
+                               int64_t quant_max, bool) {
   check_range("choose_qparams", quant_min, quant_max);
-  QUANTRAIN_CHECK_VALUE(quant_min < quant_max, "choose_qparams: expected quant_min < quant_max, got {} and {}", quant_min,
-                        quant_max);
+  QUANTRAIN_CHECK_VALUE(quant_min < quant_max, "choose_qparams: expected quant_min < quant_max, got {} and {}",
+                        quant_min, quant_max);
   check_reduced_input("choose_qparams", input, scale_shape);
   return {empty_scale(input, scale_shape, at::kFloat), empty_scale(input, scale_shape, at::kInt)};
 }
 
-TensorPair mse_range_meta(const at::Tensor& input, c10::SymIntArrayRef scale_shape, int64_t quant_min, int64_t quant_max, bool,
-                          int64_t steps) {
+TensorPair mse_range_meta(const at::Tensor& input, c10::SymIntArrayRef scale_shape, int64_t quant_min,
+                          int64_t quant_max, bool, int64_t steps) {
   check_range("_mse_range", quant_min, quant_max);
-  QUANTRAIN_CHECK_VALUE(quant_min < quant_max, "_mse_range: expected quant_min < quant_max, got {} and {}", quant_min, quant_max);
+  QUANTRAIN_CHECK_VALUE(quant_min < quant_max, "_mse_range: expected quant_min < quant_max, got {} and {}", quant_min,
+                        quant_max);
   QUANTRAIN_CHECK_VALUE(steps >= 1 && steps <= 65535, "_mse_range: expected steps in [1, 65535], got {}", steps);
   check_reduced_input("_mse_range", input, scale_shape);
   return {empty_scale(input, scale_shape, at::kFloat), empty_scale(input, scale_shape, at::kFloat)};
@@ -78,8 +82,9 @@ TensorPair min_max_kernel(const at::Tensor& input, c10::SymIntArrayRef symbolic_
   const at::IntArrayRef scale_shape = C10_AS_INTARRAYREF_SLOW(symbolic_shape);
   ArrangedShape arranged = arrange_shape("_min_max", input, scale_shape);
   if (wants_regrouping(arranged.grouping)) {
-    const auto [min, max] = min_max_kernel(
-        regroup(input, scale_shape), c10::SymIntArrayRef({c10::SymInt(c10::multiply_integers(scale_shape)), c10::SymInt(1)}));
+    const auto [min, max] =
+        min_max_kernel(regroup(input, scale_shape),
+                       c10::SymIntArrayRef({c10::SymInt(c10::multiply_integers(scale_shape)), c10::SymInt(1)}));
     return {min.view(scale_shape), max.view(scale_shape)};
   }
   const int64_t tasks = arranged.grouping.rows * chunks_per_row(arranged.grouping);
@@ -111,34 +116,39 @@ TensorPair qparams_from_range_kernel(const at::Tensor& min, const at::Tensor& ma
   return {scale, zero_point};
 }
 
-TensorPair choose_qparams_kernel(const at::Tensor& input, c10::SymIntArrayRef scale_shape, int64_t quant_min, int64_t quant_max,
-                                 bool symmetric) {
+TensorPair choose_qparams_kernel(const at::Tensor& input, c10::SymIntArrayRef scale_shape, int64_t quant_min,
+                                 int64_t quant_max, bool symmetric) {
   check_range("choose_qparams", quant_min, quant_max);
-  QUANTRAIN_CHECK_VALUE(quant_min < quant_max, "choose_qparams: expected quant_min < quant_max, got {} and {}", quant_min,
-                        quant_max);
+  QUANTRAIN_CHECK_VALUE(quant_min < quant_max, "choose_qparams: expected quant_min < quant_max, got {} and {}",
+                        quant_min, quant_max);
   check_reduced_input("choose_qparams", input, scale_shape);
   const auto [min, max] = min_max_kernel(input, scale_shape);
   return qparams_from_range_kernel(min, max, quant_min, quant_max, symmetric);
 }
 
-TensorPair mse_range_kernel(const at::Tensor& input, c10::SymIntArrayRef symbolic_shape, int64_t quant_min, int64_t quant_max,
-                            bool symmetric, int64_t steps) {
+TensorPair mse_range_kernel(const at::Tensor& input, c10::SymIntArrayRef symbolic_shape, int64_t quant_min,
+                            int64_t quant_max, bool symmetric, int64_t steps) {
   mse_range_meta(input, symbolic_shape, quant_min, quant_max, symmetric, steps);
   const at::IntArrayRef scale_shape = C10_AS_INTARRAYREF_SLOW(symbolic_shape);
   const auto [min, max] = min_max_kernel(input, symbolic_shape);
   // Each group in one row: `min` and `max` then are in the order of the rows.
   const at::Tensor grouped = regroup(input, scale_shape);
   const ArrangedShape arranged = arrange_shape("_mse_range", grouped, {grouped.size(0), 1});
-  const at::Tensor partial = at::empty({steps, arranged.grouping.rows * chunks_per_row(arranged.grouping)},
-                                       input.options().dtype(at::kFloat));
-  const RangeErrorArgs args{grouped.const_data_ptr(),       min.const_data_ptr<float>(),
-                            max.const_data_ptr<float>(),    partial.mutable_data_ptr<float>(),
-                            dtype_of(input),                arranged.grouping,
-                            make_range(quant_min, quant_max), symmetric,
+  const at::Tensor partial =
+      at::empty({steps, arranged.grouping.rows * chunks_per_row(arranged.grouping)}, input.options().dtype(at::kFloat));
+  const RangeErrorArgs args{grouped.const_data_ptr(),
+                            min.const_data_ptr<float>(),
+                            max.const_data_ptr<float>(),
+                            partial.mutable_data_ptr<float>(),
+                            dtype_of(input),
+                            arranged.grouping,
+                            make_range(quant_min, quant_max),
+                            symmetric,
                             steps};
   run_rows(args, input, QUANTRAIN_KERNELS(range_error));
   const at::Tensor error = fold_partials(partial, arranged.grouping, {grouped.size(0)}, {}, Fold::kSum);
-  const at::Tensor ratio = at::argmin(error.view({steps, grouped.size(0)}), 0).add(1).to(at::kFloat).div_(steps).view(scale_shape);
+  const at::Tensor ratio =
+      at::argmin(error.view({steps, grouped.size(0)}), 0).add(1).to(at::kFloat).div_(steps).view(scale_shape);
   return {min.mul(ratio), max.mul(ratio)};
 }
 
@@ -170,8 +180,8 @@ TensorPair qparams_from_range(const at::Tensor& min, const at::Tensor& max, int6
   return op.call(min, max, quant_min, quant_max, symmetric);
 }
 
-TensorPair mse_range(const at::Tensor& input, at::IntArrayRef scale_shape, int64_t quant_min, int64_t quant_max, bool symmetric,
-                     int64_t steps) {
+TensorPair mse_range(const at::Tensor& input, at::IntArrayRef scale_shape, int64_t quant_min, int64_t quant_max,
+                     bool symmetric, int64_t steps) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("quantrain::_mse_range", "").typed<decltype(mse_range_kernel)>();
   return op.call(input, c10::fromIntArrayRefSlow(scale_shape), quant_min, quant_max, symmetric, steps);
@@ -195,10 +205,10 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
       "min, Tensor max)");
 }
 
-#define QUANTRAIN_REGISTER_RANGE(kind)                                           \
-  m.impl("choose_qparams", &quantrain::choose_qparams_##kind);                   \
-  m.impl("_min_max", &quantrain::min_max_##kind);                                \
-  m.impl("_qparams_from_range", &quantrain::qparams_from_range_##kind);          \
+#define QUANTRAIN_REGISTER_RANGE(kind)                                  \
+  m.impl("choose_qparams", &quantrain::choose_qparams_##kind);          \
+  m.impl("_min_max", &quantrain::min_max_##kind);                       \
+  m.impl("_qparams_from_range", &quantrain::qparams_from_range_##kind); \
   m.impl("_mse_range", &quantrain::mse_range_##kind)
 
 TORCH_LIBRARY_IMPL(quantrain, CPU, m) { QUANTRAIN_REGISTER_RANGE(kernel); }

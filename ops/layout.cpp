@@ -44,8 +44,8 @@ std::vector<int64_t> inverse(const std::vector<int64_t>& order) {
 Grouping group(std::string_view op, at::IntArrayRef sizes, at::IntArrayRef scale_sizes) {
   Grouping grouping;
   const bool fits = make_grouping(sizes.data(), scale_sizes.data(), static_cast<int>(sizes.size()), grouping);
-  QUANTRAIN_CHECK_VALUE(fits, "{}: expected scale to vary along at most {} separate dimensions, got shape {}", op, kMaxLevels,
-                        scale_sizes);
+  QUANTRAIN_CHECK_VALUE(fits, "{}: expected scale to vary along at most {} separate dimensions, got shape {}", op,
+                        kMaxLevels, scale_sizes);
   return grouping;
 }
 
@@ -170,7 +170,7 @@ at::Tensor fold_partials(const at::Tensor& partial, const Grouping& g, at::IntAr
     if (shared[d] && sizes[d] > 1) reduced.push_back(static_cast<int64_t>(d));
   at::Tensor result = partial.view(sizes);
   if (!reduced.empty())
-    result = fold == Fold::kSum ? at::sum(result, reduced)
+    result = fold == Fold::kSum   ? at::sum(result, reduced)
              : fold == Fold::kMin ? at::amin(result, reduced)
                                   : at::amax(result, reduced);
   std::vector<int64_t> result_sizes = scale_sizes.vec();

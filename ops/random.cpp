@@ -13,8 +13,9 @@
 namespace quantrain {
 
 PhiloxState next_philox_state(const std::optional<at::Generator>& generator, c10::Device device) {
-  QUANTRAIN_CHECK_TYPE(!generator || generator->device().type() == device.type(), "quantize: expected generator on {}, got {}",
-                       device.str(), generator ? generator->device().str() : "none");
+  QUANTRAIN_CHECK_TYPE(!generator || generator->device().type() == device.type(),
+                       "quantize: expected generator on {}, got {}", device.str(),
+                       generator ? generator->device().str() : "none");
   PhiloxState state;
 #if defined(QUANTRAIN_WITH_CUDA)
   if (device.is_cuda()) {
@@ -34,7 +35,8 @@ PhiloxState next_philox_state(const std::optional<at::Generator>& generator, c10
     return state;
   }
 #endif
-  auto* cpu_generator = at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
+  auto* cpu_generator =
+      at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
   const std::lock_guard<std::mutex> lock(cpu_generator->mutex_);
   state.seed = cpu_generator->random64();
   return state;

@@ -34,15 +34,35 @@ QUANTRAIN_HOST_DEVICE QParams make_qparams(float scale, float zero_point) {
   return QParams{checked, 1.0f / checked, zero_point};
 }
 
-QUANTRAIN_HOST_DEVICE float round_half_even(float x) { return rintf(x); }
-
-// The comparisons are false for NaN, which therefore stays; fmin and fmax would drop it.
-QUANTRAIN_HOST_DEVICE float clamp_code(float v, QuantRange range) {
-  v = range.min > v ? range.min : v;
-  return range.max < v ? range.max : v;
+#if defined(__CUDACC__)
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
 }
 
-QUANTRAIN_HOST_DEVICE float unclamped_code(float x, QParams p) { return round_half_even(x * p.inv_scale) + p.zero_point; }
+__device__ __forceinline__ float min_nan(float a, float b) {
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+#endif
+
+QUANTRAIN_HOST_DEVICE float round_half_even(float x) { return rintf(x); }
+
+// NaN stays: on the host because the comparisons are then false, on the device by max.NaN (one instruction); fmin and fmax drop it.
+QUANTRAIN_HOST_DEVICE float clamp_code(float v, QuantRange range) {
+#if defined(__CUDA_ARCH__)
+  return min_nan(max_nan(v, range.min), range.max);
+#else
+  v = range.min > v ? range.min : v;
+  return range.max < v ? range.max : v;
+#endif
+}
+
+QUANTRAIN_HOST_DEVICE float unclamped_code(float x, QParams p) {
+  return round_half_even(x * p.inv_scale) + p.zero_point;
+}
 
 QUANTRAIN_HOST_DEVICE float dequantized(float code, QParams p) { return (code - p.zero_point) * p.scale; }
 
@@ -69,7 +89,8 @@ QUANTRAIN_HOST_DEVICE LearnableGradient learnable_gradient(float x, QParams p, Q
   const bool inside = code_in_range(v, range);
   const float distance = q - p.zero_point;
   // NaN is outside, and reaches the scale's gradient through `distance`.
-  return LearnableGradient{inside ? (distance * p.scale - x) * p.inv_scale : distance, inside ? 0.0f : -p.scale, inside};
+  return LearnableGradient{inside ? (distance * p.scale - x) * p.inv_scale : distance, inside ? 0.0f : -p.scale,
+                           inside};
 }
 
 // Unbiased rounding: up with probability v - floor(v). The difference is exact in float32, so the mean error is at most 2^-24.
@@ -113,9 +134,9 @@ QUANTRAIN_HOST_DEVICE QParams qparams_from_range(float min, float max, QuantRang
 // ---- kernel arguments ------------------------------------------------------------------------------------------------------
 
 struct QParamTensors {
-  const float* scale;              // [groups]
-  const int32_t* zero_point;       // [groups] or null: symmetric
-  const float* float_zero_point;   // [groups] or null: a learned zero point
+  const float* scale;             // [groups]
+  const int32_t* zero_point;      // [groups] or null: symmetric
+  const float* float_zero_point;  // [groups] or null: a learned zero point
 };
 
 // Through the read-only path on the device: the compiler may then move the load above the stores of results.
@@ -181,11 +202,11 @@ constexpr int64_t kRowChunk = 8192;
 inline int64_t chunks_per_row(const Grouping& g) { return (g.inner + kRowChunk - 1) / kRowChunk; }
 
 struct LearnableBackwardArgs {
-  const void* grad_output;        // [numel]
-  const void* x;                  // [numel]
-  void* grad_input;               // [numel]
-  float* partial_scale;           // [rows, chunks]
-  float* partial_zero_point;      // [rows, chunks] or null
+  const void* grad_output;    // [numel]
+  const void* x;              // [numel]
+  void* grad_input;           // [numel]
+  float* partial_scale;       // [rows, chunks]
+  float* partial_zero_point;  // [rows, chunks] or null
   DType dtype;
   Grouping grouping;
   QParamTensors qparams;

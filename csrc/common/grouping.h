@@ -13,9 +13,9 @@ constexpr int kMaxLevels = 8;
 
 struct Grouping {
   int64_t numel = 0;
-  int64_t inner = 1;    // consecutive elements that share one scale
-  int64_t rows = 0;     // numel / inner
-  int levels = 0;       // 0: one scale for the whole tensor
+  int64_t inner = 1;                 // consecutive elements that share one scale
+  int64_t rows = 0;                  // numel / inner
+  int levels = 0;                    // 0: one scale for the whole tensor
   int64_t divisor[kMaxLevels] = {};  // level 0 is the innermost
   int64_t modulus[kMaxLevels] = {};
   int64_t stride[kMaxLevels] = {};

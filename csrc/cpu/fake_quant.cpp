@@ -80,8 +80,8 @@ struct SameQParams {
 
 // Calls f(offset, length, params) for each run of elements in [begin, end) whose parameters are known together.
 template <typename F>
-QUANTRAIN_INLINE void for_each_run(const Grouping& g, const QParamTensors& t, QuantRange range, int64_t begin, int64_t end,
-                                   BlockQParams& scratch, const F& f) {
+QUANTRAIN_INLINE void for_each_run(const Grouping& g, const QParamTensors& t, QuantRange range, int64_t begin,
+                                   int64_t end, BlockQParams& scratch, const F& f) {
   if (g.levels > 0 && g.inner == 1) {
     for (int64_t at = begin; at < end;) {
       const int64_t left = g.modulus[0] - at % g.modulus[0];
@@ -169,7 +169,8 @@ void quantize_typed(const QuantizeArgs& a, int64_t begin, int64_t end) {
       const int skip = static_cast<int>(at % 4);  // element i uses word i % 4 of the block i / 4
       if (a.stochastic) {
         for (int i = 0; i < n + skip; i += 4) {
-          const Philox4 random = philox4x32_10(a.philox.seed, a.philox.offset, static_cast<uint64_t>(at - skip + i) / 4);
+          const Philox4 random =
+              philox4x32_10(a.philox.seed, a.philox.offset, static_cast<uint64_t>(at - skip + i) / 4);
           for (int j = 0; j < 4; ++j) uniform[i + j] = philox_uniform(random.word[j]);
         }
       }
@@ -179,7 +180,8 @@ void quantize_typed(const QuantizeArgs& a, int64_t begin, int64_t end) {
                        for (int i = 0; i < length; ++i) {
                          const QParams p = params[i];
                          const float v = round_stochastic(xs[offset + i] * p.inv_scale, uniform[skip + offset + i]);
-                         out[offset + i] = static_cast<Code>(static_cast<int32_t>(storable_code(v + p.zero_point, p, a.range)));
+                         out[offset + i] =
+                             static_cast<Code>(static_cast<int32_t>(storable_code(v + p.zero_point, p, a.range)));
                        }
                      } else {
                        for (int i = 0; i < length; ++i) {
@@ -249,27 +251,29 @@ void learnable_backward_typed(const LearnableBackwardArgs& a, int64_t begin, int
   const T* __restrict__ x = static_cast<const T*>(a.x);
   T* __restrict__ grad_input = static_cast<T*>(a.grad_input);
   vectorized([&]() QUANTRAIN_INLINE_LAMBDA {
-    alignas(64) float x_buffer[kBlock], dy_buffer[kBlock], dx_buffer[kBlock], scale_term[kBlock], zero_point_term[kBlock];
-    for_each_chunk(a.grouping, begin, end, [&](int64_t task, int64_t row, int64_t first, int64_t last) QUANTRAIN_INLINE_LAMBDA {
-      const QParams p = load_qparams(a.qparams, a.grouping.scale_index(row), a.range);
-      LaneSum scale_sum, zero_point_sum;
-      for_each_block(first, last, [&](int64_t at, int n) QUANTRAIN_INLINE_LAMBDA {
-        const float* __restrict__ xs = load_block(x + at, n, x_buffer);
-        const float* __restrict__ dys = load_block(grad_output + at, n, dy_buffer);
-        float* __restrict__ dxs = store_target(grad_input + at, dx_buffer);
-        for (int i = 0; i < n; ++i) {
-          const LearnableGradient g = learnable_gradient(xs[i], p, a.range);
-          dxs[i] = g.inside ? dys[i] : 0.0f;
-          scale_term[i] = dys[i] * g.scale;
-          zero_point_term[i] = dys[i] * g.zero_point;
-        }
-        store_block(grad_input + at, n, dx_buffer);
-        scale_sum.add(scale_term, n);
-        zero_point_sum.add(zero_point_term, n);
-      });
-      a.partial_scale[task] = scale_sum.total();
-      if (a.partial_zero_point) a.partial_zero_point[task] = zero_point_sum.total();
-    });
+    alignas(64) float x_buffer[kBlock], dy_buffer[kBlock], dx_buffer[kBlock], scale_term[kBlock],
+        zero_point_term[kBlock];
+    for_each_chunk(a.grouping, begin, end,
+                   [&](int64_t task, int64_t row, int64_t first, int64_t last) QUANTRAIN_INLINE_LAMBDA {
+                     const QParams p = load_qparams(a.qparams, a.grouping.scale_index(row), a.range);
+                     LaneSum scale_sum, zero_point_sum;
+                     for_each_block(first, last, [&](int64_t at, int n) QUANTRAIN_INLINE_LAMBDA {
+                       const float* __restrict__ xs = load_block(x + at, n, x_buffer);
+                       const float* __restrict__ dys = load_block(grad_output + at, n, dy_buffer);
+                       float* __restrict__ dxs = store_target(grad_input + at, dx_buffer);
+                       for (int i = 0; i < n; ++i) {
+                         const LearnableGradient g = learnable_gradient(xs[i], p, a.range);
+                         dxs[i] = g.inside ? dys[i] : 0.0f;
+                         scale_term[i] = dys[i] * g.scale;
+                         zero_point_term[i] = dys[i] * g.zero_point;
+                       }
+                       store_block(grad_input + at, n, dx_buffer);
+                       scale_sum.add(scale_term, n);
+                       zero_point_sum.add(zero_point_term, n);
+                     });
+                     a.partial_scale[task] = scale_sum.total();
+                     if (a.partial_zero_point) a.partial_zero_point[task] = zero_point_sum.total();
+                   });
   });
 }
 
@@ -279,33 +283,34 @@ void min_max_typed(const MinMaxArgs& a, int64_t begin, int64_t end) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   vectorized([&]() QUANTRAIN_INLINE_LAMBDA {
     alignas(64) float x_buffer[kBlock];
-    for_each_chunk(a.grouping, begin, end, [&](int64_t task, int64_t, int64_t first, int64_t last) QUANTRAIN_INLINE_LAMBDA {
-      alignas(64) float low[kLanes], high[kLanes];
-      alignas(64) uint32_t nan[kLanes];
-      for (int j = 0; j < kLanes; ++j) low[j] = kInf, high[j] = -kInf, nan[j] = 0;
-      for_each_block(first, last, [&](int64_t at, int n) QUANTRAIN_INLINE_LAMBDA {
-        const float* __restrict__ xs = load_block(x + at, n, x_buffer);
-        // The comparisons are false for NaN, which is counted beside them.
-        const auto visit = [&](int j, float value) QUANTRAIN_INLINE_LAMBDA {
-          low[j] = value < low[j] ? value : low[j];
-          high[j] = value > high[j] ? value : high[j];
-          nan[j] |= value == value ? 0u : 1u;
-        };
-        int i = 0;
-        for (; i + kLanes <= n; i += kLanes)
-          for (int j = 0; j < kLanes; ++j) visit(j, xs[i + j]);
-        for (int j = 0; i + j < n; ++j) visit(j, xs[i + j]);
-      });
-      float min = kInf, max = -kInf;
-      uint32_t any_nan = 0;
-      for (int j = 0; j < kLanes; ++j) {
-        min = low[j] < min ? low[j] : min;
-        max = high[j] > max ? high[j] : max;
-        any_nan |= nan[j];
-      }
-      a.partial_min[task] = any_nan ? NAN : min;
-      a.partial_max[task] = any_nan ? NAN : max;
-    });
+    for_each_chunk(a.grouping, begin, end,
+                   [&](int64_t task, int64_t, int64_t first, int64_t last) QUANTRAIN_INLINE_LAMBDA {
+                     alignas(64) float low[kLanes], high[kLanes];
+                     alignas(64) uint32_t nan[kLanes];
+                     for (int j = 0; j < kLanes; ++j) low[j] = kInf, high[j] = -kInf, nan[j] = 0;
+                     for_each_block(first, last, [&](int64_t at, int n) QUANTRAIN_INLINE_LAMBDA {
+                       const float* __restrict__ xs = load_block(x + at, n, x_buffer);
+                       // The comparisons are false for NaN, which is counted beside them.
+                       const auto visit = [&](int j, float value) QUANTRAIN_INLINE_LAMBDA {
+                         low[j] = value < low[j] ? value : low[j];
+                         high[j] = value > high[j] ? value : high[j];
+                         nan[j] |= value == value ? 0u : 1u;
+                       };
+                       int i = 0;
+                       for (; i + kLanes <= n; i += kLanes)
+                         for (int j = 0; j < kLanes; ++j) visit(j, xs[i + j]);
+                       for (int j = 0; i + j < n; ++j) visit(j, xs[i + j]);
+                     });
+                     float min = kInf, max = -kInf;
+                     uint32_t any_nan = 0;
+                     for (int j = 0; j < kLanes; ++j) {
+                       min = low[j] < min ? low[j] : min;
+                       max = high[j] > max ? high[j] : max;
+                       any_nan |= nan[j];
+                     }
+                     a.partial_min[task] = any_nan ? NAN : min;
+                     a.partial_max[task] = any_nan ? NAN : max;
+                   });
   });
 }
 
@@ -315,30 +320,32 @@ void range_error_typed(const RangeErrorArgs& a, int64_t begin, int64_t end) {
   const int64_t tasks = a.grouping.rows * chunks_per_row(a.grouping);
   vectorized([&]() QUANTRAIN_INLINE_LAMBDA {
     alignas(64) float x_buffer[kBlock], error[kBlock];
-    for_each_chunk(a.grouping, begin, end, [&](int64_t task, int64_t row, int64_t first, int64_t last) QUANTRAIN_INLINE_LAMBDA {
-      const int64_t group = a.grouping.scale_index(row);
-      for (int64_t k = 0; k < a.steps; ++k) {
-        const float ratio = static_cast<float>(k + 1) / static_cast<float>(a.steps);
-        const QParams p = qparams_from_range(a.min[group] * ratio, a.max[group] * ratio, a.range, a.symmetric);
-        LaneSum sum;
-        for_each_block(first, last, [&](int64_t at, int n) QUANTRAIN_INLINE_LAMBDA {
-          const float* __restrict__ xs = load_block(x + at, n, x_buffer);
-          for (int i = 0; i < n; ++i) {
-            const float distance = dequantized(clamp_code(unclamped_code(xs[i], p), a.range), p) - xs[i];
-            error[i] = distance * distance;
+    for_each_chunk(
+        a.grouping, begin, end, [&](int64_t task, int64_t row, int64_t first, int64_t last) QUANTRAIN_INLINE_LAMBDA {
+          const int64_t group = a.grouping.scale_index(row);
+          for (int64_t k = 0; k < a.steps; ++k) {
+            const float ratio = static_cast<float>(k + 1) / static_cast<float>(a.steps);
+            const QParams p = qparams_from_range(a.min[group] * ratio, a.max[group] * ratio, a.range, a.symmetric);
+            LaneSum sum;
+            for_each_block(first, last, [&](int64_t at, int n) QUANTRAIN_INLINE_LAMBDA {
+              const float* __restrict__ xs = load_block(x + at, n, x_buffer);
+              for (int i = 0; i < n; ++i) {
+                const float distance = dequantized(clamp_code(unclamped_code(xs[i], p), a.range), p) - xs[i];
+                error[i] = distance * distance;
+              }
+              sum.add(error, n);
+            });
+            a.partial_error[k * tasks + task] = sum.total();
           }
-          sum.add(error, n);
         });
-        a.partial_error[k * tasks + task] = sum.total();
-      }
-    });
   });
 }
 
 }  // namespace
 
 void fake_quantize(const FakeQuantizeArgs& args, int64_t begin, int64_t end) {
-  dispatch_float(args.dtype, [&](auto* type) { fake_quantize_typed<std::remove_pointer_t<decltype(type)>>(args, begin, end); });
+  dispatch_float(args.dtype,
+                 [&](auto* type) { fake_quantize_typed<std::remove_pointer_t<decltype(type)>>(args, begin, end); });
 }
 
 void fake_quantize_backward(const FakeQuantizeBackwardArgs& args, int64_t begin, int64_t end) {
@@ -365,16 +372,19 @@ void dequantize(const DequantizeArgs& args, int64_t begin, int64_t end) {
 }
 
 void fake_quantize_learnable_backward(const LearnableBackwardArgs& args, int64_t begin, int64_t end) {
-  dispatch_float(args.dtype,
-                 [&](auto* type) { learnable_backward_typed<std::remove_pointer_t<decltype(type)>>(args, begin, end); });
+  dispatch_float(args.dtype, [&](auto* type) {
+    learnable_backward_typed<std::remove_pointer_t<decltype(type)>>(args, begin, end);
+  });
 }
 
 void min_max(const MinMaxArgs& args, int64_t begin, int64_t end) {
-  dispatch_float(args.dtype, [&](auto* type) { min_max_typed<std::remove_pointer_t<decltype(type)>>(args, begin, end); });
+  dispatch_float(args.dtype,
+                 [&](auto* type) { min_max_typed<std::remove_pointer_t<decltype(type)>>(args, begin, end); });
 }
 
 void range_error(const RangeErrorArgs& args, int64_t begin, int64_t end) {
-  dispatch_float(args.dtype, [&](auto* type) { range_error_typed<std::remove_pointer_t<decltype(type)>>(args, begin, end); });
+  dispatch_float(args.dtype,
+                 [&](auto* type) { range_error_typed<std::remove_pointer_t<decltype(type)>>(args, begin, end); });
 }
 
 void qparams_from_range(const QParamsFromRangeArgs& args) {

@@ -14,12 +14,13 @@ namespace quantrain::cpu {
 enum class Isa { kBaseline, kV3, kV4 };
 
 inline Isa best_isa() {
-  static const Isa isa = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
-                             ? Isa::kV4
-                         : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")
-                             ? Isa::kV3
-                             : Isa::kBaseline;
+  static const Isa isa =
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512vl")
+          ? Isa::kV4
+      : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")
+          ? Isa::kV3
+          : Isa::kBaseline;
   return isa;
 }
 

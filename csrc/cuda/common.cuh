@@ -1,9 +1,10 @@
-// Pieces that CUDA kernels share: vector access, division by invariants, sums over a group of lanes.
+// Pieces that CUDA kernels share: vector access and division by invariants.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "csrc/common/grouping.h"
 #include "csrc/common/types.h"
@@ -16,6 +17,47 @@ template <typename T, int kSize>
 struct alignas(sizeof(T) * kSize < kVectorBytes ? sizeof(T) * kSize : kVectorBytes) Pack {
   T value[kSize];
 };
+
+// The values of a pack as float32, and back. 16-bit types go through whole words: two elements an instruction or two.
+template <typename T, int kSize>
+__device__ __forceinline__ void unpack(const Pack<T, kSize>& pack, float (&values)[kSize]) {
+  if constexpr (sizeof(T) == 2 && kSize % 2 == 0) {
+#pragma unroll
+    for (int j = 0; j < kSize; j += 2) {
+      const uint32_t word = reinterpret_cast<const uint32_t*>(pack.value)[j / 2];
+      if constexpr (std::is_same_v<T, BFloat16>) {
+        values[j] = __uint_as_float(word << 16);
+        values[j + 1] = __uint_as_float(word & 0xffff0000u);
+      } else {
+        const float2 pair = __half22float2(reinterpret_cast<const __half2&>(word));
+        values[j] = pair.x;
+        values[j + 1] = pair.y;
+      }
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) values[j] = to_float(pack.value[j]);
+  }
+}
+
+template <typename T, int kSize>
+__device__ __forceinline__ Pack<T, kSize> pack(const float (&values)[kSize]) {
+  Pack<T, kSize> result;
+  if constexpr (sizeof(T) == 2 && kSize % 2 == 0) {
+#pragma unroll
+    for (int j = 0; j < kSize; j += 2) {
+      uint32_t& word = reinterpret_cast<uint32_t*>(result.value)[j / 2];
+      if constexpr (std::is_same_v<T, BFloat16>)
+        reinterpret_cast<__nv_bfloat162&>(word) = __floats2bfloat162_rn(values[j], values[j + 1]);
+      else
+        reinterpret_cast<__half2&>(word) = __floats2half2_rn(values[j], values[j + 1]);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) result.value[j] = from_float<T>(values[j]);
+  }
+  return result;
+}
 
 // Division of n < 2^31 by a fixed d with one multiplication (Granlund and Montgomery, PLDI 1994).
 struct FastDivisor {
@@ -56,11 +98,13 @@ struct DeviceGrouping {
   using Divisor = typename DivisorFor<Index>::type;
   Divisor inner;  // in units of the kernel's vectors where a row holds whole vectors, else in elements
   int levels = 0;
+  bool one_row_a_scale = false;  // the scale index is the row
   Divisor divisor[kMaxLevels];
   Divisor modulus[kMaxLevels];
   Index stride[kMaxLevels] = {};
 
   DeviceGrouping(const Grouping& g, int64_t inner_units) : inner(static_cast<Index>(inner_units)), levels(g.levels) {
+    one_row_a_scale = g.levels == 1 && g.divisor[0] == 1 && g.stride[0] == 1 && g.modulus[0] == g.rows;
     for (int level = 0; level < g.levels; ++level) {
       divisor[level] = Divisor(static_cast<Index>(g.divisor[level]));
       modulus[level] = Divisor(static_cast<Index>(g.modulus[level]));
@@ -69,7 +113,9 @@ struct DeviceGrouping {
   }
 
   __device__ __forceinline__ Index scale_index(Index row) const {
+    if (one_row_a_scale) return row;
     Index index = 0;
+#pragma unroll 1
     for (int level = 0; level < levels; ++level) {
       const Index quotient = divisor[level].divide(row);
       const Index modulus_value = static_cast<Index>(modulus[level].divisor);
@@ -78,13 +124,6 @@ struct DeviceGrouping {
     return index;
   }
 };
-
-template <int kLanes>
-__device__ __forceinline__ float sum_over_lanes(float value) {
-#pragma unroll
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  return value;
-}
 
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0; }
 

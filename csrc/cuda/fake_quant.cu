@@ -53,6 +53,15 @@ struct ThreadVectors {
   __device__ __forceinline__ int64_t vector(int u) const { return base + u * step; }
   __device__ __forceinline__ bool valid(int u) const { return vector(u) < end; }
   __device__ __forceinline__ int64_t first(int u) const { return vector(u) * kSize; }
+
+  // Every vector of every thread of this block is there and full: the same answer for all threads.
+  __device__ __forceinline__ bool whole_block(int64_t numel) const {
+    const int64_t past = kMode == Mode::kColumn
+                             ? (static_cast<int64_t>(blockIdx.x) + 1) * kThreads + (kUnroll - 1) * step
+                             : (static_cast<int64_t>(blockIdx.x) + 1) * (kThreads * kUnroll);
+    return past * kSize <= numel &&
+           (kMode != Mode::kColumn || (static_cast<int64_t>(blockIdx.x) + 1) * kThreads <= step);
+  }
 };
 
 // Parameters of a thread's vectors, looked up before the first store: a load behind a store would wait for it.
@@ -61,24 +70,27 @@ struct ThreadParams {
   static constexpr int kSets = kMode == Mode::kTensor ? 1 : kMode == Mode::kRow ? kUnroll : kSize;
   QParams set[kSets];
 
-  __device__ __forceinline__ ThreadParams(const Lookup<Index>& lookup, const ThreadVectors<kMode, kSize, Index>& vectors) {
+  __device__ __forceinline__ ThreadParams(const Lookup<Index>& lookup,
+                                          const ThreadVectors<kMode, kSize, Index>& vectors) {
     if constexpr (kMode == Mode::kTensor) {
       set[0] = load_qparams(lookup.tensors, 0, lookup.range);
     } else if constexpr (kMode == Mode::kRow) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         // Past the end the first row's serve: every lane must reach the exchange of mask bits.
-        const Index row = lookup.grouping.inner.divide(vectors.valid(u) ? static_cast<Index>(vectors.vector(u)) : Index{0});
+        const Index row =
+            lookup.grouping.inner.divide(vectors.valid(u) ? static_cast<Index>(vectors.vector(u)) : Index{0});
         set[u] = load_qparams(lookup.tensors, lookup.grouping.scale_index(row), lookup.range);
       }
     } else if constexpr (kMode == Mode::kColumn) {
-      const Index first = lookup.grouping.scale_index(vectors.valid(0) ? static_cast<Index>(vectors.first(0)) : Index{0});
+      const Index first =
+          lookup.grouping.scale_index(vectors.valid(0) ? static_cast<Index>(vectors.first(0)) : Index{0});
 #pragma unroll
       for (int j = 0; j < kSize; ++j) set[j] = load_qparams(lookup.tensors, first + j, lookup.range);
     }
   }
 
-  __device__ __forceinline__ void enter(const Lookup<Index>& lookup, const ThreadVectors<kMode, kSize, Index>& vectors, int u) {
+  __device__ void enter(const Lookup<Index>& lookup, const ThreadVectors<kMode, kSize, Index>& vectors, int u) {
     if constexpr (kMode == Mode::kAny) {
       const Index first = vectors.valid(u) ? static_cast<Index>(vectors.first(u)) : Index{0};
       Index row = lookup.grouping.inner.divide(first);
@@ -122,7 +134,8 @@ __device__ __forceinline__ Pack<T, kSize> load_pack(const T* __restrict__ x, int
 }
 
 template <bool kAligned, typename T, int kSize>
-__device__ __forceinline__ void store_pack(T* __restrict__ y, int64_t first, int64_t numel, const Pack<T, kSize>& pack) {
+__device__ __forceinline__ void store_pack(T* __restrict__ y, int64_t first, int64_t numel,
+                                           const Pack<T, kSize>& pack) {
   if (kAligned && first + kSize <= numel) {
     *reinterpret_cast<Pack<T, kSize>*>(y + first) = pack;
   } else {
@@ -132,9 +145,29 @@ __device__ __forceinline__ void store_pack(T* __restrict__ y, int64_t first, int
   }
 }
 
+template <bool kAligned, bool kWhole, typename T, Mode kMode, int kSize, typename Index>
+__device__ __forceinline__ Pack<T, kSize> load_vector(const ThreadVectors<kMode, kSize, Index>& vectors, int u,
+                                                      const T* __restrict__ x, int64_t numel) {
+  if constexpr (kWhole) {
+    return *reinterpret_cast<const Pack<T, kSize>*>(x + vectors.first(u));
+  } else {
+    return vectors.valid(u) ? load_pack<kAligned, T, kSize>(x, vectors.first(u), numel) : Pack<T, kSize>{};
+  }
+}
+
+template <bool kAligned, bool kWhole, typename T, Mode kMode, int kSize, typename Index>
+__device__ __forceinline__ void store_vector(const ThreadVectors<kMode, kSize, Index>& vectors, int u,
+                                             T* __restrict__ y, int64_t numel, const Pack<T, kSize>& pack) {
+  if constexpr (kWhole)
+    *reinterpret_cast<Pack<T, kSize>*>(y + vectors.first(u)) = pack;
+  else if (vectors.valid(u))
+    store_pack<kAligned, T, kSize>(y, vectors.first(u), numel, pack);
+}
+
 // Bits of one vector into the mask. A vector of four elements fills half a byte, so pairs of lanes join theirs.
 template <int kSize>
-__device__ __forceinline__ void store_mask(uint8_t* __restrict__ mask, int64_t first, bool valid, int64_t numel, uint32_t bits) {
+__device__ __forceinline__ void store_mask(uint8_t* __restrict__ mask, int64_t first, bool valid, int64_t numel,
+                                           uint32_t bits) {
   if (!valid) bits = 0;
   if (valid && first + kSize > numel) bits &= (1u << (numel - first)) - 1u;  // the byte's bits past the end are 0
   if constexpr (kSize == 4) {
@@ -145,31 +178,82 @@ __device__ __forceinline__ void store_mask(uint8_t* __restrict__ mask, int64_t f
   }
 }
 
-template <typename T, Mode kMode, bool kMask, bool kAligned, typename Index>
-__global__ void __launch_bounds__(kThreads) fake_quantize_kernel(const T* __restrict__ x,      // [numel]
-                                                                 T* __restrict__ y,            // [numel]
-                                                                 uint8_t* __restrict__ mask,   // [ceil(numel / 8)] if kMask
-                                                                 int64_t numel, const Lookup<Index> lookup) {
+// kWhole: every vector of the block is there, full and aligned. Such blocks run without a check, and their packs stay whole words.
+template <typename T, Mode kMode, bool kMask, bool kAligned, bool kWhole, typename Index>
+__device__ __forceinline__ void fake_quantize_block(const T* __restrict__ x, T* __restrict__ y,
+                                                    uint8_t* __restrict__ mask, int64_t numel,
+                                                    const Lookup<Index>& lookup) {
   constexpr int kSize = kVectorBytes / sizeof(T);
   const ThreadVectors<kMode, kSize, Index> vectors(lookup, numel);
-  Pack<T, kSize> in[kUnroll] = {};
+  Pack<T, kSize> in[kUnroll];
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u)
-    if (vectors.valid(u)) in[u] = load_pack<kAligned, T, kSize>(x, vectors.first(u), numel);
+  for (int u = 0; u < kUnroll; ++u) in[u] = load_vector<kAligned, kWhole>(vectors, u, x, numel);
   ThreadParams<kMode, kSize, Index> params(lookup, vectors);
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     params.enter(lookup, vectors, u);
-    Pack<T, kSize> out;
+    float values[kSize];
+    unpack(in[u], values);
     uint32_t bits = 0;
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
-      const float v = unclamped_code(to_float(in[u].value[j]), params.get(u, j));
+      const float v = unclamped_code(values[j], params.get(u, j));
       if constexpr (kMask) bits |= (code_in_range(v, lookup.range) ? 1u : 0u) << j;
-      out.value[j] = from_float<T>(dequantized(clamp_code(v, lookup.range), params.get(u, j)));
+      values[j] = dequantized(clamp_code(v, lookup.range), params.get(u, j));
     }
-    if (vectors.valid(u)) store_pack<kAligned, T, kSize>(y, vectors.first(u), numel, out);
-    if constexpr (kMask) store_mask<kSize>(mask, vectors.first(u), vectors.valid(u), numel, bits);
+    store_vector<kAligned, kWhole>(vectors, u, y, numel, pack<T, kSize>(values));
+    if constexpr (kMask) store_mask<kSize>(mask, vectors.first(u), kWhole || vectors.valid(u), numel, bits);
+  }
+}
+
+template <typename T, Mode kMode, bool kMask, bool kAligned, typename Index>
+__global__ void __launch_bounds__(kThreads)
+    fake_quantize_kernel(const T* __restrict__ x,     // [numel]
+                         T* __restrict__ y,           // [numel]
+                         uint8_t* __restrict__ mask,  // [ceil(numel / 8)] if kMask
+                         int64_t numel, const Lookup<Index> lookup) {
+  constexpr int kSize = kVectorBytes / sizeof(T);
+  if (kAligned && ThreadVectors<kMode, kSize, Index>(lookup, numel).whole_block(numel))
+    fake_quantize_block<T, kMode, kMask, kAligned, true>(x, y, mask, numel, lookup);
+  else
+    fake_quantize_block<T, kMode, kMask, kAligned, false>(x, y, mask, numel, lookup);
+}
+
+// Keeps or clears the elements of a 32-bit word by its lowest bits: one element of four bytes, or two of two.
+template <typename Bits>
+__device__ __forceinline__ uint32_t masked_word(uint32_t word, uint32_t bits) {
+  const uint32_t low = 0u - (bits & 1u);
+  if constexpr (sizeof(Bits) == 4) return word & low;
+  return word & __byte_perm(low, 0u - (bits >> 1 & 1u), 0x5410);  // two bytes of each
+}
+
+template <typename Bits, bool kAligned, bool kWhole>
+__device__ __forceinline__ void fake_quantize_backward_block(const Bits* __restrict__ grad_output,
+                                                             const uint8_t* __restrict__ mask,
+                                                             Bits* __restrict__ grad_input, int64_t numel) {
+  constexpr int kSize = kVectorBytes / sizeof(Bits), kWords = kVectorBytes / 4, kPerWord = kSize / kWords;
+  const int64_t base = static_cast<int64_t>(blockIdx.x) * (kThreads * kUnroll) + threadIdx.x;
+  Pack<Bits, kSize> in[kUnroll];
+  uint32_t bits[kUnroll];
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int64_t first = (base + u * kThreads) * kSize;
+    if constexpr (kWhole)
+      in[u] = *reinterpret_cast<const Pack<Bits, kSize>*>(grad_output + first);
+    else
+      in[u] = load_pack<kAligned, Bits, kSize>(grad_output, first, numel);
+    bits[u] = kWhole || first < numel ? static_cast<uint32_t>(mask[first / 8]) >> (first % 8) : 0u;
+  }
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int64_t first = (base + u * kThreads) * kSize;
+    uint32_t* words = reinterpret_cast<uint32_t*>(in[u].value);
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) words[w] = masked_word<Bits>(words[w], bits[u] >> (w * kPerWord));
+    if constexpr (kWhole)
+      *reinterpret_cast<Pack<Bits, kSize>*>(grad_input + first) = in[u];
+    else
+      store_pack<kAligned, Bits, kSize>(grad_input, first, numel, in[u]);
   }
 }
 
@@ -179,28 +263,21 @@ __global__ void __launch_bounds__(kThreads)
                                   const uint8_t* __restrict__ mask,      // [ceil(numel / 8)]
                                   Bits* __restrict__ grad_input,         // [numel]
                                   int64_t numel) {
-  constexpr int kSize = kVectorBytes / sizeof(Bits);
-  const int64_t block = static_cast<int64_t>(blockIdx.x) * (kThreads * kUnroll);
-  Pack<Bits, kSize> in[kUnroll];
-  uint32_t bits[kUnroll];
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    const int64_t first = (block + u * kThreads + threadIdx.x) * kSize;
-    in[u] = load_pack<kAligned, Bits, kSize>(grad_output, first, numel);
-    bits[u] = first < numel ? static_cast<uint32_t>(mask[first / 8]) >> (first % 8) : 0u;
-  }
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-    for (int j = 0; j < kSize; ++j)
-      if (!(bits[u] >> j & 1u)) in[u].value[j] = Bits{0};
-    store_pack<kAligned, Bits, kSize>(grad_input, (block + u * kThreads + threadIdx.x) * kSize, numel, in[u]);
-  }
+  constexpr int64_t kBlockElements = int64_t{kThreads} * kUnroll * (kVectorBytes / sizeof(Bits));
+  if (kAligned && (blockIdx.x + int64_t{1}) * kBlockElements <= numel)
+    fake_quantize_backward_block<Bits, kAligned, true>(grad_output, mask, grad_input, numel);
+  else
+    fake_quantize_backward_block<Bits, kAligned, false>(grad_output, mask, grad_input, numel);
 }
+
+// A whole number below 2^22 in magnitude as an int: the addition leaves it in the low bits. The conversion instruction has an eighth of
+// the addition's rate.
+__device__ __forceinline__ int code_to_int(float code) { return __float_as_int(code + 12582912.0f) - 0x4b400000; }
 
 // Codes beside a vector of kSize floating-point elements; the type of the codes is a run-time value, the same for all threads.
 template <bool kAligned, int kSize>
-__device__ __forceinline__ void store_codes(void* codes, DType type, int64_t first, int64_t numel, const int (&q)[kSize]) {
+__device__ __forceinline__ void store_codes(void* codes, DType type, int64_t first, int64_t numel,
+                                            const int (&q)[kSize]) {
   const auto store = [&](auto* typed) {
     using Code = std::remove_pointer_t<decltype(typed)>;
     Pack<Code, kSize> pack;
@@ -217,7 +294,8 @@ __device__ __forceinline__ void store_codes(void* codes, DType type, int64_t fir
 }
 
 template <bool kAligned, int kSize>
-__device__ __forceinline__ void load_codes(const void* codes, DType type, int64_t first, int64_t numel, float (&q)[kSize]) {
+__device__ __forceinline__ void load_codes(const void* codes, DType type, int64_t first, int64_t numel,
+                                           float (&q)[kSize]) {
   const auto load = [&](const auto* typed) {
     using Code = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
     const Pack<Code, kSize> pack = load_pack<kAligned, Code, kSize>(typed, first, numel);
@@ -236,23 +314,24 @@ __device__ __forceinline__ void load_codes(const void* codes, DType type, int64_
 
 template <typename T, Mode kMode, bool kAligned, typename Index>
 __global__ void __launch_bounds__(kThreads)
-    quantize_kernel(const T* __restrict__ x,  // [numel]
+    quantize_kernel(const T* __restrict__ x,   // [numel]
                     void* __restrict__ codes,  // [numel] of code_dtype
                     DType code_dtype, int64_t numel, const Lookup<Index> lookup, bool stochastic, PhiloxState philox) {
   constexpr int kSize = kVectorBytes / sizeof(T);
   const uint64_t seed = philox.seed_pointer ? static_cast<uint64_t>(*philox.seed_pointer) : philox.seed;
   const uint64_t offset = philox.offset + (philox.offset_pointer ? static_cast<uint64_t>(*philox.offset_pointer) : 0);
   const ThreadVectors<kMode, kSize, Index> vectors(lookup, numel);
-  Pack<T, kSize> in[kUnroll] = {};
+  Pack<T, kSize> in[kUnroll];
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u)
-    if (vectors.valid(u)) in[u] = load_pack<kAligned, T, kSize>(x, vectors.first(u), numel);
+  for (int u = 0; u < kUnroll; ++u) in[u] = load_vector<kAligned, false>(vectors, u, x, numel);
   ThreadParams<kMode, kSize, Index> params(lookup, vectors);
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     if (!vectors.valid(u)) return;
     params.enter(lookup, vectors, u);
     const int64_t first = vectors.first(u);
+    float values[kSize];
+    unpack(in[u], values);
     int q[kSize];
     if (stochastic) {
 #pragma unroll
@@ -261,15 +340,15 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int k = j; k < j + 4; ++k) {
           const QParams& p = params.get(u, k);
-          const float v = round_stochastic(to_float(in[u].value[k]) * p.inv_scale, philox_uniform(random.word[k - j]));
-          q[k] = static_cast<int>(storable_code(v + p.zero_point, p, lookup.range));
+          const float v = round_stochastic(values[k] * p.inv_scale, philox_uniform(random.word[k - j]));
+          q[k] = code_to_int(storable_code(v + p.zero_point, p, lookup.range));
         }
       }
     } else {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
         const QParams& p = params.get(u, j);
-        q[j] = static_cast<int>(storable_code(unclamped_code(to_float(in[u].value[j]), p), p, lookup.range));
+        q[j] = code_to_int(storable_code(unclamped_code(values[j], p), p, lookup.range));
       }
     }
     store_codes<kAligned, kSize>(codes, code_dtype, first, numel, q);
@@ -292,17 +371,16 @@ __global__ void __launch_bounds__(kThreads)
   for (int u = 0; u < kUnroll; ++u) {
     if (!vectors.valid(u)) return;
     params.enter(lookup, vectors, u);
-    Pack<T, kSize> out;
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) out.value[j] = from_float<T>(dequantized(q[u][j], params.get(u, j)));
-    store_pack<kAligned, T, kSize>(y, vectors.first(u), numel, out);
+    for (int j = 0; j < kSize; ++j) q[u][j] = dequantized(q[u][j], params.get(u, j));
+    store_pack<kAligned, T, kSize>(y, vectors.first(u), numel, pack<T, kSize>(q[u]));
   }
 }
 
-__global__ void qparams_from_range_kernel(const float* __restrict__ min,       // [groups]
-                                          const float* __restrict__ max,       // [groups]
-                                          float* __restrict__ scale,           // [groups]
-                                          int32_t* __restrict__ zero_point,    // [groups]
+__global__ void qparams_from_range_kernel(const float* __restrict__ min,     // [groups]
+                                          const float* __restrict__ max,     // [groups]
+                                          float* __restrict__ scale,         // [groups]
+                                          int32_t* __restrict__ zero_point,  // [groups]
                                           int64_t groups, QuantRange range, bool symmetric) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= groups) return;
@@ -328,7 +406,8 @@ unsigned grid_for(int64_t numel, const Lookup<Index>& lookup) {
 
 // Calls launch(mode, aligned, lookup) with the cheapest way to find the parameters, all three as compile-time choices.
 template <typename T, typename Launch>
-void dispatch_lookup(const Grouping& g, const QParamTensors& tensors, QuantRange range, bool aligned, const Launch& launch) {
+void dispatch_lookup(const Grouping& g, const QParamTensors& tensors, QuantRange range, bool aligned,
+                     const Launch& launch) {
   constexpr int64_t kSize = kVectorBytes / sizeof(T);
   using True = std::true_type;
   using False = std::false_type;
@@ -337,11 +416,15 @@ void dispatch_lookup(const Grouping& g, const QParamTensors& tensors, QuantRange
     // Rows of one column are shared out so that each thread has kUnroll of them.
     const int64_t row = g.levels > 0 ? g.modulus[0] / kSize : 0;
     const int64_t column_step = row > 0 ? row * ceil_div(g.numel / kSize / row, kUnroll) : 0;
-    return Lookup<Index>{DeviceGrouping<Index>(g, inner_units), tensors, range, static_cast<Index>(g.inner),
-                         static_cast<Index>(g.rows), column_step};
+    return Lookup<Index>{DeviceGrouping<Index>(g, inner_units),
+                         tensors,
+                         range,
+                         static_cast<Index>(g.inner),
+                         static_cast<Index>(g.rows),
+                         column_step};
   };
-  const bool small = g.numel < (int64_t{1} << 31);                   // elements as 31-bit indices
-  const bool small_vectors = g.numel / kSize < (int64_t{1} << 31);   // vectors likewise
+  const bool small = g.numel < (int64_t{1} << 31);                  // elements as 31-bit indices
+  const bool small_vectors = g.numel / kSize < (int64_t{1} << 31);  // vectors likewise
   if (aligned && small_vectors && g.levels == 0)
     return launch(std::integral_constant<Mode, Mode::kTensor>{}, True{}, lookup(uint32_t{}, 1));
   if (aligned && small_vectors && g.inner % kSize == 0)
@@ -418,8 +501,8 @@ int dequantize(const DequantizeArgs& a, void* stream) {
 
 int qparams_from_range(const QParamsFromRangeArgs& a, void* stream) {
   qparams_from_range_kernel<<<static_cast<unsigned>(ceil_div(a.groups, kThreads)), kThreads, 0,
-                              static_cast<cudaStream_t>(stream)>>>(a.min, a.max, a.scale, a.zero_point, a.groups, a.range,
-                                                                   a.symmetric);
+                              static_cast<cudaStream_t>(stream)>>>(a.min, a.max, a.scale, a.zero_point, a.groups,
+                                                                   a.range, a.symmetric);
   return cudaGetLastError();
 }
 

@@ -17,7 +17,8 @@ template <int kLanes, typename Join>
 __device__ __forceinline__ float reduce_over_lanes(float value, const Join& join) {
   constexpr int kWarpLanes = kLanes < 32 ? kLanes : 32;
 #pragma unroll
-  for (int offset = kWarpLanes / 2; offset > 0; offset /= 2) value = join(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  for (int offset = kWarpLanes / 2; offset > 0; offset /= 2)
+    value = join(value, __shfl_xor_sync(0xffffffffu, value, offset));
   if constexpr (kLanes > 32) {
     __shared__ float warp_value[kThreads / 32];
     __syncthreads();  // the previous reduction may still be reading
@@ -36,14 +37,14 @@ struct Sum {
 
 // NaN wins, from either side.
 struct Min {
-  __device__ __forceinline__ float operator()(float a, float b) const { return a < b || a != a ? a : b; }
+  __device__ __forceinline__ float operator()(float a, float b) const { return min_nan(a, b); }
 };
 struct Max {
-  __device__ __forceinline__ float operator()(float a, float b) const { return a > b || a != a ? a : b; }
+  __device__ __forceinline__ float operator()(float a, float b) const { return max_nan(a, b); }
 };
 
 struct Chunk {
-  int64_t task;   // row * chunks + chunk
+  int64_t task;  // row * chunks + chunk
   int64_t row;
   int64_t first;  // element
   int64_t last;   // one past
@@ -81,16 +82,17 @@ __global__ void __launch_bounds__(kThreads) learnable_backward_kernel(const Lear
   for_each_vector<kLanes, kSize>(chunk, [&](int64_t at) {
     const auto xs = *reinterpret_cast<const Pack<T, kSize>*>(x + at);
     const auto dys = *reinterpret_cast<const Pack<T, kSize>*>(grad_output + at);
-    Pack<T, kSize> dxs;
+    float values[kSize], dy[kSize];
+    unpack(xs, values);
+    unpack(dys, dy);
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
-      const LearnableGradient g = learnable_gradient(to_float(xs.value[j]), p, a.range);
-      const float dy = to_float(dys.value[j]);
-      dxs.value[j] = g.inside ? dys.value[j] : T{};
-      scale_sum += dy * g.scale;
-      zero_point_sum += dy * g.zero_point;
+      const LearnableGradient g = learnable_gradient(values[j], p, a.range);
+      scale_sum += dy[j] * g.scale;
+      zero_point_sum += dy[j] * g.zero_point;
+      dy[j] = g.inside ? dy[j] : 0.0f;
     }
-    *reinterpret_cast<Pack<T, kSize>*>(grad_input + at) = dxs;
+    *reinterpret_cast<Pack<T, kSize>*>(grad_input + at) = pack<T, kSize>(dy);  // exact: dy came from T
   });
   scale_sum = reduce_over_lanes<kLanes>(scale_sum, Sum{});
   zero_point_sum = reduce_over_lanes<kLanes>(zero_point_sum, Sum{});
@@ -108,10 +110,12 @@ __global__ void __launch_bounds__(kThreads) min_max_kernel(const MinMaxArgs a, i
   float min = detail::bits_to_float(0x7f800000u), max = detail::bits_to_float(0xff800000u);
   for_each_vector<kLanes, kSize>(chunk, [&](int64_t at) {
     const auto xs = *reinterpret_cast<const Pack<T, kSize>*>(x + at);
+    float values[kSize];
+    unpack(xs, values);
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
-      min = Min{}(to_float(xs.value[j]), min);
-      max = Max{}(to_float(xs.value[j]), max);
+      min = Min{}(values[j], min);
+      max = Max{}(values[j], max);
     }
   });
   min = reduce_over_lanes<kLanes>(min, Min{});
@@ -134,10 +138,11 @@ __global__ void __launch_bounds__(kThreads) range_error_kernel(const RangeErrorA
   float sum = 0.0f;
   for_each_vector<kLanes, kSize>(chunk, [&](int64_t at) {
     const auto xs = *reinterpret_cast<const Pack<T, kSize>*>(x + at);
+    float values[kSize];
+    unpack(xs, values);
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
-      const float value = to_float(xs.value[j]);
-      const float distance = dequantized(clamp_code(unclamped_code(value, p), a.range), p) - value;
+      const float distance = dequantized(clamp_code(unclamped_code(values[j], p), a.range), p) - values[j];
       sum += distance * distance;
     }
   });
