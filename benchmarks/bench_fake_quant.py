@@ -19,8 +19,9 @@ import statistics
 import time
 from dataclasses import dataclass
 
-import quantrain
 import torch
+
+import quantrain
 
 CUDA_SHAPES = {"8192x8192": (8192, 8192), "64x256x56x56": (64, 256, 56, 56)}
 CPU_SHAPES = {"1024x1024": (1024, 1024), "4096x4096": (4096, 4096)}
@@ -116,7 +117,9 @@ def make_cases(shape, dtype, device, sets, copy_only=False):
             )
         elif name == "channel":
             flat, zero = scale.flatten(), torch.zeros(shape[axis], dtype=torch.int32, device=device)
-            native_forward = lambda i, s=flat, z=zero: torch.fake_quantize_per_channel_affine(x[i], s, z, axis, -128, 127)  # noqa: E731
+            native_forward = lambda i, s=flat, z=zero: torch.fake_quantize_per_channel_affine(
+                x[i], s, z, axis, -128, 127
+            )  # noqa: E731
             native_both = lambda i, s=flat, z=zero: torch.autograd.grad(  # noqa: E731
                 torch.fake_quantize_per_channel_affine(leaf[i], s, z, axis, -128, 127), leaf[i], grad[i]
             )
@@ -157,7 +160,9 @@ def make_cases(shape, dtype, device, sets, copy_only=False):
             Case(
                 "fake_quantize_learnable forward+backward",
                 name,
-                lambda i, s=scale: torch.autograd.grad(quantrain.fake_quantize_learnable(leaf[i], s), (leaf[i], s), grad[i]),
+                lambda i, s=scale: torch.autograd.grad(
+                    quantrain.fake_quantize_learnable(leaf[i], s), (leaf[i], s), grad[i]
+                ),
                 5 * size * numel,
                 native,
             )
@@ -165,16 +170,33 @@ def make_cases(shape, dtype, device, sets, copy_only=False):
     for name in ("tensor", "channel", "token"):
         scale, scale_shape = scale_of(shapes[name]), shapes[name]
         codes = [quantrain.quantize(t, scale) for t in x]
-        cases.append(Case("choose_qparams", name, lambda i, s=scale_shape: quantrain.choose_qparams(x[i], s), size * numel))
+        cases.append(
+            Case("choose_qparams", name, lambda i, s=scale_shape: quantrain.choose_qparams(x[i], s), size * numel)
+        )
         cases.append(Case("quantize", name, lambda i, s=scale: quantrain.quantize(x[i], s), (size + 1) * numel))
         cases.append(
-            Case("quantize stochastic", name, lambda i, s=scale: quantrain.quantize(x[i], s, stochastic=True), (size + 1) * numel)
+            Case(
+                "quantize stochastic",
+                name,
+                lambda i, s=scale: quantrain.quantize(x[i], s, stochastic=True),
+                (size + 1) * numel,
+            )
         )
         cases.append(
-            Case("dequantize", name, lambda i, s=scale, c=codes: quantrain.dequantize(c[i], s, dtype=dtype), (size + 1) * numel)
+            Case(
+                "dequantize",
+                name,
+                lambda i, s=scale, c=codes: quantrain.dequantize(c[i], s, dtype=dtype),
+                (size + 1) * numel,
+            )
         )
         cases.append(
-            Case("fake_quantize_dynamic forward", name, lambda i, s=scale_shape: quantrain.fake_quantize_dynamic(x[i], s), 3 * size * numel)
+            Case(
+                "fake_quantize_dynamic forward",
+                name,
+                lambda i, s=scale_shape: quantrain.fake_quantize_dynamic(x[i], s),
+                3 * size * numel,
+            )
         )
     return x, cases
 
@@ -211,7 +233,9 @@ class Report:
         native = f"{row['native_ratio']:8.2f}x" if native_seconds else f"{'-':>9}"
         extra = "".join(f"  {k} {v}" for k, v in more.items())
         # CPU times are ratios only: a shared machine's seconds say nothing.
-        absolute = f"{row['microseconds']:10.1f} us {row['gigabytes_per_second']:8.0f} GB/s" if self.device == "cuda" else ""
+        absolute = (
+            f"{row['microseconds']:10.1f} us {row['gigabytes_per_second']:8.0f} GB/s" if self.device == "cuda" else ""
+        )
         print(
             f"{row['op']:<41} {row['granularity']:<17} {row['dtype']:<9} {shape:<13} {absolute} {row['percent_of_floor']:6.1f} %{native}{extra}",
             flush=True,
@@ -226,7 +250,9 @@ def bench_cuda(report):
             y = torch.empty_like(x[0])
             copy = time_cuda(lambda i: y.copy_(x[i]), sets)  # noqa: B023
             rate = 2 * x[0].numel() * x[0].element_size() / copy
-            print(f"\ncopy {dtype} {label}: {copy * 1e6:.1f} us, {rate / 1e9:.0f} GB/s; floor and native below are ratios to this run")
+            print(
+                f"\ncopy {dtype} {label}: {copy * 1e6:.1f} us, {rate / 1e9:.0f} GB/s; floor and native below are ratios to this run"
+            )
             for case in cases:
                 if case.check:
                     case.check()
@@ -269,7 +295,10 @@ def bench_launch(report):
     rows, rows_scale = torch.randn(16, 16, device=device), torch.full((16,), 0.05, device=device)
     column, zeros = rows_scale.view(16, 1), torch.zeros(16, dtype=torch.int32, device=device)
     pairs = {
-        "tensor": (lambda: quantrain.fake_quantize(x, scale), lambda: torch.fake_quantize_per_tensor_affine(x, scale, zero, -128, 127)),
+        "tensor": (
+            lambda: quantrain.fake_quantize(x, scale),
+            lambda: torch.fake_quantize_per_tensor_affine(x, scale, zero, -128, 127),
+        ),
         "tensor, grad": (
             lambda: quantrain.fake_quantize(leaf, scale),
             lambda: torch.fake_quantize_per_tensor_affine(leaf, scale, zero, -128, 127),
@@ -307,7 +336,11 @@ def main():
     bench_launch(report)
     if options.json:
         with open(options.json, "w") as file:
-            json.dump({"benchmark": "bench_fake_quant", "on": where, "torch": torch.__version__, "rows": report.rows}, file, indent=1)
+            json.dump(
+                {"benchmark": "bench_fake_quant", "on": where, "torch": torch.__version__, "rows": report.rows},
+                file,
+                indent=1,
+            )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,9 @@ class Sample:
         scale = (torch.rand(self.scale_shape, generator=g) + 0.5) * 1.6 / half
         zero_point = None
         if self.affine:
-            zero_point = torch.randint(self.quant_min, self.quant_max + 1, self.scale_shape, generator=g, dtype=torch.int32)
+            zero_point = torch.randint(
+                self.quant_min, self.quant_max + 1, self.scale_shape, generator=g, dtype=torch.int32
+            )
         x = self._lay_out(x.to(device=device, dtype=dtype))
         return x, scale.to(device), None if zero_point is None else zero_point.to(device)
 
@@ -89,7 +91,11 @@ SAMPLES = [
     Sample("long_rows", (3, 20000), (3, 1), affine=True),
 ]
 # One of each way through the kernels, for the checks that take long.
-FEW = [s for s in SAMPLES if s.name in {"per_tensor_affine", "channel_1_of_4_odd", "channel_last_dim", "group_of_32", "channels_last"}]
+FEW = [
+    s
+    for s in SAMPLES
+    if s.name in {"per_tensor_affine", "channel_1_of_4_odd", "channel_last_dim", "group_of_32", "channels_last"}
+]
 NOT_EMPTY = [s for s in SAMPLES if 0 not in s.shape]
 
 

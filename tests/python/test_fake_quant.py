@@ -3,10 +3,11 @@
 import math
 
 import pytest
-import quantrain
 import torch
 from fake_quant_samples import FEW, NOT_EMPTY, SAMPLES, Sample, assert_same, each, in_each_dtype, on_each_device
 from reference import fake_quant as reference
+
+import quantrain
 
 
 @each(SAMPLES)
@@ -91,7 +92,9 @@ def test_cpu_and_cuda_agree_bit_for_bit(sample, dtype):
     results = []
     for device in ("cpu", "cuda"):
         leaf = x.to(device).requires_grad_()
-        y = quantrain.fake_quantize(leaf, scale.to(device), None if zero_point is None else zero_point.to(device), **sample.range)
+        y = quantrain.fake_quantize(
+            leaf, scale.to(device), None if zero_point is None else zero_point.to(device), **sample.range
+        )
         (grad,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
         results.append((y.detach().cpu(), grad.cpu()))
     assert torch.equal(*(r[0].contiguous().view(torch.uint8) for r in results))
@@ -118,7 +121,12 @@ def test_learnable_equals_the_formula(sample, dtype, device, learned_zero_point)
     inputs = [x, scale, *([zero_point] if learned_zero_point else [])]
     grads = torch.autograd.grad(y, inputs, grad_output)
     grad_x, grad_scale, grad_zero_point, magnitude = reference.learnable_gradients(
-        grad_output, x.detach(), scale.detach(), None if used is None else used.detach(), grad_factor=0.25, **sample.range
+        grad_output,
+        x.detach(),
+        scale.detach(),
+        None if used is None else used.detach(),
+        grad_factor=0.25,
+        **sample.range,
     )
     assert_same(grads[0], grad_x)
     # The terms are rounded to float32 and added in float32: a few hundred roundings of the sum of magnitudes. Inside the range a
@@ -144,7 +152,9 @@ def test_learnable_equals_pytorch(axis):
         expected = torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero_point, -8, 7, 0.5)
     else:
         expected = torch._fake_quantize_learnable_per_channel_affine(x, scale, zero_point, axis, -8, 7, 0.5)
-    actual = quantrain.fake_quantize_learnable(x, scale, zero_point, quant_min=-8, quant_max=7, grad_factor=0.5, axis=axis)
+    actual = quantrain.fake_quantize_learnable(
+        x, scale, zero_point, quant_min=-8, quant_max=7, grad_factor=0.5, axis=axis
+    )
     assert_same(actual.detach(), expected.detach())
     ours = torch.autograd.grad(actual, (x, scale, zero_point), grad_output)
     theirs = torch.autograd.grad(expected, (x, scale, zero_point), grad_output)

@@ -3,10 +3,11 @@
 import math
 
 import pytest
-import quantrain
 import torch
 from fake_quant_samples import FEW, NOT_EMPTY, SAMPLES, Sample, assert_same, each, in_each_dtype, on_each_device
 from reference import fake_quant as reference
+
+import quantrain
 
 ops = torch.ops.quantrain
 

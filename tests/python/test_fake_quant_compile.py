@@ -1,10 +1,11 @@
 """Every operator under opcheck, torch.compile (static and dynamic) and torch.export."""
 
 import pytest
-import quantrain
 import torch
 from fake_quant_samples import FEW, assert_same, each, on_each_device
 from torch.library import opcheck
+
+import quantrain
 
 ops = torch.ops.quantrain
 

@@ -3,9 +3,10 @@
 import re
 
 import pytest
-import quantrain
 import torch
 from fake_quant_samples import on_each_device
+
+import quantrain
 
 X = torch.randn(4, 6)
 S = torch.tensor([0.1])
@@ -66,7 +67,9 @@ def test_cuda_turns_a_scale_that_is_not_positive_into_nan(bad):
 
 
 def test_cpu_refuses_a_zero_point_out_of_range():
-    with pytest.raises(ValueError, match=re.escape("fake_quantize: expected zero_point in [0, 255], got -1 at index 0")):
+    with pytest.raises(
+        ValueError, match=re.escape("fake_quantize: expected zero_point in [0, 255], got -1 at index 0")
+    ):
         quantrain.fake_quantize(X, S, torch.tensor([-1], dtype=INT), quant_min=0, quant_max=255)
 
 
