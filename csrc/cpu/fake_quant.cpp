@@ -142,17 +142,21 @@ void fake_quantize_typed(const FakeQuantizeArgs& a, int64_t begin, int64_t end) 
 // Works on the bits of an element, whatever its type: it is kept or becomes +0.
 template <typename Bits>
 void masked_copy(const FakeQuantizeBackwardArgs& a, int64_t begin, int64_t end) {
-  const Bits* __restrict__ grad_output = static_cast<const Bits*>(a.grad_output);
-  Bits* __restrict__ grad_input = static_cast<Bits*>(a.grad_input);
-  const uint8_t* __restrict__ mask = a.mask;
   vectorized([&]() QUANTRAIN_INLINE_LAMBDA {
-    int64_t at = begin;
-    for (; at + 16 <= end; at += 16) {
-      const uint32_t word = static_cast<uint32_t>(mask[at / 8]) | static_cast<uint32_t>(mask[at / 8 + 1]) << 8;
-      for (int i = 0; i < 16; ++i)
-        grad_input[at + i] = static_cast<Bits>(grad_output[at + i] & (0u - (word >> i & 1u)));
-    }
-    for (; at < end; ++at) grad_input[at] = mask[at / 8] >> (at % 8) & 1 ? grad_output[at] : Bits{0};
+    // Declared in here: through the lambda's captures __restrict__ is lost, and with it the vector loop.
+    const Bits* __restrict__ grad_output = static_cast<const Bits*>(a.grad_output);
+    Bits* __restrict__ grad_input = static_cast<Bits*>(a.grad_input);
+    const uint8_t* __restrict__ mask = a.mask;
+    alignas(64) Bits keep[kBlock];
+    for_each_block(begin, end, [&](int64_t at, int n) QUANTRAIN_INLINE_LAMBDA {
+      const Bits* __restrict__ in = grad_output + at;
+      Bits* __restrict__ out = grad_input + at;
+      for (int byte = 0; byte * 8 < n; ++byte) {
+        const uint32_t bits = mask[at / 8 + byte];
+        for (int j = 0; j < 8; ++j) keep[byte * 8 + j] = static_cast<Bits>(0u - (bits >> j & 1u));
+      }
+      for (int i = 0; i < n; ++i) out[i] = static_cast<Bits>(in[i] & keep[i]);
+    });
   });
 }
 
@@ -215,15 +219,28 @@ void dequantize_typed(const DequantizeArgs& a, int64_t begin, int64_t end) {
   });
 }
 
-// Sixteen sums side by side, folded in a fixed order: vector speed without letting the compiler reorder an addition.
+// Sixteen values side by side, in vector registers whatever the optimiser makes of the loop around them.
+using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
+using LaneMask = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+// The values from i on, `fill` past the end.
+#define QUANTRAIN_LOAD_LANES(lanes, values, i, n, fill)                                     \
+  Lanes lanes;                                                                              \
+  if ((i) + kLanes <= (n)) {                                                                \
+    std::memcpy(&lanes, (values) + (i), sizeof(lanes));                                     \
+  } else {                                                                                  \
+    for (int j = 0; j < kLanes; ++j) lanes[j] = (i) + j < (n) ? (values)[(i) + j] : (fill); \
+  }
+
+// Sixteen sums, folded in a fixed order: vector speed without letting the compiler reorder an addition.
 struct LaneSum {
-  alignas(64) float lane[kLanes] = {};
+  Lanes lane = {};
 
   QUANTRAIN_INLINE void add(const float* values, int n) {
-    int i = 0;
-    for (; i + kLanes <= n; i += kLanes)
-      for (int j = 0; j < kLanes; ++j) lane[j] += values[i + j];
-    for (int j = 0; i + j < n; ++j) lane[j] += values[i + j];
+    for (int i = 0; i < n; i += kLanes) {
+      QUANTRAIN_LOAD_LANES(next, values, i, n, 0.0f)
+      lane += next;
+    }
   }
 
   QUANTRAIN_INLINE float total() const {
@@ -285,24 +302,20 @@ void min_max_typed(const MinMaxArgs& a, int64_t begin, int64_t end) {
     alignas(64) float x_buffer[kBlock];
     for_each_chunk(a.grouping, begin, end,
                    [&](int64_t task, int64_t, int64_t first, int64_t last) QUANTRAIN_INLINE_LAMBDA {
-                     alignas(64) float low[kLanes], high[kLanes];
-                     alignas(64) uint32_t nan[kLanes];
-                     for (int j = 0; j < kLanes; ++j) low[j] = kInf, high[j] = -kInf, nan[j] = 0;
+                     Lanes low = Lanes{} + kInf, high = Lanes{} - kInf;
+                     LaneMask nan = {};
                      for_each_block(first, last, [&](int64_t at, int n) QUANTRAIN_INLINE_LAMBDA {
                        const float* __restrict__ xs = load_block(x + at, n, x_buffer);
-                       // The comparisons are false for NaN, which is counted beside them.
-                       const auto visit = [&](int j, float value) QUANTRAIN_INLINE_LAMBDA {
-                         low[j] = value < low[j] ? value : low[j];
-                         high[j] = value > high[j] ? value : high[j];
-                         nan[j] |= value == value ? 0u : 1u;
-                       };
-                       int i = 0;
-                       for (; i + kLanes <= n; i += kLanes)
-                         for (int j = 0; j < kLanes; ++j) visit(j, xs[i + j]);
-                       for (int j = 0; i + j < n; ++j) visit(j, xs[i + j]);
+                       for (int i = 0; i < n; i += kLanes) {
+                         QUANTRAIN_LOAD_LANES(next, xs, i, n, xs[0])
+                         // The comparisons are false for NaN, which is noted beside them.
+                         low = next < low ? next : low;
+                         high = next > high ? next : high;
+                         nan |= next != next;
+                       }
                      });
                      float min = kInf, max = -kInf;
-                     uint32_t any_nan = 0;
+                     int32_t any_nan = 0;
                      for (int j = 0; j < kLanes; ++j) {
                        min = low[j] < min ? low[j] : min;
                        max = high[j] > max ? high[j] : max;
