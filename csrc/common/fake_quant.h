@@ -80,17 +80,25 @@ QUANTRAIN_HOST_DEVICE float rounded_zero_point(float zero_point, QuantRange rang
 struct LearnableGradient {
   float scale;
   float zero_point;
-  bool inside;
+  uint32_t inside;  // all bits, or none
 };
+
+// `inside` must be all bits or none. By bits on the host: there a choice between floats becomes a branch, and the loop stays scalar.
+QUANTRAIN_HOST_DEVICE float select(uint32_t inside, float then, float otherwise) {
+#if defined(__CUDA_ARCH__)
+  return inside ? then : otherwise;
+#else
+  return detail::bits_to_float((detail::float_to_bits(then) & inside) | (detail::float_to_bits(otherwise) & ~inside));
+#endif
+}
 
 QUANTRAIN_HOST_DEVICE LearnableGradient learnable_gradient(float x, QParams p, QuantRange range) {
   const float v = unclamped_code(x, p);
-  const float q = clamp_code(v, range);
-  const bool inside = code_in_range(v, range);
-  const float distance = q - p.zero_point;
+  const float distance = clamp_code(v, range) - p.zero_point;
   // NaN is outside, and reaches the scale's gradient through `distance`.
-  return LearnableGradient{inside ? (distance * p.scale - x) * p.inv_scale : distance, inside ? 0.0f : -p.scale,
-                           inside};
+  const uint32_t inside = 0u - static_cast<uint32_t>(code_in_range(v, range));
+  const float within = (distance * p.scale - x) * p.inv_scale;
+  return LearnableGradient{select(inside, within, distance), select(inside, 0.0f, -p.scale), inside};
 }
 
 // Unbiased rounding: up with probability v - floor(v). The difference is exact in float32, so the mean error is at most 2^-24.

@@ -278,9 +278,11 @@ void learnable_backward_typed(const LearnableBackwardArgs& a, int64_t begin, int
                        const float* __restrict__ xs = load_block(x + at, n, x_buffer);
                        const float* __restrict__ dys = load_block(grad_output + at, n, dy_buffer);
                        float* __restrict__ dxs = store_target(grad_input + at, dx_buffer);
+                       const QParams params = p;  // copies: through a reference the loop would stay scalar
+                       const QuantRange range = a.range;
                        for (int i = 0; i < n; ++i) {
-                         const LearnableGradient g = learnable_gradient(xs[i], p, a.range);
-                         dxs[i] = g.inside ? dys[i] : 0.0f;
+                         const LearnableGradient g = learnable_gradient(xs[i], params, range);
+                         dxs[i] = select(g.inside, dys[i], 0.0f);
                          scale_term[i] = dys[i] * g.scale;
                          zero_point_term[i] = dys[i] * g.zero_point;
                        }
@@ -342,8 +344,10 @@ void range_error_typed(const RangeErrorArgs& a, int64_t begin, int64_t end) {
             LaneSum sum;
             for_each_block(first, last, [&](int64_t at, int n) QUANTRAIN_INLINE_LAMBDA {
               const float* __restrict__ xs = load_block(x + at, n, x_buffer);
+              const QParams params = p;  // copies, as above
+              const QuantRange range = a.range;
               for (int i = 0; i < n; ++i) {
-                const float distance = dequantized(clamp_code(unclamped_code(xs[i], p), a.range), p) - xs[i];
+                const float distance = dequantized(clamp_code(unclamped_code(xs[i], params), range), params) - xs[i];
                 error[i] = distance * distance;
               }
               sum.add(error, n);
