@@ -23,6 +23,13 @@ using TensorPair = std::tuple<at::Tensor, at::Tensor>;
 
 // ---- shapes, shared with Meta ----------------------------------------------------------------------------------------------
 
+// A scale is a width over a number of steps: at least one.
+void check_steps(std::string_view op, int64_t quant_min, int64_t quant_max) {
+  check_range(op, quant_min, quant_max);
+  QUANTRAIN_CHECK_VALUE(quant_min < quant_max, "{}: expected quant_min < quant_max, got {} and {}", op, quant_min,
+                        quant_max);
+}
+
 void check_reduced_input(std::string_view op, const at::Tensor& input, c10::SymIntArrayRef scale_shape) {
   check_input(op, input);
   check_scale_shape(op, "scale_shape", input.sym_sizes(), scale_shape);
@@ -41,9 +48,7 @@ TensorPair min_max_meta(const at::Tensor& input, c10::SymIntArrayRef scale_shape
 
 TensorPair qparams_from_range_meta(const at::Tensor& min, const at::Tensor& max, int64_t quant_min, int64_t quant_max,
                                    bool) {
-  check_range("_qparams_from_range", quant_min, quant_max);
-  QUANTRAIN_CHECK_VALUE(quant_min < quant_max, "_qparams_from_range: expected quant_min < quant_max, got {} and {}",
-                        quant_min, quant_max);
+  check_steps("_qparams_from_range", quant_min, quant_max);
   QUANTRAIN_CHECK_TYPE(min.scalar_type() == at::kFloat && max.scalar_type() == at::kFloat,
                        "_qparams_from_range: expected min and max of float32, got {} and {}",
                        c10::toString(min.scalar_type()), c10::toString(max.scalar_type()));
@@ -58,18 +63,14 @@ TensorPair qparams_from_range_meta(const at::Tensor& min, const at::Tensor& max,
 
 TensorPair choose_qparams_meta(const at::Tensor& input, c10::SymIntArrayRef scale_shape, int64_t quant_min,
                                int64_t quant_max, bool) {
-  check_range("choose_qparams", quant_min, quant_max);
-  QUANTRAIN_CHECK_VALUE(quant_min < quant_max, "choose_qparams: expected quant_min < quant_max, got {} and {}",
-                        quant_min, quant_max);
+  check_steps("choose_qparams", quant_min, quant_max);
   check_reduced_input("choose_qparams", input, scale_shape);
   return {empty_scale(input, scale_shape, at::kFloat), empty_scale(input, scale_shape, at::kInt)};
 }
 
 TensorPair mse_range_meta(const at::Tensor& input, c10::SymIntArrayRef scale_shape, int64_t quant_min,
                           int64_t quant_max, bool, int64_t steps) {
-  check_range("_mse_range", quant_min, quant_max);
-  QUANTRAIN_CHECK_VALUE(quant_min < quant_max, "_mse_range: expected quant_min < quant_max, got {} and {}", quant_min,
-                        quant_max);
+  check_steps("_mse_range", quant_min, quant_max);
   QUANTRAIN_CHECK_VALUE(steps >= 1 && steps <= 65535, "_mse_range: expected steps in [1, 65535], got {}", steps);
   check_reduced_input("_mse_range", input, scale_shape);
   return {empty_scale(input, scale_shape, at::kFloat), empty_scale(input, scale_shape, at::kFloat)};
@@ -118,9 +119,7 @@ TensorPair qparams_from_range_kernel(const at::Tensor& min, const at::Tensor& ma
 
 TensorPair choose_qparams_kernel(const at::Tensor& input, c10::SymIntArrayRef scale_shape, int64_t quant_min,
                                  int64_t quant_max, bool symmetric) {
-  check_range("choose_qparams", quant_min, quant_max);
-  QUANTRAIN_CHECK_VALUE(quant_min < quant_max, "choose_qparams: expected quant_min < quant_max, got {} and {}",
-                        quant_min, quant_max);
+  check_steps("choose_qparams", quant_min, quant_max);
   check_reduced_input("choose_qparams", input, scale_shape);
   const auto [min, max] = min_max_kernel(input, scale_shape);
   return qparams_from_range_kernel(min, max, quant_min, quant_max, symmetric);
