@@ -42,8 +42,8 @@ Fine-tunes ResNet-20 under one recipe and writes metrics.jsonl and safetensors c
                            which brings its recipe (default: train a float32 model first)
   --data FOLDER            the four IDX files of Fashion-MNIST (default: $QUANTRAIN_DATA, Debian's dataset-fashion-mnist)
   --output FOLDER          where results go (default: runs/cpp-RECIPE)
-  --epochs X, --lr X       of the fine-tuning (default: 0.25 and 0.005; with 4 bits or fewer 0.5 and 0.01)
-  --float-epochs X, --float-lr X   of the float32 training (3 and 0.2)
+  --epochs X, --lr X       of the fine-tuning (default: 0.25 and 0.005; with 4 bits or fewer 0.5 epochs)
+  --float-epochs X, --float-lr X   of the float32 training (2.5 and 0.2)
   --batch-size N           samples a step (128)
   --calibration-batches N  batches that observers see (8)
   --train-rows N, --test-rows N    use only the first N samples
@@ -311,7 +311,7 @@ void prepare_from_float(const Job& job, ResNet20& model, Metrics& metrics) {
   } else {
     qnn::enable_observer(*model, false);
     qnn::enable_fake_quant(*model, false);
-    const Training training = settings(job, "float32", "float-", 3.0, 0.2);
+    const Training training = settings(job, "float32", "float-", 2.5, 0.2);
     const int64_t steps = train(model, job.data, training, metrics, job.device);
     const Evaluation result = evaluate(model, job.data, job.device);
     metrics.evaluation("float32", steps, training.epochs, result.accuracy, result.loss);
@@ -345,7 +345,7 @@ int run_job(const Job& job) {
     calibrated = true;
     const bool few_bits =
         std::min(job.recipe.weight ? job.recipe.weight->bits : 32, job.recipe.input ? job.recipe.input->bits : 32) <= 4;
-    const Training training = settings(job, job.recipe.name, "", few_bits ? 0.5 : 0.25, few_bits ? 0.01 : 0.005);
+    const Training training = settings(job, job.recipe.name, "", few_bits ? 0.5 : 0.25, 0.005);
     int64_t steps = 0;
     if (job.recipe.training) {
       steps = train(model, job.data, training, metrics, job.device);
@@ -375,6 +375,7 @@ int run_job(const Job& job) {
 
 int main(int argc, char** argv) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  example::keep_freed_memory();
   std::signal(SIGINT, [](int) {
     stop_requested = 1;
     std::signal(SIGINT, SIG_DFL);  // a second Ctrl-C stops at once

@@ -2,6 +2,9 @@
 // Each is the Python job's, so that one checkpoint and one seed give the same losses in both languages.
 #pragma once
 
+#if defined(__linux__)
+#include <malloc.h>
+#endif
 #include <unistd.h>
 
 #include <chrono>
@@ -19,6 +22,15 @@
 #include <torch/optim/sgd.h>
 
 namespace example {
+
+// A training step frees and allocates the same activations over and over; by default glibc gives large blocks back to the system and
+// faults them in again page by page, which can cost more than the step's arithmetic.
+inline void keep_freed_memory() {
+#if defined(M_MMAP_THRESHOLD)
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);  // glibc takes no more
+  mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max());
+#endif
+}
 
 inline double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

@@ -143,6 +143,10 @@ def test_tsv_file_of_the_user(tmp_path):
     (ids, mask), labels = found.train_batch(torch.tensor([0, 1]), None)
     assert ids.shape == mask.shape == (2, 5) and labels.dtype == torch.int64
     assert found.subset(5, 1).train_size == 5
+    held = found.hold_out(7)
+    assert (held.train_size, held.test_size) == (20, 7) and torch.equal(held.test_labels, found.train_labels[20:])
+    with pytest.raises(ValueError, match="holdout: expected fewer than the 27 training samples, got 27"):
+        found.hold_out(27)
 
 
 @pytest.mark.parametrize(

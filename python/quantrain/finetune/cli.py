@@ -26,7 +26,7 @@ examples:
 # What each job does unless told otherwise: (normal, --quick).
 _DEFAULTS = {
     "images": {
-        "epochs": (3.0, 0.35),
+        "epochs": (2.5, 0.22),
         "lr": (0.2, 0.2),
         "batch_size": (128, 128),
         "train_rows": (None, None),
@@ -105,6 +105,12 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument(
         "--calibration-batches", type=whole, default=8, help="training batches that observers see (8)"
     )
+    training.add_argument(
+        "--holdout",
+        type=whole,
+        metavar="ROWS",
+        help="test on the last ROWS training samples, not trained on, instead of the test set: for choosing settings",
+    )
     training.add_argument("--train-rows", type=whole, help="use only so many training samples")
     training.add_argument("--test-rows", type=whole, help="use only so many test samples")
     training.add_argument("--max-steps", type=whole, help="stop each stage after so many steps of its schedule")
@@ -136,7 +142,9 @@ def finetune(arguments: argparse.Namespace, command: str) -> int:
     config = make_config(arguments)
     try:
         from quantrain.finetune.job import Job
+        from quantrain.finetune.memory import keep_freed_memory
 
+        keep_freed_memory()
         with StopRequest().listening() as stop:
             Job(config, stop, restart=arguments.restart, command=command).run()
     except Interrupted:

@@ -42,32 +42,22 @@ IDX_FILES = {
 
 
 @dataclass(frozen=True)
-class ImageData:
-    """A training and a test set of images held in memory.
+class LabelledData:
+    """What every data set of the job has: a training and a test set with a class for each sample.
 
     Attributes:
         name: What the data is called in tables and plots.
         source: Where it came from.
         classes: The class names, by label.
-        train_images: uint8 ``[N, C, H, W]``.
         train_labels: int64 ``[N]``.
-        test_images: uint8 ``[M, C, H, W]``.
         test_labels: int64 ``[M]``.
-        mean: Mean of the training pixels, on the scale 0 to 1.
-        std: Their standard deviation, on the same scale.
-        flip: Whether training batches are flipped left to right at random.
     """
 
     name: str
     source: str
     classes: tuple[str, ...]
-    train_images: Tensor
     train_labels: Tensor
-    test_images: Tensor
     test_labels: Tensor
-    mean: float
-    std: float
-    flip: bool
 
     @property
     def train_size(self) -> int:
@@ -80,14 +70,43 @@ class ImageData:
         return len(self.test_labels)
 
     @property
-    def in_channels(self) -> int:
-        """Number of channels of an image."""
-        return self.train_images.shape[1]
-
-    @property
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.classes)
+
+    def _first_held_out(self, rows: int) -> int:
+        """Where the last ``rows`` training samples begin.
+
+        Raises:
+            ValueError: They would leave nothing to train on.
+        """
+        if rows >= self.train_size:
+            raise ValueError(f"holdout: expected fewer than the {self.train_size} training samples, got {rows}")
+        return self.train_size - rows
+
+
+@dataclass(frozen=True)
+class ImageData(LabelledData):
+    """A training and a test set of images held in memory.
+
+    Attributes:
+        train_images: uint8 ``[N, C, H, W]``.
+        test_images: uint8 ``[M, C, H, W]``.
+        mean: Mean of the training pixels, on the scale 0 to 1.
+        std: Their standard deviation, on the same scale.
+        flip: Whether training batches are flipped left to right at random.
+    """
+
+    train_images: Tensor
+    test_images: Tensor
+    mean: float
+    std: float
+    flip: bool
+
+    @property
+    def in_channels(self) -> int:
+        """Number of channels of an image."""
+        return self.train_images.shape[1]
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images as float32 with the training set's mean 0 and standard deviation 1."""
@@ -110,6 +129,17 @@ class ImageData:
         """The test set in order."""
         for images, labels in zip(self.test_images.split(batch_size), self.test_labels.split(batch_size), strict=True):
             yield (self.normalize(images),), labels
+
+    def hold_out(self, rows: int) -> ImageData:
+        """The last ``rows`` training samples as the test set, and the rest as the training set."""
+        first = self._first_held_out(rows)
+        return replace(
+            self,
+            train_images=self.train_images[:first],
+            train_labels=self.train_labels[:first],
+            test_images=self.train_images[first:],
+            test_labels=self.train_labels[first:],
+        )
 
     def subset(self, train_rows: int | None, test_rows: int | None) -> ImageData:
         """The first ``train_rows`` and ``test_rows`` samples; None keeps them all."""

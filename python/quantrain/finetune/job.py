@@ -35,12 +35,14 @@ def load_data(config: JobConfig):
 
     Raises:
         FileNotFoundError: It is not there; the message says what was looked for.
-        ValueError: A file of it is damaged.
+        ValueError: A file of it is damaged, or more is held out than there is.
     """
     if config.job == "sst2":
         data = load_text_data(config.data, minilm.load_tokenizer())
     else:
         data = load_image_data(config.data)
+    if config.holdout is not None:
+        data = data.hold_out(config.holdout)
     return data.subset(config.train_rows, config.test_rows)
 
 

@@ -1,7 +1,8 @@
-"""Peak memory of a stage: the process's resident set on the CPU, the allocator's peak on a GPU."""
+"""The memory of a process that trains: how it is kept between steps, and the peak of a stage."""
 
 from __future__ import annotations
 
+import ctypes
 import resource
 from pathlib import Path
 
@@ -9,6 +10,23 @@ import torch
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+_LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc takes no more
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc's allocator to keep what is freed; elsewhere nothing happens.
+
+    A training step frees and allocates the same activations over and over. By default glibc gives blocks of a few megabytes
+    back to the system and faults them in again page by page: ResNet-20's step was measured at 440 ms with the memory kept and
+    at 500 to 4,000 ms without on one virtual machine. For programs, not for libraries: it holds for the whole process.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return
+    mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def reset_peak(device: torch.device) -> None:

@@ -10,45 +10,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantrain.finetune.data import Batch
+from quantrain.finetune.data import Batch, LabelledData
 
 
 @dataclass(frozen=True)
-class TextData:
+class TextData(LabelledData):
     """A training and a test set of tokenised sentences held in memory.
 
     Attributes:
-        name: What the data is called in tables and plots.
-        source: Where it came from.
-        classes: The class names, by label.
         train_ids: Token ids of each training sentence.
-        train_labels: int64 ``[N]``.
         test_ids: Token ids of each test sentence.
-        test_labels: int64 ``[M]``.
     """
 
-    name: str
-    source: str
-    classes: tuple[str, ...]
     train_ids: Sequence[list[int]]
-    train_labels: Tensor
     test_ids: Sequence[list[int]]
-    test_labels: Tensor
-
-    @property
-    def train_size(self) -> int:
-        """Number of training samples."""
-        return len(self.train_labels)
-
-    @property
-    def test_size(self) -> int:
-        """Number of test samples."""
-        return len(self.test_labels)
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.classes)
 
     def train_batch(self, indices: Tensor, generator: torch.Generator | None) -> Batch:
         """The training sentences at ``indices``, padded to the longest of them; ``generator`` is not drawn from."""
@@ -63,6 +38,17 @@ class TextData:
         for start in range(0, self.test_size, batch_size):
             chosen = order[start : start + batch_size]
             yield pad([self.test_ids[index] for index in chosen]), self.test_labels[chosen]
+
+    def hold_out(self, rows: int) -> TextData:
+        """The last ``rows`` training sentences as the test set, and the rest as the training set."""
+        first = self._first_held_out(rows)
+        return replace(
+            self,
+            train_ids=self.train_ids[:first],
+            train_labels=self.train_labels[:first],
+            test_ids=self.train_ids[first:],
+            test_labels=self.train_labels[first:],
+        )
 
     def subset(self, train_rows: int | None, test_rows: int | None) -> TextData:
         """``train_rows`` training sentences drawn by a fixed seed and the first ``test_rows``; None keeps them all."""
