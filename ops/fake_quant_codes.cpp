@@ -126,7 +126,7 @@ at::Tensor quantize_kernel(const at::Tensor& input, const at::Tensor& scale, con
                            int64_t quant_min, int64_t quant_max, at::ScalarType dtype, bool stochastic,
                            const OptionalGenerator& generator) {
   check_quantize(input, scale, zero_point, quant_min, quant_max, dtype);
-  const PhiloxState philox = stochastic ? next_philox_state(generator, input.device()) : PhiloxState{};
+  const PhiloxState philox = stochastic ? next_philox_state("quantize", generator, input.device()) : PhiloxState{};
   return quantize_with_state(input, scale, zero_point, quant_min, quant_max, dtype, stochastic, philox);
 }
 

@@ -12,9 +12,9 @@
 
 namespace quantrain {
 
-PhiloxState next_philox_state(const std::optional<at::Generator>& generator, c10::Device device) {
+PhiloxState next_philox_state(std::string_view op, const std::optional<at::Generator>& generator, c10::Device device) {
   QUANTRAIN_CHECK_TYPE(!generator || generator->device().type() == device.type(),
-                       "quantize: expected generator on {}, got {}", device.str(),
+                       "{}: expected generator on {}, got {}", op, device.str(),
                        generator ? generator->device().str() : "none");
   PhiloxState state;
 #if defined(QUANTRAIN_WITH_CUDA)

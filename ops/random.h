@@ -5,6 +5,7 @@
 #include <c10/core/Device.h>
 
 #include <optional>
+#include <string_view>
 
 #include "csrc/common/philox.h"
 
@@ -12,6 +13,6 @@ namespace quantrain {
 
 // A state that no other call of this generator gets. CPU: the seed is 64 bits drawn from the generator, the offset 0. CUDA: the
 // generator's own (seed, offset), moved on; under graph capture pointers that each replay refreshes.
-PhiloxState next_philox_state(const std::optional<at::Generator>& generator, c10::Device device);
+PhiloxState next_philox_state(std::string_view op, const std::optional<at::Generator>& generator, c10::Device device);
 
 }  // namespace quantrain

@@ -2,11 +2,13 @@
 // was built, and binds the classes that are not operators.
 #include <pybind11/pybind11.h>
 
+void bind_amp(pybind11::module_& module);
 void bind_nn(pybind11::module_& module);
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "quantrain's compiled part";
   module.attr("__version__") = QUANTRAIN_VERSION;
   module.attr("built_with_cuda") = static_cast<bool>(QUANTRAIN_CUDA_BUILD);
+  bind_amp(module);
   bind_nn(module);
 }

@@ -1,7 +1,7 @@
 """quantrain: training and running neural networks in few bits.
 
 The operators are in ``torch.ops.quantrain`` and, with documentation, in this module; layers and the flow
-``prepare -> train or calibrate -> convert`` in ``quantrain.nn``.
+``prepare -> train or calibrate -> convert`` in ``quantrain.nn``; loss scaling in ``quantrain.amp``.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ built_with_cuda: bool = _C.built_with_cuda
 # For CMake: -DCMAKE_PREFIX_PATH=$(python -c "import quantrain; print(quantrain.cmake_prefix_path)")
 cmake_prefix_path: str = str(Path(_C.__file__).parent / "share" / "cmake")
 
-from quantrain import nn  # noqa: E402
+from quantrain import amp, nn  # noqa: E402
 from quantrain._C import QuantSpec, Recipe  # noqa: E402
 from quantrain.fake_quant import (  # noqa: E402
     choose_qparams,
@@ -40,6 +40,7 @@ from quantrain.nn import (  # noqa: E402
 __all__ = [
     "QuantSpec",
     "Recipe",
+    "amp",
     "built_with_cuda",
     "calibrate",
     "choose_qparams",

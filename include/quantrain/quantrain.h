@@ -1,6 +1,10 @@
 // All of quantrain's C++ interface.
 #pragma once
 
+#include "quantrain/amp/autocast.h"
+#include "quantrain/amp/fused_adamw.h"
+#include "quantrain/amp/grad_scaler.h"
+#include "quantrain/amp/master_weights.h"
 #include "quantrain/nn/checkpoint.h"
 #include "quantrain/nn/layers.h"
 #include "quantrain/nn/recipe.h"

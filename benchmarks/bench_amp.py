@@ -1,0 +1,338 @@
+"""Loss scaling: the fused gradient steps against PyTorch's, and training in every precision, all in one run.
+
+    python benchmarks/bench_amp.py [--device cpu|cuda] [--part clip|train|all] [--cpp PROGRAM] [--json FILE]
+
+clip: unscale, check for Inf and NaN, and clip by norm the gradients of GPT-2 124M (148 tensors). Results are checked against float64
+before they are timed. "floor": the time that 12 bytes a float32 element (one reading, then one reading and writing) would take at the
+rate of a copy measured in the same run, as per cent of the call's time; "PyTorch": GradScaler.unscale_ and clip_grad_norm_(foreach=True)
+over ours.
+train (CUDA): GPT-2 124M, in Python and, with --cpp (the built examples/cpp/train_gpt), in C++, eager and captured; and a network of
+ResNet-50's convolutions. Time a step, the host's part of it, peak memory, loss after the steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import quantrain
+from quantrain.amp import GradScaler
+
+ROOT = Path(__file__).resolve().parent.parent
+SCALE, MAX_NORM = 2.0**16, 1.0
+
+# ---- timing ----------------------------------------------------------------------------------------------------------------
+
+
+def time_cuda(run, batches: int = 15, calls: int = 6) -> float:
+    """Seconds a call, median over batches; launch time stays out."""
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(batches):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(20_000_000)
+        start.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / calls)
+    return statistics.median(times)
+
+
+def time_cpu(run, calls: int = 9) -> float:
+    """Seconds a call, median."""
+    run()
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+# ---- unscale, check and clip ------------------------------------------------------------------------------------------------
+
+
+def gpt2_shapes(
+    layers: int = 12, width: int = 768, vocabulary: int = 50304, context: int = 1024
+) -> list[tuple[int, ...]]:
+    """The parameters of GPT-2 124M: 148 tensors."""
+    shapes = [(vocabulary, width), (context, width)]
+    for _ in range(layers):
+        shapes += [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,)]
+        shapes += [(width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    return [*shapes, (width,), (width,)]
+
+
+class Setup:
+    """Parameters with gradients, an optimizer that holds them, and both scalers."""
+
+    def __init__(self, device: str, dtype: torch.dtype, layers: int) -> None:
+        self.device = device
+        self.parameters = [
+            nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in gpt2_shapes(layers)
+        ]
+        self.optimizer = torch.optim.SGD(self.parameters, lr=0.1)
+        for parameter in self.parameters:
+            parameter.grad = torch.randn_like(parameter)
+        self.numel = sum(parameter.numel() for parameter in self.parameters)
+        self.scale = torch.tensor(SCALE, device=device)
+
+    def ours(self) -> torch.Tensor:
+        """The scaler's own call, its host work included."""
+        scaler = GradScaler(self.device, init_scale=SCALE)
+        scaler.scale(self.scale)
+        return scaler.clip_grad_norm_(self.optimizer, MAX_NORM)
+
+    def check_only(self) -> None:
+        torch.ops.quantrain._amp_check_norm(
+            [parameter.grad for parameter in self.parameters], self.scale, max_norm=MAX_NORM
+        )
+
+    def pytorch(self) -> torch.Tensor:
+        scaler = torch.amp.GradScaler(self.device, init_scale=SCALE)
+        scaler.scale(self.scale)
+        scaler.unscale_(self.optimizer)
+        return nn.utils.clip_grad_norm_(self.parameters, MAX_NORM, foreach=True)
+
+    def refill(self, seed: int) -> None:
+        """Fresh scaled gradients."""
+        torch.manual_seed(seed)
+        for parameter in self.parameters:
+            parameter.grad.normal_(0.0, 3.0)
+
+    def verify(self) -> None:
+        """Against float64, on fresh gradients."""
+        self.refill(1)
+        before = [parameter.grad.clone() for parameter in self.parameters]
+        expected = sum((grad.double() / SCALE).square().sum() for grad in before).sqrt()
+        norm = self.ours()
+        assert abs(float(norm / expected) - 1) < 1e-5, f"norm {float(norm)}, expected {float(expected)}"
+        coefficient = min(1.0, MAX_NORM / (float(expected) + 1e-6)) / SCALE
+        for parameter, grad in zip(self.parameters, before, strict=True):
+            wanted = (grad.double() * coefficient).to(parameter.dtype)
+            assert torch.allclose(
+                parameter.grad.float(), wanted.float(), rtol=2e-5 if grad.dtype == torch.float32 else 1e-2, atol=0
+            )
+
+
+def copy_rate(device: str, timer) -> float:
+    """Bytes a second of a copy, reading and writing counted, 512 MB each way on CUDA and 64 MB on the CPU."""
+    source = torch.randn((128 if device == "cuda" else 16) * 2**20, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / timer(lambda: target.copy_(source))
+
+
+def bench_clip(device: str, rows: list) -> None:
+    timer = time_cuda if device == "cuda" else time_cpu
+    rate = copy_rate(device, timer)
+    print(f"copy: {rate / 1e9:.0f} GB/s" if device == "cuda" else "copy: measured")
+    print(
+        f"{'unscale + check + clip':<40} {'us':>9} {'floor':>7} {'PyTorch':>8}"
+        if device == "cuda"
+        else f"{'unscale + check + clip':<40} {'floor':>7} {'PyTorch':>8}"
+    )
+    layers = 12 if device == "cuda" else 2
+    for dtype in (torch.float32, torch.bfloat16):
+        setup = Setup(device, dtype, layers)
+        setup.verify()
+        setup.refill(2)
+        seconds, native, check = timer(setup.ours), timer(setup.pytorch), timer(setup.check_only)
+        size = torch.finfo(dtype).bits // 8
+        for name, value, floor_bytes, other in (
+            ("clip_grad_norm_", seconds, 3 * size, native / seconds),
+            ("check only (optimizer takes the scale)", check, size, native / check),
+        ):
+            share = 100 * floor_bytes * setup.numel / rate / value
+            label = f"{name}, {len(setup.parameters)} x {str(dtype)[6:]}"
+            time_text = f"{value * 1e6:9.1f} " if device == "cuda" else ""
+            print(f"{label:<54.54} {time_text}{share:6.0f} % {other:7.2f}x")
+            rows.append(
+                {"op": name, "dtype": str(dtype), "floor_per_cent": round(share, 1), "pytorch": round(other, 2)}
+            )
+        del setup
+        gc.collect()
+
+
+# ---- training ---------------------------------------------------------------------------------------------------------------
+
+PRECISIONS = {
+    "fp32": ["--precision", "fp32"],
+    "tf32": ["--precision", "fp32", "--tf32"],
+    "fp16": ["--precision", "fp16"],
+    "bf16": ["--precision", "bf16"],
+}
+
+
+def run_gpt(command: list[str], flags: list[str], text: Path) -> dict | None:
+    """One benchmark run of a train_gpt program; None, and its message, where it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [
+            "--preset",
+            "gpt2",
+            "--device",
+            "cuda",
+            "--data",
+            str(text),
+            "--out",
+            folder,
+            "--dropout",
+            "0",
+            *flags,
+        ]
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        print(f"FAILED {' '.join(command)} {' '.join(flags)}: {done.stderr.strip()[-400:]}")
+        return None
+    return json.loads(lines[-1])
+
+
+def bench_gpt(cpp: str | None, rows: list) -> None:
+    text = Path(tempfile.gettempdir()) / "bench_amp_text.txt"
+    torch.manual_seed(0)
+    text.write_bytes(bytes(torch.randint(97, 123, (2_000_000,), dtype=torch.uint8).tolist()))
+    programs = {"Python": [sys.executable, str(ROOT / "examples/python/train_gpt.py")]}
+    if cpp:
+        programs["C++"] = [cpp]
+    header = ["GPT-2 124M", "batch", "precision", "ms/step", "host ms", "memory GB", "loss", "against Python"]
+    print("\n" + "{:<22}{:>9}{:>10}{:>9}{:>9}{:>11}{:>8}{:>16}".format(*header))
+    for batch, context in ((8, 1024), (1, 256)):
+        sizes = ["--batch-size", str(batch), "--context", str(context), "--benchmark", "20"]
+        for precision, flags in PRECISIONS.items():
+            python = None
+            for name, command in programs.items():
+                for captured in (False, True) if name == "C++" else (False,):
+                    result = run_gpt(command, [*flags, *sizes, *(["--captured"] if captured else [])], text)
+                    if result is None:
+                        continue
+                    python = python or result["step_ms_median"]
+                    label = name + (", captured" if captured else "")
+                    print(
+                        f"{label:<22}{f'{batch}x{context}':>9}{precision:>10}{result['step_ms_median']:>9.2f}"
+                        f"{result['host_ms_median']:>9.2f}{result['peak_memory_bytes'] / 1e9:>11.2f}"
+                        f"{result['final_loss']:>8.3f}{python / result['step_ms_median']:>15.2f}x",
+                        flush=True,
+                    )
+                    rows.append({"op": "train_gpt", "batch": f"{batch}x{context}", **result})
+
+
+class Bottleneck(nn.Module):
+    """ResNet-50's block (He et al., arXiv:1512.03385): 1x1, 3x3, 1x1 convolutions with a shortcut."""
+
+    def __init__(self, inner: int, outer: int, stride: int, entry: int) -> None:
+        super().__init__()
+
+        def conv(a: int, b: int, size: int, step: int) -> list[nn.Module]:
+            return [nn.Conv2d(a, b, size, step, size // 2, bias=False), nn.BatchNorm2d(b)]
+
+        self.body = nn.Sequential(
+            *conv(entry, inner, 1, 1), nn.ReLU(), *conv(inner, inner, 3, stride), nn.ReLU(), *conv(inner, outer, 1, 1)
+        )
+        self.shortcut = nn.Sequential(*conv(entry, outer, 1, stride)) if entry != outer or stride > 1 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet50() -> nn.Module:
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+    ]
+    entry = 64
+    for inner, count, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        for block in range(count):
+            layers.append(Bottleneck(inner, 4 * inner, stride if block == 0 else 1, entry))
+            entry = 4 * inner
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(entry, 1000))
+
+
+def bench_convolutions(rows: list) -> None:
+    print(
+        "\n"
+        + f"{'ResNet-50, 64x3x224x224':<22}{'precision':>14}{'ms/step':>9}{'memory GB':>11}{'loss':>8}{'against fp32':>14}"
+    )
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(64, 3, 224, 224, generator=generator).cuda().to(memory_format=torch.channels_last)
+    y = torch.randint(0, 1000, (64,), generator=generator).cuda()
+    baseline = None
+    for precision in PRECISIONS:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        torch.manual_seed(0)
+        model = resnet50().cuda().to(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        scaler = GradScaler(enabled=precision == "fp16")
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+        losses = []
+
+        def step(optimizer=optimizer, model=model, scaler=scaler, dtype=dtype, precision=precision, losses=losses):
+            optimizer.zero_grad()
+            with torch.autocast("cuda", dtype, enabled=precision in ("fp16", "bf16")):
+                loss = nn.functional.cross_entropy(model(x).float(), y)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.detach())
+
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(5):
+            step()
+        times = []
+        for _ in range(20):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            step()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        seconds = statistics.median(times)
+        baseline = baseline or seconds
+        memory = torch.cuda.max_memory_allocated() / 1e9
+        print(
+            f"{'':<22}{precision:>14}{seconds * 1e3:>9.2f}{memory:>11.2f}{float(losses[-1]):>8.3f}{baseline / seconds:>13.2f}x",
+            flush=True,
+        )
+        rows.append(
+            {"op": "resnet50", "precision": precision, "ms": round(seconds * 1e3, 2), "memory_gb": round(memory, 2)}
+        )
+        del model, optimizer
+        gc.collect()
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--part", choices=["clip", "train", "all"], default="all")
+    parser.add_argument("--cpp", default=os.environ.get("QUANTRAIN_TRAIN_GPT"), help="the built examples/cpp/train_gpt")
+    parser.add_argument("--json", help="also write the rows to this file")
+    options = parser.parse_args()
+    where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU, 2 threads"
+    print(f"bench_amp on {where}, torch {torch.__version__}, quantrain {quantrain.__version__}")
+    rows: list[dict] = []
+    if options.part in ("clip", "all"):
+        bench_clip(options.device, rows)
+    if options.part in ("train", "all") and options.device == "cuda":
+        bench_gpt(options.cpp, rows)
+        bench_convolutions(rows)
+    if options.json:
+        Path(options.json).write_text(json.dumps({"benchmark": "bench_amp", "on": where, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
