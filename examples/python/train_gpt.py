@@ -346,10 +346,12 @@ def joined_ranks(options: Namespace) -> Iterator[Ranks]:
         return
     if options.batch_size % size:
         raise ValueError(f"expected --batch-size to be a multiple of the {size} ranks, got {options.batch_size}")
-    cuda = options.device.startswith("cuda")
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    if options.device.startswith("cuda"):
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     try:
         yield Ranks(dist.get_rank(), size)
     finally:
