@@ -275,6 +275,42 @@ def test_benchmark_prints_one_json_line_and_writes_nothing(language, runs, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def cuda_run(runs):
+    """Runs on the GPU."""
+
+    def run(language: str, name: str, *flags: object) -> Path:
+        out = runs.root / f"{language}-cuda-{name}"
+        status = runs.start(language, out, "--device", "cuda", "--eval-every", 0, "--no-tensorboard", *flags)
+        assert status == 0
+        return out
+
+    return run
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_captured_step_trains_as_kernel_by_kernel(precision, cuda_run):
+    flags = ["--steps", 60, "--warmup", 10, "--accumulate", 2, *PRECISIONS[precision]]
+    eager = cuda_run("c++", f"{precision}-eager", *flags)
+    captured = cuda_run("c++", f"{precision}-captured", *flags, "--captured")
+    python = cuda_run("python", precision, *flags)
+    for other in (captured, python):
+        assert relative_difference(column(eager, "loss"), column(other, "loss")) <= 1e-3
+        assert column(eager, "scale") == column(other, "scale")
+        assert column(eager, "skipped") == column(other, "skipped")
+
+
+@pytest.mark.cuda
+def test_dropout_varies_between_replays(cuda_run, tmp_path):
+    (tmp_path / "same.txt").write_bytes(b"a" * 1000)  # every batch is the same, and nothing is learned at lr 0
+    flags = ["--data", tmp_path / "same.txt", "--steps", 12, "--lr", 0, "--captured"]
+    varied = column(cuda_run("c++", "dropout", *flags, "--dropout", 0.5), "loss")
+    constant = column(cuda_run("c++", "no-dropout", *flags), "loss")
+    assert len(set(varied[4:])) == len(varied[4:])
+    assert len({round(loss, 4) for loss in constant}) == 1
+
+
 INJECT = """
 import json, os, sys
 sys.path.insert(0, {scripts!r})
