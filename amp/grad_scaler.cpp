@@ -156,7 +156,14 @@ void GradScaler::unscale_(const OptimizerView& optimizer) {
   at::Tensor found_inf = at::zeros({}, scale_.options());
   std::map<at::ScalarType, std::vector<at::Tensor>> by_type;
   for (const at::Tensor& grad : gradients.values) by_type[grad.scalar_type()].push_back(grad);
-  for (auto& [type, grads] : by_type) at::_amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inv_scale);
+  for (auto& [type, grads] : by_type) {
+    if (type == at::kBFloat16) {  // PyTorch's kernel has no bfloat16 on CUDA
+      found_inf.add_(detail::amp_check_norm(grads, scale_).found_inf);
+      detail::amp_scale_(grads, scale_);
+    } else {
+      at::_amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inv_scale);
+    }
+  }
   note_found_inf(state, found_inf);
 }
 

@@ -1,13 +1,14 @@
 """Loss scaling: the fused gradient steps against PyTorch's, and training in every precision, all in one run.
 
-    python benchmarks/bench_amp.py [--device cpu|cuda] [--part clip|train|all] [--cpp PROGRAM] [--json FILE]
+    python benchmarks/bench_amp.py [--device cpu|cuda] [--part clip|train|all] [--cpp PROGRAM] [--curves FILE] [--json FILE]
 
 clip: unscale, check for Inf and NaN, and clip by norm the gradients of GPT-2 124M (148 tensors). Results are checked against float64
 before they are timed. "floor": the time that 12 bytes a float32 element (one reading, then one reading and writing) would take at the
 rate of a copy measured in the same run, as per cent of the call's time; "PyTorch": GradScaler.unscale_ and clip_grad_norm_(foreach=True)
 over ours.
 train (CUDA): GPT-2 124M, in Python and, with --cpp (the built examples/cpp/train_gpt), in C++, eager and captured; and a network of
-ResNet-50's convolutions. Time a step, the host's part of it, peak memory, loss after the steps.
+ResNet-50's convolutions. Time a step, the host's part of it, peak memory, loss after the steps. --curves: also trains the small preset
+on tinyshakespeare in float32, float16 and bfloat16 and writes the losses, which scripts/make_figures.py draws.
 """
 
 from __future__ import annotations
@@ -150,19 +151,20 @@ def bench_clip(device: str, rows: list) -> None:
         setup = Setup(device, dtype, layers)
         setup.verify()
         setup.refill(2)
-        seconds, native, check = timer(setup.ours), timer(setup.pytorch), timer(setup.check_only)
+        seconds, check = timer(setup.ours), timer(setup.check_only)
+        # PyTorch's unscale_ has no bfloat16 on CUDA.
+        native = timer(setup.pytorch) if dtype == torch.float32 or device == "cpu" else None
         size = torch.finfo(dtype).bits // 8
         for name, value, floor_bytes, other in (
-            ("clip_grad_norm_", seconds, 3 * size, native / seconds),
-            ("check only (optimizer takes the scale)", check, size, native / check),
+            ("clip_grad_norm_", seconds, 3 * size, native),
+            ("check only (optimizer takes the scale)", check, size, native),
         ):
+            other = None if other is None else round(other / value, 2)
             share = 100 * floor_bytes * setup.numel / rate / value
             label = f"{name}, {len(setup.parameters)} x {str(dtype)[6:]}"
             time_text = f"{value * 1e6:9.1f} " if device == "cuda" else ""
-            print(f"{label:<54.54} {time_text}{share:6.0f} % {other:7.2f}x")
-            rows.append(
-                {"op": name, "dtype": str(dtype), "floor_per_cent": round(share, 1), "pytorch": round(other, 2)}
-            )
+            print(f"{label:<54.54} {time_text}{share:6.0f} % {f'{other:.2f}x' if other else '-':>8}")
+            rows.append({"op": name, "dtype": str(dtype), "floor_per_cent": round(share, 1), "pytorch": other})
         del setup
         gc.collect()
 
@@ -215,12 +217,17 @@ def bench_gpt(cpp: str | None, rows: list) -> None:
         for precision, flags in PRECISIONS.items():
             python = None
             for name, command in programs.items():
-                for captured in (False, True) if name == "C++" else (False,):
-                    result = run_gpt(command, [*flags, *sizes, *(["--captured"] if captured else [])], text)
+                variants = {"": []}
+                if name == "Python" and precision == "fp16":
+                    variants[", torch.amp"] = ["--scaler", "torch"]
+                if name == "C++" and precision in ("fp16", "bf16"):
+                    variants[", captured"] = ["--captured"]
+                for variant, extra in variants.items():
+                    result = run_gpt(command, [*flags, *sizes, *extra], text)
                     if result is None:
                         continue
                     python = python or result["step_ms_median"]
-                    label = name + (", captured" if captured else "")
+                    label = name + variant
                     print(
                         f"{label:<22}{f'{batch}x{context}':>9}{precision:>10}{result['step_ms_median']:>9.2f}"
                         f"{result['host_ms_median']:>9.2f}{result['peak_memory_bytes'] / 1e9:>11.2f}"
@@ -228,6 +235,26 @@ def bench_gpt(cpp: str | None, rows: list) -> None:
                         flush=True,
                     )
                     rows.append({"op": "train_gpt", "batch": f"{batch}x{context}", **result})
+
+
+def train_curves(path: Path) -> None:
+    """Train the small preset in each precision; evaluation losses as lines of ``precision,step,loss``."""
+    lines = ["precision,step,loss"]
+    for precision in ("fp32", "fp16", "bf16"):
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run(
+                [
+                    *(sys.executable, str(ROOT / "examples/python/train_gpt.py"), "--device", "cuda", "--out", folder),
+                    *("--precision", precision, "--steps", "1500", "--eval-every", "50", "--no-tensorboard"),
+                    *("--batch-size", "64", "--growth-interval", "200", "--save-every", "0"),
+                ],
+                check=True,
+                stderr=subprocess.DEVNULL,
+            )
+            entries = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        lines += [f"{precision},{entry['step']},{entry['loss']}" for entry in entries if entry["event"] == "eval"]
+        print(f"tinyshakespeare, small preset, {precision}: evaluation loss {lines[-1].rsplit(',', 1)[1]}")
+    path.write_text("\n".join(lines) + "\n")
 
 
 class Bottleneck(nn.Module):
@@ -320,6 +347,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--part", choices=["clip", "train", "all"], default="all")
     parser.add_argument("--cpp", default=os.environ.get("QUANTRAIN_TRAIN_GPT"), help="the built examples/cpp/train_gpt")
+    parser.add_argument("--curves", type=Path, help="also train in three precisions and write the losses to this file")
     parser.add_argument("--json", help="also write the rows to this file")
     options = parser.parse_args()
     where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU, 2 threads"
@@ -330,6 +358,8 @@ def main() -> None:
     if options.part in ("train", "all") and options.device == "cuda":
         bench_gpt(options.cpp, rows)
         bench_convolutions(rows)
+    if options.curves:
+        train_curves(options.curves)
     if options.json:
         Path(options.json).write_text(json.dumps({"benchmark": "bench_amp", "on": where, "rows": rows}, indent=1))
 

@@ -31,7 +31,9 @@ LAYERS = {
     "amp": {"amp", "autograd", "ops", "csrc"},
     "python": {"python", "amp", "nn", "autograd", "ops", "csrc"},
 }
-UMBRELLA = "quantrain.h"  # <quantrain/quantrain.h>, which includes all of amp, nn and ops: for programs, not for the layers
+UMBRELLA = (
+    "quantrain.h"  # <quantrain/quantrain.h>, which includes all of amp, nn and ops: for programs, not for the layers
+)
 HEAVY = {"torch/all.h", "torch/torch.h", "torch/extension.h"}
 SKIPPED = {".git", ".venv", ".ccache", "__pycache__", "dist", "runs"}
 SOURCES = {".h", ".hpp", ".cuh", ".cpp", ".cc", ".cu"}

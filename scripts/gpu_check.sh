@@ -31,7 +31,7 @@ build() {
   local tests=ON
   [ -e /usr/include/catch2/catch.hpp ] || tests=OFF # without Debian's catch2 the C++ tests are left out
   cmake -S . -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DQUANTRAIN_CUDA=ON -DQUANTRAIN_BUILD_TESTS="$tests" \
-    -DQUANTRAIN_BUILD_EXAMPLES=OFF -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')"
+    -DQUANTRAIN_BUILD_EXAMPLES=ON -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')"
   cmake --build build/gpu
   rm -rf build/gpu/site
   mkdir -p build/gpu/site
@@ -88,12 +88,16 @@ report() {
   echo "commit   $(git describe --always --dirty 2>/dev/null || echo unknown)"
   echo "driver   $(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)"
   "$python" -c 'import torch; print(f"torch    {torch.__version__}, CUDA {torch.version.cuda}")'
-  record "$python" -m pytest -q -m cuda tests/python
+  local examples=build/gpu/examples/cpp
+  if [ -x "$examples/train_gpt" ]; then
+    export QUANTRAIN_EXAMPLES_DIR="$PWD/$examples" QUANTRAIN_TRAIN_GPT="$PWD/$examples/train_gpt"
+  fi
+  LD_LIBRARY_PATH="$library_path" record "$python" -m pytest -q -m cuda tests/python
   for test in build/gpu/tests/cpp/*; do
     if [ -f "$test" ] && [ -x "$test" ]; then LD_LIBRARY_PATH="$library_path" record "$test" "[cuda]"; fi
   done
   for bench in benchmarks/bench_*.py; do
-    record "$python" "$bench" --device cuda
+    LD_LIBRARY_PATH="$library_path" record "$python" "$bench" --device cuda
   done
 }
 

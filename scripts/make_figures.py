@@ -2,7 +2,7 @@
 """Draws docs/figures/*.png: the formulas of docs/fake_quant.md, and the bandwidths of the committed benchmark results.
 
 Usage: make_figures.py [--out DIR]. Needs numpy and matplotlib; the formulas are written out here in NumPy, nothing of the
-package is imported. bandwidth.png is drawn only where benchmarks/results holds a GPU result of bench_fake_quant.
+package is imported. bandwidth.png and amp_losses.png are drawn only where benchmarks/results holds a GPU result of their benchmark.
 """
 
 from __future__ import annotations
@@ -154,12 +154,38 @@ def bandwidth(out: Path) -> None:
     plt.close(figure)
 
 
+def amp_losses(out: Path) -> None:
+    """Evaluation losses of one model trained in three precisions, from the newest result of bench_amp --curves."""
+    paths = sorted((ROOT / "benchmarks" / "results").glob("amp-losses-*.csv"), key=lambda p: p.stem[-10:])
+    if not paths:
+        return
+    rows = [line.split(",") for line in paths[-1].read_text(encoding="utf-8").splitlines()[1:]]
+    figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    for precision, colour, style in (("fp32", GREY, "-"), ("fp16", BLUE, "--"), ("bf16", ORANGE, ":")):
+        points = [(int(step), float(loss)) for name, step, loss in rows if name == precision]
+        axis.plot(
+            *zip(*points, strict=True),
+            color=colour,
+            linestyle=style,
+            linewidth=1.8,
+            label=f"{precision}, {points[-1][1]:.3f}",
+        )
+    axis.set_title("tinyshakespeare, 0.8 M parameters: evaluation loss", fontsize=10)
+    axis.set_xlabel("step")
+    axis.set_ylabel("cross-entropy of a byte, nats")
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+    figure.savefig(out / "amp_losses.png", dpi=150)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    for draw in (staircase, lsq_gradients, range_search, bandwidth):
+    for draw in (staircase, lsq_gradients, range_search, bandwidth, amp_losses):
         draw(out)
     print(f"make_figures: {', '.join(sorted(p.name for p in out.glob('*.png')))} in {out}")
 

@@ -199,6 +199,21 @@ def test_bad_gradients_change_nothing():
         GradScaler.unscale_(scaler, torch.optim.SGD([complex_weight], lr=0.1))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_bfloat16_and_float32_gradients_are_unscaled_together(device):
+    weights = [nn.Parameter(torch.ones(300, device=device, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)]
+    scaler = GradScaler(device, init_scale=8.0)
+    scaler.scale(sum(weight.float().sum() for weight in weights)).backward()
+    weights[0].grad[7] = math.nan
+    optimizer = torch.optim.SGD(weights, lr=0.1)
+    scaler.unscale_(optimizer)
+    assert torch.equal(weights[1].grad, torch.ones_like(weights[1])) and float(weights[0].grad[0]) == 1.0
+    scaler.step(optimizer)
+    assert all(torch.equal(weight, torch.ones_like(weight)) for weight in weights)
+    scaler.update()
+    assert scaler.get_scale() == 4.0
+
+
 @pytest.mark.cuda
 def test_gradients_on_two_devices_are_refused():
     a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, device="cuda"))
