@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <type_traits>
 
 #include "csrc/cpu/simd.h"
 
@@ -33,28 +35,48 @@ struct SumAndFinite {
   bool finite;
 };
 
-// Sum of (x inv_scale)^2. A product with 0 is 0 for what is finite and NaN for Inf and NaN: adding them up needs no branch.
+using Floats __attribute__((vector_size(kLanes * sizeof(float)))) = float;
+
+QUANTRAIN_INLINE const float* as_floats(const float* x, int64_t, float*) { return x; }
+
 template <typename T>
-QUANTRAIN_INLINE SumAndFinite sum_squares(const T* __restrict__ x, int64_t n, float inv_scale) {
-  using Floats __attribute__((vector_size(kLanes * sizeof(float)))) = float;
-  Floats sums = {}, zeros = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    Floats values;
-    for (int j = 0; j < kLanes; ++j) values[j] = to_float(x[i + j]);
-    zeros += values * 0.0f;
-    values *= inv_scale;
-    sums += values * values;
-  }
-  for (int j = 0; i < n; ++i, ++j) {
-    const float value = to_float(x[i]);
-    zeros[j] += value * 0.0f;
-    sums[j] += value * inv_scale * (value * inv_scale);
+QUANTRAIN_INLINE const float* as_floats(const T* x, int64_t n, float* buffer) {
+  for (int64_t i = 0; i < n; ++i) buffer[i] = to_float(x[i]);
+  return buffer;
+}
+
+// Sum of (x inv_scale)^2. A product with 0 is 0 for what is finite and NaN for Inf and NaN: adding them up needs no branch.
+// Vector types, because gcc does not reorder a float sum; two sums, because one would wait for its own addition.
+template <typename T>
+QUANTRAIN_INLINE SumAndFinite sum_squares(const T* __restrict__ x, int64_t size, float inv_scale) {
+  constexpr int64_t kBlock = 512;
+  Floats sums[2] = {}, zeros[2] = {};
+  float buffer[kBlock];
+  for (int64_t first = 0; first < size; first += kBlock) {
+    const int64_t n = std::min(kBlock, size - first);
+    const float* values = as_floats(x + first, n, buffer);
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+      Floats a, b;
+      std::memcpy(&a, values + i, sizeof(a));
+      std::memcpy(&b, values + i + kLanes, sizeof(b));
+      zeros[0] += a * 0.0f;
+      zeros[1] += b * 0.0f;
+      a *= inv_scale;
+      b *= inv_scale;
+      sums[0] += a * a;
+      sums[1] += b * b;
+    }
+    for (int64_t j = i; j < n; ++j) {
+      const float value = values[j] * inv_scale;
+      zeros[0][(j - i) % kLanes] += values[j] * 0.0f;
+      sums[0][(j - i) % kLanes] += value * value;
+    }
   }
   float sum = 0.0f, zero = 0.0f;
   for (int j = 0; j < kLanes; ++j) {
-    sum += sums[j];
-    zero += zeros[j];
+    sum += sums[0][j] + sums[1][j];
+    zero += zeros[0][j] + zeros[1][j];
   }
   return {sum, zero == 0.0f};
 }
