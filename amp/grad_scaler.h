@@ -98,7 +98,8 @@ class QUANTRAIN_API GradScaler {
 
   // optimizer.step(), unscaled first if need be, unless a gradient is Inf or NaN. True where the step was made; an optimizer that takes
   // the scale decides on the device, and true is returned. A closure is refused, as by PyTorch: the loss it returned would be scaled.
-  // Errors: c10::Error for a wrong order of calls, for an optimizer without gradients, and for a scale that reached 0 or Inf.
+  // Errors: c10::Error for a wrong order of calls, for an optimizer without gradients, and, where the host decides,
+  // for a scale that reached 0 or Inf.
   bool step(torch::optim::Optimizer& optimizer);
   bool step(torch::optim::Optimizer& optimizer, const torch::optim::Optimizer::LossClosure& closure);
   bool step(const OptimizerView& optimizer);

@@ -145,7 +145,8 @@ TEST_CASE("autocast clears its cache of weights at the outermost exit", "[amp]")
   REQUIRE(at::matmul(x, weight).equal(at::matmul(x.to(at::kBFloat16), weight.detach().to(at::kBFloat16))));
 }
 
-TEMPLATE_TEST_CASE("500 steps equal PyTorch's rule bit for bit", "[amp]", torch::optim::SGD, torch::optim::AdamW) {
+TEMPLATE_TEST_CASE("500 steps equal PyTorch's rule bit for bit", "[amp]", torch::optim::SGD, torch::optim::Adam,
+                   torch::optim::AdamW, torch::optim::RMSprop, torch::optim::Adagrad) {
   const auto make = [](std::vector<at::Tensor> parameters) {
     return std::make_unique<TestType>(std::move(parameters), 0.01);
   };
