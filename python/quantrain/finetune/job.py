@@ -6,6 +6,7 @@ import copy
 import platform
 import shutil
 import time
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -148,6 +149,21 @@ class Job:
             stop=self.stop,
         )
 
+    def _result(
+        self, stage: str, accuracy: float, loss: float, path: Path, trained: TrainResult | None, started: float
+    ) -> StageResult:
+        """What every stage measures; ``path`` is its checkpoint, ``started`` the clock at its beginning."""
+        return StageResult(
+            stage=stage,
+            accuracy=accuracy,
+            loss=loss,
+            weight_bytes=path.stat().st_size,
+            peak_memory_bytes=memory.peak_bytes(self.device),
+            steps=trained.steps if trained else 0,
+            step_seconds=trained.step_seconds if trained else None,
+            seconds=time.perf_counter() - started + (trained.earlier_seconds if trained else 0.0),
+        )
+
     def _keep(self, result: StageResult, epochs: float) -> None:
         self.metrics.evaluation(result.stage, result.steps, epochs, result.accuracy, result.loss)
         self.results[result.stage] = result
@@ -173,19 +189,8 @@ class Job:
             trained = self._train(self.baseline, BASELINE, self.config.baseline_settings())
         accuracy, loss = evaluate(self.baseline, self.data, self.device, self.stop)
         qnn.save_checkpoint(path, self.baseline)
-        self._keep(
-            StageResult(
-                stage=BASELINE,
-                accuracy=accuracy,
-                loss=loss,
-                weight_bytes=path.stat().st_size,
-                peak_memory_bytes=memory.peak_bytes(self.device),
-                steps=trained.steps if trained else 0,
-                step_seconds=trained.step_seconds if trained else None,
-                seconds=time.perf_counter() - started + (trained.earlier_seconds if trained else 0.0),
-            ),
-            self.config.epochs if trained else 0,
-        )
+        result = self._result(BASELINE, accuracy, loss, path, trained, started)
+        self._keep(result, self.config.epochs if trained else 0)
 
     def _run_recipe(self, name: str) -> None:
         recipe = self.recipes[name]
@@ -201,15 +206,8 @@ class Job:
         path = self.checkpoint(name, "converted")
         qnn.save_checkpoint(path, converted, recipe)
         accuracy, loss = evaluate(converted, self.data, self.device, self.stop)
-        result = StageResult(
-            stage=name,
-            accuracy=accuracy,
-            loss=loss,
-            weight_bytes=path.stat().st_size,
-            peak_memory_bytes=memory.peak_bytes(self.device),
-            steps=trained.steps if trained else 0,
-            step_seconds=trained.step_seconds if trained else None,
-            seconds=time.perf_counter() - started + (trained.earlier_seconds if trained else 0.0),
+        result = replace(
+            self._result(name, accuracy, loss, path, trained, started),
             convert_difference=self._convert_difference(model, converted),
             layer_errors=self._layer_errors(model),
         )
