@@ -309,17 +309,14 @@ std::vector<OverflowRecord> GradScaler::overflow_report(
       entry.place = static_cast<int64_t>(i);
     }
   }
-  std::map<const void*, std::string> names;
-  std::map<const void*, int64_t> places;
-  for (size_t i = 0; i < named_parameters.size(); ++i) {
-    names[named_parameters[i].second.unsafeGetTensorImpl()] = named_parameters[i].first;
-    places[named_parameters[i].second.unsafeGetTensorImpl()] = static_cast<int64_t>(i);
-  }
+  std::map<const void*, size_t> places;
+  for (size_t i = 0; i < named_parameters.size(); ++i) places[named_parameters[i].second.unsafeGetTensorImpl()] = i;
   std::vector<std::pair<int64_t, OverflowRecord>> records;
   for (const auto& [parameter, entry] : found) {
-    const auto name = names.find(parameter);
-    records.push_back({name == names.end() ? entry.place : places[parameter],
-                       {name == names.end() ? "" : name->second, entry.count, entry.first}});
+    const auto place = places.find(parameter);
+    const bool known = place != places.end();
+    records.push_back({known ? static_cast<int64_t>(place->second) : entry.place,
+                       {known ? named_parameters[place->second].first : "", entry.count, entry.first}});
   }
   std::sort(records.begin(), records.end(), [](const auto& a, const auto& b) {
     return a.second.first_step != b.second.first_step ? a.second.first_step < b.second.first_step : a.first > b.first;
@@ -337,6 +334,11 @@ std::vector<OverflowRecord> GradScaler::overflow_report(const torch::nn::Module&
 
 // ---- update and state ------------------------------------------------------------------------------------------------------
 
+void GradScaler::end_step() {
+  per_optimizer_.clear();
+  ++checks_;
+}
+
 void GradScaler::update() {
   if (!options_.enabled) return;
   const at::NoGradGuard no_grad;
@@ -350,8 +352,7 @@ void GradScaler::update() {
               "GradScaler.update: expected a step() or unscale_() of an optimizer with gradients before, got none");
   at::_amp_update_scale_(scale_, growth_tracker_, found_inf, options_.growth_factor, options_.backoff_factor,
                          options_.growth_interval);
-  per_optimizer_.clear();
-  ++checks_;
+  end_step();
 }
 
 void GradScaler::update(double new_scale) {
@@ -361,8 +362,7 @@ void GradScaler::update(double new_scale) {
                         "GradScaler.update: expected a positive, finite new_scale, got {}", new_scale);
   scale_.fill_(new_scale);
   overflowed_last_ = false;
-  per_optimizer_.clear();
-  ++checks_;
+  end_step();
 }
 
 void GradScaler::update(const at::Tensor& new_scale) {
@@ -375,8 +375,7 @@ void GradScaler::update(const at::Tensor& new_scale) {
                         detail::shape_text(new_scale));
   scale_.copy_(new_scale.reshape({}));
   overflowed_last_ = false;
-  per_optimizer_.clear();
-  ++checks_;
+  end_step();
 }
 
 double GradScaler::get_scale() const {
@@ -384,25 +383,27 @@ double GradScaler::get_scale() const {
   return scale_.defined() ? scale_.item<float>() : initial_scale_;
 }
 
+void GradScaler::set_options(GradScalerOptions options) {
+  check_options(options);
+  options_ = options;
+}
+
 void GradScaler::set_growth_factor(double value) {
   GradScalerOptions options = options_;
   options.growth_factor = value;
-  check_options(options);
-  options_ = options;
+  set_options(options);
 }
 
 void GradScaler::set_backoff_factor(double value) {
   GradScalerOptions options = options_;
   options.backoff_factor = value;
-  check_options(options);
-  options_ = options;
+  set_options(options);
 }
 
 void GradScaler::set_growth_interval(int64_t value) {
   GradScalerOptions options = options_;
   options.growth_interval = value;
-  check_options(options);
-  options_ = options;
+  set_options(options);
 }
 
 GradScalerState GradScaler::state_dict() const {
@@ -418,8 +419,7 @@ void GradScaler::load_state_dict(const GradScalerState& state) {
   options.growth_factor = state.growth_factor;
   options.backoff_factor = state.backoff_factor;
   options.growth_interval = state.growth_interval;
-  check_options(options);
-  options_ = options;
+  set_options(options);
   initial_scale_ = state.scale;
   initial_growth_tracker_ = state.growth_tracker;
   overflowed_last_ = false;

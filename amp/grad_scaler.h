@@ -162,6 +162,8 @@ class QUANTRAIN_API GradScaler {
   struct Gradients;
 
   void check_scale(const char* method) const;
+  void set_options(GradScalerOptions options);  // checked first
+  void end_step();
   PerOptimizer& state_of(const OptimizerView& optimizer, const char* method);
   void check_gradients(PerOptimizer& state, const Gradients& gradients, std::optional<double> max_norm,
                        at::Tensor* norm);

@@ -39,14 +39,18 @@ def shade(axis: plt.Axes, x: np.ndarray, inside: np.ndarray) -> None:
     axis.axvspan(edges[0], edges[-1], color=PALE, zorder=0, label="gradient passes (dL/dx = dL/dy)")
 
 
+def open_frame(axis: plt.Axes) -> None:
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
 def tidy(axis: plt.Axes, title: str, ylabel: str) -> None:
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("x")
     axis.set_ylabel(ylabel)
     axis.axhline(0, color=GREY, linewidth=0.5)
     axis.axvline(0, color=GREY, linewidth=0.5)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    open_frame(axis)
     axis.legend(fontsize=8, frameon=False, loc="upper left")
 
 
@@ -105,8 +109,7 @@ def range_search(out: Path) -> None:
     axis.set_title("65,536 standard normal values: error of a range shrunk by r", fontsize=10)
     axis.set_xlabel("r (1 = the min-max range)")
     axis.set_ylabel("mean squared error")
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    open_frame(axis)
     axis.legend(fontsize=8, frameon=False)
     figure.savefig(out / "range_search.png", dpi=150)
     plt.close(figure)
@@ -143,8 +146,7 @@ def bandwidth(out: Path) -> None:
         axis.set_title(dtype, fontsize=10)
         axis.set_xlabel("per cent of the rate of a copy in the same run")
         axis.set_xlim(0, 115)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
+        open_frame(axis)
     axes[0].set_yticks(range(len(labels)), labels, fontsize=8)
     axes[0].invert_yaxis()
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in (BLUE, GREY)]
@@ -173,8 +175,7 @@ def amp_losses(out: Path) -> None:
     axis.set_title("tinyshakespeare, 0.8 M parameters: evaluation loss", fontsize=10)
     axis.set_xlabel("step")
     axis.set_ylabel("cross-entropy of a byte, nats")
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    open_frame(axis)
     axis.legend(fontsize=8, frameon=False)
     figure.savefig(out / "amp_losses.png", dpi=150)
     plt.close(figure)
