@@ -9,3 +9,5 @@
 #include "quantrain/nn/layers.h"
 #include "quantrain/nn/recipe.h"
 #include "quantrain/ops/fake_quant.h"
+#include "quantrain/ops/gradient_quant.h"
+#include "quantrain/ops/gradient_quant_layers.h"

@@ -16,7 +16,7 @@ built_with_cuda: bool = _C.built_with_cuda
 cmake_prefix_path: str = str(Path(_C.__file__).parent / "share" / "cmake")
 
 from quantrain import amp, nn  # noqa: E402
-from quantrain._C import QuantSpec, Recipe  # noqa: E402
+from quantrain._C import GradientSpec, QuantSpec, Recipe  # noqa: E402
 from quantrain.fake_quant import (  # noqa: E402
     choose_qparams,
     dequantize,
@@ -27,6 +27,12 @@ from quantrain.fake_quant import (  # noqa: E402
     quantize,
     unpack_int4,
 )
+from quantrain.gradient_quant import (  # noqa: E402
+    QuantizedGradient,
+    quantize_gradient,
+    quantize_gradient_codes,
+)
+from quantrain.gradient_quant_layers import fqt_conv2d, fqt_linear  # noqa: E402
 from quantrain.nn import (  # noqa: E402
     calibrate,
     convert,
@@ -38,7 +44,9 @@ from quantrain.nn import (  # noqa: E402
 )
 
 __all__ = [
+    "GradientSpec",
     "QuantSpec",
+    "QuantizedGradient",
     "Recipe",
     "amp",
     "built_with_cuda",
@@ -50,6 +58,8 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_dynamic",
     "fake_quantize_learnable",
+    "fqt_conv2d",
+    "fqt_linear",
     "load_checkpoint",
     "model_size",
     "nn",
@@ -57,6 +67,8 @@ __all__ = [
     "prepare",
     "quantization_error",
     "quantize",
+    "quantize_gradient",
+    "quantize_gradient_codes",
     "save_checkpoint",
     "unpack_int4",
 ]
