@@ -21,6 +21,7 @@
 #include <torch/nn/init.h>
 
 #include "quantrain/ops/fake_quant.h"
+#include "quantrain/ops/gradient_quant_layers.h"
 
 namespace quantrain::nn {
 namespace {
@@ -42,6 +43,14 @@ std::vector<int64_t> weight_scale_shape(const QuantSpec& spec, const std::vector
 
 std::optional<at::Tensor> defined_or_none(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+}
+
+// The recipe's spec of grad_input or grad_weight as fqt_linear and fqt_conv2d take it.
+GradientQuantizer gradient_quantizer(const Recipe& recipe, const std::string& tensor, bool convolution) {
+  const std::optional<GradientSpec>& spec = tensor == "grad_input" ? recipe.grad_input : recipe.grad_weight;
+  if (!spec) return {};
+  const GradientSpec resolved = spec->resolved(tensor, convolution);
+  return {resolved.quantizer, resolved.bits, resolved.rows, resolved.preserve_zero, resolved.max_group};
 }
 
 int64_t row_size(const std::vector<int64_t>& shape) {
@@ -215,7 +224,11 @@ QuantLinearImpl::QuantLinearImpl(const torch::nn::LinearOptions& options, const 
 at::Tensor QuantLinearImpl::forward(const at::Tensor& input) {
   const at::Tensor x = quantized_input(input);
   if (!converted()) {
-    return quantized_output(at::linear(x, quantized_weight(weight), bias));
+    const at::Tensor w = quantized_weight(weight);
+    if (!quantises_gradients()) return quantized_output(watched(at::linear(x, w, bias)));
+    return quantized_output(watched(quantrain::fqt_linear(
+        x, w, defined_or_none(bias), gradient_quantizer(recipe(), "grad_input", /*convolution=*/false),
+        gradient_quantizer(recipe(), "grad_weight", false))));
   }
   return quantized_output(
       at::linear(x, dequantized_weight(x.scalar_type()), bias.defined() ? bias.to(x.scalar_type()) : bias));
@@ -228,6 +241,7 @@ QuantConv2dImpl::QuantConv2dImpl(const std::string& name, const torch::nn::Conv2
 
 at::Tensor QuantConv2dImpl::convolve(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const {
   const auto& padding = options_.padding();
+  if (quantises_gradients()) return convolve_quantising_gradients(input, weight, bias);
   if (const auto* sizes = std::get_if<torch::ExpandingArray<2>>(&padding)) {
     return at::conv2d(input, weight, bias, options_.stride(), *sizes, options_.dilation(), options_.groups());
   }
@@ -236,10 +250,24 @@ at::Tensor QuantConv2dImpl::convolve(const at::Tensor& input, const at::Tensor& 
                     options_.groups());
 }
 
+at::Tensor QuantConv2dImpl::convolve_quantising_gradients(const at::Tensor& input, const at::Tensor& weight,
+                                                          const at::Tensor& bias) const {
+  const GradientQuantizer for_input = gradient_quantizer(recipe(), "grad_input", /*convolution=*/true);
+  const GradientQuantizer for_weight = gradient_quantizer(recipe(), "grad_weight", true);
+  const auto& padding = options_.padding();
+  if (const auto* sizes = std::get_if<torch::ExpandingArray<2>>(&padding)) {
+    return quantrain::fqt_conv2d(input, weight, defined_or_none(bias), options_.stride(), *sizes, options_.dilation(),
+                                 options_.groups(), for_input, for_weight);
+  }
+  const bool same = std::holds_alternative<torch::enumtype::kSame>(padding);
+  return quantrain::fqt_conv2d(input, weight, defined_or_none(bias), options_.stride(), same ? "same" : "valid",
+                               options_.dilation(), options_.groups(), for_input, for_weight);
+}
+
 at::Tensor QuantConv2dImpl::forward(const at::Tensor& input) {
   const at::Tensor x = quantized_input(input);
   if (!converted()) {
-    return quantized_output(convolve(x, quantized_weight(weight), bias));
+    return quantized_output(watched(convolve(x, quantized_weight(weight), bias)));
   }
   const at::Tensor bias_in_dtype = bias.defined() ? bias.to(x.scalar_type()) : bias;
   return quantized_output(convolve(x, dequantized_weight(x.scalar_type()), bias_in_dtype));
@@ -291,9 +319,9 @@ at::Tensor QuantConvBn2dImpl::forward(const at::Tensor& input) {
   const at::Tensor x = quantized_input(input);
   const at::Tensor folded = quantized_weight(float_weight());
   if (!is_training()) {
-    return quantized_output(convolve(x, folded, float_bias()));
+    return quantized_output(watched(convolve(x, folded, float_bias())));
   }
-  at::Tensor y = convolve(x, folded, {}) / scale_factor().reshape({-1, 1, 1});
+  at::Tensor y = watched(convolve(x, folded, {})) / scale_factor().reshape({-1, 1, 1});
   if (bias.defined()) {
     y = y + bias.reshape({-1, 1, 1});
   }
@@ -350,6 +378,12 @@ at::Tensor QuantEmbeddingImpl::quantized_rows(const at::Tensor& indices) {
   const auto [scale, zero_point] = weight_fake_quant->calculate_qparams(weight);
   return weight_fake_quant->quantize_dequantize(rows, scale_rows_of(scale, indices),
                                                 scale_rows_of(zero_point, indices));
+}
+
+void enable_gradient_quant(torch::nn::Module& module, bool on) {
+  for (const auto& child : module.modules()) {
+    if (auto* layer = dynamic_cast<QuantModule*>(child.get())) layer->enable_gradient_quant(on);
+  }
 }
 
 void convert(torch::nn::Module& module, bool check_observed) {

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <ostream>
 #include <string>
@@ -50,6 +51,14 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
 
   void pretty_print(std::ostream& stream) const override;
 
+  // Off: gradients are those of the float product, whatever grad_input and grad_weight of the recipe say.
+  void enable_gradient_quant(bool on = true) { gradient_quant_enabled_ = on; }
+
+  // Called in each forward pass before conversion with the result of the layer's product, before batch norm and output_fake_quant, and
+  // whether its backward pass is that of the float product. An empty function takes the hook away.
+  using OutputHook = std::function<void(const at::Tensor& output, bool exact_backward)>;
+  void set_output_hook(OutputHook hook) { output_hook_ = std::move(hook); }
+
   at::Tensor weight;             // float [O, ...], a parameter; converted: codes, a buffer
   at::Tensor bias;               // [O] or undefined
   at::Tensor weight_scale;       // converted only: [1], [O, 1, ...] or [O, K / group_size]
@@ -72,6 +81,13 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
   at::Tensor dequantized_weight(at::ScalarType dtype) const;
   at::Tensor quantized_input(const at::Tensor& input);
   at::Tensor quantized_output(const at::Tensor& output);
+  bool quantises_gradients() const {
+    return gradient_quant_enabled_ && !converted_ && (recipe_.grad_input || recipe_.grad_weight);
+  }
+  const at::Tensor& watched(const at::Tensor& output) const {
+    if (output_hook_) output_hook_(output, !quantises_gradients());
+    return output;
+  }
   at::Tensor unpacked(const at::Tensor& codes) const;  // [rows, ...] packed or not -> [rows, weight_shape[1:]]
   at::ScalarType float_dtype() const {
     return converted_ ? float_dtype_ : weight.scalar_type();
@@ -84,9 +100,12 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
   std::vector<int64_t> weight_shape_;
   at::ScalarType float_dtype_ = at::kFloat;
   bool converted_ = false;
+  bool gradient_quant_enabled_ = true;
+  OutputHook output_hook_;
 };
 
-// y = x W^T + b on quantised x and W. Input [..., in_features], output [..., out_features].
+// y = x W^T + b on quantised x and W. Input [..., in_features], output [..., out_features]. Where the recipe has grad_input or
+// grad_weight, gradients are computed from the quantised gradient of y before output_fake_quant (fqt_linear); convolutions alike.
 class QUANTRAIN_API QuantLinearImpl : public QuantModule {
  public:
   QuantLinearImpl(int64_t in_features, int64_t out_features, const Recipe& recipe)
@@ -109,6 +128,9 @@ class QUANTRAIN_API QuantConv2dImpl : public QuantModule {
   at::Tensor convolve(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const;
 
  private:
+  at::Tensor convolve_quantising_gradients(const at::Tensor& input, const at::Tensor& weight,
+                                           const at::Tensor& bias) const;
+
   torch::nn::Conv2dOptions options_;
 };
 TORCH_MODULE(QuantConv2d);
@@ -158,6 +180,9 @@ class QUANTRAIN_API QuantEmbeddingImpl : public QuantModule {
   int64_t padding_idx_;
 };
 TORCH_MODULE(QuantEmbedding);
+
+// QuantModule::enable_gradient_quant of every quantised layer in the module, itself included.
+QUANTRAIN_API void enable_gradient_quant(torch::nn::Module& module, bool on = true);
 
 // Converts every quantised layer in the module (held by a shared_ptr, as a module holder does), itself included. ValueError, with nothing changed, where the module has none or one
 // of them cannot convert (QuantModule::check_convertible).

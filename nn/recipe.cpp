@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
+#include <regex>
 #include <stdexcept>
 #include <utility>
 
@@ -105,15 +107,51 @@ QuantSpec spec_from_object(const Json& json) {
   return spec;
 }
 
-Json optional_to_object(const std::optional<QuantSpec>& spec) { return spec ? to_object(*spec) : Json(nullptr); }
+Json to_object(const GradientSpec& spec) {
+  return Json{{"bits", spec.bits},
+              {"quantizer", spec.quantizer},
+              {"rows", spec.rows},
+              {"preserve_zero", spec.preserve_zero},
+              {"max_group", spec.max_group}};
+}
 
-void read_field(const std::string& name, const std::string& key, const Json& value, std::optional<QuantSpec>& out) {
+GradientSpec gradient_spec_from_object(const Json& json) {
+  static const std::string kName = "GradientSpec";
+  GradientSpec spec;
+  for (const auto& [key, value] : json.items()) {
+    if (key == "bits")
+      read_field(kName, key, value, spec.bits);
+    else if (key == "quantizer")
+      read_field(kName, key, value, spec.quantizer);
+    else if (key == "rows")
+      read_field(kName, key, value, spec.rows);
+    else if (key == "preserve_zero")
+      read_field(kName, key, value, spec.preserve_zero);
+    else if (key == "max_group")
+      read_field(kName, key, value, spec.max_group);
+    else
+      fail(kName, "only fields of a GradientSpec", "'" + key + "'");
+  }
+  spec.validate();
+  return spec;
+}
+
+template <typename Spec>
+Json optional_to_object(const std::optional<Spec>& spec) {
+  return spec ? to_object(*spec) : Json(nullptr);
+}
+
+void from_object(const Json& json, std::optional<QuantSpec>& out) { out = spec_from_object(json); }
+void from_object(const Json& json, std::optional<GradientSpec>& out) { out = gradient_spec_from_object(json); }
+
+template <typename Spec>
+void read_field(const std::string& name, const std::string& key, const Json& value, std::optional<Spec>& out) {
   if (value.is_null()) {
     out.reset();
     return;
   }
   if (!value.is_object()) fail(name, key + " to be null or an object", value.dump());
-  out = spec_from_object(value);
+  from_object(value, out);
 }
 
 // The parts the named recipes are made of.
@@ -132,6 +170,36 @@ QuantSpec affine_input(int64_t bits, const std::string& observer) {
   spec.symmetric = false;
   spec.observer = observer;
   return spec;
+}
+
+// "fqt-8", or "fqt-<ptq|psq|bhq><bits>" with or without "-paper"; none where `name` is neither. Forward as qat-w8a8.
+//
+// As they are: scales that an integer product allows. "-paper": as the authors trained, rows are samples everywhere and grad_weight
+// has a range for each column over the samples (per tensor for ptq).
+std::optional<Recipe> fqt_recipe(const std::string& name) {
+  static const std::regex kName("fqt-(ptq|psq|bhq)([2-8])(-paper)?");
+  static const std::map<std::string, std::string> kQuantizers = {
+      {"ptq", "per_tensor"}, {"psq", "per_sample"}, {"bhq", "householder"}};
+  const std::string full_name = name == "fqt-8" ? "fqt-psq8" : name;
+  std::smatch match;
+  if (!std::regex_match(full_name, match, kName)) return std::nullopt;
+  const bool paper = match[3].matched;
+  Recipe recipe;
+  recipe.name = name;
+  recipe.weight = dynamic_weight(8, "per_channel");
+  recipe.input = affine_input(8, "moving_average");
+  recipe.grad_input = GradientSpec{std::stoll(match[2]), kQuantizers.at(match[1]), paper ? "sample" : "auto"};
+  const std::string columns = match[1] == "ptq" ? "per_tensor" : "per_channel";
+  recipe.grad_weight = GradientSpec{8, paper ? columns : "auto", paper ? "sample" : "auto"};
+  return recipe;
+}
+
+std::vector<std::string> fqt_names() {
+  std::vector<std::string> names = {"fqt-8"};
+  for (const char* mode : {"", "-paper"})
+    for (const char* quantizer : {"ptq", "psq", "bhq"})
+      for (const char* bits : {"8", "5", "4"}) names.push_back(std::string("fqt-") + quantizer + bits + mode);
+  return names;
 }
 
 std::vector<Recipe> named_recipes() {
@@ -163,6 +231,7 @@ std::vector<Recipe> named_recipes() {
   QuantSpec groups = dynamic_weight(4, "per_group");
   groups.observer = "mse";
   add("ptq-w4a8", groups, affine_input(8, "mse")).training = false;
+  for (const std::string& name : fqt_names()) recipes.push_back(*fqt_recipe(name));
   return recipes;
 }
 
@@ -195,7 +264,35 @@ std::string QuantSpec::to_json() const { return to_object(*this).dump(); }
 
 QuantSpec QuantSpec::from_json(const std::string& text) { return spec_from_object(parse_object("QuantSpec", text)); }
 
+GradientSpec GradientSpec::resolved(const std::string& tensor, bool convolution) const {
+  check_one_of("GradientSpec", "tensor", tensor, {"grad_input", "grad_weight"});
+  GradientSpec spec = *this;
+  if (spec.quantizer == "auto") {
+    spec.quantizer = tensor == "grad_input" ? "per_sample" : convolution ? "per_tensor" : "per_channel";
+  }
+  if (spec.rows == "auto") spec.rows = convolution ? "sample" : "token";
+  return spec;
+}
+
+void GradientSpec::validate() const {
+  static const std::string kName = "GradientSpec";
+  if (bits < 2 || bits > 8) fail(kName, "bits in 2 to 8", std::to_string(bits));
+  check_one_of(kName, "quantizer", quantizer, {"auto", "per_tensor", "per_sample", "per_channel", "householder"});
+  check_one_of(kName, "rows", rows, {"auto", "sample", "token"});
+  if (preserve_zero && quantizer == "householder") {
+    fail(kName, "another quantizer than householder with preserve_zero", "'householder'");
+  }
+  if (max_group < 3 || max_group > 256) fail(kName, "max_group in 3 to 256", std::to_string(max_group));
+}
+
+std::string GradientSpec::to_json() const { return to_object(*this).dump(); }
+
+GradientSpec GradientSpec::from_json(const std::string& text) {
+  return gradient_spec_from_object(parse_object("GradientSpec", text));
+}
+
 Recipe Recipe::from_name(const std::string& name) {
+  if (std::optional<Recipe> recipe = fqt_recipe(name)) return *std::move(recipe);
   for (Recipe& recipe : named_recipes()) {
     if (recipe.name == name) return std::move(recipe);
   }
@@ -223,7 +320,9 @@ void Recipe::validate() const {
   static const std::string kName = "Recipe";
   check_one_of(kName, "backend", backend, {"simulate"});
   if (edge_bits < 0 || edge_bits > 16) fail(kName, "edge_bits in 0 to 16", std::to_string(edge_bits));
-  if (!weight && !input && !output) fail(kName, "a spec for at least one of weight, input and output", "none");
+  if (!weight && !input && !output && !grad_input && !grad_weight) {
+    fail(kName, "a spec for at least one of weight, input, output, grad_input and grad_weight", "none");
+  }
   if (weight) {
     weight->validate();
     check_one_of(kName, "weight granularity", weight->granularity, {"per_tensor", "per_channel", "per_group"});
@@ -236,6 +335,8 @@ void Recipe::validate() const {
     output->validate();
     check_one_of(kName, "output granularity", output->granularity, {"per_tensor", "per_token"});
   }
+  if (grad_input) grad_input->validate();
+  if (grad_weight) grad_weight->validate();
 }
 
 std::string Recipe::to_json() const {
@@ -245,7 +346,9 @@ std::string Recipe::to_json() const {
               {"output", optional_to_object(output)},
               {"backend", backend},
               {"training", training},
-              {"edge_bits", edge_bits}}
+              {"edge_bits", edge_bits},
+              {"grad_input", optional_to_object(grad_input)},
+              {"grad_weight", optional_to_object(grad_weight)}}
       .dump();
 }
 
@@ -268,6 +371,10 @@ Recipe Recipe::from_json(const std::string& text) {
       read_field(kName, key, value, recipe.training);
     else if (key == "edge_bits")
       read_field(kName, key, value, recipe.edge_bits);
+    else if (key == "grad_input")
+      read_field(kName, key, value, recipe.grad_input);
+    else if (key == "grad_weight")
+      read_field(kName, key, value, recipe.grad_weight);
     else
       fail(kName, "only fields of a Recipe", "'" + key + "'");
   }

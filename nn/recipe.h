@@ -50,8 +50,38 @@ struct QUANTRAIN_API QuantSpec {
   bool operator==(const QuantSpec&) const = default;
 };
 
+// One quantised gradient: how the gradient of a layer's output is rounded before it is multiplied (quantize_gradient,
+// <quantrain/ops/gradient_quant.h>; always stochastically, so that the gradients computed from it stay unbiased).
+//
+// quantizer      per_tensor, per_sample, per_channel or householder; "auto": the finest scale that an integer product of the layer
+//                allows, per_sample for grad_input, and for grad_weight per_channel (Linear) or per_tensor (convolution)
+// rows           what a row of the gradient is: "sample" (dimension 0) or "token" (all dimensions but the last); "auto": token for
+//                Linear, sample for convolutions
+// preserve_zero  per_sample and per_channel: zero is a code of every row or column (per_tensor: it always is)
+// max_group      householder: how many rows a block holds at most, 3 to 256
+struct QUANTRAIN_API GradientSpec {
+  int64_t bits = 8;  // 2 to 8
+  std::string quantizer = "per_sample";
+  std::string rows = "auto";
+  bool preserve_zero = false;
+  int64_t max_group = 128;
+
+  // This spec as a layer runs it, without "auto". tensor: "grad_input" or "grad_weight".
+  GradientSpec resolved(const std::string& tensor, bool convolution) const;
+
+  // Throws std::invalid_argument naming the field, the rule and the value.
+  void validate() const;
+
+  std::string to_json() const;
+  static GradientSpec from_json(const std::string& text);  // throws std::invalid_argument, as QuantSpec's
+
+  bool operator==(const GradientSpec&) const = default;
+};
+
 // One layer: specs of the tensors it quantises (absent: left in floating point), and how it runs.
 //
+// grad_input, grad_weight  the gradient of the output as the products for the gradients of input and weight take it (StatQuant, Chen et
+//            al., arXiv:2010.14298: Q_b2 and Q_b1, two independent draws). Linear layers and convolutions only
 // backend    "simulate": floating-point arithmetic on fake-quantised values
 // training   false: calibrate only, no fine-tuning (post-training quantisation)
 // edge_bits  > 0: the first and the last quantised layer of a model use this many bits (Esser et al., section 2.3)
@@ -63,8 +93,11 @@ struct QUANTRAIN_API Recipe {
   std::string backend = "simulate";
   bool training = true;
   int64_t edge_bits = 0;
+  std::optional<GradientSpec> grad_input;
+  std::optional<GradientSpec> grad_weight;
 
-  // A named recipe, one of names(). Throws std::invalid_argument for another name.
+  // A named recipe: one of names(), or fqt-ptq, fqt-psq, fqt-bhq (per_tensor, per_sample, householder) with bits 2 to 8 behind, as they are
+  // or with "-paper". Throws std::invalid_argument for another name.
   static Recipe from_name(const std::string& name);
   static std::vector<std::string> names();
 

@@ -1,4 +1,4 @@
-// Python bindings of QuantSpec and Recipe: keyword constructors, properties, equality, copy and pickle (through JSON).
+// Python bindings of QuantSpec, GradientSpec and Recipe: keyword constructors, properties, equality, copy and pickle (through JSON).
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -6,6 +6,7 @@
 #include "quantrain/nn/recipe.h"
 
 namespace py = pybind11;
+using quantrain::nn::GradientSpec;
 using quantrain::nn::QuantSpec;
 using quantrain::nn::Recipe;
 
@@ -27,7 +28,7 @@ std::string repr_of(const char* name, const T& self, std::initializer_list<const
   return text + ")";
 }
 
-// to_json, from_json, ==, copy, deepcopy and pickle, the same for both structs. Pickle keeps a value that is not valid, as an
+// to_json, from_json, ==, copy, deepcopy and pickle, the same for all three structs. Pickle keeps a value that is not valid, as an
 // assignment can make it, only as far as JSON does: reading it back raises.
 template <typename T>
 void bind_value_semantics(py::class_<T>& cls) {
@@ -80,19 +81,50 @@ void bind_quant_spec(py::module_& module) {
   bind_value_semantics(cls);
 }
 
+void bind_gradient_spec(py::module_& module) {
+  const GradientSpec defaults;
+  py::class_<GradientSpec> cls(
+      module, "GradientSpec",
+      "How the gradient of a layer's output is rounded before the product that gives grad_input or grad_weight.");
+  cls.def(py::init([](int64_t bits, const std::string& quantizer, const std::string& rows, bool preserve_zero,
+                      int64_t max_group) {
+            GradientSpec spec{bits, quantizer, rows, preserve_zero, max_group};
+            spec.validate();
+            return spec;
+          }),
+          py::kw_only(), py::arg("bits") = defaults.bits, py::arg("quantizer") = defaults.quantizer,
+          py::arg("rows") = defaults.rows, py::arg("preserve_zero") = defaults.preserve_zero,
+          py::arg("max_group") = defaults.max_group)
+      .def_readwrite("bits", &GradientSpec::bits)
+      .def_readwrite("quantizer", &GradientSpec::quantizer)
+      .def_readwrite("rows", &GradientSpec::rows)
+      .def_readwrite("preserve_zero", &GradientSpec::preserve_zero)
+      .def_readwrite("max_group", &GradientSpec::max_group)
+      .def("resolved", &GradientSpec::resolved, py::arg("tensor"), py::kw_only(), py::arg("convolution"),
+           "This spec as a layer runs it, without 'auto'. tensor: 'grad_input' or 'grad_weight'.")
+      .def("__repr__", [](const GradientSpec& self) {
+        return repr_of("GradientSpec", self, {"bits", "quantizer", "rows", "preserve_zero", "max_group"});
+      });
+  bind_value_semantics(cls);
+}
+
 void bind_recipe(py::module_& module) {
   using Spec = std::optional<QuantSpec>;
-  py::class_<Recipe> cls(module, "Recipe",
-                         "How a layer is quantised: a QuantSpec (or None) for weight, input and output.");
+  using Gradient = std::optional<GradientSpec>;
+  py::class_<Recipe> cls(
+      module, "Recipe",
+      "How a layer is quantised: a QuantSpec (or None) for weight, input and output, and a GradientSpec (or "
+      "None) for grad_input and grad_weight.");
   cls.def(py::init([](const std::string& name, const Spec& weight, const Spec& input, const Spec& output,
-                      const std::string& backend, bool training, int64_t edge_bits) {
-            Recipe recipe{name, weight, input, output, backend, training, edge_bits};
+                      const std::string& backend, bool training, int64_t edge_bits, const Gradient& grad_input,
+                      const Gradient& grad_weight) {
+            Recipe recipe{name, weight, input, output, backend, training, edge_bits, grad_input, grad_weight};
             recipe.validate();
             return recipe;
           }),
           py::kw_only(), py::arg("name") = "", py::arg("weight") = py::none(), py::arg("input") = py::none(),
           py::arg("output") = py::none(), py::arg("backend") = "simulate", py::arg("training") = true,
-          py::arg("edge_bits") = 0)
+          py::arg("edge_bits") = 0, py::arg("grad_input") = py::none(), py::arg("grad_weight") = py::none())
       .def_readwrite("name", &Recipe::name)
       .def_readwrite("weight", &Recipe::weight)
       .def_readwrite("input", &Recipe::input)
@@ -100,11 +132,15 @@ void bind_recipe(py::module_& module) {
       .def_readwrite("backend", &Recipe::backend)
       .def_readwrite("training", &Recipe::training)
       .def_readwrite("edge_bits", &Recipe::edge_bits)
+      .def_readwrite("grad_input", &Recipe::grad_input)
+      .def_readwrite("grad_weight", &Recipe::grad_weight)
       .def_static("from_name", &Recipe::from_name, py::arg("name"), "A named recipe; ValueError lists the names.")
       .def_static("names", &Recipe::names, "The names from_name knows.")
       .def("edge", &Recipe::edge, "The recipe of a model's first and last layer: edge_bits for weight and input.")
       .def("__repr__", [](const Recipe& self) {
-        return repr_of("Recipe", self, {"name", "weight", "input", "output", "backend", "training", "edge_bits"});
+        return repr_of(
+            "Recipe", self,
+            {"name", "weight", "input", "output", "backend", "training", "edge_bits", "grad_input", "grad_weight"});
       });
   bind_value_semantics(cls);
 }
@@ -113,5 +149,6 @@ void bind_recipe(py::module_& module) {
 
 void bind_nn(py::module_& module) {
   bind_quant_spec(module);
+  bind_gradient_spec(module);
   bind_recipe(module);
 }

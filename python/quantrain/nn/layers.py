@@ -1,22 +1,24 @@
 """Layers for quantisation-aware training: nn.Linear, nn.Conv2d and nn.Embedding with fake-quantised tensors.
 
 Each is its float layer (same parameters, same names, same state dict plus scales) with up to three children:
-``weight_fake_quant``, ``input_fake_quant`` and ``output_fake_quant``, those that the recipe has a spec for.
+``weight_fake_quant``, ``input_fake_quant`` and ``output_fake_quant``, those that the recipe has a spec for. Where the recipe has
+``grad_input`` or ``grad_weight``, linear layers and convolutions compute their gradients from a quantised gradient of the output.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantrain._C import Recipe
+from quantrain.gradient_quant_layers import fqt_conv2d, fqt_linear
 
 from .fake_quantize import FakeQuantize
-from .recipes import as_recipe, weight_scale_shape
+from .recipes import as_recipe, gradient_arguments, weight_scale_shape
 
 __all__ = ["QuantConv2d", "QuantEmbedding", "QuantLayer", "QuantLinear"]
 
@@ -31,6 +33,11 @@ class QuantLayer(nn.Module):
     output_fake_quant: FakeQuantize | None
 
     token_dims = 1  # trailing dimensions of an input that a per_token scale covers
+    gradient_quant_enabled = True
+    # Called with the layer and the result of its product, before batch norm and output_fake_quant; see GradientProbe.
+    output_hook: Callable[[QuantLayer, Tensor], None] | None = None
+    # Arguments of fqt_linear or fqt_conv2d; None where the recipe quantises no gradient, and for layers that are no product.
+    gradient_arguments: dict[str, str | int | bool] | None = None
 
     @classmethod
     def from_float(cls, module: nn.Module, recipe: Recipe | str, *, name: str = "") -> QuantLayer:
@@ -56,6 +63,19 @@ class QuantLayer(nn.Module):
             path = f"{name}.{child}" if name else child
             fake_quant = spec and FakeQuantize(spec, scale_shape, token_dims=self.token_dims, name=path, device=device)
             self.add_module(child, fake_quant)
+
+    def enable_gradient_quant(self, enabled: bool = True) -> None:
+        """Off: gradients are those of the float product, whatever ``grad_input`` and ``grad_weight`` of the recipe say."""
+        self.gradient_quant_enabled = enabled
+
+    @property
+    def quantises_gradients(self) -> bool:
+        return self.gradient_quant_enabled and self.gradient_arguments is not None
+
+    def watched(self, y: Tensor) -> Tensor:
+        if self.output_hook is not None:
+            self.output_hook(self, y)
+        return y
 
     def weight_to_quantize(self) -> Tensor:
         """The tensor that ``weight_fake_quant`` rounds (for a folded convolution, the folded weight)."""
@@ -91,7 +111,8 @@ class QuantLinear(QuantLayer, nn.Linear):
     Shapes: x ``[..., in_features]`` -> ``[..., out_features]``; weight ``[out_features, in_features]``, its scale
     ``[out_features, 1]`` per channel, ``[out_features, in_features / group_size]`` per group; per_token input scale
     ``[..., 1]``. Dtypes: float32, float16, bfloat16 and autocast, as ``nn.Linear``; scales stay float32.
-    Gradient: that of ``nn.Linear`` through the fake-quants' straight-through estimators; the bias is not quantised.
+    Gradient: that of ``nn.Linear`` through the fake-quants' straight-through estimators; the bias is not quantised. Where the
+    recipe has ``grad_input`` or ``grad_weight``: that of :func:`quantrain.fqt_linear`.
 
     Raises:
         ValueError: an invalid recipe; a range that was never observed; non-finite input while observing.
@@ -114,8 +135,15 @@ class QuantLinear(QuantLayer, nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self._add_fake_quants(recipe)
 
+    def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
+        super()._add_fake_quants(recipe, name)
+        self.gradient_arguments = gradient_arguments(self.recipe, convolution=False)
+
     def forward(self, input: Tensor) -> Tensor:
-        return self.quantized_output(F.linear(self.quantized_input(input), self.quantized_weight(), self.bias))
+        x, weight = self.quantized_input(input), self.quantized_weight()
+        if self.quantises_gradients:
+            return self.quantized_output(self.watched(fqt_linear(x, weight, self.bias, **self.gradient_arguments)))
+        return self.quantized_output(self.watched(F.linear(x, weight, self.bias)))
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
@@ -128,7 +156,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
     Shapes: x ``[B, C, H, W]`` or ``[C, H, W]``; weight ``[O, C / groups, kh, kw]``, its scale ``[O, 1, 1, 1]`` per channel
     (also where the recipe says per_group); a per_token input scale is one a sample, ``[B, 1, 1, 1]``. Padding is added
-    after quantisation and is exactly 0. Dtypes and gradient as :class:`QuantLinear`.
+    after quantisation and is exactly 0. Dtypes and gradient as :class:`QuantLinear` (:func:`quantrain.fqt_conv2d`).
 
     Raises:
         ValueError: as :class:`QuantLinear`.
@@ -160,6 +188,19 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
         self._add_fake_quants(recipe)
+
+    def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
+        super()._add_fake_quants(recipe, name)
+        self.gradient_arguments = gradient_arguments(self.recipe, convolution=True)
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.quantises_gradients:
+            return self.watched(super()._conv_forward(input, weight, bias))
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+        y = fqt_conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups, **self.gradient_arguments)
+        return self.watched(y)
 
     def forward(self, input: Tensor) -> Tensor:
         return self.quantized_output(

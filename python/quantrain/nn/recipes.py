@@ -1,17 +1,24 @@
 """What a Recipe means for a layer: names, changed copies, and the shape of each scale.
 
-:class:`quantrain.Recipe` and :class:`quantrain.QuantSpec` are C++ structs; here is how the Python layers read them.
+:class:`quantrain.Recipe`, :class:`quantrain.QuantSpec` and :class:`quantrain.GradientSpec` are C++ structs; here is how the Python
+layers read them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from quantrain._C import QuantSpec, Recipe
+from quantrain._C import GradientSpec, QuantSpec, Recipe
 
-__all__ = ["as_recipe", "changed_recipe", "weight_scale_shape"]
+__all__ = ["as_recipe", "changed_recipe", "gradient_arguments", "weight_scale_shape"]
 
-_TENSORS = ("weight", "input", "output")
+_SPECS = {
+    "weight": QuantSpec,
+    "input": QuantSpec,
+    "output": QuantSpec,
+    "grad_input": GradientSpec,
+    "grad_weight": GradientSpec,
+}
 
 
 def as_recipe(recipe: Recipe | str) -> Recipe:
@@ -37,8 +44,9 @@ def changed_recipe(base: Recipe, change: Recipe | str | Mapping) -> Recipe:
 
     Args:
         change: a Recipe or a name replaces everything; a mapping changes single fields. The values of ``weight``,
-            ``input`` and ``output`` are a QuantSpec, None (leave that tensor in floating point), or a mapping of
-            QuantSpec fields (applied to the base's spec, to the default QuantSpec where the base has none).
+            ``input``, ``output`` (QuantSpec), ``grad_input`` and ``grad_weight`` (GradientSpec) are a spec, None (leave that
+            tensor in floating point), or a mapping of a spec's fields (applied to the base's spec, to the default one
+            where the base has none).
 
     Raises:
         ValueError: a field that does not exist, or a value outside its rule.
@@ -52,19 +60,37 @@ def changed_recipe(base: Recipe, change: Recipe | str | Mapping) -> Recipe:
     for field, value in change.items():
         if not hasattr(result, field) or callable(getattr(result, field)):
             raise ValueError(f"recipe: expected a field of Recipe (weight, input, output, ...), got {field!r}")
-        if field in _TENSORS and isinstance(value, Mapping):
-            value = _changed_spec(getattr(result, field) or QuantSpec(), value)
+        if field in _SPECS and isinstance(value, Mapping):
+            value = _changed_spec(getattr(result, field) or _SPECS[field](), value)
         setattr(result, field, value)
     result.validate()
     return result
 
 
-def _changed_spec(spec: QuantSpec, change: Mapping) -> QuantSpec:
+def _changed_spec(spec: QuantSpec | GradientSpec, change: Mapping) -> QuantSpec | GradientSpec:
     for field, value in change.items():
         if not hasattr(spec, field) or callable(getattr(spec, field)):
-            raise ValueError(f"recipe: expected a field of QuantSpec (bits, granularity, ...), got {field!r}")
+            some = "bits, granularity, ..." if isinstance(spec, QuantSpec) else "bits, quantizer, ..."
+            raise ValueError(f"recipe: expected a field of {type(spec).__name__} ({some}), got {field!r}")
         setattr(spec, field, value)
     return spec
+
+
+def gradient_arguments(recipe: Recipe, *, convolution: bool) -> dict[str, str | int | bool] | None:
+    """The recipe's ``grad_input`` and ``grad_weight`` as keyword arguments of ``fqt_conv2d`` or ``fqt_linear``; None: it has none.
+
+    >>> gradient_arguments(as_recipe("fqt-bhq5"), convolution=False)["grad_input"]
+    'householder'
+    """
+    arguments: dict[str, str | int | bool] = {}
+    for tensor in ("grad_input", "grad_weight"):
+        spec = getattr(recipe, tensor)
+        if spec is not None:
+            spec = spec.resolved(tensor, convolution=convolution)
+            arguments[tensor] = spec.quantizer
+            for field in ("bits", "rows", "preserve_zero", "max_group"):
+                arguments[f"{tensor}_{field}"] = getattr(spec, field)
+    return arguments or None
 
 
 def weight_scale_shape(spec: QuantSpec, weight_shape: Sequence[int]) -> tuple[int, ...]:
