@@ -249,7 +249,7 @@ struct Rounding {
 
   void round(GridAxis axis) {
 #if defined(QUANTRAIN_WITH_CUDA)
-    if (x.is_cuda() && axis == GridAxis::kRow && cuda::fits_fused_rows(columns(), x.element_size())) {
+    if (x.is_cuda() && axis == GridAxis::kRow && cuda::fits_fused_rows(columns())) {
       const RoundRowsArgs args{x.const_data_ptr(),
                                values,
                                codes,

@@ -33,6 +33,7 @@ QUANTRAIN_INLINE void uniform_tile(const PhiloxState& state, uint64_t first, uin
   }
   uint32_t k0 = static_cast<uint32_t>(state.seed), k1 = static_cast<uint32_t>(state.seed >> 32);
   for (int round = 0; round < 10; ++round) {
+#pragma GCC unroll 1  // else gcc 12 unrolls the loop before it could vectorise it, and it takes five times as long
     for (int i = 0; i < kBatch; ++i) {
       const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c0[i];
       const uint64_t p1 = static_cast<uint64_t>(0xCD9E8D57u) * c2[i];
@@ -45,6 +46,7 @@ QUANTRAIN_INLINE void uniform_tile(const PhiloxState& state, uint64_t first, uin
     k1 += 0xBB67AE85u;
   }
   alignas(64) uint32_t words[4 * kBatch];
+#pragma GCC unroll 1
   for (int i = 0; i < kBatch; ++i) {
     words[4 * i] = c0[i];
     words[4 * i + 1] = c1[i];

@@ -1,0 +1,331 @@
+#include "csrc/cuda/gradient_quant.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "csrc/cuda/gradient_quant.cuh"
+
+// Grids of blocks, and rounding on them. A thread rounds kPhiloxElements consecutive elements of a row with the numbers of one Philox
+// block. Rows that fit the registers of a thread block are read once; others in two passes.
+
+namespace quantrain::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kItem = kPhiloxElements;
+constexpr int kManySplits = 64;  // from so many partial extremes on a thread block folds them, not a thread
+
+__device__ __forceinline__ void warp_extremes(float& min, float& max) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    min = min_nan(min, __shfl_xor_sync(0xffffffffu, min, step));
+    max = max_nan(max, __shfl_xor_sync(0xffffffffu, max, step));
+  }
+}
+
+// ---- grids -----------------------------------------------------------------------------------------------------------------
+
+__global__ void gradient_grids_kernel(const GradientGridsArgs a) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= a.groups) return;
+  float min = a.min[i], max = a.max[i];
+  for (int64_t split = 1; split < a.splits; ++split) {
+    min = min_nan(min, a.min[split * a.groups + i]);
+    max = max_nan(max, a.max[split * a.groups + i]);
+  }
+  const Grid grid = make_grid(min, max, a.bits, a.preserve_zero);
+  a.scale[i] = grid.scale;
+  a.offset[i] = grid.offset;
+}
+
+// A thread block a group.
+__global__ void folded_grids_kernel(const GradientGridsArgs a) {
+  __shared__ float mins[kThreads / 32], maxs[kThreads / 32];
+  const int64_t i = blockIdx.x;
+  float min = a.min[i], max = a.max[i];
+  for (int64_t split = threadIdx.x; split < a.splits; split += kThreads) {
+    min = min_nan(min, a.min[split * a.groups + i]);
+    max = max_nan(max, a.max[split * a.groups + i]);
+  }
+  warp_extremes(min, max);
+  if (threadIdx.x % 32 == 0) {
+    mins[threadIdx.x / 32] = min;
+    maxs[threadIdx.x / 32] = max;
+  }
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  for (int w = 1; w < kThreads / 32; ++w) {
+    min = min_nan(min, mins[w]);
+    max = max_nan(max, maxs[w]);
+  }
+  const Grid grid = make_grid(min, max, a.bits, a.preserve_zero);
+  a.scale[i] = grid.scale;
+  a.offset[i] = grid.offset;
+}
+
+__global__ void ordering_ranges_kernel(const OrderingRangesArgs a) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < a.rows) a.range[i] = ordering_range(a.min[i], a.max[i]);
+}
+
+// ---- items: consecutive elements of a row ----------------------------------------------------------------------------------
+
+// kAligned: rows hold whole items, on 16-byte boundaries. `left` elements of the row remain from the item's first on.
+template <bool kAligned, typename T>
+__device__ __forceinline__ void load_item(const T* __restrict__ x, int64_t left, float (&values)[kItem]) {
+  if constexpr (kAligned) {
+    unpack(*reinterpret_cast<const Pack<T, kItem>*>(x), values);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kItem; ++j) values[j] = to_float(x[j < left ? j : 0]);
+  }
+}
+
+template <bool kAligned, typename T>
+__device__ __forceinline__ void store_item(T* __restrict__ y, int64_t left, const float (&values)[kItem]) {
+  if constexpr (kAligned) {
+    *reinterpret_cast<Pack<T, kItem>*>(y) = pack<T>(values);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kItem; ++j)
+      if (j < left) y[j] = from_float<T>(values[j]);
+  }
+}
+
+template <bool kAligned>
+__device__ __forceinline__ void store_codes(int8_t* __restrict__ codes, int64_t left, const float (&values)[kItem]) {
+  Pack<int8_t, kItem> pack;
+#pragma unroll
+  for (int j = 0; j < kItem; ++j) pack.value[j] = static_cast<int8_t>(static_cast<int>(values[j]));
+  if constexpr (kAligned) {
+    *reinterpret_cast<Pack<int8_t, kItem>*>(codes) = pack;
+  } else {
+#pragma unroll
+    for (int j = 0; j < kItem; ++j)
+      if (j < left) codes[j] = pack.value[j];
+  }
+}
+
+// Where one launch's results go, and how it rounds. `y` or `codes`.
+template <typename T>
+struct Rounding {
+  T* __restrict__ y;
+  int8_t* __restrict__ codes;
+  float half;
+  bool stochastic;
+
+  // grid_of(j): the grid and the inverse scale of element j.
+  template <bool kAligned, typename GridOf>
+  __device__ __forceinline__ void item(const float (&values)[kItem], int64_t at, int64_t left, const PhiloxKey& key,
+                                       uint64_t index, const GridOf& grid_of) const {
+    float uniform[kItem];
+    if (stochastic) {
+      const Philox4 block = key.block(index);
+#pragma unroll
+      for (int j = 0; j < kItem; ++j) uniform[j] = philox_uniform16(block, j);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kItem; ++j) uniform[j] = 0.5f;
+    }
+    float results[kItem];
+    if (codes) {
+#pragma unroll
+      for (int j = 0; j < kItem; ++j)
+        results[j] = round_to_grid<float>(values[j], grid_of.grid(j), grid_of.inverse(j), half, uniform[j]).code;
+      store_codes<kAligned>(codes + at, left, results);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kItem; ++j)
+        results[j] = round_to_grid<T>(values[j], grid_of.grid(j), grid_of.inverse(j), half, uniform[j]).value;
+      store_item<kAligned>(y + at, left, results);
+    }
+  }
+};
+
+struct SameGrid {
+  Grid value;
+  float inv_scale;
+  __device__ __forceinline__ Grid grid(int) const { return value; }
+  __device__ __forceinline__ float inverse(int) const { return inv_scale; }
+};
+
+struct ItemGrids {
+  Grid value[kItem];
+  float inv_scale[kItem];
+  __device__ __forceinline__ Grid grid(int j) const { return value[j]; }
+  __device__ __forceinline__ float inverse(int j) const { return inv_scale[j]; }
+};
+
+template <typename T, GridAxis kAxis, bool kAligned, typename Index>
+__global__ void __launch_bounds__(kThreads)
+    round_gradient_kernel(const T* __restrict__ x,           // [rows, columns]
+                          const float* __restrict__ scale,   // [1], [rows] or [columns]
+                          const float* __restrict__ offset,  // likewise
+                          int64_t columns, Index items, typename DivisorFor<Index>::type items_per_row,
+                          Rounding<T> rounding, PhiloxState philox) {
+  const PhiloxKey key(philox);
+  const Index item = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
+  if (item >= items) return;
+  const Index row = items_per_row.divide(item);
+  const int64_t column = static_cast<int64_t>(item - row * static_cast<Index>(items_per_row.divisor)) * kItem;
+  const int64_t at = static_cast<int64_t>(row) * columns + column;
+  float values[kItem];
+  load_item<kAligned>(x + at, columns - column, values);
+  if constexpr (kAxis == GridAxis::kColumn) {
+    ItemGrids grids;
+#pragma unroll
+    for (int j = 0; j < kItem; ++j) {
+      const int64_t k = column + j < columns ? column + j : column;
+      grids.value[j] = Grid{scale[k], offset[k]};
+      grids.inv_scale[j] = 1.0f / scale[k];
+    }
+    rounding.template item<kAligned>(values, at, columns - column, key, item, grids);
+  } else {
+    const int64_t k = kAxis == GridAxis::kRow ? static_cast<int64_t>(row) : 0;
+    const SameGrid grid{Grid{scale[k], offset[k]}, 1.0f / scale[k]};
+    rounding.template item<kAligned>(values, at, columns - column, key, item, grid);
+  }
+}
+
+// ---- whole rows in registers -----------------------------------------------------------------------------------------------
+
+constexpr int kMaxRowThreads = 1024;
+
+// A row for blockDim.x threads, kItems items each; blockDim.y rows a thread block, then of one warp each.
+template <typename T, int kItems, bool kAligned>
+__global__ void __launch_bounds__(kMaxRowThreads)
+    round_rows_kernel(const T* __restrict__ x,     // [rows, columns]
+                      float* __restrict__ scale,   // [rows]
+                      float* __restrict__ offset,  // [rows]
+                      int64_t rows, int64_t columns, int bits, bool preserve_zero, Rounding<T> rounding,
+                      PhiloxState philox) {
+  const PhiloxKey key(philox);
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const bool one_warp = blockDim.x == 32;
+  if (one_warp && row >= rows) return;
+  float values[kItems][kItem];
+  float min = INFINITY, max = -INFINITY;
+#pragma unroll
+  for (int u = 0; u < kItems; ++u) {
+    const int64_t column = (static_cast<int64_t>(u) * blockDim.x + threadIdx.x) * kItem;
+    if (column < columns) {
+      load_item<kAligned>(x + row * columns + column, columns - column, values[u]);
+#pragma unroll
+      for (int j = 0; j < kItem; ++j) {
+        min = min_nan(min, values[u][j]);
+        max = max_nan(max, values[u][j]);
+      }
+    }
+  }
+  warp_extremes(min, max);
+  if (!one_warp) {
+    __shared__ float mins[32], maxs[32];
+    const int warp = threadIdx.x / 32;
+    if (threadIdx.x % 32 == 0) {
+      mins[warp] = min;
+      maxs[warp] = max;
+    }
+    __syncthreads();
+    const int lane = threadIdx.x % 32 < blockDim.x / 32 ? threadIdx.x % 32 : 0;
+    min = mins[lane];
+    max = maxs[lane];
+    warp_extremes(min, max);
+  }
+  const Grid grid = make_grid(min, max, bits, preserve_zero);
+  if (threadIdx.x == 0) {
+    scale[row] = grid.scale;
+    offset[row] = grid.offset;
+  }
+  const SameGrid same{grid, 1.0f / grid.scale};
+  const uint64_t first_index = static_cast<uint64_t>(row * philox_blocks_per_row(columns));
+#pragma unroll
+  for (int u = 0; u < kItems; ++u) {
+    const int64_t item = static_cast<int64_t>(u) * blockDim.x + threadIdx.x, column = item * kItem;
+    if (column < columns)
+      rounding.template item<kAligned>(values[u], row * columns + column, columns - column, key,
+                                       first_index + static_cast<uint64_t>(item), same);
+  }
+}
+
+template <typename T>
+bool items_aligned(const void* x, const void* y, const void* codes, int64_t columns) {
+  return columns % kItem == 0 && is_aligned(x) && is_aligned(y) && is_aligned(codes);
+}
+
+template <typename F>
+void dispatch_bool(bool value, const F& f) {
+  value ? f(std::true_type{}) : f(std::false_type{});
+}
+
+template <typename F>
+void dispatch_axis(GridAxis axis, const F& f) {
+  if (axis == GridAxis::kColumn) return f(std::integral_constant<GridAxis, GridAxis::kColumn>{});
+  if (axis == GridAxis::kRow) return f(std::integral_constant<GridAxis, GridAxis::kRow>{});
+  f(std::integral_constant<GridAxis, GridAxis::kTensor>{});
+}
+
+}  // namespace
+
+int gradient_grids(const GradientGridsArgs& a, void* stream) {
+  if (a.splits >= kManySplits)
+    folded_grids_kernel<<<static_cast<unsigned>(a.groups), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(a);
+  else
+    gradient_grids_kernel<<<static_cast<unsigned>(ceil_div(a.groups, kThreads)), kThreads, 0,
+                            static_cast<cudaStream_t>(stream)>>>(a);
+  return cudaGetLastError();
+}
+
+int ordering_ranges(const OrderingRangesArgs& a, void* stream) {
+  ordering_ranges_kernel<<<static_cast<unsigned>(ceil_div(a.rows, kThreads)), kThreads, 0,
+                           static_cast<cudaStream_t>(stream)>>>(a);
+  return cudaGetLastError();
+}
+
+int round_gradient(const RoundGradientArgs& a, void* stream) {
+  const int64_t items_per_row = philox_blocks_per_row(a.columns), items = a.rows * items_per_row;
+  dispatch_float(a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Rounding<T> rounding{static_cast<T*>(a.y), a.codes, half_codes(a.bits), a.stochastic};
+    const auto launch = [&](auto axis, auto aligned, auto index) {
+      using Index = decltype(index);
+      using Divisor = typename DivisorFor<Index>::type;
+      round_gradient_kernel<T, axis.value, aligned.value, Index>
+          <<<static_cast<unsigned>(ceil_div(items, kThreads)), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+              static_cast<const T*>(a.x), a.scale, a.offset, a.columns, static_cast<Index>(items),
+              Divisor(static_cast<Index>(items_per_row)), rounding, a.philox);
+    };
+    dispatch_axis(a.axis, [&](auto axis) {
+      dispatch_bool(items_aligned<T>(a.x, a.y, a.codes, a.columns), [&](auto aligned) {
+        items < (int64_t{1} << 31) - kThreads ? launch(axis, aligned, uint32_t{}) : launch(axis, aligned, uint64_t{});
+      });
+    });
+  });
+  return cudaGetLastError();
+}
+
+int round_rows(const RoundRowsArgs& a, void* stream) {
+  const int64_t items = philox_blocks_per_row(a.columns);
+  dispatch_float(a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Rounding<T> rounding{static_cast<T*>(a.y), a.codes, half_codes(a.bits), a.stochastic};
+    const auto launch = [&](auto items_per_thread, auto aligned) {
+      const auto wide = static_cast<unsigned>(ceil_div(ceil_div(items, items_per_thread.value), 32) * 32);
+      const dim3 threads(wide, wide == 32 ? 8 : 1);
+      round_rows_kernel<T, items_per_thread.value, aligned.value>
+          <<<static_cast<unsigned>(ceil_div(a.rows, threads.y)), threads, 0, static_cast<cudaStream_t>(stream)>>>(
+              static_cast<const T*>(a.x), a.scale, a.offset, a.rows, a.columns, a.bits, a.preserve_zero, rounding,
+              a.philox);
+    };
+    dispatch_bool(items_aligned<T>(a.x, a.y, a.codes, a.columns), [&](auto aligned) {
+      if (items <= 64)
+        launch(std::integral_constant<int, 1>{}, aligned);
+      else if (items <= 2048)
+        launch(std::integral_constant<int, 2>{}, aligned);
+      else
+        launch(std::integral_constant<int, 4>{}, aligned);
+    });
+  });
+  return cudaGetLastError();
+}
+
+}  // namespace quantrain::cuda
