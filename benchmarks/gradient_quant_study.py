@@ -44,6 +44,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--epochs", type=int, help="accuracy; default: what --seconds leaves time for, at most 30")
     add("--batch-size", type=int, default=256, help="accuracy: images a step")
     add("--jobs", type=int, default=4, help="accuracy: processes that share the device")
+    add(
+        "--eager", action="store_true", help="no CUDA graphs; accuracy turns to it where a trial run cannot be captured"
+    )
     add("--precision", choices=["fp32", "tf32", "bf16"], default="tf32", help="accuracy")
     add("--no-page", action="store_true", help="all: neither figures nor tables")
     add("--page", type=Path, default=ROOT / "docs" / "gradient_quant.md", help="tables: the page they go into")
@@ -57,8 +60,10 @@ class Study:
 
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
+        from gradient_quant.captured import TrainingStep
 
         options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        TrainingStep.capturing = not options.eager
         self.options, self.quick = options, options.quick
 
     def image_task(self, batch_size: int, **layout):
@@ -111,12 +116,16 @@ def variance_part(study: Study) -> int:
     settings = variance.VarianceSettings()
     if study.quick:
         settings = replace(settings, train_steps=3, batches=2, draws=2, batch_variance_from=4, bits=(4, 8))
+    text_steps = settings.train_steps if study.quick else 1500
     weights = data.pretrained_resnet20() if study.options.data == "quantrain" else None
-    save = study.saver("variance", {**asdict(settings), "precision": "fp32", "image_batch": 128, "text_batch": 32})
+    save = study.saver(
+        "variance",
+        {**asdict(settings), "text_train_steps": text_steps, "precision": "fp32", "image_batch": 128, "text_batch": 32},
+    )
     started, failed = time.monotonic(), 0
     measured = (
         (study.image_task(128), settings, weights),
-        (study.text_task(32), replace(settings, lr=1e-3), None),
+        (study.text_task(32), replace(settings, lr=1e-3, train_steps=text_steps), None),
     )
     for place, (task, chosen, start) in enumerate(measured, start=1):
         deadline = started + study.options.seconds * place / len(measured)
@@ -153,45 +162,52 @@ def accuracy_part(study: Study) -> int:
     recipes = tuple(options.recipes.split(",")) if options.recipes else (*accuracy.RECIPES, "float")
     seeds, jobs, text_steps = options.seeds, options.jobs, TEXT_STEPS
     if study.quick:
-        recipes, seeds, jobs, text_steps = recipes[:2], 1, 1, 4
-        options.epochs = options.epochs or 1
-    started = time.monotonic()
-    steps_per_epoch = study.image_task(
-        options.batch_size
-    ).steps_per_epoch  # also decodes the archive, once for all workers
+        seeds, text_steps, options.epochs = 1, 4, options.epochs or 1
+    deadline = time.monotonic() + options.seconds
+    steps_per_epoch = study.image_task(options.batch_size).steps_per_epoch  # decodes the archive, once for all workers
     runs = accuracy.runs_of(recipes, seeds)
-
-    def command(run: accuracy.Run, steps: dict[str, int]) -> list[str]:
-        return [
-            *(
-                sys.executable,
-                str(Path(__file__).resolve()),
-                "worker",
-                "--device",
-                options.device,
-                "--data",
-                options.data,
-            ),
-            *("--batch-size", str(options.batch_size), "--precision", options.precision, *["--quick"] * study.quick),
-            *("--run", json.dumps({"recipe": run.recipe, "seed": run.seed, "steps": steps})),
-        ]
-
-    epochs = options.epochs
-    if epochs is None:
-        epochs = accuracy.EPOCHS[1]
-        if options.seconds < NO_LIMIT:
-            trial_started = time.monotonic()
-            trial = accuracy.run_worker(
-                command(accuracy.Run("fqt-bhq5", 0), {"resnet20": 300, "gpt": 200}), options.seconds
-            )
-            trial["wall"] = time.monotonic() - trial_started
-            left = options.seconds - (time.monotonic() - started)
-            epochs = accuracy.chosen_epochs(trial, left, len(runs), jobs, steps_per_epoch, text_steps)
+    epochs = options.epochs or accuracy.EPOCHS[1]
+    if not options.epochs and options.seconds < NO_LIMIT:
+        trial = trial_run(study, {"resnet20": 300, "gpt": 200}, deadline)
+        left = deadline - time.monotonic()
+        epochs = accuracy.chosen_epochs(trial, left, len(runs), jobs, steps_per_epoch, text_steps)
     steps = {"resnet20": epochs * steps_per_epoch, "gpt": text_steps}
     settings = {"epochs": epochs, "batch_size": options.batch_size, "precision": options.precision, "seeds": seeds}
     settings |= {"steps": steps, "peak_lr": accuracy.PEAK, "recipes": recipes}
+    settings["captured"] = options.device == "cuda" and not options.eager
     save = study.saver("accuracy", settings)
-    return accuracy.run_all(runs, lambda run: command(run, steps), jobs, started + options.seconds, save)
+    return accuracy.run_all(runs, lambda run: worker_command(study, run, steps), jobs, deadline, save)
+
+
+def trial_run(study: Study, steps: dict[str, int], deadline: float) -> dict:
+    """A short run with the device for itself, with its wall time; the study goes on eagerly where only that works."""
+    from gradient_quant import accuracy
+
+    run = accuracy.Run("fqt-bhq5", 0)
+    started = time.monotonic()
+    try:
+        trial = accuracy.run_worker(worker_command(study, run, steps), min(60.0, deadline - started))
+    except RuntimeError as error:
+        if study.options.eager:
+            raise
+        print(f"accuracy: the trial run FAILED captured, going on without CUDA graphs: {error}", flush=True)
+        study.options.eager = True
+        started = time.monotonic()
+        trial = accuracy.run_worker(worker_command(study, run, steps), min(60.0, deadline - started))
+    trial["wall"] = time.monotonic() - started
+    return trial
+
+
+def worker_command(study: Study, run, steps: dict[str, int]) -> list[str]:
+    """The command of one run's process."""
+    options = study.options
+    return [
+        *(sys.executable, str(Path(__file__).resolve()), "worker", "--device", options.device, "--data", options.data),
+        *("--batch-size", str(options.batch_size), "--precision", options.precision),
+        *["--quick"] * study.quick,
+        *["--eager"] * options.eager,
+        *("--run", json.dumps({"recipe": run.recipe, "seed": run.seed, "steps": steps})),
+    ]
 
 
 def worker_part(study: Study) -> int:

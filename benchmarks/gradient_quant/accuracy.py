@@ -75,7 +75,7 @@ def run_worker(command: list[str], timeout: float) -> dict:
         RuntimeError: it failed or ran out of time; the message is the end of what it printed.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=max(1.0, timeout))
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=min(max(1.0, timeout), 1e6))
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"{' '.join(command[2:])}: expected an end within {timeout:.0f} s, got none") from error
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]

@@ -72,6 +72,8 @@ class TrainingStep:
         precision: fp32, tf32 or bf16 (autocast).
     """
 
+    capturing = True  # False: plainly on a GPU too
+
     def __init__(self, task, model: nn.Module, precision: str) -> None:
         self.task, self.model, self.precision = task, model, precision
         self.index = next(iter(task.indices(0, 1))).clone()
@@ -79,7 +81,7 @@ class TrainingStep:
         self.loss_sum = torch.zeros((), device=task.device)
         make = Momentum if task.name == "resnet20" else adamw
         self.optimizer = make(model.parameters(), self.lr)
-        self.graph = self._captured() if task.device == "cuda" else None
+        self.graph = self._captured() if self.capturing and task.device == "cuda" else None
 
     def __call__(self, index: Tensor, lr: float) -> None:
         self.index.copy_(index)

@@ -36,7 +36,8 @@ def variance_text(path: Path, content: dict) -> str:
     biases = [row["bias"] for row in rows]
     return (
         f"Quantisation variance divided by batch variance, {settings['batches']} batches of {settings['image_batch']} images or "
-        f"{settings['text_batch']} sequences, {settings['draws']} draws each, {settings['train_steps']} steps of `qat-w8a8` before. "
+        f"{settings['text_batch']} sequences, {settings['draws']} draws each, {settings['train_steps']} (the GPT: {settings['text_train_steps']}) steps of `qat-w8a8` before, ResNet-20 from "
+        f"the pretrained weights. "
         f"{_source(path, content)}\n\n"
         + _table(["network", "mode", "quantizer", *[f"{bits} bits" for bits in shown]], lines)
         + f"\nThe squared mean of the error, as a multiple of what unbiased draws would leave (1): {min(biases):.2f} to "
@@ -50,7 +51,7 @@ def accuracy_text(path: Path, content: dict) -> str:
     text = (
         f"From fresh weights, the same schedule for every recipe: ResNet-20 for {settings['epochs']} epochs at batch "
         f"{settings['batch_size']}, the GPT for {settings['steps']['gpt']} steps of 32 x 128 bytes; {settings['precision']} "
-        f"products, the training step one CUDA graph. Mean over the seeds, in brackets how many and largest minus smallest. "
+        f"products{', the training step one CUDA graph' if settings['captured'] else ''}. Mean over the seeds, in brackets how many and largest minus smallest. "
         f"{_source(path, content)}\n"
     )
     for model, title in MODELS.items():

@@ -27,10 +27,10 @@ QAT = "qat-w8a8"
 class VarianceSettings:
     """What the part measures: ``train_steps`` of QAT first, then ``draws`` on each of ``batches``."""
 
-    train_steps: int = 300
+    train_steps: int = 400
     lr: float = 0.01
-    batches: int = 4
-    draws: int = 5
+    batches: int = 3
+    draws: int = 4
     batch_variance_from: int = 32
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     modes: tuple[str, ...] = ("hardware", "paper")

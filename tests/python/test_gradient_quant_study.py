@@ -64,13 +64,15 @@ def test_four_bits_make_more_noise_than_eight(quick, quantizer):
 
 def test_the_page_takes_the_results_over(quick, tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("a\n<!-- measured: variance -->\nold\n<!-- end -->\nb\n<!-- measured: accuracy -->\n<!-- end -->\n")
+    page.write_text(
+        "a\n<!-- measured: variance -->\nstale\n<!-- end -->\nb\n<!-- measured: accuracy -->\n<!-- end -->\n"
+    )
     figures.draw_all(quick, tmp_path / "figures")
     names = {path.name for path in (tmp_path / "figures").glob("*.png")}
     assert names == {f"gradient_quant_{name}.png" for name in ("householder", "variance", "accuracy")}
     tables.fill(page, quick, tmp_path / "figures")
     text = page.read_text()
-    assert "old" not in text and "| `householder` |" in text and "](figures/gradient_quant_accuracy.png)" in text
+    assert "stale" not in text and "| `householder` |" in text and "](figures/gradient_quant_accuracy.png)" in text
     assert tables.step_text(*results.newest(quick, "step")).count("`fqt-bhq5`") == 2
     tables.fill(page, quick, tmp_path / "figures")
     assert page.read_text() == text
@@ -133,7 +135,7 @@ def test_runs_come_seed_after_seed_and_stop_in_time():
     saved = []
     failed = accuracy.run_all(runs, lambda run: [sys.executable, "-c", "raise SystemExit(3)"], 2, 1e9, saved.append)
     assert (failed, saved) == (4, [])
-    reply = f"print('{accuracy.MARK}' + '{json.dumps({'recipe': 'a', 'seed': 0})}')"
+    reply = f"print({accuracy.MARK + json.dumps({'recipe': 'a', 'seed': 0})!r})"
     assert accuracy.run_all(runs, lambda run: [sys.executable, "-c", reply], 2, 1e9, saved.append) == 0
     assert len(saved) == 4
     assert accuracy.run_all(runs, lambda run: [sys.executable, "-c", reply], 2, 0.0, saved.append) == 0
@@ -144,7 +146,7 @@ def test_epochs_fit_the_time():
     trial = {"resnet20": {"seconds": 3.0, "steps": 300}, "gpt": {"seconds": 1.0, "steps": 200}, "wall": 12.0}
     epochs = accuracy.chosen_epochs(trial, 480, 33, 4, 195, 1000)
     total = 33 * (epochs * 195 * 0.01 + 1000 * 0.005)
-    assert 3 <= epochs and total < 480
+    assert epochs >= 3 and total < 480
     assert accuracy.chosen_epochs(trial, 10, 33, 4, 195, 1000) == 3
 
 
