@@ -4,6 +4,7 @@
 
 void bind_amp(pybind11::module_& module);
 void bind_nn(pybind11::module_& module);
+void bind_probe(pybind11::module_& module);
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "quantrain's compiled part";
@@ -11,4 +12,5 @@ PYBIND11_MODULE(_C, module) {
   module.attr("built_with_cuda") = static_cast<bool>(QUANTRAIN_CUDA_BUILD);
   bind_amp(module);
   bind_nn(module);
+  bind_probe(module);
 }

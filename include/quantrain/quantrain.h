@@ -6,6 +6,7 @@
 #include "quantrain/amp/grad_scaler.h"
 #include "quantrain/amp/master_weights.h"
 #include "quantrain/nn/checkpoint.h"
+#include "quantrain/nn/gradient_probe.h"
 #include "quantrain/nn/layers.h"
 #include "quantrain/nn/recipe.h"
 #include "quantrain/ops/fake_quant.h"

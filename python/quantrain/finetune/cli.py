@@ -1,4 +1,4 @@
-"""The console script ``quantrain``. Its command ``finetune`` fine-tunes a model under each of a list of recipes and compares."""
+"""The console script ``quantrain``: ``finetune`` fine-tunes a model under recipes and compares, ``probe`` looks at its gradients."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ examples:
   quantrain finetune --job sst2                        MiniLM-L6 on SST-2: qat-w8a8, qat-w4a8
   quantrain finetune --recipes qat-w4a8 ptq-w4a8       other recipes
   quantrain finetune --model my_models:tiny --data folder/with/idx/files --name tiny
+"""
+
+PROBE_EXAMPLES = """\
+examples:
+  quantrain probe runs/resnet20-fashion-mnist                            the first recipe's checkpoint
+  quantrain probe runs/resnet20-fashion-mnist --recipe fqt-bhq5          that recipe's
+  quantrain probe runs/r/qat-w8a8.trained.safetensors --quantizers per_tensor:8,per_sample:5,householder:5
 """
 
 # What each job does unless told otherwise: (normal, --quick).
@@ -121,7 +128,49 @@ def build_parser() -> argparse.ArgumentParser:
     machine = finetune.add_argument_group("machine")
     machine.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     machine.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's)")
+    _add_probe(commands)
     return parser
+
+
+def _add_probe(commands) -> None:
+    probe = commands.add_parser(
+        "probe",
+        help="measure what quantising the gradients of a fine-tuned model costs, layer by layer",
+        description="Run training batches through a checkpoint of quantrain finetune and measure bias, variance and bound of "
+        "its quantised gradients against the variance from batch to batch. Prints a table and which layers need more bits; "
+        "writes probe.json and probe.png.",
+        epilog=PROBE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    whole, number = _positive(int), _positive(float)
+    probe.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run's folder, or a checkpoint in it")
+    probe.add_argument("--recipe", help="whose checkpoint; where there is none, float32 prepared with it")
+    probe.add_argument(
+        "--quantizers",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        metavar="LIST",
+        help="quantizer:bits, separated by commas (default: the recipe's grad_input, else three quantizers at 5 bits)",
+    )
+    probe.add_argument("--batches", type=whole, default=8, help="training batches (8)")
+    probe.add_argument("--batch-size", type=whole, help="samples a batch (the run's)")
+    probe.add_argument("--draws", type=whole, default=8, help="of each gradient and quantizer, even, at least 4 (8)")
+    probe.add_argument(
+        "--fraction", type=number, default=0.1, help="what quantisation may add to the batch variance (0.1)"
+    )
+    probe.add_argument(
+        "--network",
+        type=whole,
+        default=0,
+        metavar="REPEATS",
+        help="also measure what each layer's noise does to all weight gradients: so many backward passes a layer and quantizer",
+    )
+    probe.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="for probe.json and probe.png (the folder probe of the run)"
+    )
+    probe.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    probe.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's)")
+    probe.add_argument("--seed", type=int, default=0, help="chooses the batches, seeds the draws (0)")
 
 
 def make_config(arguments: argparse.Namespace) -> JobConfig:
@@ -156,21 +205,42 @@ def finetune(arguments: argparse.Namespace, command: str) -> int:
         print(f"\nstopped at once; the same command goes on from the last save in {config.folder}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except ModuleNotFoundError as error:
-        print(
-            f"quantrain finetune: error: expected the package {error.name}, got none (pip install 'quantrain[train]')",
-            file=sys.stderr,
-        )
-        return EXIT_ERROR
+        return _missing("finetune", error)
     except (ValueError, OSError) as error:
-        print(f"quantrain finetune: error: {error}", file=sys.stderr)
-        return EXIT_ERROR
+        return _failed("finetune", error)
     return 0
+
+
+def probe(arguments: argparse.Namespace) -> int:
+    """Run the command ``probe``; the result is the exit status."""
+    values = {key: value for key, value in vars(arguments).items() if key != "command"}
+    try:
+        from quantrain.finetune.probe import ProbeSettings, run_probe
+
+        run_probe(ProbeSettings(**values))
+    except ModuleNotFoundError as error:
+        return _missing("probe", error)
+    except (ValueError, OSError) as error:
+        return _failed("probe", error)
+    return 0
+
+
+def _missing(command: str, error: ModuleNotFoundError) -> int:
+    return _failed(command, f"expected the package {error.name}, got none (pip install 'quantrain[train]')")
+
+
+def _failed(command: str, error: Exception | str) -> int:
+    print(f"quantrain {command}: error: {error}", file=sys.stderr)
+    return EXIT_ERROR
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script's entry; ``argv`` is the command line without the program's name."""
     words = sys.argv[1:] if argv is None else list(argv)
-    return finetune(build_parser().parse_args(words), shlex.join(["quantrain", *words]))
+    arguments = build_parser().parse_args(words)
+    if arguments.command == "probe":
+        return probe(arguments)
+    return finetune(arguments, shlex.join(["quantrain", *words]))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .conv_bn import QuantConvBn2d
 from .dynamic import fake_quantize_per_token, quantize_per_token
 from .fake_quantize import FakeQuantize
+from .gradient_probe import GradientProbe, ProbeTable
 from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear
 from .observers import (
     MinMaxObserver,
@@ -25,12 +26,14 @@ __all__ = [
     "PACT",
     "ErrorTable",
     "FakeQuantize",
+    "GradientProbe",
     "MSEObserver",
     "MinMaxObserver",
     "MovingAverageMinMaxObserver",
     "Observer",
     "PercentileObserver",
     "PrepareSummary",
+    "ProbeTable",
     "QuantConv2d",
     "QuantConvBn2d",
     "QuantEmbedding",
