@@ -37,7 +37,8 @@ constexpr const char* kHelp = R"(finetune_fashion_mnist [flags]
 
 Fine-tunes ResNet-20 under one recipe and writes metrics.jsonl and safetensors checkpoints (prepared, trained, converted).
 
-  --recipe NAME            qat-w8a8 (default), qat-w8a8-token, qat-w4a8, qat-w4a4, ptq-w8a8, ptq-w4a8
+  --recipe NAME            qat-w8a8 (default), qat-w8a8-token, qat-w4a8, qat-w4a4, ptq-w8a8, ptq-w4a8; with quantised gradients
+                           fqt-8 and fqt-ptqN, fqt-psqN, fqt-bhqN for N = 2 to 8 bits, also with -paper behind
   --checkpoint FILE        start from this model: a float32 one, which is calibrated first, or a prepared and calibrated one,
                            which brings its recipe (default: train a float32 model first)
   --data FOLDER            the four IDX files of Fashion-MNIST (default: $QUANTRAIN_DATA, Debian's dataset-fashion-mnist)
@@ -150,6 +151,7 @@ int64_t train(ResNet20& model, const ImageData& data, const Training& training, 
       std::max<int64_t>(1, static_cast<int64_t>(std::ceil(training.epochs * static_cast<double>(per_epoch))));
   const int64_t last = training.max_steps > 0 ? std::min(total, training.max_steps) : total;
   torch::optim::SGD optimizer = example::make_optimizer(*model);
+  torch::manual_seed(static_cast<uint64_t>(training.seed));  // quantised gradients draw from here, as in the Python trainer
   const auto start = std::chrono::steady_clock::now();
   example::ProgressLine progress(training.stage, last);
   at::Generator generator;

@@ -139,3 +139,335 @@ def test_conv2d_takes_two_draws_of_the_default_generator(case, device):
     expected = F.conv2d(x, w, b, *geometry)
     torch.testing.assert_close(mine[0], gradients(expected, x, first)[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(mine[1], gradients(expected, w, second)[0], rtol=1e-4, atol=1e-5)
+
+
+@on_each_device
+def test_the_two_draws_are_independent(device):
+    """The same quantizer for both: the errors of the two draws are uncorrelated (z-test, false alarm 1e-6)."""
+    x, w = tensors(device, (400, 6), (400, 6))
+    y = quantrain.fqt_linear(
+        x, w, grad_input="per_tensor", grad_input_bits=4, grad_weight="per_tensor", grad_weight_bits=4
+    )
+    g = torch.randn_like(y)
+    torch.manual_seed(0)
+    error = [quantrain.quantize_gradient(g, 4, "per_tensor") - g for _ in range(2)]
+    one, two = ((e - e.mean()) / e.std() for e in error)
+    z = (one * two).mean() * math.sqrt(g.numel())
+    assert abs(z) < NormalDist().inv_cdf(1 - FALSE_ALARM / 2)
+    grad_x, grad_w = gradients(y, (x, w), g, seed=0)
+    torch.testing.assert_close(grad_x, (g + error[0]) @ w)
+    torch.testing.assert_close(grad_w, (g + error[1]).t() @ x)
+
+
+def test_a_gradient_nobody_needs_draws_nothing():
+    x, w, b = tensors("cpu", (9, 6), (5, 6), (5,))
+    y = quantrain.fqt_linear(x, w, b, **quantizers("per_sample"))
+    g = torch.randn_like(y)
+    torch.manual_seed(7)
+    first = quantrain.quantize_gradient(g, 8, "per_channel", rows="token")
+    assert_same(gradients(y, w, g, seed=7)[0], first.t() @ x)
+    state = torch.get_rng_state()
+    torch.testing.assert_close(gradients(y, b, g)[0], g.sum(0))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_every_backward_draws_anew_and_a_seed_repeats_it():
+    x, w = tensors("cpu", (9, 6), (5, 6))
+    y = quantrain.fqt_linear(x, w, **quantizers("householder"))
+    g = torch.randn_like(y)
+    first, second, again = gradients(y, x, g, seed=1)[0], gradients(y, x, g)[0], gradients(y, x, g, seed=1)[0]
+    assert_same(first, again)
+    assert not torch.equal(first, second)
+
+
+class CountProducts(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_forward_is_computed_once_and_backward_takes_two_products():
+    x, w = tensors("cpu", (9, 6), (5, 6))
+    image, kernel = tensors("cpu", (2, 3, 6, 6), (4, 3, 3, 3))
+    with CountProducts() as forward:
+        y = quantrain.fqt_linear(x, w, **quantizers("per_sample"))
+        z = quantrain.fqt_conv2d(image, kernel, **quantizers("per_sample"))
+    with CountProducts() as backward:
+        (y.sum() + z.sum()).backward()
+    products = ("linear", "addmm", "matmul", "mm", "convolution", "convolution_backward")
+    assert sum(forward.count[name] for name in products) == 2
+    assert sum(backward.count[name] for name in products) == 4
+    assert backward.count["quantize_gradient"] == 4
+
+
+@on_each_device
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_nan_and_inf_reach_the_gradients(quantizer, bad, device):
+    x, w, b = tensors(device, (16, 6), (5, 6), (5,))
+    image, kernel = tensors(device, (8, 3, 6, 6), (4, 3, 3, 3))
+    for y, leaves in (
+        (quantrain.fqt_linear(x, w, b, **quantizers(quantizer, quantizer)), (x, w, b)),
+        (quantrain.fqt_conv2d(image, kernel, **quantizers(quantizer, quantizer)), (image, kernel)),
+    ):
+        g = torch.randn_like(y)
+        g.view(-1)[g.numel() // 2 + 1] = bad
+        for gradient in gradients(y, leaves, g):
+            assert not gradient.isfinite().all()
+
+
+@on_each_device
+def test_channels_last(device):
+    x, w = tensors(device, (4, 8, 6, 6), (5, 8, 3, 3))
+    x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = quantrain.fqt_conv2d(x, w, padding=1, **quantizers("per_sample", "per_tensor"))
+    g = torch.randn_like(y)
+    assert g.is_contiguous(memory_format=torch.channels_last)
+    mine = gradients(y, (x, w), g, seed=2)
+    torch.manual_seed(2)
+    first, second = quantrain.quantize_gradient(g, 5, "per_sample"), quantrain.quantize_gradient(g, 8, "per_tensor")
+    exact = F.conv2d(x, w, padding=1)
+    torch.testing.assert_close(mine[0], gradients(exact, x, first)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mine[1], gradients(exact, w, second)[0], rtol=1e-4, atol=1e-5)
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(dtype, device):
+    leaves = tensors(device, (16, 32), (24, 32), (24,), dtype=dtype)
+    y = quantrain.fqt_linear(*leaves, **quantizers("householder"))
+    g = torch.randn_like(y)
+    found = gradients(y, leaves, g, seed=0)
+    torch.manual_seed(0)
+    first = quantrain.quantize_gradient(g, 5, "householder", rows="token")
+    torch.testing.assert_close(found[0], first @ leaves[1])
+    assert [gradient.dtype for gradient in found] == [dtype] * 3
+
+
+# ---- the mean over draws ----------------------------------------------------------------------------------------------------
+
+
+def largest_z(draws, exact, directions=16):
+    """Largest |z| of the mean of ``draws`` [n, ...] against ``exact`` along random directions, and the bound it keeps with
+    probability 1 - FALSE_ALARM if the mean is exact (Bonferroni)."""
+    n = draws.shape[0]
+    g = torch.Generator().manual_seed(99)
+    along = torch.randn(exact.numel(), directions, generator=g, dtype=torch.float64)
+    errors = (draws.double() - exact.double()).reshape(n, -1) @ along
+    z = errors.mean(0) / (errors.std(0) / math.sqrt(n))
+    return float(z.abs().max()), NormalDist().inv_cdf(1 - FALSE_ALARM / (2 * directions))
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_the_mean_of_the_gradients_is_the_exact_gradient(quantizer):
+    x, w = tensors("cpu", (24, 6), (5, 6))
+    image, kernel = tensors("cpu", (12, 4, 5, 5), (4, 2, 3, 3))
+    keywords = quantizers(quantizer, quantizer, grad_input_bits=3, grad_weight_bits=3)
+    for y, exact, leaves in (
+        (quantrain.fqt_linear(x, w, **keywords), F.linear(x, w), (x, w)),
+        (quantrain.fqt_conv2d(image, kernel, groups=2, **keywords), F.conv2d(image, kernel, groups=2), (image, kernel)),
+    ):
+        # Rows of very different size, as gradients have them.
+        g = torch.randn_like(y) * torch.logspace(0, -4, y.shape[0]).reshape(-1, *[1] * (y.dim() - 1))
+        expected = gradients(exact, leaves, g)
+        torch.manual_seed(5)
+        draws = [gradients(y, leaves, g) for _ in range(3000)]
+        for place, mean in enumerate(expected):
+            z, bound = largest_z(torch.stack([draw[place] for draw in draws]), mean)
+            assert z < bound
+
+
+# ---- autocast, compilers, refusals ------------------------------------------------------------------------------------------
+
+
+@on_each_device
+def test_autocast_casts_as_for_linear_and_conv2d(device):
+    dtype = torch.float16 if device == "cuda" else torch.bfloat16
+    x, w, b = tensors(device, (9, 6), (5, 6), (5,))
+    image, kernel = tensors(device, (2, 3, 6, 6), (4, 3, 3, 3))
+    with torch.autocast(device, dtype=dtype):
+        assert_same(quantrain.fqt_linear(x, w, b, **quantizers("per_sample")), F.linear(x, w, b))
+        y = quantrain.fqt_conv2d(image, kernel, padding="same", **quantizers("per_sample", "per_tensor"))
+        assert_same(y, F.conv2d(image, kernel, padding="same"))
+    assert y.dtype == dtype
+    y.float().square().sum().backward()
+    assert image.grad.dtype == kernel.grad.dtype == torch.float32
+    assert kernel.grad.isfinite().all()
+
+
+@on_each_device
+@pytest.mark.parametrize("quantizer", ["none", *QUANTIZERS])
+def test_opcheck_linear(quantizer, device):
+    x, w, b = tensors(device, (4, 3, 6), (5, 6), (5,))
+    opcheck(ops.fqt_linear, (x, w, b), quantizers(quantizer))
+    opcheck(ops.fqt_linear, (x, w), quantizers(quantizer, "none"))
+
+
+@on_each_device
+@pytest.mark.parametrize("quantizer", ["none", *QUANTIZERS])
+def test_opcheck_conv2d(quantizer, device):
+    x, w, b = tensors(device, (4, 4, 7, 7), (6, 2, 3, 3), (6,))
+    opcheck(ops.fqt_conv2d.default, (x, w, b, [2, 2], [1, 1], [1, 1], 2), quantizers(quantizer))
+    opcheck(ops.fqt_conv2d.padding, (x, w, None, [1, 1], "same", [1, 1], 2), quantizers(quantizer, "none"))
+
+
+def step(x, w, b, image, kernel, quantised=True):
+    linear = quantizers("householder") if quantised else {}
+    conv = quantizers("per_sample", "per_tensor") if quantised else {}
+    y = quantrain.fqt_linear(x.relu(), w * 2, b, **linear)
+    z = quantrain.fqt_conv2d(image, kernel, None, 1, "same", **conv)
+    return y.square().sum() + z.relu().square().sum()
+
+
+def step_leaves(device, rows):
+    return tensors(device, (rows, 6), (5, 6), (5,), (rows, 3, 6, 6), (4, 3, 3, 3), seed=rows)
+
+
+@on_each_device
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_the_same_draws(device, dynamic):
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows in (8, 12) if dynamic else (8,):
+        results = []
+        for function in (step, compiled):
+            leaves = step_leaves(device, rows)
+            loss = function(*leaves)
+            torch.manual_seed(1)
+            results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+        for eager, mine in zip(*results, strict=True):
+            torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1e-4)
+
+
+@on_each_device
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductor_keeps_the_mean(device, dynamic):
+    """Inductor may order the draws of two layers in its own way: the mean of the gradients stays the exact gradient."""
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    for rows in (8, 12) if dynamic else (8,):
+        leaves = step_leaves(device, rows)
+        exact = step(*leaves, quantised=False)
+        torch.testing.assert_close(compiled(*leaves), exact)
+        expected = torch.autograd.grad(exact, leaves)
+        torch.manual_seed(1)
+        draws = [torch.autograd.grad(compiled(*leaves), leaves) for _ in range(1000)]
+        for place, mean in enumerate(expected):
+            gradient = torch.stack([draw[place] for draw in draws]).cpu()
+            if place == 2:  # the bias: no draw
+                torch.testing.assert_close(gradient[-1], mean.cpu(), rtol=1e-4, atol=1e-4)
+            else:
+                z, bound = largest_z(gradient, mean.cpu())
+                assert z < bound
+
+
+def test_exports():
+    class Model(torch.nn.Module):
+        def forward(self, x, w):
+            return quantrain.fqt_linear(x, w, **quantizers("householder"))
+
+    x, w = torch.randn(4, 6), torch.randn(5, 6)
+    program = torch.export.export(Model(), (x, w), dynamic_shapes=({0: torch.export.Dim("batch", min=2)}, None))
+    other = torch.randn(7, 6)
+    assert_same(program.module()(other, w), F.linear(other, w))
+
+
+def test_meta_device_gives_shapes():
+    x, w = torch.empty(4, 3, 6, device="meta"), torch.empty(5, 6, device="meta")
+    assert quantrain.fqt_linear(x, w).shape == (4, 3, 5)
+    x, w = torch.empty(4, 3, 9, 9, device="meta"), torch.empty(5, 3, 3, 3, device="meta")
+    assert quantrain.fqt_conv2d(x, w, stride=2, padding=1).shape == (4, 5, 5, 5)
+
+
+def test_a_second_derivative_is_refused():
+    x, w = tensors("cpu", (9, 6), (5, 6))
+    image, kernel = tensors("cpu", (2, 3, 6, 6), (4, 3, 3, 3))
+    for name, y, leaves in (
+        ("fqt_linear", quantrain.fqt_linear(x, w, **quantizers("per_sample")), (x, w)),
+        ("fqt_conv2d", quantrain.fqt_conv2d(image, kernel, **quantizers("per_sample")), (image, kernel)),
+    ):
+        for leaf in leaves:
+            (gradient,) = torch.autograd.grad(y.sum(), leaf, create_graph=True)
+            assert gradient.requires_grad
+            with pytest.raises(NotImplementedError, match=f"{name}: expected one derivative, got a second one"):
+                gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"grad_input": "nearest"}, ValueError, "expected grad_input to be one of none, per_tensor, per_sample, per_channel, householder, got 'nearest'"),
+        ({"grad_weight": "bhq"}, ValueError, "expected grad_weight to be one of none, per_tensor, .*, got 'bhq'"),
+        ({"grad_input_bits": 1}, ValueError, "expected grad_input_bits in 2 to 8, got 1"),
+        ({"grad_weight_bits": 9}, ValueError, "expected grad_weight_bits in 2 to 8, got 9"),
+        ({"grad_input_rows": "row"}, ValueError, "expected grad_input_rows to be one of sample, token, got 'row'"),
+        ({"grad_weight_max_group": 2}, ValueError, "expected grad_weight_max_group in 3 to 256, got 2"),
+        ({"grad_input": "householder", "grad_input_preserve_zero": True}, ValueError, "expected grad_input_preserve_zero with another quantizer"),
+    ],
+)  # fmt: skip
+def test_bad_quantizers_are_refused_by_the_forward_pass(change, error, message):
+    x, w = torch.randn(4, 6), torch.randn(5, 6)
+    with pytest.raises(error, match=f"^fqt_linear: {message}"):
+        quantrain.fqt_linear(x, w, **change)
+    with pytest.raises(error, match=f"^fqt_conv2d: {message}"):
+        quantrain.fqt_conv2d(torch.randn(2, 3, 6, 6), torch.randn(4, 3, 3, 3), **change)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: quantrain.fqt_linear(torch.ones(4, 6), torch.ones(5, 7)), ValueError, "fqt_linear: expected input"),
+        (lambda: quantrain.fqt_linear(torch.ones(4, 6), torch.ones(5)), ValueError, "fqt_linear: expected weight"),
+        (lambda: quantrain.fqt_linear(torch.tensor(1.0), torch.ones(5, 6)), ValueError, "fqt_linear: expected input"),
+        (lambda: quantrain.fqt_linear(torch.ones(4, 6), torch.ones(5, 6), torch.ones(6)), ValueError, "fqt_linear: expected bias"),
+        (lambda: quantrain.fqt_linear(torch.ones(4, 6).int(), torch.ones(5, 6).int()), TypeError, "fqt_linear: expected input of float32"),
+        (lambda: quantrain.fqt_linear(torch.ones(4, 6).double(), torch.ones(5, 6).double(), grad_input="per_sample"), TypeError, "fqt_linear: expected input of float32, float16 or bfloat16, got Double"),
+        (lambda: quantrain.fqt_linear(torch.ones(4, 6), torch.ones(5, 6).half()), TypeError, "fqt_linear: expected weight of input's type Float, got Half"),
+        (lambda: quantrain.fqt_linear(torch.ones(4, 6), torch.ones(5, 6, device="meta")), TypeError, "fqt_linear: expected weight on input's device cpu, got meta"),
+        (lambda: quantrain.fqt_conv2d(torch.ones(4, 6), torch.ones(5, 6, 3, 3)), ValueError, "fqt_conv2d: expected input"),
+        (lambda: quantrain.fqt_conv2d(torch.ones(1, 6, 8, 8), torch.ones(5, 6, 3)), ValueError, "fqt_conv2d: expected weight"),
+        (lambda: quantrain.fqt_conv2d(torch.ones(1, 6, 8, 8), torch.ones(4, 6, 3, 3), groups=2), ValueError, "fqt_conv2d: expected input of C channels"),
+        (lambda: quantrain.fqt_conv2d(torch.ones(1, 6, 8, 8), torch.ones(4, 6, 3, 3), groups=0), ValueError, "fqt_conv2d: expected input of C channels"),
+        (lambda: quantrain.fqt_conv2d(torch.ones(1, 6, 8, 8), torch.ones(4, 6, 3, 3), padding="full"), ValueError, "fqt_conv2d: expected padding to be sizes, 'same' or 'valid', got 'full'"),
+        (lambda: quantrain.fqt_conv2d(torch.ones(1, 6, 8, 8), torch.ones(4, 6, 3, 3), stride=2, padding="same"), ValueError, "fqt_conv2d: expected stride 1 with padding 'same', got 2"),
+        (lambda: quantrain.fqt_conv2d(torch.ones(1, 6, 8, 8), torch.ones(4, 6, 3, 3), stride=(1, 1, 1)), ValueError, "fqt_conv2d: expected two sizes each"),
+    ],
+)  # fmt: skip
+def test_bad_tensors_are_refused(call, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        call()
+
+
+@pytest.mark.cuda
+def test_a_step_is_captured_in_a_cuda_graph():
+    x, w = tensors("cuda", (64, 32), (16, 32))
+    image, kernel = tensors("cuda", (8, 3, 6, 6), (4, 3, 3, 3))
+
+    def run():
+        y = quantrain.fqt_linear(x, w, **quantizers("householder"))
+        z = quantrain.fqt_conv2d(image, kernel, **quantizers("per_sample", "per_tensor"))
+        (y.square().sum() + z.square().sum()).backward()
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    for leaf in (x, w, image, kernel):
+        leaf.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    results = []
+    for _ in range(2):
+        for leaf in (x, w, image, kernel):
+            leaf.grad.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        results.append([leaf.grad.clone() for leaf in (x, w, image, kernel)])
+    for first, second in zip(*results, strict=True):
+        assert first.isfinite().all() and not torch.equal(first, second)  # each replay draws anew

@@ -177,6 +177,7 @@ class _State:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         }
         temporary = self.path.with_suffix(".tmp")
         torch.save(state, temporary)
@@ -195,6 +196,8 @@ class _State:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["rng"].cpu())
+            if torch.cuda.is_available() and state.get("cuda_rng") is not None:
+                torch.cuda.set_rng_state(state["cuda_rng"].cpu())
             return state["step"], state["seconds"], state["durations"]
         except Exception as error:
             raise ValueError(f"{self.path}: expected the state of this training stage, got {error}") from error
@@ -251,6 +254,7 @@ def train(
     last = total if settings.max_steps is None else min(total, settings.max_steps)
     per_epoch = math.ceil(data.train_size / settings.batch_size)
     optimizer = make_optimizer(model, settings)
+    torch.manual_seed(settings.seed)  # dropout and quantised gradients draw from here, whatever ran before
     state = _State(state_path, model, optimizer)
     first, before, durations = state.load(device)
     metrics.forget_after(stage, first)

@@ -1,6 +1,6 @@
 """Layers, observers and model transforms for quantised training: prepare -> train or calibrate -> convert."""
 
-from .calibrate import calibrate, calibration, enable_fake_quant, enable_observer
+from .calibrate import calibrate, calibration, enable_fake_quant, enable_gradient_quant, enable_observer
 from .checkpoint import load_checkpoint, save_checkpoint
 from .conv_bn import QuantConvBn2d
 from .dynamic import fake_quantize_per_token, quantize_per_token
@@ -18,7 +18,7 @@ from .observers import (
 from .pact import PACT, pact
 from .prepare import PrepareSummary, convert, prepare
 from .quantized import QuantizedConv2d, QuantizedEmbedding, QuantizedLayer, QuantizedLinear
-from .recipes import as_recipe, changed_recipe, weight_scale_shape
+from .recipes import as_recipe, changed_recipe, gradient_arguments, weight_scale_shape
 from .report import ErrorTable, SizeTable, model_size, quantization_error
 from .tables import Table
 
@@ -51,8 +51,10 @@ __all__ = [
     "changed_recipe",
     "convert",
     "enable_fake_quant",
+    "enable_gradient_quant",
     "enable_observer",
     "fake_quantize_per_token",
+    "gradient_arguments",
     "load_checkpoint",
     "make_observer",
     "model_size",

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from .fake_quantize import FakeQuantize
+from .layers import QuantLayer
 
-__all__ = ["calibrate", "calibration", "enable_fake_quant", "enable_observer"]
+__all__ = ["calibrate", "calibration", "enable_fake_quant", "enable_gradient_quant", "enable_observer"]
 
 
 def fake_quants(model: nn.Module) -> list[FakeQuantize]:
@@ -36,6 +37,16 @@ def enable_fake_quant(model: nn.Module, enabled: bool = True) -> None:
     """
     for fake_quant in fake_quants(model):
         fake_quant.enable_fake_quant(enabled)
+
+
+def enable_gradient_quant(model: nn.Module, enabled: bool = True) -> None:
+    """Turns the quantisation of gradients in every layer of ``model`` on or off; off, the gradients are those of QAT.
+
+    >>> enable_gradient_quant(nn.Sequential(), False)
+    """
+    for module in model.modules():
+        if isinstance(module, QuantLayer):
+            module.enable_gradient_quant(enabled)
 
 
 @contextmanager

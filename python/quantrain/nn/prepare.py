@@ -33,11 +33,13 @@ _TWINS: dict[type[nn.Module], type[QuantLayer]] = {
 class PrepareSummary(Table):
     """What ``prepare`` did: one row a quantised layer, and ``left_float``: name -> why a module stayed in floating point.
 
-    ``recipe`` is the model's recipe.
+    ``recipe`` is the model's recipe. The columns grad_input and grad_weight appear where a layer has one of them.
     """
 
     def __init__(self, rows: Sequence[Mapping], left_float: Mapping[str, str], recipe: Recipe):
         columns = {"layer": "layer", "type": "type", "weight": "weight", "input": "input", "output": "output"}
+        gradients = {"grad_input": "grad_input", "grad_weight": "grad_weight"}
+        columns |= {key: header for key, header in gradients.items() if any(row[key] for row in rows)}
         notes = [f"left float: {name} ({reason})" for name, reason in left_float.items()]
         super().__init__(columns, rows, title=f"recipe {recipe.name or '(unnamed)'}: {len(rows)} layers", notes=notes)
         self.left_float, self.recipe = dict(left_float), recipe
@@ -63,7 +65,7 @@ def prepare(
         model: a float model.
         recipe: a :class:`quantrain.Recipe` or the name of one (``quantrain.Recipe.names()``).
         overrides: layer-name pattern (fnmatch, e.g. ``"layer1.*"``) -> a Recipe, a name, or a mapping of changed fields such
-            as ``{"weight": {"bits": 8}, "input": None}``. Where several patterns match, the last one wins. An override also
+            as ``{"weight": {"bits": 8}, "grad_input": None}``. Where several patterns match, the last one wins. An override also
             wins over the recipe's ``edge_bits`` (bits of the first and last layer, in order of call where the model could
             be traced, else of registration).
         skip: layer-name patterns to leave in floating point; one that names a batch norm keeps it unfolded.
@@ -256,7 +258,17 @@ def _summary_row(name: str, layer: QuantLayer) -> dict[str, str | None]:
             grouped = spec.granularity == "per_group" and any(size > 1 for size in fake_quant.scale_shape[1:])
             granularity = "per_channel" if spec.granularity == "per_group" and not grouped else spec.granularity
             row[tensor] = f"{kind}{spec.bits} {granularity} ({source})"
+    for tensor in ("grad_input", "grad_weight"):
+        row[tensor] = _gradient_cell(layer.gradient_arguments or {}, tensor)
     return row
+
+
+def _gradient_cell(arguments: Mapping[str, str | int | bool], tensor: str) -> str | None:
+    if tensor not in arguments:
+        return None
+    rows = "" if arguments[tensor] == "per_tensor" else f" ({arguments[f'{tensor}_rows']})"
+    zero = ", zero kept" if arguments[f"{tensor}_preserve_zero"] else ""
+    return f"{arguments[f'{tensor}_bits']} bits {arguments[tensor]}{rows}{zero}"
 
 
 def _swapped(model: nn.Module, twins: Mapping[int, nn.Module]) -> nn.Module:
