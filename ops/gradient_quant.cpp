@@ -404,6 +404,15 @@ CodesTuple quantize_gradient_codes_seeded_kernel(const at::Tensor& grad, int64_t
   return codes_with(grad, request, seeded(seed, offset));
 }
 
+// A plan made by hand must not lead outside the tensor. On CUDA the check would wait for the device.
+void check_positions(const at::Tensor& order) {
+  if (!order.is_cpu()) return;
+  const auto* positions = order.const_data_ptr<int32_t>();
+  for (int64_t p = 0; p < order.numel(); ++p)
+    QUANTRAIN_CHECK_VALUE(positions[p] >= 0 && positions[p] < order.numel(), "{}: expected order in [0, {}), got {}",
+                          kReflect, order.numel(), positions[p]);
+}
+
 // The reflection's blocks need not be known: a group never crosses one, and a leader opens each group.
 at::Tensor reflect_rows_kernel(const at::Tensor& input, const at::Tensor& order, const at::Tensor& reflector,
                                bool inverse) {
@@ -411,6 +420,7 @@ at::Tensor reflect_rows_kernel(const at::Tensor& input, const at::Tensor& order,
   if (order.numel() == 0) return result.copy_(input);
   if (input.numel() == 0) return result;
   const at::Tensor x = input.contiguous(), positions = order.contiguous(), by_position = reflector.contiguous();
+  check_positions(positions);
   const ReflectRowsArgs args{x.const_data_ptr<float>(),
                              result.mutable_data_ptr<float>(),
                              positions.const_data_ptr<int32_t>(),

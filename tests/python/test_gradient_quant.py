@@ -66,7 +66,8 @@ def test_the_grid_and_the_codes_are_the_oracles(sample, quantizer, dtype, device
     assert not (differs & ~undecided).any()
     assert ((codes.double() - expected.codes).abs()[differs] <= 1).all()
     assert differs.double().mean() < 0.01
-    assert codes.min() >= -(2 ** (quantizer.bits - 1)) and codes.max() < 2 ** (quantizer.bits - 1)
+    half = 2 ** (quantizer.bits - 1)
+    assert codes.min().item() >= -half and codes.max().item() < half
 
 
 @each(SAMPLES)
@@ -182,9 +183,10 @@ def test_groups_keep_the_authors_rule(rows, kind, max_group):
     x = Sample("", (rows, 5), kind, seed=rows).make()
     _, _, _, order, reflector = encode(x, HOUSEHOLDER, seed=1, offset=0, max_group=max_group)
     assert sorted(order.tolist()) == list(range(rows))
-    order_expected, reflector_expected = reference.plan(x, max_group)
-    assert order.tolist() == order_expected.tolist()
-    torch.testing.assert_close(reflector.double(), reflector_expected, rtol=3e-7, atol=0)
+    if kind != "equal_rows":  # whether 3 of 6 equal ranges are more than half their sum is for the last bit of the sum
+        order_expected, reflector_expected = reference.plan(x, max_group)
+        assert order.tolist() == order_expected.tolist()
+        torch.testing.assert_close(reflector.double(), reflector_expected, rtol=3e-7, atol=0)
     blocks = -(-rows // max_group)
     ranges = (x.amax(1) - x.amin(1)).double()
     starts = reference.group_starts(reflector)
@@ -217,14 +219,17 @@ def test_reflect_rows_is_the_dense_product(sample, dtype, device):
     forward, inverse = reference.dense(*reference.plan(x, sample.max_group))
     y = ops._reflect_rows(x.to(device), plan.order, plan.reflector)
     back = ops._reflect_rows(y, plan.order, plan.reflector, inverse=True)
-    # A sum of at most 256 float32 terms: 2^-24 a rounding, of the sum of magnitudes; s carries one more.
+    # A group's k products are added one after the other: a float32 rounding each, of at most the sum of magnitudes.
+    starts = reference.group_starts(plan.reflector.cpu())
+    k = max(b - a for a, b in zip(starts, starts[1:], strict=False))
+    unit = 2**-24 * (k + 8)
     for found, matrix, source in ((y, forward, x), (back, inverse, y.cpu())):
         magnitude = matrix.abs() @ source.double().abs() + source.double().abs()
         error = (found.cpu().double() - matrix @ source.double()).abs()
-        assert (error <= 2**-20 * (magnitude + magnitude.amax(0))).all()
+        assert (error <= unit * (magnitude + magnitude.amax(0))).all()
     zero = (x == 0).all(1)
     assert (back.cpu()[zero] == 0).all()
-    assert (back.cpu() - x).abs().max() <= 2**-19 * x.abs().max()
+    assert (back.cpu() - x).abs().max() <= 2 * unit * x.abs().max()
 
 
 @each(SAMPLES)
@@ -327,7 +332,8 @@ def test_constant_rows_and_columns_stay_constant(dtype, device):
         assert_same(simulate(grad, Quantizer("per_sample", bits)), grad)
         assert_same(simulate(grad.t().contiguous(), Quantizer("per_channel", bits)), grad.t().contiguous())
         one = grad[:1].expand(4, 14).contiguous()
-        assert_same(simulate(one, Quantizer("per_tensor", bits)), one)  # zero and one value: both ends of the grid
+        # Zero and the value are the ends of this grid, so the value is kept but for the last bit of B (value / B).
+        torch.testing.assert_close(simulate(one, Quantizer("per_tensor", bits)), one, rtol=2**-23, atol=0)
 
 
 @on_each_device
@@ -498,9 +504,9 @@ def test_rows_share_no_random_numbers():
     """Each row and each column has its own numbers, also in rows that end inside a block of eight."""
     u = reference.uniforms(1, 0, 50, 13)
     assert torch.unique(u).numel() > 0.97 * u.numel()  # 16 bits: about 3 of 650 coincide
-    grad = torch.rand(1, 13).expand(50, 13).contiguous()
+    grad = torch.rand(1, 61).expand(50, 61).contiguous()
     codes = encode(grad, Quantizer("per_sample", 2), seed=1, offset=0).codes
-    assert len({tuple(r) for r in codes.tolist()}) > 40
+    assert len({tuple(r) for r in codes.tolist()}) == 50
 
 
 # ---- the Python function ----

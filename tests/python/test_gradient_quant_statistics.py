@@ -96,8 +96,9 @@ def test_sums_of_elements_are_unbiased(quantizer, dtype, power):
     g = torch.Generator().manual_seed(1)
     signs = torch.stack([torch.ones_like(x), torch.randn(x.shape, generator=g).sign().double(), x.sign()])
     sums = torch.einsum("nij,sij->ns", draws(grad, quantizer, n) - x, signs)
-    z = sums.mean(0) / (sums.std(0) / math.sqrt(n))
-    assert (z.abs() < LIMIT).all(), z
+    # Where every element is on its grid (the smallest halves are) there is no error at all.
+    assert (sums.mean(0).abs() <= LIMIT * sums.std(0) / math.sqrt(n)).all()
+    assert dtype == torch.float16 and power == -20 or (sums.std(0) > 0).all()
 
 
 @with_each_quantizer
@@ -391,3 +392,13 @@ def test_variance_against_the_size_of_groups(kind, rows):
 def test_samples_and_quantizers_are_all_covered():
     assert {q.quantizer for q in QUANTIZERS} == {"per_tensor", "per_sample", "per_channel", "householder"}
     assert len(DTYPES) == 3
+
+
+@pytest.mark.parametrize("kind", ["normal", "lognormal", "one_row", "eight_rows"])
+def test_float32_leaves_less_than_a_thousandth_of_a_step(kind):
+    """What float32 adds to T x, and so to the mean of a result, at 8 bits and the default size of groups."""
+    x = table_data(kind, 0)
+    found = encode(x, Quantizer("householder"), seed=1, offset=0)
+    y = torch.ops.quantrain._reflect_rows(x, found.order, found.reflector).double()
+    exact = reference.dense(found.order, found.reflector)[0] @ x.double()
+    assert ((y - exact).abs() / found.scale).max() < 1e-3

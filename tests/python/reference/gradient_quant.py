@@ -122,8 +122,8 @@ def leader_scale(v_lead, v_small, k):
 
 
 def groups(x, max_group=128):
-    """The groups of finite x [N, D], block after block."""
-    ranges = (x.double().amax(1) - x.double().amin(1)).tolist()
+    """The groups of finite x [N, D], block after block; rows are ordered by their ranges in float32."""
+    ranges = (x.float().amax(1) - x.float().amin(1)).tolist()
     descending = sorted(range(len(ranges)), key=lambda i: -ranges[i])  # stable
     blocks = -(-len(ranges) // max_group)
     result = []
