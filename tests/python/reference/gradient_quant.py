@@ -193,10 +193,16 @@ def in_type(value, dtype):
 def round_to_grid(x, scale, offset, bits, u, dtype=torch.float32):
     """(codes, values in `dtype`) of x on a given grid, every step rounded to float32: equal to the operators' bit for bit."""
     x, u = x.float(), u.float()
-    code = torch.floor((x - offset) * (1.0 / scale)).clamp(low_code(bits), -low_code(bits) - 2)
+    code = torch.round((x - offset) * (1.0 / scale) - 0.5).clamp(low_code(bits), -low_code(bits) - 2)
     low, high = (in_type(c * scale + offset, dtype) for c in (code, code + 1))
     up = x - low > u * (high - low)
     return (code + up).to(torch.int8), torch.where(up, high, low).to(dtype)
+
+
+def dithered_code(y, scale, offset, bits, u):
+    """(codes, values) of y = T x on a given grid, every step rounded to float32: householder's, bit for bit."""
+    code = torch.round((y - offset) * (1.0 / scale) + (u.float() - 0.5)).clamp(low_code(bits), -low_code(bits) - 1)
+    return code.to(torch.int8), code * scale + offset
 
 
 def round_to_type(value, u, dtype):
@@ -243,14 +249,14 @@ def _neighbours(y, bits, scale, offset, dtype=torch.float64):
     return code, low, high
 
 
-def quantize(x, bits, quantizer, u=None, preserve_zero=False, max_group=128):
-    """x^ of finite x [N, D] for uniforms u [N, D]; None: to the nearest."""
+def quantize(x, bits, quantizer, u, preserve_zero=False, max_group=128):
+    """x^ of finite x [N, D] for uniforms u [N, D]: up where p > u, with householder where p > 1 - u (p + u is rounded down)."""
     y, inverse, scale, offset = _prepare(x, bits, quantizer, preserve_zero, max_group)
     code, low, high = _neighbours(y, bits, scale, offset)
     p = torch.where(
         high > low, (y - low) / torch.where(high > low, high - low, torch.ones_like(y)), torch.zeros_like(y)
     )
-    threshold = torch.full_like(p, 0.5) if u is None else u
+    threshold = 1 - u if quantizer == HOUSEHOLDER else u
     code = code + (p > threshold)
     value = code * scale + offset
     return Quantized(
