@@ -1,11 +1,9 @@
 #include "nn/gradient_probe.h"
 
-// The names of the JSON are those of the structs in the header. State is shared with the hooks that watch() leaves in autograd's graph,
-// which hold it weakly: a probe may go before a backward pass.
+// State is shared with the hooks that watch() leaves in autograd's graph, which hold it weakly: a probe may go before a backward pass.
 
 #include <algorithm>
 #include <cmath>
-#include <iomanip>
 #include <mutex>
 #include <sstream>
 #include <utility>
@@ -16,7 +14,6 @@
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/variable.h>
-#include <nlohmann/json.hpp>
 
 #include "nn/gradient_probe_statistics.h"
 #include "nn/layers.h"
@@ -25,8 +22,6 @@
 
 namespace quantrain::nn {
 namespace {
-
-using Json = nlohmann::ordered_json;
 
 constexpr int64_t kMostBits = 8;
 
@@ -62,59 +57,6 @@ void check_options(const GradientProbeOptions& options) {
   }
 }
 
-// A weight's gradient over batches, each batch with one pass or several. Sums of float64 over elements.
-class BatchSums {
- public:
-  void add(const at::Tensor& grad, bool repeat) {
-    const at::Tensor value = grad.detach().to(at::kDouble);
-    if (!repeat) {
-      finish();
-      group_ = at::zeros_like(value);
-    }
-    if (!group_.defined()) return;
-    group_ += value;
-    group_square_ += value.square().sum().item<double>();
-    passes_ += 1;
-  }
-
-  ProbeLayer summary(const std::string& layer) {
-    finish();
-    ProbeLayer result{layer, batches_, {}, {}, {}};
-    if (batches_ == 0) return result;
-    const double b = static_cast<double>(batches_), mean_square = square_of(sum_) / (b * b);
-    result.gradient_square = mean_square;
-    if (repeats_ > 0) result.repeat_variance = within_ / static_cast<double>(repeats_);
-    if (batches_ > 1) {
-      const double of_means = std::max((means_square_ - b * mean_square) / (b - 1), 0.0);
-      // What is left of the passes' own noise in the means of batches.
-      const double noise = result.repeat_variance.value_or(0) * inverse_passes_ / b;
-      result.batch_variance = std::max(of_means - noise, 0.0);
-    }
-    return result;
-  }
-
- private:
-  static double square_of(const at::Tensor& value) { return value.square().sum().item<double>(); }
-
-  void finish() {
-    if (passes_ == 0) return;
-    const double r = static_cast<double>(passes_), of_sum = square_of(group_);
-    within_ += std::max(group_square_ - of_sum / r, 0.0);
-    repeats_ += passes_ - 1;
-    means_square_ += of_sum / (r * r);
-    inverse_passes_ += 1 / r;
-    sum_ = sum_.defined() ? sum_ + group_ / r : group_ / r;
-    batches_ += 1;
-    passes_ = 0;
-    group_square_ = 0;
-    group_ = at::Tensor();
-  }
-
-  at::Tensor group_, sum_;  // of this batch's passes; of the batches' means
-  double group_square_ = 0, within_ = 0, means_square_ = 0, inverse_passes_ = 0;
-  int64_t passes_ = 0, repeats_ = 0, batches_ = 0;
-};
-
 struct Layer {
   std::string name;
   at::Tensor weight;
@@ -123,7 +65,16 @@ struct Layer {
   std::vector<probe::Sums> sums;  // by quantizer
   std::vector<double> network;    // by quantizer: sum of squared effects
   std::vector<int64_t> network_runs;
-  BatchSums batches;
+  probe::BatchSums batches;
+};
+
+// An output whose gradient is awaited. The graph, which holds the hook, must not be held by it.
+struct Watch {
+  std::string layer;
+  std::string rows;
+  std::weak_ptr<torch::autograd::Node> node;
+  uint32_t index;
+  bool exact_backward;
 };
 
 enum class Mode { kObserve, kInject, kIdle };
@@ -141,33 +92,6 @@ double squared_norm(const std::vector<at::Tensor>& tensors) {
   for (const at::Tensor& tensor : tensors)
     if (tensor.defined()) sum += tensor.to(at::kDouble).square().sum().item<double>();
   return sum;
-}
-
-Json to_json_value(const std::optional<double>& value) { return value ? Json(*value) : Json(nullptr); }
-
-Json quantizer_json(const GradientSpec& spec) { return Json::parse(spec.to_json()); }
-
-std::string text_of(const std::optional<double>& value) {
-  if (!value) return "-";
-  std::ostringstream text;
-  text << std::setprecision(3) << *value;
-  return text.str();
-}
-
-std::string name_of(const GradientSpec& spec) { return spec.quantizer + ":" + std::to_string(spec.bits); }
-
-// Columns aligned, the first two to the left.
-std::string aligned(const std::vector<std::vector<std::string>>& lines) {
-  std::vector<size_t> widths(lines.front().size(), 0);
-  for (const auto& line : lines)
-    for (size_t i = 0; i < line.size(); ++i) widths[i] = std::max(widths[i], line[i].size());
-  std::ostringstream text;
-  for (const auto& line : lines) {
-    for (size_t i = 0; i < line.size(); ++i)
-      text << (i ? "  " : "") << (i < 2 ? std::left : std::right) << std::setw(static_cast<int>(widths[i])) << line[i];
-    text << "\n";
-  }
-  return text.str();
 }
 
 }  // namespace
@@ -262,21 +186,21 @@ struct GradientProbe::State {
     };
   }
 
-  at::Tensor on_gradient(const std::string& name, const at::Tensor& grad,
-                         const std::shared_ptr<torch::autograd::Node>& node, uint32_t index, bool exact_backward) {
+  at::Tensor on_gradient(const Watch& watch, const at::Tensor& grad) {
     const std::lock_guard lock(mutex);
     if (mode == Mode::kIdle) return {};
     const at::NoGradGuard no_grad;
-    if (mode == Mode::kInject) return name == active_layer ? injected(grad) : at::Tensor();
-    Layer& seen = layer(name);
-    const bool weighs = exact_backward && node && seen.weight.defined() && seen.weight.requires_grad();
-    observe(seen, grad, "auto", weighs ? effect_on_weight(grad, seen.weight, node, index) : nullptr);
+    if (mode == Mode::kInject) return watch.layer == active_layer ? injected(grad, watch.rows) : at::Tensor();
+    Layer& seen = layer(watch.layer);
+    const auto node = watch.node.lock();
+    const bool weighs = watch.exact_backward && node && seen.weight.defined() && seen.weight.requires_grad();
+    observe(seen, grad, watch.rows, weighs ? effect_on_weight(grad, seen.weight, node, watch.index) : nullptr);
     return {};
   }
 
-  at::Tensor injected(const at::Tensor& grad) {
+  at::Tensor injected(const at::Tensor& grad, const std::string& rows) {
     GradientSpec spec = options.quantizers[active_quantizer];
-    spec.rows = resolved_rows(spec.rows, grad.dim());
+    spec.rows = resolved_rows(spec.rows == "auto" ? rows : spec.rows, grad.dim());
     return drawn(as_matrix(grad, spec.rows), spec).reshape(grad.sizes()).to(grad.scalar_type());
   }
 
@@ -331,12 +255,15 @@ void GradientProbe::watch(const std::string& layer, const at::Tensor& output, co
     const std::lock_guard lock(state_->mutex);
     state_->layer(layer).weight = weight;
   }
-  const std::weak_ptr<State> held = state_;
-  const std::weak_ptr<torch::autograd::Node> node = output.grad_fn();
-  const auto index = static_cast<uint32_t>(output.output_nr());
-  output.register_hook([held, node, index, layer, exact_backward](const at::Tensor& grad) -> at::Tensor {
+  const bool convolution = weight.defined() && weight.dim() == 4;
+  const Watch watch{layer,
+                    convolution        ? "sample"
+                    : weight.defined() ? "token"
+                                       : "auto",
+                    output.grad_fn(), static_cast<uint32_t>(output.output_nr()), exact_backward};
+  output.register_hook([held = std::weak_ptr<State>(state_), watch](const at::Tensor& grad) -> at::Tensor {
     const auto state = held.lock();
-    return state && grad.defined() ? state->on_gradient(layer, grad, node.lock(), index, exact_backward) : at::Tensor();
+    return state && grad.defined() ? state->on_gradient(watch, grad) : at::Tensor();
   });
 }
 
@@ -421,7 +348,7 @@ std::vector<ProbeRow> GradientProbe::rows() const {
 std::vector<ProbeLayer> GradientProbe::layers() const {
   std::vector<ProbeLayer> result;
   for (const auto& layer : state_->layers) {
-    BatchSums batches = layer->batches;  // a copy: the last batch may yet get repeats
+    probe::BatchSums batches = layer->batches;  // a copy: the last batch may yet get repeats
     result.push_back(batches.summary(layer->name));
   }
   return result;
@@ -453,72 +380,6 @@ std::vector<ProbeAdvice> GradientProbe::recommend(double fraction) const {
     return lack(a) != lack(b) ? lack(a) > lack(b) : a.ratio > b.ratio;
   });
   return result;
-}
-
-std::string GradientProbe::to_json() const {
-  Json rows_json = Json::array(), layers_json = Json::array(), advice_json = Json::array();
-  for (const ProbeRow& row : rows())
-    rows_json.push_back({{"layer", row.layer},
-                         {"quantizer", quantizer_json(row.quantizer)},
-                         {"rows", row.rows},
-                         {"columns", row.columns},
-                         {"observations", row.observations},
-                         {"skipped", row.skipped},
-                         {"gradient_square", row.gradient_square},
-                         {"variance", row.variance},
-                         {"exact_variance", row.exact_variance},
-                         {"bound", row.bound},
-                         {"bias_z", row.bias_z},
-                         {"weight_variance", to_json_value(row.weight_variance)},
-                         {"network_variance", to_json_value(row.network_variance)}});
-  for (const ProbeLayer& layer : layers())
-    layers_json.push_back({{"layer", layer.layer},
-                           {"batches", layer.batches},
-                           {"gradient_square", to_json_value(layer.gradient_square)},
-                           {"batch_variance", to_json_value(layer.batch_variance)},
-                           {"repeat_variance", to_json_value(layer.repeat_variance)}});
-  for (const ProbeAdvice& advice : recommend())
-    advice_json.push_back({{"layer", advice.layer},
-                           {"quantizer", quantizer_json(advice.quantizer)},
-                           {"basis", advice.basis},
-                           {"ratio", advice.ratio},
-                           {"allowed", advice.allowed},
-                           {"bits_needed", advice.bits_needed}});
-  const GradientProbeOptions& options = state_->options;
-  return Json{{"format", "quantrain gradient probe"},
-              {"version", 1},
-              {"draws", options.draws},
-              {"fraction", options.fraction},
-              {"seed", options.seed},
-              {"rows", rows_json},
-              {"layers", layers_json},
-              {"advice", advice_json}}
-      .dump(1);
-}
-
-std::string GradientProbe::table() const {
-  std::vector<std::vector<std::string>> lines{
-      {"layer", "quantizer", "bias z", "variance/|g|^2", "bound/|g|^2", "batch variance", "ratio", "bits needed"}};
-  const std::vector<ProbeAdvice> advice = recommend();
-  const std::vector<ProbeLayer> batches = layers();
-  for (const ProbeRow& row : rows()) {
-    const auto batch =
-        std::find_if(batches.begin(), batches.end(), [&](const auto& l) { return l.layer == row.layer; });
-    const auto found = std::find_if(advice.begin(), advice.end(), [&](const auto& a) {
-      return a.layer == row.layer && a.quantizer == row.quantizer;
-    });
-    const bool advised = found != advice.end(), seen = row.gradient_square > 0;
-    const auto relative = [&](double value) {
-      return seen ? std::optional(value / row.gradient_square) : std::nullopt;
-    };
-    lines.push_back({row.layer, name_of(row.quantizer), text_of(row.bias_z), text_of(relative(row.variance)),
-                     text_of(relative(row.bound)), text_of(batch->batch_variance),
-                     text_of(advised ? std::optional(found->ratio) : std::nullopt),
-                     !advised                         ? "-"
-                     : found->bits_needed > kMostBits ? ">8"
-                                                      : std::to_string(found->bits_needed)});
-  }
-  return aligned(lines);
 }
 
 const GradientProbeOptions& GradientProbe::options() const { return state_->options; }

@@ -16,7 +16,7 @@
 //   std::cout << probe.table();
 //
 // Draws come from Philox by (options.seed, number of the draw): the generators of the program are not touched. Arithmetic is float64
-// from float32 gradients. A probe waits for the device; copies share one state. Not for compiled or captured graphs.
+// from float32 gradients. A probe waits for the device. Not for compiled or captured graphs.
 #pragma once
 
 #include <cstdint>
@@ -103,7 +103,8 @@ class QUANTRAIN_API GradientProbe {
   void detach();
 
   // Has the gradient of `output` observed when it is computed. weight: the layer's parameter, or undefined. exact_backward = false
-  // where the layer's backward pass quantises: weight_variance is then left out.
+  // where the layer's backward pass quantises: weight_variance is then left out. Rows "auto" are samples where weight has 4 dimensions
+  // (a convolution), else tokens.
   void watch(const std::string& layer, const at::Tensor& output, const at::Tensor& weight, bool exact_backward = true);
 
   // Adds one gradient of a layer's output. rows "auto": "sample" for 4 dimensions, else "token". Floating point, any strides.

@@ -37,6 +37,8 @@ at::Tensor block_range(const at::Tensor& y, const at::Tensor& scale, bool with_z
   return high - low;
 }
 
+double square_of(const at::Tensor& value) { return value.square().sum().item<double>(); }
+
 }  // namespace
 
 ErrorModel::ErrorModel(const at::Tensor& x, const GradientSpec& spec, const QuantizedGradient& plan)
@@ -86,10 +88,52 @@ at::Tensor ErrorModel::variance_along(const at::Tensor& direction) const {
 
 double Sums::bias_z() const {
   if (projections == 0) return 0;
-  // Sample variance about each observation's own mean is at most that about 0; the model's is 1.
+  // The larger of the model's variance, 1, and the draws' own about each observation's mean.
   const double n = static_cast<double>(projections);
   const double sample = projection_square / std::max(n - static_cast<double>(projected_observations), 1.0);
   return projection / std::sqrt(n * std::max(1.0, sample));
+}
+
+void BatchSums::add(const at::Tensor& grad, bool repeat) {
+  const at::Tensor value = grad.detach().to(at::kDouble);
+  if (!repeat) {
+    finish();
+    group_ = at::zeros_like(value);
+  }
+  if (!group_.defined()) return;
+  group_ += value;
+  group_square_ += value.square().sum().item<double>();
+  passes_ += 1;
+}
+
+ProbeLayer BatchSums::summary(const std::string& layer) {
+  finish();
+  ProbeLayer result{layer, batches_, {}, {}, {}};
+  if (batches_ == 0) return result;
+  const double b = static_cast<double>(batches_), mean_square = square_of(sum_) / (b * b);
+  result.gradient_square = mean_square;
+  if (repeats_ > 0) result.repeat_variance = within_ / static_cast<double>(repeats_);
+  if (batches_ > 1) {
+    const double of_means = std::max((means_square_ - b * mean_square) / (b - 1), 0.0);
+    // What is left of the passes' own noise in the means of batches.
+    const double noise = result.repeat_variance.value_or(0) * inverse_passes_ / b;
+    result.batch_variance = std::max(of_means - noise, 0.0);
+  }
+  return result;
+}
+
+void BatchSums::finish() {
+  if (passes_ == 0) return;
+  const double r = static_cast<double>(passes_), of_sum = square_of(group_);
+  within_ += std::max(group_square_ - of_sum / r, 0.0);
+  repeats_ += passes_ - 1;
+  means_square_ += of_sum / (r * r);
+  inverse_passes_ += 1 / r;
+  sum_ = sum_.defined() ? sum_ + group_ / r : group_ / r;
+  batches_ += 1;
+  passes_ = 0;
+  group_square_ = 0;
+  group_ = at::Tensor();
 }
 
 void add_observation(Sums& sums, const at::Tensor& x, const ErrorModel& model, int64_t draws, const Draw& draw,

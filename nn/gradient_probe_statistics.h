@@ -2,10 +2,11 @@
 #pragma once
 
 #include <functional>
+#include <string>
 
 #include <ATen/core/Tensor.h>
 
-#include "nn/recipe.h"
+#include "nn/gradient_probe.h"
 #include "ops/gradient_quant.h"
 
 namespace quantrain::nn::probe {
@@ -44,6 +45,20 @@ struct Sums {
   int64_t projections = 0, projected_observations = 0;
 
   double bias_z() const;
+};
+
+// A weight's gradient over batches, each batch with one pass or several. Sums of float64 over elements.
+class BatchSums {
+ public:
+  void add(const at::Tensor& grad, bool repeat);
+  ProbeLayer summary(const std::string& layer);
+
+ private:
+  void finish();
+
+  at::Tensor group_, sum_;  // of this batch's passes; of the batches' means
+  double group_square_ = 0, within_ = 0, means_square_ = 0, inverse_passes_ = 0;
+  int64_t passes_ = 0, repeats_ = 0, batches_ = 0;
 };
 
 using Draw = std::function<at::Tensor(int64_t)>;  // number of the draw -> Q(x), float32 [N, D]

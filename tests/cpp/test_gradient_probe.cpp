@@ -79,11 +79,11 @@ TEST_CASE("a probe of unbiased quantizers: small z, the exact variance, within t
 }
 
 TEST_CASE("the numbers that Python gets", "[probe]") {
-  // (variance, bound, bias_z), as in tests/python/test_gradient_probe.py.
+  // (exact_variance, bound, gradient_square), as in tests/python/test_gradient_probe.py.
   const std::vector<std::pair<std::string, std::vector<double>>> expected = {
-      {"per_tensor:4", {0.883283503, 4.89709522, 0.172034749}},
-      {"per_sample:4", {0.181304895, 0.236920628, -0.710392672}},
-      {"householder:4", {0.0255774627, 0.0392873597, 0.268639283}}};
+      {"per_tensor:4", {0.892134449, 4.89709522, 27.0738595}},
+      {"per_sample:4", {0.176893992, 0.236920628, 27.0738595}},
+      {"householder:4", {0.025876665, 0.0392873597, 27.0738595}}};
   GradientProbeOptions options{.draws = 8, .seed = 5};
   for (const auto& [name, numbers] : expected) options.quantizers.push_back(probe_quantizer(name));
   GradientProbe probe(options);
@@ -92,9 +92,9 @@ TEST_CASE("the numbers that Python gets", "[probe]") {
   const auto rows = probe.rows();
   for (size_t q = 0; q < expected.size(); ++q) {
     CAPTURE(expected[q].first);
-    CHECK(rows[q].variance == Approx(expected[q].second[0]).epsilon(1e-4));
+    CHECK(rows[q].exact_variance == Approx(expected[q].second[0]).epsilon(1e-4));
     CHECK(rows[q].bound == Approx(expected[q].second[1]).epsilon(1e-4));
-    CHECK(rows[q].bias_z == Approx(expected[q].second[2]).epsilon(1e-4));
+    CHECK(rows[q].gradient_square == Approx(expected[q].second[2]).epsilon(1e-4));
   }
 }
 
