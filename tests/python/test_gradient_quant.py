@@ -148,7 +148,7 @@ def test_every_number_of_bits(sample, quantizer):
         assert (spread == steps).all()  # the whole of the grid is used: no row's range is wider than its elements
 
 
-@each(SAMPLES)
+@each(FEW)
 @with_each_quantizer
 @in_each_dtype
 @on_each_device
