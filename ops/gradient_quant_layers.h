@@ -30,7 +30,7 @@ namespace quantrain {
 struct GradientQuantizer {
   std::string quantizer = "none";  // or per_tensor, per_sample, per_channel, householder
   int64_t bits = 8;                // 2 to 8
-  std::string rows;                // "sample" or "token"; "": "token" for fqt_linear, "sample" for fqt_conv2d
+  std::string rows = "";           // "sample" or "token"; "": "token" for fqt_linear, "sample" for fqt_conv2d
   bool preserve_zero = false;
   int64_t max_group = 128;
 };

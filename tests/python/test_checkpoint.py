@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from layer_samples import RECIPES
 from torch import nn
 
 import quantrain
@@ -48,7 +49,7 @@ def checkpoint(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("recipe", Recipe.names())
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_prepared_and_converted_models_come_back(recipe, tmp_path):
     model, x = prepared(recipe), images()
     expected = model(x)

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from layer_samples import RECIPES
 from torch import nn
 
 import quantrain
@@ -103,7 +104,7 @@ def test_prepared_without_rounding_is_the_float_model():
         torch.testing.assert_close(prepared(x), copy.deepcopy(model)(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("recipe", Recipe.names())
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_train_convert_and_pickle_a_network(recipe):
     torch.manual_seed(1)
     model = quantrain.prepare(Net(), recipe)

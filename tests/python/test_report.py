@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from layer_samples import RECIPES
 from torch import nn
 
 import quantrain
@@ -37,7 +38,7 @@ def test_size_of_a_float_model():
     assert quantrain.model_size(network().bfloat16()).rows[0]["bits"] == 16
 
 
-@pytest.mark.parametrize("recipe", Recipe.names())
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_converted_bytes_predict_the_converted_model(recipe):
     model = prepared(recipe)
     predicted = quantrain.model_size(model)

@@ -20,6 +20,7 @@ examples:
   quantrain finetune --quick                           the same in under three minutes, on less data
   quantrain finetune --job sst2                        MiniLM-L6 on SST-2: qat-w8a8, qat-w4a8
   quantrain finetune --recipes qat-w4a8 ptq-w4a8       other recipes
+  quantrain finetune --recipes qat-w8a8 fqt-bhq5       quantised gradients against exact ones
   quantrain finetune --model my_models:tiny --data folder/with/idx/files --name tiny
 """
 

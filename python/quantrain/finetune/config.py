@@ -81,7 +81,7 @@ class JobConfig:
 
     def recipe_settings(self, recipe) -> TrainSettings:
         """How a model prepared with ``recipe`` is fine-tuned: fewer bits get more steps and a larger learning rate."""
-        few_bits = min(spec.bits for spec in (recipe.weight, recipe.input) if spec is not None) <= 4
+        few_bits = min((spec.bits for spec in (recipe.weight, recipe.input) if spec is not None), default=32) <= 4
         epochs, lr = _RECIPE_DEFAULTS[self.job, few_bits]
         if self.quick:
             epochs *= _QUICK_FACTOR[self.job]

@@ -311,7 +311,31 @@ class Job:
         ]
         if self.command:
             facts.append(("command", self.command))
-        return facts + [(f"recipe {name}", recipe.to_json()) for name, recipe in self.recipes.items()]
+        for name, recipe in self.recipes.items():
+            gradients = gradient_text(recipe)
+            facts += [(f"gradients of {name}", gradients)] if gradients else []
+            facts.append((f"recipe {name}", recipe.to_json()))
+        return facts
+
+
+def gradient_text(recipe: quantrain.Recipe) -> str:
+    """How a recipe quantises gradients, for the report; "" where it does not.
+
+    Example:
+        >>> gradient_text(quantrain.Recipe.from_name("fqt-bhq5-paper"))
+        'grad_input from 5 bits householder; grad_weight from 8 bits per_channel (all stochastic, rows: sample)'
+    """
+    parts, rows = [], []
+    for tensor in ("grad_input", "grad_weight"):
+        spec = getattr(recipe, tensor)
+        if spec is None:
+            continue
+        kinds = [spec.resolved(tensor, convolution=convolution) for convolution in (False, True)]
+        names = list(dict.fromkeys(kind.quantizer for kind in kinds))
+        quantizers = names[0] if len(names) == 1 else f"{names[0]} (linear), {names[1]} (convolution)"
+        parts.append(f"{tensor} from {spec.bits} bits {quantizers}")
+        rows += ["token (linear), sample (convolution)" if spec.rows == "auto" else spec.rows]
+    return f"{'; '.join(parts)} (all stochastic, rows: {'; '.join(dict.fromkeys(rows))})" if parts else ""
 
 
 def _cpu_name() -> str:
