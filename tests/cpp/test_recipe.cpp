@@ -6,6 +6,7 @@
 #include <quantrain/nn/recipe.h>
 
 using Catch::Matchers::Contains;
+using quantrain::nn::GradientSpec;
 using quantrain::nn::QuantSpec;
 using quantrain::nn::Recipe;
 
@@ -62,6 +63,60 @@ TEST_CASE("a spec's own JSON keeps every field", "[recipe]") {
   CHECK(QuantSpec::from_json(spec.to_json()) == spec);
 }
 
+TEST_CASE("recipes with quantised gradients: hardware and paper mode", "[recipe][fqt]") {
+  const Recipe qat = Recipe::from_name("qat-w8a8");
+  const Recipe bhq = Recipe::from_name("fqt-bhq5");
+  CHECK(bhq.weight == qat.weight);
+  CHECK(bhq.input == qat.input);
+  CHECK(*bhq.grad_input == GradientSpec{5, "householder", "auto"});
+  CHECK(bhq.grad_weight->resolved("grad_weight", false) == GradientSpec{8, "per_channel", "token"});
+  CHECK(bhq.grad_weight->resolved("grad_weight", true) == GradientSpec{8, "per_tensor", "sample"});
+  CHECK(bhq.grad_input->resolved("grad_input", true) == GradientSpec{5, "householder", "sample"});
+  CHECK(GradientSpec{8, "auto"}.resolved("grad_input", true).quantizer == "per_sample");
+
+  const Recipe paper = Recipe::from_name("fqt-psq4-paper");
+  CHECK(*paper.grad_input == GradientSpec{4, "per_sample", "sample"});
+  CHECK(*paper.grad_weight == GradientSpec{8, "per_channel", "sample"});
+  CHECK(Recipe::from_name("fqt-ptq4-paper").grad_weight->quantizer == "per_tensor");
+
+  Recipe eight = Recipe::from_name("fqt-8");
+  eight.name = "fqt-psq8";
+  CHECK(eight == Recipe::from_name("fqt-psq8"));
+  for (const char* bits : {"2", "3", "6", "7"}) {
+    CHECK(std::to_string(Recipe::from_name(std::string("fqt-bhq") + bits).grad_input->bits) == bits);
+  }
+  for (const char* name : {"fqt", "fqt-5", "fqt-bhq1", "fqt-bhq9", "fqt-bhq55", "fqt-bhq5-papers", "fqt-xyz5"}) {
+    INFO(name);
+    CHECK_THROWS_WITH(Recipe::from_name(name), Contains("expected name to be one of qat-w8a8"));
+  }
+  CHECK_THROWS_WITH(bhq.grad_input->resolved("gradient", true), Contains("grad_input, grad_weight, got 'gradient'"));
+}
+
+TEST_CASE("a gradient spec's own JSON keeps every field, and refuses others", "[recipe][fqt]") {
+  const GradientSpec spec{3, "per_sample", "token", true, 17};
+  CHECK(GradientSpec::from_json(spec.to_json()) == spec);
+  CHECK_THROWS_WITH(GradientSpec::from_json(R"({"bit": 8})"), Contains("only fields of a GradientSpec, got 'bit'"));
+  CHECK_THROWS_WITH(Recipe::from_json(R"({"grad_input": {"bits": 1}})"), Contains("bits in 2 to 8, got 1"));
+  CHECK_THROWS_WITH(Recipe::from_json(R"({"grad_weight": 8})"), Contains("grad_weight to be null or an object"));
+
+  const auto refused = [](GradientSpec value, const std::string& rule) {
+    CHECK_THROWS_AS(value.validate(), std::invalid_argument);
+    CHECK_THROWS_WITH(value.validate(), Contains(rule));
+  };
+  refused({9}, "bits in 2 to 8, got 9");
+  refused({8, "none"}, "quantizer to be one of auto, per_tensor, per_sample, per_channel, householder, got 'none'");
+  refused({8, "per_sample", "row"}, "rows to be one of auto, sample, token, got 'row'");
+  refused({8, "householder", "auto", true}, "another quantizer than householder with preserve_zero");
+  refused({8, "householder", "auto", false, 2}, "max_group in 3 to 256, got 2");
+  refused({8, "householder", "auto", false, 257}, "max_group in 3 to 256, got 257");
+
+  Recipe gradients_only;
+  gradients_only.grad_input = GradientSpec{};
+  gradients_only.validate();
+  gradients_only.grad_input->bits = 0;
+  CHECK_THROWS_WITH(gradients_only.validate(), Contains("bits in 2 to 8, got 0"));
+}
+
 TEST_CASE("an unknown recipe name lists the known ones", "[recipe]") {
   CHECK_THROWS_WITH(Recipe::from_name("qat"), Contains("expected name to be one of qat-w8a8") && Contains("got 'qat'"));
 }
@@ -82,7 +137,7 @@ TEST_CASE("JSON that is not a recipe is refused with the field, the rule and the
   refused(R"({"weight": {"symmetric": 1}})", "symmetric to be true or false", "1");
   refused(R"({"weight": 8})", "weight to be null or an object", "8");
   refused(R"({"weight": {}, "name": 3})", "name to be a string", "3");
-  refused(R"({"name": "empty"})", "at least one of weight, input and output", "none");
+  refused(R"({"name": "empty"})", "at least one of weight, input, output, grad_input and grad_weight", "none");
 }
 
 TEST_CASE("a value outside its rule is refused", "[recipe]") {
