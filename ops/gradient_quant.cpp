@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <string>
 
+#include "csrc/cpu/fake_quant.h"
 #include "csrc/cpu/gradient_quant.h"
 #include "ops/check.h"
 #include "ops/fake_quant.h"
@@ -16,6 +17,7 @@
 #include "ops/random.h"
 
 #if defined(QUANTRAIN_WITH_CUDA)
+#include "csrc/cuda/fake_quant.h"
 #include "csrc/cuda/gradient_quant.h"
 #endif
 
@@ -234,14 +236,39 @@ struct Rounding {
   int64_t columns() const { return x.size(1); }
   at::TensorOptions floats() const { return x.options().dtype(at::kFloat); }
 
-  // From min and max [splits, groups].
-  void make_grids(const at::Tensor& min, const at::Tensor& max, int64_t splits) {
-    const GradientGridsArgs args{min.const_data_ptr<float>(),
-                                 max.const_data_ptr<float>(),
+  // Extremes of blocks in pieces: piece `split` of block `group` lies at group * group_stride + split * split_stride.
+  struct Extremes {
+    at::Tensor min, max;
+    int64_t group_stride, splits, split_stride;
+  };
+
+  // Of X, of its rows, or of its columns.
+  Extremes extremes(GridAxis axis) const {
+    if (axis == GridAxis::kColumn) {
+      const auto [min, max] = detail::min_max(x, plan.scale.sizes());
+      return {min, max, 1, 1, 0};
+    }
+    const int64_t scale_sizes[2] = {axis == GridAxis::kRow ? rows() : 1, 1};
+    MinMaxArgs args{x.const_data_ptr(), nullptr, nullptr, dtype_of(x), {}};
+    make_grouping(x.sizes().data(), scale_sizes, 2, args.grouping);
+    const int64_t splits = chunks_per_row(args.grouping);
+    const Extremes found{at::empty({args.grouping.rows * splits}, floats()),
+                         at::empty({args.grouping.rows * splits}, floats()), splits, splits, 1};
+    args.partial_min = found.min.mutable_data_ptr<float>();
+    args.partial_max = found.max.mutable_data_ptr<float>();
+    run_rows(args, x, QUANTRAIN_KERNELS(min_max));
+    return found;
+  }
+
+  void make_grids(const Extremes& found) {
+    const GradientGridsArgs args{found.min.const_data_ptr<float>(),
+                                 found.max.const_data_ptr<float>(),
                                  plan.scale.mutable_data_ptr<float>(),
                                  plan.offset.mutable_data_ptr<float>(),
                                  plan.scale.numel(),
-                                 splits,
+                                 found.group_stride,
+                                 found.splits,
+                                 found.split_stride,
                                  request.bits,
                                  request.preserve_zero};
     run_tasks(args, args.groups, 1024, x, QUANTRAIN_KERNELS(gradient_grids));
@@ -266,8 +293,7 @@ struct Rounding {
       return;
     }
 #endif
-    const auto [min, max] = detail::min_max(x, plan.scale.sizes());
-    make_grids(min, max, 1);
+    make_grids(extremes(axis));
     const RoundGradientArgs args{x.const_data_ptr(),
                                  values,
                                  codes,
@@ -286,21 +312,24 @@ struct Rounding {
   }
 
   void round_reflected() {
-    const auto [min, max] = detail::min_max(x, {rows(), 1});
-    const at::Tensor range = at::empty({rows()}, floats());
-    const OrderingRangesArgs ranges{min.const_data_ptr<float>(), max.const_data_ptr<float>(),
-                                    range.mutable_data_ptr<float>(), rows()};
+    const Extremes found = extremes(GridAxis::kRow);
+    const at::Tensor extreme = at::empty({2, rows()}, floats()), range = at::empty({rows()}, floats());
+    auto* min = extreme.mutable_data_ptr<float>();
+    float* max = min + rows();
+    const OrderingRangesArgs ranges{found.min.const_data_ptr<float>(),
+                                    found.max.const_data_ptr<float>(),
+                                    min,
+                                    max,
+                                    range.mutable_data_ptr<float>(),
+                                    rows(),
+                                    found.splits};
     run_tasks(ranges, rows(), 4096, x, QUANTRAIN_KERNELS(ordering_ranges));
     const at::Tensor by_range = std::get<1>(at::sort(range, /*stable=*/true, /*dim=*/0, /*descending=*/true));
 
     const RowBlocks blocks = make_row_blocks(rows(), request.max_group);
     auto* reflectors = reinterpret_cast<Reflector*>(plan.reflector.mutable_data_ptr<float>());
-    const PlanReflectorsArgs planning{by_range.const_data_ptr<int64_t>(),
-                                      min.const_data_ptr<float>(),
-                                      max.const_data_ptr<float>(),
-                                      plan.order.mutable_data_ptr<int32_t>(),
-                                      reflectors,
-                                      blocks};
+    const PlanReflectorsArgs planning{by_range.const_data_ptr<int64_t>(),     min,        max,
+                                      plan.order.mutable_data_ptr<int32_t>(), reflectors, blocks};
     run_tasks(planning, blocks.blocks, 16, x, QUANTRAIN_KERNELS(plan_reflectors));
 
     const int64_t splits = column_splits(blocks);
@@ -315,7 +344,7 @@ struct Rounding {
                                         splits,
                                         blocks};
     run_tasks(reflected, blocks.blocks * splits, 1, x, QUANTRAIN_KERNELS(reflected_ranges));
-    make_grids(partial[0], partial[1], splits);
+    make_grids({partial[0], partial[1], 1, splits, rows()});
 
     const RoundReflectedArgs round{x.const_data_ptr(),
                                    values,
@@ -336,7 +365,7 @@ struct Rounding {
 
   // Spans of columns that kernels work on apart: enough for every processor, and from the shape alone.
   int64_t column_splits(const RowBlocks& blocks) const {
-    constexpr int64_t kTasks = 1024;
+    constexpr int64_t kTasks = 2048;
     return std::clamp<int64_t>(kTasks / blocks.blocks, 1, cpu::column_tiles(columns()));
   }
 

@@ -15,8 +15,10 @@
 // Blocks of fewer than three rows are "per_sample". A reflection costs O(N D): no N x N matrix is ever made.
 //
 // Rounding is stochastic and unbiased, E[Q(X)] = X, for float32, float16 and bfloat16 alike: results are drawn among values that the type
-// holds (probabilities to 2^-17). Random numbers are Philox's by (seed, offset, row, column), the same on CPU and CUDA, as are the results,
-// bit for bit. preserve_zero puts zero on the grid of every row or column too. A block with NaN or Inf becomes NaN (householder: the
+// holds (probabilities to 2^-17; float16 householder results above 65504 are infinite). householder works in float32: where a row's mean
+// is thousands of times its range, the mean's rounding errors (2^-24 of it) remain. Random numbers are Philox's by (seed, offset, row,
+// column in memory), so a channels_last gradient draws others than a contiguous one; they are the same on CPU and CUDA, as are the
+// results, bit for bit. preserve_zero puts zero on the grid of every row or column too. A block with NaN or Inf becomes NaN (householder: the
 // row's group), so that a loss scaler sees it; all-zero rows stay zero. Nothing waits for the device.
 //
 // Errors: c10::ValueError for shapes and values, c10::TypeError for element types and devices.
@@ -49,7 +51,7 @@ QUANTRAIN_API at::Tensor quantize_gradient_seeded(const at::Tensor& grad, int64_
                                                   const GradientQuantOptions& options, int64_t seed, int64_t offset);
 
 // The integer form: T X ~ codes * scale + offset (T the identity but for "householder"), so that X W = T^-1 [scale * (codes W) + offset *
-// (1^T W)] runs on an int8 matrix product. Equal to quantize_gradient of the same random numbers for float32 gradients.
+// (1^T W)] runs on an int8 matrix product. Equal to quantize_gradient of the same random numbers for contiguous float32 gradients.
 struct QuantizedGradient {
   at::Tensor codes;   // int8 [N, D]
   at::Tensor scale;   // float32 [1, 1], [N, 1] or [1, D]

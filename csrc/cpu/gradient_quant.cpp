@@ -284,10 +284,15 @@ void round_reflected_typed(const RoundReflectedArgs& a, int64_t begin, int64_t e
             const int64_t row = tile.order[p];
             const SameGrid grid{Grid{a.scale[row], a.offset[row]}, 1.0f / a.scale[row]};
             uniforms.fill(a.philox, static_cast<uint64_t>(row * blocks_per_row + at / kPhiloxElements), a.stochastic);
-            if (a.codes)
-              round_codes(tile.value[p], n, grid, half, uniforms.value, a.codes + row * a.columns + at);
-            else
-              round_values<float>(tile.value[p], kTile, grid, half, uniforms.value, tile.value[p]);
+            float* values = tile.value[p];
+            for (int i = 0; i < kTile; ++i)
+              values[i] = dithered_code(values[i], grid.grid, grid.inv_scale, half, uniforms.value[i] - 0.5f);
+            if (a.codes) {
+              int8_t* codes = a.codes + row * a.columns + at;
+              for (int i = 0; i < n; ++i) codes[i] = static_cast<int8_t>(static_cast<int32_t>(values[i]));
+            } else {
+              for (int i = 0; i < kTile; ++i) values[i] = grid_value(values[i], grid.grid);
+            }
           }
           if (!a.y) return;
           tile.reflect(true);
@@ -359,10 +364,11 @@ void plan_block(const PlanReflectorsArgs& a, int64_t block) {
 
 void gradient_grids(const GradientGridsArgs& a, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    float min = a.min[i], max = a.max[i];
+    const float *mins = a.min + i * a.group_stride, *maxs = a.max + i * a.group_stride;
+    float min = *mins, max = *maxs;
     for (int64_t split = 1; split < a.splits; ++split) {
-      min = smaller(min, a.min[split * a.groups + i]);
-      max = larger(max, a.max[split * a.groups + i]);
+      min = smaller(min, mins[split * a.split_stride]);
+      max = larger(max, maxs[split * a.split_stride]);
     }
     const Grid grid = make_grid(min, max, a.bits, a.preserve_zero);
     a.scale[i] = grid.scale;
@@ -376,7 +382,16 @@ void round_gradient(const RoundGradientArgs& args, int64_t begin, int64_t end) {
 }
 
 void ordering_ranges(const OrderingRangesArgs& a, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) a.range[i] = ordering_range(a.min[i], a.max[i]);
+  for (int64_t i = begin; i < end; ++i) {
+    float min = a.partial_min[i * a.splits], max = a.partial_max[i * a.splits];
+    for (int64_t split = 1; split < a.splits; ++split) {
+      min = smaller(min, a.partial_min[i * a.splits + split]);
+      max = larger(max, a.partial_max[i * a.splits + split]);
+    }
+    a.min[i] = min;
+    a.max[i] = max;
+    a.range[i] = ordering_range(min, max);
+  }
 }
 
 void plan_reflectors(const PlanReflectorsArgs& args, int64_t begin, int64_t end) {

@@ -28,10 +28,11 @@ __device__ __forceinline__ void warp_extremes(float& min, float& max) {
 __global__ void gradient_grids_kernel(const GradientGridsArgs a) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= a.groups) return;
-  float min = a.min[i], max = a.max[i];
+  const float *mins = a.min + i * a.group_stride, *maxs = a.max + i * a.group_stride;
+  float min = *mins, max = *maxs;
   for (int64_t split = 1; split < a.splits; ++split) {
-    min = min_nan(min, a.min[split * a.groups + i]);
-    max = max_nan(max, a.max[split * a.groups + i]);
+    min = min_nan(min, mins[split * a.split_stride]);
+    max = max_nan(max, maxs[split * a.split_stride]);
   }
   const Grid grid = make_grid(min, max, a.bits, a.preserve_zero);
   a.scale[i] = grid.scale;
@@ -42,10 +43,11 @@ __global__ void gradient_grids_kernel(const GradientGridsArgs a) {
 __global__ void folded_grids_kernel(const GradientGridsArgs a) {
   __shared__ float mins[kThreads / 32], maxs[kThreads / 32];
   const int64_t i = blockIdx.x;
-  float min = a.min[i], max = a.max[i];
+  const float *all_mins = a.min + i * a.group_stride, *all_maxs = a.max + i * a.group_stride;
+  float min = *all_mins, max = *all_maxs;
   for (int64_t split = threadIdx.x; split < a.splits; split += kThreads) {
-    min = min_nan(min, a.min[split * a.groups + i]);
-    max = max_nan(max, a.max[split * a.groups + i]);
+    min = min_nan(min, all_mins[split * a.split_stride]);
+    max = max_nan(max, all_maxs[split * a.split_stride]);
   }
   warp_extremes(min, max);
   if (threadIdx.x % 32 == 0) {
@@ -65,19 +67,53 @@ __global__ void folded_grids_kernel(const GradientGridsArgs a) {
 
 __global__ void ordering_ranges_kernel(const OrderingRangesArgs a) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < a.rows) a.range[i] = ordering_range(a.min[i], a.max[i]);
+  if (i >= a.rows) return;
+  float min = a.partial_min[i * a.splits], max = a.partial_max[i * a.splits];
+  for (int64_t split = 1; split < a.splits; ++split) {
+    min = min_nan(min, a.partial_min[i * a.splits + split]);
+    max = max_nan(max, a.partial_max[i * a.splits + split]);
+  }
+  a.min[i] = min;
+  a.max[i] = max;
+  a.range[i] = ordering_range(min, max);
 }
 
 // ---- items: consecutive elements of a row ----------------------------------------------------------------------------------
 
-// kAligned: rows hold whole items, on 16-byte boundaries. `left` elements of the row remain from the item's first on.
+// kAligned: rows hold whole items, on 16-byte boundaries. `left` elements of the row remain from the item's first on; past them the
+// first is repeated.
 template <bool kAligned, typename T>
-__device__ __forceinline__ void load_item(const T* __restrict__ x, int64_t left, float (&values)[kItem]) {
+__device__ __forceinline__ Pack<T, kItem> load_item(const T* __restrict__ x, int64_t left) {
   if constexpr (kAligned) {
-    unpack(*reinterpret_cast<const Pack<T, kItem>*>(x), values);
+    return *reinterpret_cast<const Pack<T, kItem>*>(x);
   } else {
+    Pack<T, kItem> item;
 #pragma unroll
-    for (int j = 0; j < kItem; ++j) values[j] = to_float(x[j < left ? j : 0]);
+    for (int j = 0; j < kItem; ++j) item.value[j] = x[j < left ? j : 0];
+    return item;
+  }
+}
+
+// Widens [min, max] to hold an item. The 16-bit types are compared two at a time.
+template <typename T>
+__device__ __forceinline__ void widen(const Pack<T, kItem>& item, float& min, float& max) {
+  if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+    for (int j = 0; j < kItem; ++j) {
+      min = min_nan(min, item.value[j]);
+      max = max_nan(max, item.value[j]);
+    }
+  } else {
+    using Pair = std::conditional_t<std::is_same_v<T, BFloat16>, __nv_bfloat162, __half2>;
+    const auto* pairs = reinterpret_cast<const Pair*>(item.value);
+    Pair low = pairs[0], high = pairs[0];
+#pragma unroll
+    for (int j = 1; j < kItem / 2; ++j) {
+      low = __hmin2_nan(low, pairs[j]);
+      high = __hmax2_nan(high, pairs[j]);
+    }
+    min = min_nan(min, min_nan(static_cast<float>(low.x), static_cast<float>(low.y)));
+    max = max_nan(max, max_nan(static_cast<float>(high.x), static_cast<float>(high.y)));
   }
 }
 
@@ -106,39 +142,36 @@ __device__ __forceinline__ void store_codes(int8_t* __restrict__ codes, int64_t 
   }
 }
 
-// Where one launch's results go, and how it rounds. `y` or `codes`.
-template <typename T>
+// Where one launch's results go, and how it rounds: to values, or (kCodes) to codes.
+template <typename T, bool kCodes>
 struct Rounding {
-  T* __restrict__ y;
-  int8_t* __restrict__ codes;
+  std::conditional_t<kCodes, int8_t, T>* __restrict__ results;
   float half;
   bool stochastic;
 
-  // grid_of(j): the grid and the inverse scale of element j.
-  template <bool kAligned, typename GridOf>
+  // grids: the grid and the inverse scale of element j.
+  template <bool kAligned, typename Grids>
   __device__ __forceinline__ void item(const float (&values)[kItem], int64_t at, int64_t left, const PhiloxKey& key,
-                                       uint64_t index, const GridOf& grid_of) const {
+                                       uint64_t index, const Grids& grids) const {
     float uniform[kItem];
+#pragma unroll
+    for (int j = 0; j < kItem; ++j) uniform[j] = 0.5f;
     if (stochastic) {
       const Philox4 block = key.block(index);
 #pragma unroll
       for (int j = 0; j < kItem; ++j) uniform[j] = philox_uniform16(block, j);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kItem; ++j) uniform[j] = 0.5f;
     }
-    float results[kItem];
-    if (codes) {
+    float rounded[kItem];
 #pragma unroll
-      for (int j = 0; j < kItem; ++j)
-        results[j] = round_to_grid<float>(values[j], grid_of.grid(j), grid_of.inverse(j), half, uniform[j]).code;
-      store_codes<kAligned>(codes + at, left, results);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kItem; ++j)
-        results[j] = round_to_grid<T>(values[j], grid_of.grid(j), grid_of.inverse(j), half, uniform[j]).value;
-      store_item<kAligned>(y + at, left, results);
+    for (int j = 0; j < kItem; ++j) {
+      const Rounded result = round_to_grid<std::conditional_t<kCodes, float, T>>(values[j], grids.grid(j),
+                                                                                 grids.inverse(j), half, uniform[j]);
+      rounded[j] = kCodes ? result.code : result.value;
     }
+    if constexpr (kCodes)
+      store_codes<kAligned>(results + at, left, rounded);
+    else
+      store_item<kAligned>(results + at, left, rounded);
   }
 };
 
@@ -156,13 +189,13 @@ struct ItemGrids {
   __device__ __forceinline__ float inverse(int j) const { return inv_scale[j]; }
 };
 
-template <typename T, GridAxis kAxis, bool kAligned, typename Index>
+template <typename T, bool kCodes, GridAxis kAxis, bool kAligned, typename Index>
 __global__ void __launch_bounds__(kThreads)
     round_gradient_kernel(const T* __restrict__ x,           // [rows, columns]
                           const float* __restrict__ scale,   // [1], [rows] or [columns]
                           const float* __restrict__ offset,  // likewise
                           int64_t columns, Index items, typename DivisorFor<Index>::type items_per_row,
-                          Rounding<T> rounding, PhiloxState philox) {
+                          Rounding<T, kCodes> rounding, PhiloxState philox) {
   const PhiloxKey key(philox);
   const Index item = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
   if (item >= items) return;
@@ -170,7 +203,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t column = static_cast<int64_t>(item - row * static_cast<Index>(items_per_row.divisor)) * kItem;
   const int64_t at = static_cast<int64_t>(row) * columns + column;
   float values[kItem];
-  load_item<kAligned>(x + at, columns - column, values);
+  unpack(load_item<kAligned>(x + at, columns - column), values);
   if constexpr (kAxis == GridAxis::kColumn) {
     ItemGrids grids;
 #pragma unroll
@@ -190,31 +223,28 @@ __global__ void __launch_bounds__(kThreads)
 // ---- whole rows in registers -----------------------------------------------------------------------------------------------
 
 constexpr int kMaxRowThreads = 1024;
+constexpr int kRowItems = 4;  // items of a thread, but for short rows
 
 // A row for blockDim.x threads, kItems items each; blockDim.y rows a thread block, then of one warp each.
-template <typename T, int kItems, bool kAligned>
+template <typename T, bool kCodes, int kItems, bool kAligned>
 __global__ void __launch_bounds__(kMaxRowThreads)
     round_rows_kernel(const T* __restrict__ x,     // [rows, columns]
                       float* __restrict__ scale,   // [rows]
                       float* __restrict__ offset,  // [rows]
-                      int64_t rows, int64_t columns, int bits, bool preserve_zero, Rounding<T> rounding,
+                      int64_t rows, int64_t columns, int bits, bool preserve_zero, Rounding<T, kCodes> rounding,
                       PhiloxState philox) {
   const PhiloxKey key(philox);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool one_warp = blockDim.x == 32;
   if (one_warp && row >= rows) return;
-  float values[kItems][kItem];
+  Pack<T, kItem> items[kItems];
   float min = INFINITY, max = -INFINITY;
 #pragma unroll
   for (int u = 0; u < kItems; ++u) {
     const int64_t column = (static_cast<int64_t>(u) * blockDim.x + threadIdx.x) * kItem;
     if (column < columns) {
-      load_item<kAligned>(x + row * columns + column, columns - column, values[u]);
-#pragma unroll
-      for (int j = 0; j < kItem; ++j) {
-        min = min_nan(min, values[u][j]);
-        max = max_nan(max, values[u][j]);
-      }
+      items[u] = load_item<kAligned>(x + row * columns + column, columns - column);
+      widen(items[u], min, max);
     }
   }
   warp_extremes(min, max);
@@ -241,15 +271,26 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 #pragma unroll
   for (int u = 0; u < kItems; ++u) {
     const int64_t item = static_cast<int64_t>(u) * blockDim.x + threadIdx.x, column = item * kItem;
-    if (column < columns)
-      rounding.template item<kAligned>(values[u], row * columns + column, columns - column, key,
+    if (column < columns) {
+      float values[kItem];
+      unpack(items[u], values);
+      rounding.template item<kAligned>(values, row * columns + column, columns - column, key,
                                        first_index + static_cast<uint64_t>(item), same);
+    }
   }
 }
 
 template <typename T>
 bool items_aligned(const void* x, const void* y, const void* codes, int64_t columns) {
   return columns % kItem == 0 && is_aligned(x) && is_aligned(y) && is_aligned(codes);
+}
+
+template <typename T, bool kCodes, typename Args>
+Rounding<T, kCodes> rounding_of(const Args& a) {
+  if constexpr (kCodes)
+    return {a.codes, half_codes(a.bits), a.stochastic};
+  else
+    return {static_cast<T*>(a.y), half_codes(a.bits), a.stochastic};
 }
 
 template <typename F>
@@ -285,18 +326,22 @@ int round_gradient(const RoundGradientArgs& a, void* stream) {
   const int64_t items_per_row = philox_blocks_per_row(a.columns), items = a.rows * items_per_row;
   dispatch_float(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Rounding<T> rounding{static_cast<T*>(a.y), a.codes, half_codes(a.bits), a.stochastic};
-    const auto launch = [&](auto axis, auto aligned, auto index) {
+    const auto launch = [&](auto codes, auto axis, auto aligned, auto index) {
       using Index = decltype(index);
       using Divisor = typename DivisorFor<Index>::type;
-      round_gradient_kernel<T, axis.value, aligned.value, Index>
+      round_gradient_kernel<T, codes.value, axis.value, aligned.value, Index>
           <<<static_cast<unsigned>(ceil_div(items, kThreads)), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
               static_cast<const T*>(a.x), a.scale, a.offset, a.columns, static_cast<Index>(items),
-              Divisor(static_cast<Index>(items_per_row)), rounding, a.philox);
+              Divisor(static_cast<Index>(items_per_row)), rounding_of<T, codes.value>(a), a.philox);
     };
     dispatch_axis(a.axis, [&](auto axis) {
-      dispatch_bool(items_aligned<T>(a.x, a.y, a.codes, a.columns), [&](auto aligned) {
-        items < (int64_t{1} << 31) - kThreads ? launch(axis, aligned, uint32_t{}) : launch(axis, aligned, uint64_t{});
+      dispatch_bool(a.codes != nullptr, [&](auto codes) {
+        dispatch_bool(items_aligned<T>(a.x, a.y, a.codes, a.columns), [&](auto aligned) {
+          if (items < (int64_t{1} << 31) - kThreads)
+            launch(codes, axis, aligned, uint32_t{});
+          else
+            launch(codes, axis, aligned, uint64_t{});
+        });
       });
     });
   });
@@ -307,22 +352,21 @@ int round_rows(const RoundRowsArgs& a, void* stream) {
   const int64_t items = philox_blocks_per_row(a.columns);
   dispatch_float(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Rounding<T> rounding{static_cast<T*>(a.y), a.codes, half_codes(a.bits), a.stochastic};
-    const auto launch = [&](auto items_per_thread, auto aligned) {
+    const auto launch = [&](auto codes, auto items_per_thread, auto aligned) {
       const auto wide = static_cast<unsigned>(ceil_div(ceil_div(items, items_per_thread.value), 32) * 32);
       const dim3 threads(wide, wide == 32 ? 8 : 1);
-      round_rows_kernel<T, items_per_thread.value, aligned.value>
+      round_rows_kernel<T, codes.value, items_per_thread.value, aligned.value>
           <<<static_cast<unsigned>(ceil_div(a.rows, threads.y)), threads, 0, static_cast<cudaStream_t>(stream)>>>(
-              static_cast<const T*>(a.x), a.scale, a.offset, a.rows, a.columns, a.bits, a.preserve_zero, rounding,
-              a.philox);
+              static_cast<const T*>(a.x), a.scale, a.offset, a.rows, a.columns, a.bits, a.preserve_zero,
+              rounding_of<T, codes.value>(a), a.philox);
     };
-    dispatch_bool(items_aligned<T>(a.x, a.y, a.codes, a.columns), [&](auto aligned) {
-      if (items <= 64)
-        launch(std::integral_constant<int, 1>{}, aligned);
-      else if (items <= 2048)
-        launch(std::integral_constant<int, 2>{}, aligned);
-      else
-        launch(std::integral_constant<int, 4>{}, aligned);
+    dispatch_bool(a.codes != nullptr, [&](auto codes) {
+      dispatch_bool(items_aligned<T>(a.x, a.y, a.codes, a.columns), [&](auto aligned) {
+        if (items <= 64)
+          launch(codes, std::integral_constant<int, 1>{}, aligned);
+        else
+          launch(codes, std::integral_constant<int, kRowItems>{}, aligned);
+      });
     });
   });
   return cudaGetLastError();

@@ -4,14 +4,15 @@
 #include "csrc/cuda/gradient_quant.cuh"
 #include "csrc/cuda/gradient_quant.h"
 
-// Block Householder. A thread block keeps a tile on chip: the rows of one block of rows by kThreads 32-bit words. A thread owns the
-// columns of one word and walks the rows in the order of positions, so that its sums are those of the CPU.
+// Block Householder. A thread block keeps a tile on chip: the rows of one block of rows, and some columns. Sums over a group go down the
+// rows, a thread a column, in the order of positions, as on the CPU; everything else goes along rows, a thread a row, whose parameters
+// then stay in registers and whose random numbers come from one Philox block for eight elements.
 
 namespace quantrain::cuda {
 namespace {
 
-constexpr int kThreads = 128;  // the words of a tile's row
-constexpr int kWarps = kThreads / 32;
+constexpr int kThreads = 256;
+static_assert(kThreads >= kMaxGroup);  // a thread a row
 constexpr int kPlanThreads = static_cast<int>(kMaxGroup);
 
 // ---- the plan --------------------------------------------------------------------------------------------------------------
@@ -70,29 +71,78 @@ __global__ void __launch_bounds__(kPlanThreads) plan_reflectors_kernel(const Pla
 
 // ---- tiles -----------------------------------------------------------------------------------------------------------------
 
-// The columns of one 32-bit word.
-template <typename T>
-struct Word {
-  static constexpr int kColumns = static_cast<int>(sizeof(uint32_t) / sizeof(T));
-  static constexpr int kTile = kThreads * kColumns;  // columns of a tile
+constexpr int kWide = 128;   // columns of a tile
+constexpr int kNarrow = 32;  // where a device has less shared memory, or rows are many
 
-  __device__ static __forceinline__ void unpack(uint32_t word, float (&values)[kColumns]) {
-    if constexpr (kColumns == 1) {
-      values[0] = __uint_as_float(word);
-    } else {
-      values[0] = to_float(T{static_cast<uint16_t>(word & 0xffffu)});
-      values[1] = to_float(T{static_cast<uint16_t>(word >> 16)});
-    }
-  }
+// A row of a tile is padded by 16 bytes: threads that read 16 bytes each of 32 different rows then meet no bank conflict.
+template <typename T, int kColumns>
+struct TileShape {
+  static constexpr int kChunk = kVectorBytes / static_cast<int>(sizeof(T));  // elements of 16 bytes
+  static constexpr int kStride = kColumns + kChunk;                          // of a row, in elements
+  static constexpr int kSumStride = kColumns + 4;                            // of a group's sums, in floats
+  static constexpr int kWord = 8 / static_cast<int>(sizeof(T));              // columns of a thread that walks down rows
+  static constexpr int kWords = kColumns / kWord;                            // threads that share the columns
+  static constexpr int kParts = kThreads / kWords;                           // and the groups
 };
 
-// What a row needs on its way through a tile.
-struct RowParams {
-  Reflector reflector;
-  float scale;
-  float offset;
-  float inv_scale;
+// What a row needs on its way through a tile, in two readings of 16 bytes.
+struct alignas(16) RowParams {
+  float s, n;
+  int32_t
+      slot;  // of its group's sums, times 2; odd for the last row of a group. Rows on their own share slot 0, which stays zero
   int32_t row;
+  float m, t;
+  Grid grid;
+};
+static_assert(sizeof(RowParams) == 32);
+
+// Shared memory: the tile, the sums of its groups (slot 0 and at most one for two rows) and the rows' parameters.
+template <typename T, int kColumns>
+struct Shared {
+  using Shape = TileShape<T, kColumns>;
+  T* tile;            // [rows, kStride]
+  int* parts;         // [kParts + 1]: where each part of the threads begins, always at a group
+  float* sums;        // [rows / 2 + 1, kSumStride]
+  RowParams* params;  // [rows]
+
+  static constexpr int64_t bytes(int64_t rows) {
+    return rows * (Shape::kStride * static_cast<int64_t>(sizeof(T)) + static_cast<int64_t>(sizeof(RowParams))) +
+           (rows / 2 + 1) * Shape::kSumStride * static_cast<int64_t>(sizeof(float));
+  }
+
+  __device__ __forceinline__ Shared(uint4* memory, int rows) {
+    params = reinterpret_cast<RowParams*>(memory);
+    sums = reinterpret_cast<float*>(params + rows);
+    tile = reinterpret_cast<T*>(sums + (rows / 2 + 1) * Shape::kSumStride);
+  }
+
+  // The parameters of a block's rows, at most kThreads of them. Ends with a barrier.
+  __device__ __forceinline__ void load_params(const Reflector* reflector, const int32_t* order, const float* scale,
+                                              const float* offset, int64_t first, int rows) {
+    __shared__ int leaders[kThreads / 32];
+    __shared__ int first_group[Shape::kParts + 1];
+    parts = first_group;
+    const int p = static_cast<int>(threadIdx.x), warp = p / 32;
+    Reflector r{1.0f, 0.0f, 0.0f, 1.0f};
+    if (p < rows) r = reflector[first + p];
+    const uint32_t leads = __ballot_sync(0xffffffffu, r.n < 0.0f);
+    if (p % 32 == 0) leaders[warp] = __popc(leads);
+    if (p <= Shape::kParts) first_group[p] = p > 0 ? rows : 0;
+    for (int i = p; i < Shape::kSumStride; i += kThreads) sums[i] = 0.0f;
+    __syncthreads();
+    if (p < rows) {
+      if (!(r.n > 0.0f))
+        for (int part = 1; part < Shape::kParts; ++part)
+          if (p * Shape::kParts >= part * rows) atomicMin(&first_group[part], p);
+      int group = __popc(leads & (0xffffffffu >> (31 - p % 32)));
+      for (int w = 0; w < warp; ++w) group += leaders[w];
+      const bool last = p + 1 == rows || !(reflector[first + p + 1].n > 0.0f);
+      const int32_t row = order[first + p];
+      const Grid grid{scale ? scale[row] : 0.0f, offset ? offset[row] : 0.0f};
+      params[p] = RowParams{r.s, r.n, r.n == 0.0f ? 0 : 2 * group + last, row, r.m, r.t, grid};
+    }
+    __syncthreads();
+  }
 };
 
 struct Span {
@@ -100,14 +150,13 @@ struct Span {
   int rows;
   int64_t begin, end;  // columns
 
-  template <typename T>
-  __device__ static __forceinline__ Span of(const RowBlocks& blocks, int64_t columns, int64_t splits) {
-    const int64_t block = blockIdx.x, split = blockIdx.y, tiles = (columns + Word<T>::kTile - 1) / Word<T>::kTile;
+  __device__ static __forceinline__ Span of(const RowBlocks& blocks, int64_t columns, int64_t splits, int tile) {
+    const int64_t block = blockIdx.x, split = blockIdx.y, tiles = (columns + tile - 1) / tile;
     Span span;
     span.first = blocks.first(block);
     span.rows = static_cast<int>(blocks.size(block));
-    span.begin = tiles * split / splits * Word<T>::kTile;
-    span.end = tiles * (split + 1) / splits * Word<T>::kTile;
+    span.begin = tiles * split / splits * tile;
+    span.end = tiles * (split + 1) / splits * tile;
     span.end = span.end < columns ? span.end : columns;
     return span;
   }
@@ -121,288 +170,255 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Columns past the last are zero. kAligned: rows begin on 16-byte boundaries and hold whole 16 bytes.
-template <typename T, bool kAligned>
-__device__ __forceinline__ void load_tile(uint32_t* tile,           // [rows, kThreads]
-                                          const T* __restrict__ x,  // [N, columns]
-                                          const RowParams* params,  // [rows]
+// Columns past the last are zero. kAligned: rows begin on 16-byte boundaries and hold whole 16 bytes. Ends with a barrier.
+template <typename T, int kColumns, bool kAligned>
+__device__ __forceinline__ void load_tile(const Shared<T, kColumns>& shared, const T* __restrict__ x,  // [N, columns]
                                           int rows, int64_t columns, int64_t at) {
-  if constexpr (kAligned) {
-    constexpr int kChunk = kVectorBytes / static_cast<int>(sizeof(T));  // columns of 16 bytes
-    const int chunk = threadIdx.x % 32;
-    const int64_t column = at + chunk * kChunk;
-    for (int p = threadIdx.x / 32; p < rows; p += kWarps) {
-      uint32_t* to = tile + p * kThreads + chunk * 4;
-      if (column < columns)
-        copy_async(to, x + params[p].row * columns + column);
+  using Shape = TileShape<T, kColumns>;
+  constexpr int kStep = kAligned ? Shape::kChunk : 1, kPerRow = kColumns / kStep;
+  for (int i = threadIdx.x; i < rows * kPerRow; i += kThreads) {
+    const int p = i / kPerRow, j = i % kPerRow * kStep;
+    T* to = shared.tile + p * Shape::kStride + j;
+    const T* from = x + shared.params[p].row * columns + at + j;
+    if constexpr (kAligned) {
+      if (at + j < columns)
+        copy_async(to, from);
       else
         *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
-    }
-    wait_copies();
-  } else {
-    const int64_t column = at + threadIdx.x * Word<T>::kColumns;
-    for (int p = 0; p < rows; ++p) {
-      const T* from = x + params[p].row * columns + column;
-      uint32_t word = 0;
-#pragma unroll
-      for (int c = 0; c < Word<T>::kColumns; ++c)
-        if (column + c < columns) {
-          if constexpr (Word<T>::kColumns == 1)
-            word = __float_as_uint(to_float(from[c]));
-          else
-            word |= static_cast<uint32_t>(from[c].bits) << (16 * c);
-        }
-      tile[p * kThreads + threadIdx.x] = word;
-    }
-  }
-  __syncthreads();
-}
-
-// sum_q n_q s_q x_q of the thread's columns over the group [begin, end).
-template <typename T>
-__device__ __forceinline__ void sum_group(const uint32_t* tile, const RowParams* params, int begin, int end,
-                                          float (&sum)[Word<T>::kColumns]) {
-#pragma unroll
-  for (int c = 0; c < Word<T>::kColumns; ++c) sum[c] = 0.0f;
-#pragma unroll 4
-  for (int q = begin; q < end; ++q) {
-    const float s = params[q].reflector.s, n = params[q].reflector.n;
-    float values[Word<T>::kColumns];
-    Word<T>::unpack(tile[q * kThreads + threadIdx.x], values);
-#pragma unroll
-    for (int c = 0; c < Word<T>::kColumns; ++c) sum[c] += n * (values[c] * s);
-  }
-}
-
-__device__ __forceinline__ int group_end_of(const RowParams* params, int p, int rows) {
-  if (!(params[p].reflector.n < 0.0f)) return p + 1;
-  int last = p + 1;
-  while (last < rows && params[last].reflector.n > 0.0f) ++last;
-  return last;
-}
-
-// Floats in the order of unsigned integers; NaN lies outside the infinities.
-__device__ __forceinline__ uint32_t to_ordered(float value) {
-  const uint32_t bits = __float_as_uint(value);
-  return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
-}
-
-__device__ __forceinline__ float from_ordered(uint32_t ordered) {
-  return __uint_as_float(ordered & 0x80000000u ? ordered ^ 0x80000000u : ~ordered);
-}
-
-template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kThreads) reflected_ranges_kernel(const ReflectedRangesArgs a) {
-  extern __shared__ uint4 shared[];
-  const Span span = Span::of<T>(a.blocks, a.columns, a.splits);
-  const int rows = span.rows, warp = threadIdx.x / 32;
-  auto* tile = reinterpret_cast<uint32_t*>(shared);                     // [rows, kThreads]
-  auto* params = reinterpret_cast<RowParams*>(tile + rows * kThreads);  // [rows]
-  auto* low = reinterpret_cast<uint32_t*>(params + rows);               // [kWarps, rows]
-  uint32_t* high = low + kWarps * rows;                                 // [kWarps, rows]
-  for (int p = threadIdx.x; p < rows; p += kThreads) {
-    params[p].reflector = a.reflector[span.first + p];
-    params[p].row = a.order[span.first + p];
-  }
-  for (int i = threadIdx.x; i < kWarps * rows; i += kThreads) {
-    low[i] = to_ordered(INFINITY);
-    high[i] = to_ordered(-INFINITY);
-  }
-  for (int64_t at = span.begin; at < span.end; at += Word<T>::kTile) {
-    __syncthreads();
-    load_tile<T, kAligned>(tile, static_cast<const T*>(a.x), params, rows, a.columns, at);
-    const int64_t column = at + threadIdx.x * Word<T>::kColumns;
-    for (int p = 0; p < rows;) {
-      const int end = group_end_of(params, p, rows);
-      float sum[Word<T>::kColumns];
-      sum_group<T>(tile, params, p, end, sum);
-#pragma unroll 4
-      for (int q = p; q < end; ++q) {
-        const float s = params[q].reflector.s, m = params[q].reflector.m;
-        float values[Word<T>::kColumns];
-        Word<T>::unpack(tile[q * kThreads + threadIdx.x], values);
-        uint32_t least = 0xffffffffu, most = 0;
-#pragma unroll
-        for (int c = 0; c < Word<T>::kColumns; ++c) {
-          const uint32_t ordered = to_ordered(values[c] * s - m * sum[c]);
-          if (column + c < a.columns) {
-            least = ordered < least ? ordered : least;
-            most = ordered > most ? ordered : most;
-          }
-        }
-        least = __reduce_min_sync(0xffffffffu, least);
-        most = __reduce_max_sync(0xffffffffu, most);
-        if (threadIdx.x % 32 == 0) {
-          const int i = warp * rows + q;
-          low[i] = least < low[i] ? least : low[i];
-          high[i] = most > high[i] ? most : high[i];
-        }
-      }
-      p = end;
-    }
-  }
-  __syncthreads();
-  for (int p = threadIdx.x; p < rows; p += kThreads) {
-    uint32_t least = low[p], most = high[p];
-    for (int w = 1; w < kWarps; ++w) {
-      least = min(least, low[w * rows + p]);
-      most = max(most, high[w * rows + p]);
-    }
-    const int64_t to = static_cast<int64_t>(blockIdx.y) * a.blocks.rows + params[p].row;
-    a.partial_min[to] = from_ordered(least);
-    a.partial_max[to] = from_ordered(most);
-  }
-}
-
-// The numbers of kRows rows of a warp's columns, made at once: a Philox block a lane.
-template <typename T>
-struct WarpNumbers {
-  static constexpr int kBlocks = 32 * Word<T>::kColumns / kPhiloxElements;  // of a row
-  static constexpr int kRows = 32 / kBlocks;
-
-  uint16_t* numbers;  // [kRows, 32 * kColumns]
-
-  // For the rows from p on, p a multiple of kRows. `first_block`: the block of the warp's first column.
-  __device__ __forceinline__ void refill(const RowParams* params, int p, int rows, int64_t blocks_per_row,
-                                         uint64_t first_block, const PhiloxKey& key) {
-    const int lane = threadIdx.x % 32, position = p + lane / kBlocks;
-    __syncwarp();
-    if (position < rows) {
-      const uint64_t row = static_cast<uint64_t>(params[position].row);
-      const Philox4 block =
-          key.block(row * static_cast<uint64_t>(blocks_per_row) + first_block + static_cast<uint64_t>(lane % kBlocks));
-      reinterpret_cast<uint4*>(numbers)[lane] = make_uint4(block.word[0], block.word[1], block.word[2], block.word[3]);
-    }
-    __syncwarp();
-  }
-
-  __device__ __forceinline__ void read(int p, uint32_t (&random)[Word<T>::kColumns]) const {
-    const int at = p % kRows * 32 + threadIdx.x % 32;
-    if constexpr (Word<T>::kColumns == 1) {
-      random[0] = numbers[at];
     } else {
-      const uint32_t pair = reinterpret_cast<const uint32_t*>(numbers)[at];
-      random[0] = pair & 0xffffu;
-      random[1] = pair >> 16;
+      *to = at + j < columns ? *from : T{};
     }
+  }
+  if constexpr (kAligned) wait_copies();
+  __syncthreads();
+}
+
+// A rounded value of T x, where its element was: float32 as it is, the other types as the code, which they hold exactly.
+template <typename T>
+__device__ __forceinline__ float kept_value(float kept, const RowParams& params) {
+  return std::is_same_v<T, float> ? kept : grid_value(kept, params.grid);
+}
+
+// Down the rows, a thread a word: sum_q n_q s_q x_q of each group, or of what was kept sum_q n_q y_q. Threads left over take other groups.
+// Ends with a barrier.
+template <typename T, int kColumns, bool kKept>
+__device__ __forceinline__ void sum_groups(const Shared<T, kColumns>& shared) {
+  using Shape = TileShape<T, kColumns>;
+  constexpr int kWord = Shape::kWord;
+  constexpr int kBatch = 8;  // rows whose loads go together, before a store could hold them up
+  const int part = static_cast<int>(threadIdx.x) / Shape::kWords;
+  const int column = static_cast<int>(threadIdx.x) % Shape::kWords * kWord;
+  float sum[kWord] = {};
+  const int end = shared.parts[part + 1];
+  for (int first = shared.parts[part]; first < end; first += kBatch) {
+    Pack<T, kWord> word[kBatch];
+    RowParams params[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int p = first + b < end ? first + b : end - 1;
+      word[b] = *reinterpret_cast<const Pack<T, kWord>*>(shared.tile + p * Shape::kStride + column);
+      params[b] = shared.params[p];
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const RowParams& row = params[b];
+      if (row.n < 0.0f) {
+#pragma unroll
+        for (int c = 0; c < kWord; ++c) sum[c] = 0.0f;
+      }
+#pragma unroll
+      for (int c = 0; c < kWord; ++c) {
+        const float value = to_float(word[b].value[c]);
+        sum[c] += row.n * (kKept ? kept_value<T>(value, row) : value * row.s);
+      }
+      if (row.slot % 2 != 0 && first + b < end)
+        *reinterpret_cast<Pack<float, kWord>*>(shared.sums + row.slot / 2 * Shape::kSumStride + column) =
+            pack<float>(sum);
+    }
+  }
+  __syncthreads();
+}
+
+// Consecutive elements of a row, and of its group's sums.
+template <typename T, int kColumns, int kSize = kPhiloxElements>
+struct RowItem {
+  float value[kSize];
+  float sum[kSize];
+
+  __device__ __forceinline__ RowItem(const Shared<T, kColumns>& shared, int p, int slot, int column) {
+    using Shape = TileShape<T, kColumns>;
+    unpack(*reinterpret_cast<const Pack<T, kSize>*>(shared.tile + p * Shape::kStride + column), value);
+    unpack(*reinterpret_cast<const Pack<float, kSize>*>(shared.sums + slot / 2 * Shape::kSumStride + column), sum);
   }
 };
 
-// A rounded value of T x, kept in the word that its element came from: float32 as it is, else as codes.
-template <typename T>
-__device__ __forceinline__ uint32_t keep_rounded(const Rounded (&rounded)[Word<T>::kColumns]) {
-  if constexpr (Word<T>::kColumns == 1)
-    return __float_as_uint(rounded[0].value);
-  else
-    return (static_cast<uint32_t>(static_cast<int>(rounded[0].code)) & 0xffffu) |
-           static_cast<uint32_t>(static_cast<int>(rounded[1].code)) << 16;
+// Shares a tile's rows among threads, a thread a row: a warp reads 32 rows. f(row, first column) for each item.
+template <int kColumns, typename F>
+__device__ __forceinline__ void for_row_items(int p, int segment, int segments, const F& f) {
+  constexpr int kItems = kColumns / kPhiloxElements;
+  for (int item = kItems * segment / segments; item < kItems * (segment + 1) / segments; ++item)
+    f(p, item * kPhiloxElements);
 }
 
-template <typename T>
-__device__ __forceinline__ void kept_values(uint32_t word, const RowParams& row, float (&values)[Word<T>::kColumns]) {
-  if constexpr (Word<T>::kColumns == 1) {
-    values[0] = __uint_as_float(word);
-  } else {
-    values[0] = static_cast<float>(static_cast<int16_t>(word & 0xffffu)) * row.scale + row.offset;
-    values[1] = static_cast<float>(static_cast<int16_t>(word >> 16)) * row.scale + row.offset;
+// The row of a thread and its part of the columns.
+struct RowShare {
+  int p, segment, segments;
+
+  __device__ __forceinline__ explicit RowShare(int rows) {
+    const int padded = (rows + 31) / 32 * 32;
+    segments = kThreads / padded;
+    p = static_cast<int>(threadIdx.x) % padded;
+    segment = static_cast<int>(threadIdx.x) / padded;
   }
+  __device__ __forceinline__ bool valid(int rows) const { return p < rows && segment < segments; }
+};
+
+template <typename T, int kColumns, bool kAligned>
+__global__ void __launch_bounds__(kThreads) reflected_ranges_kernel(const ReflectedRangesArgs a) {
+  extern __shared__ uint4 memory[];
+  __shared__ float mins[kThreads], maxs[kThreads];
+  const Span span = Span::of(a.blocks, a.columns, a.splits, kColumns);
+  const int rows = span.rows;
+  Shared<T, kColumns> shared(memory, rows);
+  shared.load_params(a.reflector, a.order, nullptr, nullptr, span.first, rows);
+  const RowShare share(rows);
+  float min = INFINITY, max = -INFINITY;
+  for (int64_t at = span.begin; at < span.end; at += kColumns) {
+    load_tile<T, kColumns, kAligned>(shared, static_cast<const T*>(a.x), rows, a.columns, at);
+    sum_groups<T, kColumns, false>(shared);
+    if (share.valid(rows)) {
+      const RowParams params = shared.params[share.p];
+      const bool whole = at + kColumns <= a.columns;
+      for_row_items<kColumns>(share.p, share.segment, share.segments, [&](int p, int column) {
+        const RowItem<T, kColumns> item(shared, p, params.slot, column);
+#pragma unroll
+        for (int j = 0; j < kPhiloxElements; ++j) {
+          const float y = item.value[j] * params.s - params.m * item.sum[j];
+          if (whole || at + column + j < a.columns) {
+            min = min_nan(min, y);
+            max = max_nan(max, y);
+          }
+        }
+      });
+    }
+    __syncthreads();
+  }
+  mins[threadIdx.x] = min;
+  maxs[threadIdx.x] = max;
+  __syncthreads();
+  if (share.segment > 0 || share.p >= rows) return;
+  for (int segment = 1; segment < share.segments; ++segment) {
+    const int other = static_cast<int>(threadIdx.x) + segment * ((rows + 31) / 32 * 32);
+    min = min_nan(min, mins[other]);
+    max = max_nan(max, maxs[other]);
+  }
+  const int64_t to = static_cast<int64_t>(blockIdx.y) * a.blocks.rows + shared.params[share.p].row;
+  a.partial_min[to] = min;
+  a.partial_max[to] = max;
 }
 
-template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kThreads) round_reflected_kernel(const RoundReflectedArgs a) {
-  constexpr int kColumns = Word<T>::kColumns;
-  extern __shared__ uint4 shared[];
-  __shared__ uint4 number_storage[2][kWarps][32];
-  const Span span = Span::of<T>(a.blocks, a.columns, a.splits);
-  const int rows = span.rows, warp = threadIdx.x / 32;
-  auto* tile = reinterpret_cast<uint32_t*>(shared);                     // [rows, kThreads]
-  auto* params = reinterpret_cast<RowParams*>(tile + rows * kThreads);  // [rows]
-  for (int p = threadIdx.x; p < rows; p += kThreads) {
-    const int32_t row = a.order[span.first + p];
-    params[p] = RowParams{a.reflector[span.first + p], a.scale[row], a.offset[row], 1.0f / a.scale[row], row};
-  }
+template <typename T, bool kCodes, int kColumns, bool kAligned>
+__global__ void __launch_bounds__(kThreads, 2) round_reflected_kernel(const RoundReflectedArgs a) {
+  using Shape = TileShape<T, kColumns>;
+  extern __shared__ uint4 memory[];
+  const Span span = Span::of(a.blocks, a.columns, a.splits, kColumns);
+  const int rows = span.rows;
+  Shared<T, kColumns> shared(memory, rows);
+  shared.load_params(a.reflector, a.order, a.scale, a.offset, span.first, rows);
   const PhiloxKey key(a.philox);
   const float half = half_codes(a.bits);
   const int64_t blocks_per_row = philox_blocks_per_row(a.columns);
-  WarpNumbers<T> first_numbers{reinterpret_cast<uint16_t*>(number_storage[0][warp])};
-  WarpNumbers<T> second_numbers{reinterpret_cast<uint16_t*>(number_storage[1][warp])};
-  for (int64_t at = span.begin; at < span.end; at += Word<T>::kTile) {
-    __syncthreads();
-    load_tile<T, kAligned>(tile, static_cast<const T*>(a.x), params, rows, a.columns, at);
-    const int64_t column = at + threadIdx.x * kColumns;
-    const auto first_block = static_cast<uint64_t>((at + warp * 32 * kColumns) / kPhiloxElements);
-    for (int p = 0; p < rows;) {
-      const int end = group_end_of(params, p, rows);
-      float sum[kColumns], back[kColumns];
-      sum_group<T>(tile, params, p, end, sum);
+  const RowShare share(rows);
+  for (int64_t at = span.begin; at < span.end; at += kColumns) {
+    load_tile<T, kColumns, kAligned>(shared, static_cast<const T*>(a.x), rows, a.columns, at);
+    sum_groups<T, kColumns, false>(shared);
+    if (share.valid(rows)) {  // T x, rounded
+      const RowParams params = shared.params[share.p];
+      const float inv_scale = 1.0f / params.grid.scale;
+      const auto first_block = static_cast<uint64_t>(params.row * blocks_per_row + at / kPhiloxElements);
+      for_row_items<kColumns>(share.p, share.segment, share.segments, [&](int p, int column) {
+        const RowItem<T, kColumns> item(shared, p, params.slot, column);
+        float dither[kPhiloxElements] = {};
+        if (a.stochastic) {
+          const Philox4 block = key.block(first_block + static_cast<uint64_t>(column / kPhiloxElements));
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) back[c] = 0.0f;
-#pragma unroll 2
-      for (int q = p; q < end; ++q) {
-        if (a.stochastic && q % WarpNumbers<T>::kRows == 0)
-          first_numbers.refill(params, q, rows, blocks_per_row, first_block, key);
-        const RowParams row = params[q];
-        uint32_t random[kColumns];
-        first_numbers.read(q, random);
-        float values[kColumns];
-        Word<T>::unpack(tile[q * kThreads + threadIdx.x], values);
-        Rounded rounded[kColumns];
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-          const float y = values[c] * row.reflector.s - row.reflector.m * sum[c];
-          const float uniform = a.stochastic ? uniform16(random[c]) : 0.5f;
-          rounded[c] = round_to_grid<float>(y, Grid{row.scale, row.offset}, row.inv_scale, half, uniform);
-          back[c] += row.reflector.n * rounded[c].value;
+          for (int j = 0; j < kPhiloxElements; ++j) dither[j] = philox_uniform16(block, j) - 0.5f;
         }
-        if (a.codes) {
+        float kept[kPhiloxElements];
 #pragma unroll
-          for (int c = 0; c < kColumns; ++c)
-            if (column + c < a.columns)
-              a.codes[row.row * a.columns + column + c] = static_cast<int8_t>(static_cast<int>(rounded[c].code));
-        } else {
-          tile[q * kThreads + threadIdx.x] = keep_rounded<T>(rounded);
+        for (int j = 0; j < kPhiloxElements; ++j) {
+          const float y = item.value[j] * params.s - params.m * item.sum[j];
+          const float code = dithered_code(y, params.grid, inv_scale, half, dither[j]);
+          kept[j] = std::is_same_v<T, float> && !kCodes ? grid_value(code, params.grid) : code;
         }
-      }
-      if (!a.codes) {
-#pragma unroll 2
-        for (int q = p; q < end; ++q) {
-          uint32_t random[kColumns] = {};
-          if constexpr (kColumns > 1) {
-            if (a.stochastic && q % WarpNumbers<T>::kRows == 0)
-              second_numbers.refill(params, q, rows, blocks_per_row, kSecondRounding + first_block, key);
-            second_numbers.read(q, random);
-          }
-          const RowParams row = params[q];
-          float values[kColumns];
-          kept_values<T>(tile[q * kThreads + threadIdx.x], row, values);
-          T results[kColumns];
-#pragma unroll
-          for (int c = 0; c < kColumns; ++c) {
-            const float result = (values[c] - row.reflector.m * back[c]) * row.reflector.t;
-            results[c] = a.stochastic ? round_to_type<T>(result, random[c]) : from_float<T>(result);
-          }
-          T* to = static_cast<T*>(a.y) + row.row * a.columns + column;
-          if constexpr (kAligned) {
-            if (column < a.columns)
-              *reinterpret_cast<Pack<T, kColumns>*>(to) = *reinterpret_cast<Pack<T, kColumns>*>(results);
-          } else {
-#pragma unroll
-            for (int c = 0; c < kColumns; ++c)
-              if (column + c < a.columns) to[c] = results[c];
-          }
-        }
-      }
-      p = end;
+        *reinterpret_cast<Pack<T, kPhiloxElements>*>(shared.tile + p * Shape::kStride + column) = pack<T>(kept);
+      });
     }
+    __syncthreads();
+    constexpr int kChunk = Shape::kChunk, kChunks = kColumns / kChunk;
+    if constexpr (kCodes) {
+      for (int i = threadIdx.x; i < rows * kChunks; i += kThreads) {
+        const int p = i / kChunks, column = i % kChunks * kChunk;
+        float code[kChunk];
+        unpack(*reinterpret_cast<const Pack<T, kChunk>*>(shared.tile + p * Shape::kStride + column), code);
+        Pack<int8_t, kChunk> pack;
+#pragma unroll
+        for (int j = 0; j < kChunk; ++j) pack.value[j] = static_cast<int8_t>(static_cast<int>(code[j]));
+        int8_t* to = a.codes + shared.params[p].row * a.columns + at + column;
+        if (kAligned && at + column < a.columns) {
+          *reinterpret_cast<Pack<int8_t, kChunk>*>(to) = pack;
+        } else {
+#pragma unroll
+          for (int j = 0; j < kChunk; ++j)
+            if (at + column + j < a.columns) to[j] = pack.value[j];
+        }
+      }
+      __syncthreads();
+      continue;
+    }
+    sum_groups<T, kColumns, true>(shared);
+    // T^-1, 16 bytes a thread: a warp writes its rows without gaps.
+    for (int i = threadIdx.x; i < rows * kChunks; i += kThreads) {
+      const int p = i / kChunks, column = i % kChunks * kChunk;
+      if (at + column >= a.columns) continue;
+      const RowParams params = shared.params[p];
+      RowItem<T, kColumns, kChunk> item(shared, p, params.slot, column);
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j)
+        item.value[j] = (kept_value<T>(item.value[j], params) - params.m * item.sum[j]) * params.t;
+      const int64_t to = params.row * a.columns + at + column;
+      Pack<T, kChunk> results;
+      if (std::is_same_v<T, float> || !a.stochastic) {
+        results = pack<T>(item.value);
+      } else {
+        static_assert(kChunk == kPhiloxElements || std::is_same_v<T, float>);
+        const Philox4 block = key.block(kSecondRounding + static_cast<uint64_t>(params.row * blocks_per_row) +
+                                        static_cast<uint64_t>((at + column) / kPhiloxElements));
+#pragma unroll
+        for (int j = 0; j < kChunk; ++j) {
+          const uint32_t word = block.word[j / 2];
+          results.value[j] = round_to_type<T>(item.value[j], j % 2 ? word >> 16 : word & 0xffffu);
+        }
+      }
+      if constexpr (kAligned) {
+        *reinterpret_cast<Pack<T, kChunk>*>(static_cast<T*>(a.y) + to) = results;
+      } else {
+#pragma unroll
+        for (int j = 0; j < kChunk; ++j)
+          if (at + column + j < a.columns) static_cast<T*>(a.y)[to + j] = results.value[j];
+      }
+    }
+    __syncthreads();
   }
 }
 
 // ---- T x and T^-1 x --------------------------------------------------------------------------------------------------------
 
+constexpr int kReflectThreads = 128;
 constexpr int kReflectPositions = 64;  // a thread block takes the groups that begin among so many positions
 
-__global__ void __launch_bounds__(kThreads) reflect_rows_kernel(const ReflectRowsArgs a) {
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+__global__ void __launch_bounds__(kReflectThreads) reflect_rows_kernel(const ReflectRowsArgs a) {
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kReflectThreads + threadIdx.x;
   if (column >= a.columns) return;
   const int64_t stop = min(a.rows, (static_cast<int64_t>(blockIdx.y) + 1) * kReflectPositions);
   for (int64_t p = static_cast<int64_t>(blockIdx.y) * kReflectPositions; p < stop;) {
@@ -411,12 +427,16 @@ __global__ void __launch_bounds__(kThreads) reflect_rows_kernel(const ReflectRow
       continue;
     }
     const int64_t end = group_end(a.reflector, p, min(a.rows, p + kMaxGroup));
+    // An order that leads outside x, which a caller may have made by hand, touches nothing: checking it before would wait.
+    const auto outside = [&](int64_t q) { return a.order[q] < 0 || a.order[q] >= a.rows; };
     float sum = 0.0f;
     for (int64_t q = p; q < end; ++q) {
+      if (outside(q)) continue;
       const float s = a.inverse ? 1.0f : a.reflector[q].s;
       sum += a.reflector[q].n * (a.x[a.order[q] * a.columns + column] * s);
     }
     for (int64_t q = p; q < end; ++q) {
+      if (outside(q)) continue;
       const float s = a.inverse ? 1.0f : a.reflector[q].s, t = a.inverse ? a.reflector[q].t : 1.0f;
       const int64_t at = a.order[q] * a.columns + column;
       a.y[at] = (a.x[at] * s - a.reflector[q].m * sum) * t;
@@ -432,15 +452,37 @@ bool rows_aligned(const void* x, const void* y, int64_t columns) {
   return columns * static_cast<int64_t>(sizeof(T)) % kVectorBytes == 0 && is_aligned(x) && is_aligned(y);
 }
 
-// Shared memory above 48 KiB must be asked for; the call is cheap and safe under capture.
+// The shared memory that a thread block may ask for on this device.
+int64_t shared_memory_limit() {
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes - 4096;  // what the kernels declare beside it
+}
+
 template <typename Args>
-int launch_tiles(void (*kernel)(Args), const Args& a, size_t bytes_per_row, void* stream) {
-  const auto bytes = static_cast<size_t>(a.blocks.size(0)) * bytes_per_row;
+int launch_tiles(void (*kernel)(Args), const Args& a, int64_t bytes, void* stream) {
   const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(a.blocks.blocks), static_cast<unsigned>(a.splits));
-  kernel<<<grid, kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(a);
+  kernel<<<grid, kThreads, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)>>>(a);
   return cudaGetLastError();
+}
+
+// Calls f(type, columns of a tile, aligned) with what fits.
+template <typename F>
+void dispatch_tiles(DType dtype, int64_t rows, bool aligned32, bool aligned16, const F& f) {
+  dispatch_float(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto pick = [&](auto columns) {
+      (sizeof(T) == 4 ? aligned32 : aligned16) ? f(type, columns, std::true_type{})
+                                               : f(type, columns, std::false_type{});
+    };
+    if (Shared<T, kWide>::bytes(rows) <= shared_memory_limit())
+      pick(std::integral_constant<int, kWide>{});
+    else
+      pick(std::integral_constant<int, kNarrow>{});
+  });
 }
 
 }  // namespace
@@ -452,32 +494,36 @@ int plan_reflectors(const PlanReflectorsArgs& a, void* stream) {
 }
 
 int reflected_ranges(const ReflectedRangesArgs& a, void* stream) {
-  constexpr size_t kBytes = kThreads * sizeof(uint32_t) + sizeof(RowParams) + 2 * kWarps * sizeof(uint32_t);
   int error = cudaSuccess;
-  dispatch_float(a.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    error = rows_aligned<T>(a.x, nullptr, a.columns)
-                ? launch_tiles(&reflected_ranges_kernel<T, true>, a, kBytes, stream)
-                : launch_tiles(&reflected_ranges_kernel<T, false>, a, kBytes, stream);
-  });
+  const int64_t rows = a.blocks.size(0);
+  dispatch_tiles(a.dtype, rows, rows_aligned<float>(a.x, nullptr, a.columns),
+                 rows_aligned<Half>(a.x, nullptr, a.columns), [&](auto* type, auto columns, auto aligned) {
+                   using T = std::remove_pointer_t<decltype(type)>;
+                   error = launch_tiles(&reflected_ranges_kernel<T, columns.value, aligned.value>, a,
+                                        Shared<T, columns.value>::bytes(rows), stream);
+                 });
   return error;
 }
 
 int round_reflected(const RoundReflectedArgs& a, void* stream) {
-  constexpr size_t kBytes = kThreads * sizeof(uint32_t) + sizeof(RowParams);
   int error = cudaSuccess;
-  dispatch_float(a.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    error = rows_aligned<T>(a.x, a.y, a.columns) ? launch_tiles(&round_reflected_kernel<T, true>, a, kBytes, stream)
-                                                 : launch_tiles(&round_reflected_kernel<T, false>, a, kBytes, stream);
-  });
+  const int64_t rows = a.blocks.size(0);
+  dispatch_tiles(a.dtype, rows, rows_aligned<float>(a.x, a.y, a.columns), rows_aligned<Half>(a.x, a.y, a.columns),
+                 [&](auto* type, auto columns, auto aligned) {
+                   using T = std::remove_pointer_t<decltype(type)>;
+                   const auto launch = [&](auto kernel) {
+                     error = launch_tiles(kernel, a, Shared<T, columns.value>::bytes(rows), stream);
+                   };
+                   a.codes ? launch(&round_reflected_kernel<T, true, columns.value, aligned.value>)
+                           : launch(&round_reflected_kernel<T, false, columns.value, aligned.value>);
+                 });
   return error;
 }
 
 int reflect_rows(const ReflectRowsArgs& a, void* stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(a.columns, kThreads)),
+  const dim3 grid(static_cast<unsigned>(ceil_div(a.columns, kReflectThreads)),
                   static_cast<unsigned>(ceil_div(a.rows, kReflectPositions)));
-  reflect_rows_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(a);
+  reflect_rows_kernel<<<grid, kReflectThreads, 0, static_cast<cudaStream_t>(stream)>>>(a);
   return cudaGetLastError();
 }
 
