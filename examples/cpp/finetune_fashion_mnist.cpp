@@ -151,7 +151,8 @@ int64_t train(ResNet20& model, const ImageData& data, const Training& training, 
       std::max<int64_t>(1, static_cast<int64_t>(std::ceil(training.epochs * static_cast<double>(per_epoch))));
   const int64_t last = training.max_steps > 0 ? std::min(total, training.max_steps) : total;
   torch::optim::SGD optimizer = example::make_optimizer(*model);
-  torch::manual_seed(static_cast<uint64_t>(training.seed));  // quantised gradients draw from here, as in the Python trainer
+  torch::manual_seed(
+      static_cast<uint64_t>(training.seed));  // quantised gradients draw from here, as in the Python trainer
   const auto start = std::chrono::steady_clock::now();
   example::ProgressLine progress(training.stage, last);
   at::Generator generator;
