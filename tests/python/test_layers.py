@@ -225,8 +225,9 @@ def test_linear_compiles_without_a_graph_break(recipe, training):
         x = torch.randn(rows, 8)
         y, expected = compiled(x), eager(x)
         assert torch.equal(y, expected)
-        y.square().sum().backward()
-        expected.square().sum().backward()
+        for output in (y, expected):
+            torch.manual_seed(rows)  # quantised gradients: the same draws for both
+            output.square().sum().backward()
     for got, want in zip(layer.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(got.grad, want.grad)
     for name, value in eager.state_dict().items():
