@@ -212,10 +212,7 @@ void amp_round_stochastic_kernel(at::TensorList parameters, at::TensorList maste
 void amp_round_stochastic_seeded_kernel(at::TensorList parameters, at::TensorList masters, int64_t seed,
                                         int64_t offset) {
   check_round_stochastic(parameters, masters);
-  PhiloxState philox;
-  philox.seed = static_cast<uint64_t>(seed);
-  philox.offset = static_cast<uint64_t>(offset);
-  round_stochastic_with_state(parameters, masters, philox);
+  round_stochastic_with_state(parameters, masters, seeded_philox_state(seed, offset));
 }
 
 }  // namespace

@@ -134,10 +134,8 @@ at::Tensor quantize_seeded_kernel(const at::Tensor& input, const at::Tensor& sca
                                   int64_t quant_min, int64_t quant_max, at::ScalarType dtype, int64_t seed,
                                   int64_t offset) {
   check_quantize(input, scale, zero_point, quant_min, quant_max, dtype);
-  PhiloxState philox;
-  philox.seed = static_cast<uint64_t>(seed);
-  philox.offset = static_cast<uint64_t>(offset);
-  return quantize_with_state(input, scale, zero_point, quant_min, quant_max, dtype, true, philox);
+  return quantize_with_state(input, scale, zero_point, quant_min, quant_max, dtype, true,
+                             seeded_philox_state(seed, offset));
 }
 
 at::Tensor dequantize_kernel(const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,

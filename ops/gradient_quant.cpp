@@ -55,6 +55,14 @@ Quantizer parse_quantizer(std::string_view op, std::string_view quantizer) {
   return Quantizer::kHouseholder;
 }
 
+// N and D.
+std::pair<c10::SymInt, c10::SymInt> matrix_size(const at::Tensor& grad, bool token_rows) {
+  c10::SymInt rows = 1, columns = 1;
+  const int64_t row_dims = token_rows ? grad.dim() - 1 : 1;
+  for (int64_t d = 0; d < grad.dim(); ++d) (d < row_dims ? rows : columns) *= grad.sym_size(d);
+  return {rows, columns};
+}
+
 Request check_request(std::string_view op, const at::Tensor& grad, int64_t bits, std::string_view quantizer,
                       std::string_view rows, bool preserve_zero, int64_t max_group) {
   QUANTRAIN_CHECK_VALUE(bits >= 2 && bits <= 8, "{}: expected bits in 2 to 8, got {}", op, bits);
@@ -73,20 +81,10 @@ Request check_request(std::string_view op, const at::Tensor& grad, int64_t bits,
                        c10::str(grad.layout()));
   QUANTRAIN_CHECK_VALUE(grad.dim() >= 1, "{}: expected grad with at least one dimension, got {}", op, grad.dim());
   const bool token_rows = rows == "token";
-  c10::SymInt count = 1;
-  for (int64_t d = 0; d < (token_rows ? grad.dim() - 1 : 1); ++d) count = count * grad.sym_size(d);
-  QUANTRAIN_CHECK_VALUE(TORCH_GUARD_OR_TRUE(count.sym_gt(0)), "{}: expected at least one {}, got grad of shape {}", op,
-                        rows, detail::shape_text(grad));
+  QUANTRAIN_CHECK_VALUE(TORCH_GUARD_OR_TRUE(matrix_size(grad, token_rows).first.sym_gt(0)),
+                        "{}: expected at least one {}, got grad of shape {}", op, rows, detail::shape_text(grad));
   return Request{static_cast<int>(bits), parsed, token_rows, preserve_zero || parsed == Quantizer::kPerTensor,
                  max_group};
-}
-
-// N and D.
-std::pair<c10::SymInt, c10::SymInt> matrix_size(const at::Tensor& grad, bool token_rows) {
-  c10::SymInt rows = 1, columns = 1;
-  const int64_t row_dims = token_rows ? grad.dim() - 1 : 1;
-  for (int64_t d = 0; d < grad.dim(); ++d) (d < row_dims ? rows : columns) *= grad.sym_size(d);
-  return {rows, columns};
 }
 
 // What a quantiser finds out beside the codes: QuantizedGradient's scale, offset, order and reflector.
@@ -200,12 +198,7 @@ Random draw(std::string_view op, const at::Tensor& grad, bool stochastic, const 
   return {stochastic, stochastic ? next_philox_state(op, generator, grad.device()) : PhiloxState{}};
 }
 
-Random seeded(int64_t seed, int64_t offset) {
-  Random random;
-  random.philox.seed = static_cast<uint64_t>(seed);
-  random.philox.offset = static_cast<uint64_t>(offset);
-  return random;
-}
+Random seeded(int64_t seed, int64_t offset) { return {true, seeded_philox_state(seed, offset)}; }
 
 // A tensor whose memory is the matrix X [N, D]: rows one after the other. Columns may lie in another order than the dimensions'.
 at::Tensor row_major(const at::Tensor& grad, bool token_rows) {

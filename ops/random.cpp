@@ -42,4 +42,11 @@ PhiloxState next_philox_state(std::string_view op, const std::optional<at::Gener
   return state;
 }
 
+PhiloxState seeded_philox_state(int64_t seed, int64_t offset) {
+  PhiloxState state;
+  state.seed = static_cast<uint64_t>(seed);
+  state.offset = static_cast<uint64_t>(offset);
+  return state;
+}
+
 }  // namespace quantrain

@@ -15,4 +15,7 @@ namespace quantrain {
 // generator's own (seed, offset), moved on; under graph capture pointers that each replay refreshes.
 PhiloxState next_philox_state(std::string_view op, const std::optional<at::Generator>& generator, c10::Device device);
 
+// The state of a `.seeded` overload.
+PhiloxState seeded_philox_state(int64_t seed, int64_t offset);
+
 }  // namespace quantrain
