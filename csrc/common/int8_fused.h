@@ -1,0 +1,53 @@
+// Formulas and kernel arguments of operators that end in int8 rows: a norm or an activation whose result is quantised before it leaves the
+// registers (token-wise fusion: Yao et al., "ZeroQuant", NeurIPS 2022, section 4.3). Results are float32 until they are codes.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "csrc/common/int8.h"
+
+namespace quantrain {
+
+QUANTRAIN_HOST_DEVICE float gelu_erf(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678f)); }
+
+// Hendrycks and Gimpel, arXiv:1606.08415, section 2; tanh(u) = 1 - 2 / (exp(2 u) + 1).
+QUANTRAIN_HOST_DEVICE float gelu_tanh(float x) {
+  const float u = 0.79788456f * (x + 0.044715f * x * x * x);
+  return x - x / (expf(2.0f * u) + 1.0f);
+}
+
+QUANTRAIN_HOST_DEVICE float silu(float x) { return x / (1.0f + expf(-x)); }
+
+// y = (s - mean) / sqrt(var + eps) * weight + bias, or with rms s / sqrt(mean(s^2) + eps) * weight; s = x + residual.
+struct Int8NormArgs {
+  const void* x;         // [rows, columns] of dtype
+  const void* residual;  // likewise or null
+  const void* weight;    // [columns] of parameter_dtype or null: 1
+  const void* bias;      // [columns] of parameter_dtype or null: 0
+  void* carried;         // [rows, columns] of dtype or null: s, or y where post_norm
+  int8_t* codes;         // [rows, columns]
+  float* scale;          // [rows]
+  DType dtype;
+  DType parameter_dtype;  // dtype or float32
+  int64_t rows;
+  int64_t columns;
+  float eps;
+  bool rms;
+  bool post_norm;
+};
+
+enum class Int8Activation { kGeluErf, kGeluTanh, kSiluMul };
+
+struct Int8ActivationArgs {
+  const void* x;   // [rows, columns] of dtype
+  const void* up;  // likewise, kSiluMul only
+  int8_t* codes;   // [rows, columns]
+  float* scale;    // [rows]
+  DType dtype;
+  int64_t rows;
+  int64_t columns;
+  Int8Activation activation;
+};
+
+}  // namespace quantrain
