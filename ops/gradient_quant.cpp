@@ -209,13 +209,6 @@ at::Tensor row_major(const at::Tensor& grad, bool token_rows) {
   return rows_outermost ? tensor : grad.contiguous();
 }
 
-template <typename Args>
-void run_tasks(const Args& args, int64_t tasks, int64_t grain, const at::Tensor& on, CpuKernel<Args> kernel,
-               CudaLauncher<Args> launcher) {
-  if (run_on_cuda(args, on, launcher)) return;
-  parallel_for(tasks, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-}
-
 // One quantisation of a matrix: the pieces that the quantizers share. The results go to values or to codes.
 struct Rounding {
   at::Tensor x;  // [N, D], row-major

@@ -41,6 +41,14 @@ bool run_on_cuda([[maybe_unused]] const Args& args, [[maybe_unused]] const at::T
   return false;
 }
 
+// Over tasks, what the CPU kernel calls so.
+template <typename Args>
+void run_tasks(const Args& args, int64_t tasks, int64_t grain, const at::Tensor& on, CpuKernel<Args> kernel,
+               CudaLauncher<Args> launcher) {
+  if (run_on_cuda(args, on, launcher)) return;
+  parallel_for(tasks, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
 // Over the elements of `on`.
 template <typename Args>
 void run_elementwise(const Args& args, const at::Tensor& on, CpuKernel<Args> kernel, CudaLauncher<Args> launcher) {

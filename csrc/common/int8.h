@@ -19,7 +19,7 @@
 namespace quantrain {
 
 constexpr float kInt8Max = 127.0f;
-constexpr int kInt8Item = 8;                      // elements that one Philox block serves, consecutive in a row of the input
+constexpr int kInt8Item = 8;  // elements that one Philox block serves, consecutive in a row of the input
 constexpr float kInt8Shrink = 1.0f - 0x1p-20f;  // see above
 
 QUANTRAIN_HOST_DEVICE int64_t int8_items_per_row(int64_t columns) { return (columns + kInt8Item - 1) / kInt8Item; }
@@ -72,7 +72,7 @@ struct Int8QuantizeRowsArgs {
 struct Int8ColumnAbsmaxArgs {
   const void* x;            // [rows, columns] of dtype
   const float* row_factor;  // [rows] or null
-  float* absmax;            // [columns]; zeroed by the caller
+  float* absmax;            // [columns]
   DType dtype;
   int64_t rows;
   int64_t columns;
@@ -107,25 +107,27 @@ enum class Int8WeightScheme { kFold, kColumns, kAuto };  // kAuto: fold where th
 constexpr float kInt8FoldBound = 4.0f;
 
 struct Int8WeightTransposeArgs {
-  const void* weight;        // [out, in] of dtype
-  const float* row_scale;    // [out], of the forward's codes
-  int8_t* codes;             // [in, out]
-  float* column_factor;      // [out]: row_scale where folded, else 1
-  float* scale;              // [in]: 1 where folded, else of the columns
+  const void* weight;      // [out, in] of dtype
+  const float* row_scale;  // [out], of the forward's codes
+  int8_t* codes;           // [in, out]
+  float* column_factor;    // [out]: row_scale where folded, else 1
+  float* scale;            // [in]: 1 where folded, else of the columns
   DType dtype;
   int64_t out;
   int64_t in;
   Int8WeightScheme scheme;
 };
 
-// d = float(a b^T) * a_scale * b_scale + bias, rounded to dtype; the sum is exact in int32. With accumulate: d += that, in float32.
+// d = (float(a b^T) * b_scale) * a_scale + bias, rounded to dtype; the sum is exact in int32. With accumulate: d += that, in float32.
 struct Int8MmArgs {
   const int8_t* a;       // [m, k], k a multiple of 16, on a 16-byte boundary
   const int8_t* b;       // [n, k] likewise
-  const float* a_scale;  // [m]; null: 1
-  const float* b_scale;  // [n]; null: 1
-  const float* bias;     // [n] or null
-  void* d;               // [m, n] of dtype
+  const float* a_scale;  // [m] or, with a_scale_stride 0, [1]; null: 1
+  const float* b_scale;  // [n] or [1] likewise
+  int64_t a_scale_stride;
+  int64_t b_scale_stride;
+  const float* bias;  // [n] or null
+  void* d;            // [m, n] of dtype
   DType dtype;
   int64_t m;
   int64_t n;

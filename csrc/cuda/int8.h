@@ -17,12 +17,13 @@ int int8_weight_transpose(const Int8WeightTransposeArgs& args, void* stream);
 int int8_norm(const Int8NormArgs& args, void* stream);
 int int8_activation(const Int8ActivationArgs& args, void* stream);
 
-// Any m, n; tensor cores of sm_80 and later.
-int int8_mm_sm80(const Int8MmArgs& args, void* stream);
+// 10 * major + minor of the current device.
+int compute_capability();
 
-// Hopper (sm_90): which kernel serves a shape, or none where n does not suit its stores.
-size_t int8_mm_sm90_workspace(const Int8MmArgs& args);
-bool int8_mm_sm90_supports(const Int8MmArgs& args);
-int int8_mm_sm90(const Int8MmArgs& args, void* stream);
+// What int8_mm needs in `workspace` for these sizes, on the current device.
+size_t int8_mm_workspace(const Int8MmArgs& args);
+
+// Hopper's kernel for the shape where one serves it, else that of sm_80, which any later device runs.
+int int8_mm(const Int8MmArgs& args, void* stream);
 
 }  // namespace quantrain::cuda

@@ -12,3 +12,5 @@
 #include "quantrain/ops/fake_quant.h"
 #include "quantrain/ops/gradient_quant.h"
 #include "quantrain/ops/gradient_quant_layers.h"
+#include "quantrain/ops/int8.h"
+#include "quantrain/ops/int8_fused.h"

@@ -1,0 +1,379 @@
+#include "ops/int8.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "csrc/cpu/int8.h"
+#include "ops/check.h"
+#include "ops/launch.h"
+#include "ops/random.h"
+
+#if defined(QUANTRAIN_WITH_CUDA)
+#include "csrc/cuda/int8.h"
+#endif
+
+namespace quantrain {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using OptionalGenerator = std::optional<at::Generator>;
+using Pair = std::tuple<at::Tensor, at::Tensor>;
+using Triple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using Quadruple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+constexpr std::string_view kRows = "int8_quantize_rows";
+constexpr std::string_view kColumns = "int8_quantize_columns";
+constexpr std::string_view kRowsAndColumns = "int8_quantize_rows_and_columns";
+constexpr std::string_view kTranspose = "int8_transpose";
+constexpr std::string_view kWeightTranspose = "int8_weight_transpose";
+
+// ---- checks and shapes, shared with Meta -----------------------------------------------------------------------------------
+
+c10::SymInt rows_of(const at::Tensor& input) {
+  c10::SymInt rows = 1;
+  for (int64_t d = 0; d < input.dim() - 1; ++d) rows *= input.sym_size(d);
+  return rows;
+}
+
+void check_input(std::string_view op, const char* name, const at::Tensor& input, bool codes_allowed = false) {
+  const auto type = input.scalar_type();
+  const bool codes = codes_allowed && type == at::kChar;
+  QUANTRAIN_CHECK_TYPE(codes || type == at::kFloat || type == at::kHalf || type == at::kBFloat16,
+                       "{}: expected {} of float32, float16{}, got {}", op, name,
+                       codes_allowed ? ", bfloat16 or int8" : " or bfloat16", c10::toString(type));
+  QUANTRAIN_CHECK_TYPE(input.layout() == at::kStrided, "{}: expected a dense {}, got layout {}", op, name,
+                       c10::str(input.layout()));
+  QUANTRAIN_CHECK_VALUE(input.dim() >= 1 && TORCH_GUARD_OR_TRUE(input.sym_size(-1).sym_gt(0)),
+                        "{}: expected {} with at least one column, got {}", op, name, detail::shape_text(input));
+}
+
+void check_factor(std::string_view op, const char* name, const OptionalTensor& factor, const c10::SymInt& size,
+                  const at::Tensor& input) {
+  if (!factor) return;
+  QUANTRAIN_CHECK_TYPE(factor->scalar_type() == at::kFloat, "{}: expected {} of float32, got {}", op, name,
+                       c10::toString(factor->scalar_type()));
+  QUANTRAIN_CHECK_TYPE(factor->device() == input.device(), "{}: expected {} on input's device {}, got {}", op, name,
+                       input.device().str(), factor->device().str());
+  QUANTRAIN_CHECK_VALUE(TORCH_GUARD_OR_TRUE(factor->sym_numel().sym_eq(size)), "{}: expected {} of {} elements, got {}",
+                        op, name, c10::str(size), detail::shape_text(*factor));
+}
+
+Pair allocate_rows(const at::Tensor& input) {
+  std::vector<c10::SymInt> scale_sizes(input.sym_sizes().begin(), input.sym_sizes().end());
+  scale_sizes.back() = 1;
+  return {at::empty_symint(input.sym_sizes(), input.options().dtype(at::kChar)),
+          at::empty_symint(scale_sizes, input.options().dtype(at::kFloat))};
+}
+
+Pair allocate_columns(const at::Tensor& input) {
+  const c10::SymInt columns = input.sym_size(-1);
+  return {at::empty_symint({columns, rows_of(input)}, input.options().dtype(at::kChar)),
+          at::empty_symint({columns, 1}, input.options().dtype(at::kFloat))};
+}
+
+Pair rows_meta(const at::Tensor& input, const OptionalTensor& column_factor, bool, const OptionalGenerator&) {
+  check_input(kRows, "input", input);
+  check_factor(kRows, "column_factor", column_factor, input.sym_size(-1), input);
+  return allocate_rows(input);
+}
+
+Pair rows_seeded_meta(const at::Tensor& input, const OptionalTensor& column_factor, int64_t, int64_t) {
+  return rows_meta(input, column_factor, true, std::nullopt);
+}
+
+Pair columns_meta(const at::Tensor& input, const OptionalTensor& row_factor, bool, const OptionalGenerator&) {
+  check_input(kColumns, "input", input);
+  check_factor(kColumns, "row_factor", row_factor, rows_of(input), input);
+  return allocate_columns(input);
+}
+
+Pair columns_seeded_meta(const at::Tensor& input, const OptionalTensor& row_factor, int64_t, int64_t) {
+  return columns_meta(input, row_factor, true, std::nullopt);
+}
+
+Quadruple rows_and_columns_meta(const at::Tensor& input, const OptionalTensor& column_factor,
+                                const OptionalTensor& row_factor, bool, const OptionalGenerator&) {
+  check_input(kRowsAndColumns, "input", input);
+  check_factor(kRowsAndColumns, "column_factor", column_factor, input.sym_size(-1), input);
+  check_factor(kRowsAndColumns, "row_factor", row_factor, rows_of(input), input);
+  return std::tuple_cat(allocate_rows(input), allocate_columns(input));
+}
+
+Quadruple rows_and_columns_seeded_meta(const at::Tensor& input, const OptionalTensor& column_factor,
+                                       const OptionalTensor& row_factor, int64_t, int64_t) {
+  return rows_and_columns_meta(input, column_factor, row_factor, true, std::nullopt);
+}
+
+at::Tensor transpose_meta(const at::Tensor& codes) {
+  QUANTRAIN_CHECK_TYPE(codes.scalar_type() == at::kChar, "{}: expected codes of int8, got {}", kTranspose,
+                       c10::toString(codes.scalar_type()));
+  QUANTRAIN_CHECK_VALUE(codes.dim() == 2, "{}: expected codes [M, K], got {}", kTranspose, detail::shape_text(codes));
+  return at::empty_symint({codes.sym_size(1), codes.sym_size(0)}, codes.options());
+}
+
+Int8WeightScheme parse_scheme(std::string_view scheme) {
+  if (scheme == "fold") return Int8WeightScheme::kFold;
+  if (scheme == "columns") return Int8WeightScheme::kColumns;
+  QUANTRAIN_CHECK_VALUE(scheme == "auto", "{}: expected scheme fold, columns or auto, got '{}'", kWeightTranspose,
+                        scheme);
+  return Int8WeightScheme::kAuto;
+}
+
+Triple weight_transpose_meta(const at::Tensor& weight, const at::Tensor& scale, std::string_view scheme) {
+  parse_scheme(scheme);
+  check_input(kWeightTranspose, "weight", weight, /*codes_allowed=*/true);
+  QUANTRAIN_CHECK_VALUE(weight.dim() == 2, "{}: expected weight [O, K], got {}", kWeightTranspose,
+                        detail::shape_text(weight));
+  check_factor(kWeightTranspose, "scale", scale, weight.sym_size(0), weight);
+  const c10::SymInt out = weight.sym_size(0), in = weight.sym_size(1);
+  return {at::empty_symint({in, out}, weight.options().dtype(at::kChar)),
+          at::empty_symint({out}, weight.options().dtype(at::kFloat)),
+          at::empty_symint({in, 1}, weight.options().dtype(at::kFloat))};
+}
+
+// ---- CPU and CUDA ----------------------------------------------------------------------------------------------------------
+
+struct Random {
+  bool stochastic;
+  PhiloxState philox;
+};
+
+Random draw(std::string_view op, const at::Tensor& input, bool stochastic, const OptionalGenerator& generator) {
+  return {stochastic, stochastic ? next_philox_state(op, generator, input.device()) : PhiloxState{}};
+}
+
+Random seeded(int64_t seed, int64_t offset) { return {true, seeded_philox_state(seed, offset)}; }
+
+int64_t matrix_rows(const at::Tensor& input) { return input.numel() / input.size(-1); }
+
+// The factor's memory, kept alive by `keep`.
+const float* factor_pointer(const OptionalTensor& factor, at::Tensor& keep) {
+  if (!factor) return nullptr;
+  keep = factor->contiguous();
+  return keep.const_data_ptr<float>();
+}
+
+void quantize_rows(const at::Tensor& x, const OptionalTensor& column_factor, const Random& random, const Pair& result) {
+  if (x.numel() == 0) return;
+  at::Tensor keep;
+  const auto& [codes, scale] = result;
+  const Int8QuantizeRowsArgs args{x.const_data_ptr(),
+                                  factor_pointer(column_factor, keep),
+                                  codes.mutable_data_ptr<int8_t>(),
+                                  scale.mutable_data_ptr<float>(),
+                                  dtype_of(x),
+                                  matrix_rows(x),
+                                  x.size(-1),
+                                  random.stochastic,
+                                  random.philox};
+  run_tasks(args, args.rows, std::max<int64_t>(32768 / args.columns, 1), x, QUANTRAIN_KERNELS(int8_quantize_rows));
+}
+
+void quantize_columns(const at::Tensor& x, const OptionalTensor& row_factor, const Random& random, const Pair& result) {
+  at::Tensor keep;
+  const auto& [codes, scale] = result;
+  if (x.numel() == 0) {
+    scale.fill_(1.0);
+    return;
+  }
+  const at::Tensor absmax = at::empty({x.size(-1)}, scale.options());
+  const Int8ColumnAbsmaxArgs ranges{x.const_data_ptr(),
+                                    factor_pointer(row_factor, keep),
+                                    absmax.mutable_data_ptr<float>(),
+                                    dtype_of(x),
+                                    matrix_rows(x),
+                                    x.size(-1)};
+  const int64_t tiles = cpu::int8_column_tiles(ranges.columns);
+  run_tasks(ranges, tiles, 1, x, QUANTRAIN_KERNELS(int8_column_absmax));
+  const Int8QuantizeColumnsArgs args{ranges.x,
+                                     ranges.row_factor,
+                                     ranges.absmax,
+                                     codes.mutable_data_ptr<int8_t>(),
+                                     scale.mutable_data_ptr<float>(),
+                                     ranges.dtype,
+                                     ranges.rows,
+                                     ranges.columns,
+                                     random.stochastic,
+                                     random.philox};
+  run_tasks(args, tiles, 1, x, QUANTRAIN_KERNELS(int8_quantize_columns));
+}
+
+Pair rows_kernel(const at::Tensor& input, const OptionalTensor& column_factor, bool stochastic,
+                 const OptionalGenerator& generator) {
+  const Pair result = rows_meta(input, column_factor, stochastic, generator);
+  quantize_rows(input.contiguous(), column_factor, draw(kRows, input, stochastic, generator), result);
+  return result;
+}
+
+Pair rows_seeded_kernel(const at::Tensor& input, const OptionalTensor& column_factor, int64_t seed, int64_t offset) {
+  const Pair result = rows_meta(input, column_factor, true, std::nullopt);
+  quantize_rows(input.contiguous(), column_factor, seeded(seed, offset), result);
+  return result;
+}
+
+Pair columns_kernel(const at::Tensor& input, const OptionalTensor& row_factor, bool stochastic,
+                    const OptionalGenerator& generator) {
+  const Pair result = columns_meta(input, row_factor, stochastic, generator);
+  quantize_columns(input.contiguous(), row_factor, draw(kColumns, input, stochastic, generator), result);
+  return result;
+}
+
+Pair columns_seeded_kernel(const at::Tensor& input, const OptionalTensor& row_factor, int64_t seed, int64_t offset) {
+  const Pair result = columns_meta(input, row_factor, true, std::nullopt);
+  quantize_columns(input.contiguous(), row_factor, seeded(seed, offset), result);
+  return result;
+}
+
+Quadruple rows_and_columns(const at::Tensor& input, const OptionalTensor& column_factor,
+                           const OptionalTensor& row_factor, const Random& for_rows, const Random& for_columns) {
+  const at::Tensor x = input.contiguous();
+  const Quadruple result = rows_and_columns_meta(input, column_factor, row_factor, true, std::nullopt);
+  quantize_rows(x, column_factor, for_rows, {std::get<0>(result), std::get<1>(result)});
+  quantize_columns(x, row_factor, for_columns, {std::get<2>(result), std::get<3>(result)});
+  return result;
+}
+
+Quadruple rows_and_columns_kernel(const at::Tensor& input, const OptionalTensor& column_factor,
+                                  const OptionalTensor& row_factor, bool stochastic,
+                                  const OptionalGenerator& generator) {
+  const Random for_rows = draw(kRowsAndColumns, input, stochastic, generator);
+  const Random for_columns = draw(kRowsAndColumns, input, stochastic, generator);
+  return rows_and_columns(input, column_factor, row_factor, for_rows, for_columns);
+}
+
+Quadruple rows_and_columns_seeded_kernel(const at::Tensor& input, const OptionalTensor& column_factor,
+                                         const OptionalTensor& row_factor, int64_t seed, int64_t offset) {
+  return rows_and_columns(input, column_factor, row_factor, seeded(seed, offset), seeded(seed, offset + 1));
+}
+
+at::Tensor transpose_kernel(const at::Tensor& codes) {
+  const at::Tensor result = transpose_meta(codes);
+  if (codes.numel() == 0) return result;
+  const at::Tensor x = codes.contiguous();
+  const Int8TransposeArgs args{x.const_data_ptr<int8_t>(), result.mutable_data_ptr<int8_t>(), x.size(0), x.size(1)};
+  run_tasks(args, cpu::int8_column_tiles(args.columns), 4, x, QUANTRAIN_KERNELS(int8_transpose));
+  return result;
+}
+
+Triple weight_transpose_kernel(const at::Tensor& weight, const at::Tensor& scale, std::string_view scheme) {
+  const Triple result = weight_transpose_meta(weight, scale, scheme);
+  const auto& [codes, column_factor, column_scale] = result;
+  if (weight.numel() == 0) {
+    column_scale.fill_(1.0);
+    return result;
+  }
+  const at::Tensor w = weight.contiguous(), s = scale.contiguous();
+  const Int8WeightTransposeArgs args{w.const_data_ptr(),
+                                     s.const_data_ptr<float>(),
+                                     codes.mutable_data_ptr<int8_t>(),
+                                     column_factor.mutable_data_ptr<float>(),
+                                     column_scale.mutable_data_ptr<float>(),
+                                     dtype_of(w),
+                                     w.size(0),
+                                     w.size(1),
+                                     parse_scheme(scheme)};
+  run_tasks(args, cpu::int8_column_tiles(args.in), 1, w, QUANTRAIN_KERNELS(int8_weight_transpose));
+  return result;
+}
+
+}  // namespace
+
+// ---- public functions ------------------------------------------------------------------------------------------------------
+
+Int8Codes int8_quantize_rows(const at::Tensor& input, const Int8QuantizeOptions& options) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("quantrain::int8_quantize_rows", "")
+                             .typed<decltype(rows_kernel)>();
+  auto [codes, scale] = op.call(input, options.column_factor, options.stochastic, options.generator);
+  return {std::move(codes), std::move(scale)};
+}
+
+Int8Codes int8_quantize_columns(const at::Tensor& input, const Int8QuantizeOptions& options) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("quantrain::int8_quantize_columns", "")
+                             .typed<decltype(columns_kernel)>();
+  auto [codes, scale] = op.call(input, options.row_factor, options.stochastic, options.generator);
+  return {std::move(codes), std::move(scale)};
+}
+
+Int8RowsAndColumns int8_quantize_rows_and_columns(const at::Tensor& input, const Int8QuantizeOptions& options) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("quantrain::int8_quantize_rows_and_columns", "")
+                             .typed<decltype(rows_and_columns_kernel)>();
+  auto [codes, scale, codes_t, scale_t] =
+      op.call(input, options.column_factor, options.row_factor, options.stochastic, options.generator);
+  return {{std::move(codes), std::move(scale)}, {std::move(codes_t), std::move(scale_t)}};
+}
+
+at::Tensor int8_transpose(const at::Tensor& codes) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("quantrain::int8_transpose", "")
+                             .typed<decltype(transpose_kernel)>();
+  return op.call(codes);
+}
+
+Int8WeightTranspose int8_weight_transpose(const at::Tensor& weight, const at::Tensor& scale, std::string_view scheme) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("quantrain::int8_weight_transpose", "")
+                             .typed<decltype(weight_transpose_kernel)>();
+  auto [codes, column_factor, column_scale] = op.call(weight, scale, scheme);
+  return {std::move(codes), std::move(column_factor), std::move(column_scale)};
+}
+
+}  // namespace quantrain
+
+// ---- registration ----------------------------------------------------------------------------------------------------------
+
+TORCH_LIBRARY_FRAGMENT(quantrain, m) {
+  const std::vector<at::Tag> fixed{at::Tag::needs_exact_strides};
+  const std::vector<at::Tag> random{at::Tag::needs_exact_strides, at::Tag::nondeterministic_seeded};
+  m.def(
+      "int8_quantize_rows(Tensor input, *, Tensor? column_factor=None, bool stochastic=False, Generator? generator=None) -> "
+      "(Tensor codes, Tensor scale)",
+      random);
+  m.def(
+      "int8_quantize_rows.seeded(Tensor input, *, Tensor? column_factor=None, int seed, int offset) -> (Tensor codes, "
+      "Tensor scale)",
+      fixed);
+  m.def(
+      "int8_quantize_columns(Tensor input, *, Tensor? row_factor=None, bool stochastic=False, Generator? generator=None) -> "
+      "(Tensor codes, Tensor scale)",
+      random);
+  m.def(
+      "int8_quantize_columns.seeded(Tensor input, *, Tensor? row_factor=None, int seed, int offset) -> (Tensor codes, "
+      "Tensor scale)",
+      fixed);
+  m.def(
+      "int8_quantize_rows_and_columns(Tensor input, *, Tensor? column_factor=None, Tensor? row_factor=None, bool "
+      "stochastic=False, Generator? generator=None) -> (Tensor codes, Tensor scale, Tensor codes_t, Tensor scale_t)",
+      random);
+  m.def(
+      "int8_quantize_rows_and_columns.seeded(Tensor input, *, Tensor? column_factor=None, Tensor? row_factor=None, int seed, "
+      "int offset) -> (Tensor codes, Tensor scale, Tensor codes_t, Tensor scale_t)",
+      fixed);
+  m.def("int8_transpose(Tensor codes) -> Tensor", fixed);
+  m.def(
+      "int8_weight_transpose(Tensor weight, Tensor scale, *, str scheme=\"auto\") -> (Tensor codes, Tensor column_factor, "
+      "Tensor scale)",
+      fixed);
+}
+
+#define QUANTRAIN_REGISTER_INT8(kind)                                                          \
+  m.impl("int8_quantize_rows", &quantrain::rows_##kind);                                       \
+  m.impl("int8_quantize_rows.seeded", &quantrain::rows_seeded_##kind);                         \
+  m.impl("int8_quantize_columns", &quantrain::columns_##kind);                                 \
+  m.impl("int8_quantize_columns.seeded", &quantrain::columns_seeded_##kind);                   \
+  m.impl("int8_quantize_rows_and_columns", &quantrain::rows_and_columns_##kind);               \
+  m.impl("int8_quantize_rows_and_columns.seeded", &quantrain::rows_and_columns_seeded_##kind); \
+  m.impl("int8_transpose", &quantrain::transpose_##kind);                                      \
+  m.impl("int8_weight_transpose", &quantrain::weight_transpose_##kind)
+
+TORCH_LIBRARY_IMPL(quantrain, CPU, m) { QUANTRAIN_REGISTER_INT8(kernel); }
+TORCH_LIBRARY_IMPL(quantrain, Meta, m) { QUANTRAIN_REGISTER_INT8(meta); }
+#if defined(QUANTRAIN_WITH_CUDA)
+TORCH_LIBRARY_IMPL(quantrain, CUDA, m) { QUANTRAIN_REGISTER_INT8(kernel); }
+#endif

@@ -1,0 +1,269 @@
+#include "ops/int8_fused.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "csrc/cpu/int8.h"
+#include "ops/check.h"
+#include "ops/launch.h"
+
+#if defined(QUANTRAIN_WITH_CUDA)
+#include "csrc/cuda/int8.h"
+#endif
+
+namespace quantrain {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using Pair = std::tuple<at::Tensor, at::Tensor>;
+using Triple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+// ---- checks and shapes, shared with Meta -----------------------------------------------------------------------------------
+
+void check_input(std::string_view op, const char* name, const at::Tensor& input) {
+  const auto type = input.scalar_type();
+  QUANTRAIN_CHECK_TYPE(type == at::kFloat || type == at::kHalf || type == at::kBFloat16,
+                       "{}: expected {} of float32, float16 or bfloat16, got {}", op, name, c10::toString(type));
+  QUANTRAIN_CHECK_VALUE(input.dim() >= 1 && TORCH_GUARD_OR_TRUE(input.sym_size(-1).sym_gt(0)),
+                        "{}: expected {} with at least one column, got {}", op, name, detail::shape_text(input));
+}
+
+void check_same(std::string_view op, const char* name, const at::Tensor& other, const at::Tensor& input) {
+  QUANTRAIN_CHECK_TYPE(other.scalar_type() == input.scalar_type() && other.device() == input.device(),
+                       "{}: expected {} of the first argument's type {} on {}, got {} on {}", op, name,
+                       c10::toString(input.scalar_type()), input.device().str(), c10::toString(other.scalar_type()),
+                       other.device().str());
+  bool same = other.dim() == input.dim();
+  for (int64_t d = 0; same && d < input.dim(); ++d)
+    same = TORCH_GUARD_OR_TRUE(other.sym_size(d).sym_eq(input.sym_size(d)));
+  QUANTRAIN_CHECK_VALUE(same, "{}: expected {} of the first argument's shape, got {} and {}", op, name,
+                        detail::shape_text(other), detail::shape_text(input));
+}
+
+void check_parameter(std::string_view op, const char* name, const OptionalTensor& parameter, const at::Tensor& input) {
+  if (!parameter) return;
+  QUANTRAIN_CHECK_TYPE((parameter->scalar_type() == input.scalar_type() || parameter->scalar_type() == at::kFloat) &&
+                           parameter->device() == input.device(),
+                       "{}: expected {} of type {} or float32 on {}, got {} on {}", op, name,
+                       c10::toString(input.scalar_type()), input.device().str(),
+                       c10::toString(parameter->scalar_type()), parameter->device().str());
+  QUANTRAIN_CHECK_VALUE(parameter->dim() == 1 && TORCH_GUARD_OR_TRUE(parameter->sym_size(0).sym_eq(input.sym_size(-1))),
+                        "{}: expected {} of input's last dimension, got {} and {}", op, name,
+                        detail::shape_text(*parameter), detail::shape_text(input));
+}
+
+Pair allocate(const at::Tensor& input) {
+  std::vector<c10::SymInt> scale_sizes(input.sym_sizes().begin(), input.sym_sizes().end());
+  scale_sizes.back() = 1;
+  return {at::empty_symint(input.sym_sizes(), input.options().dtype(at::kChar)),
+          at::empty_symint(scale_sizes, input.options().dtype(at::kFloat))};
+}
+
+// What the four norms share.
+struct Norm {
+  std::string_view op;
+  const at::Tensor& input;
+  OptionalTensor residual;
+  OptionalTensor weight;
+  OptionalTensor bias;
+  double eps;
+  bool rms;
+  bool post_norm;
+};
+
+Triple norm_meta(const Norm& n) {
+  check_input(n.op, "input", n.input);
+  if (n.residual) check_same(n.op, "residual", *n.residual, n.input);
+  check_parameter(n.op, "weight", n.weight, n.input);
+  check_parameter(n.op, "bias", n.bias, n.input);
+  QUANTRAIN_CHECK_TYPE(!n.weight || !n.bias || n.weight->scalar_type() == n.bias->scalar_type(),
+                       "{}: expected weight and bias of one type, got {} and {}", n.op,
+                       c10::toString(n.weight->scalar_type()), c10::toString(n.bias->scalar_type()));
+  QUANTRAIN_CHECK_VALUE(n.eps >= 0, "{}: expected eps of at least 0, got {}", n.op, n.eps);
+  const at::Tensor carried = n.residual ? at::empty_symint(n.input.sym_sizes(), n.input.options()) : at::Tensor();
+  return std::tuple_cat(allocate(n.input), std::tuple(carried));
+}
+
+Triple norm_kernel(const Norm& n) {
+  const Triple result = norm_meta(n);
+  const auto& [codes, scale, carried] = result;
+  if (n.input.numel() == 0) return result;
+  const at::Tensor x = n.input.contiguous(), residual = n.residual ? n.residual->contiguous() : at::Tensor();
+  const at::Tensor weight = n.weight ? n.weight->contiguous() : at::Tensor();
+  const at::Tensor bias = n.bias ? n.bias->contiguous() : at::Tensor();
+  const auto pointer = [](const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; };
+  const int64_t columns = x.size(-1);
+  const Int8NormArgs args{x.const_data_ptr(),
+                          pointer(residual),
+                          pointer(weight),
+                          pointer(bias),
+                          carried.defined() ? carried.mutable_data_ptr() : nullptr,
+                          codes.mutable_data_ptr<int8_t>(),
+                          scale.mutable_data_ptr<float>(),
+                          dtype_of(x),
+                          weight.defined() ? dtype_of(weight)
+                          : bias.defined() ? dtype_of(bias)
+                                           : dtype_of(x),
+                          x.numel() / columns,
+                          columns,
+                          static_cast<float>(n.eps),
+                          n.rms,
+                          n.post_norm};
+  run_tasks(args, args.rows, std::max<int64_t>(32768 / columns, 1), x, QUANTRAIN_KERNELS(int8_norm));
+  return result;
+}
+
+Pair codes_of(const Triple& result) { return {std::get<0>(result), std::get<1>(result)}; }
+
+// The schema's functions on a device's kernel or, with kMeta, on shapes alone.
+template <bool kMeta>
+Triple run_norm(const Norm& n) {
+  return kMeta ? norm_meta(n) : norm_kernel(n);
+}
+
+template <bool kMeta>
+Pair layer_norm(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
+  return codes_of(run_norm<kMeta>({"int8_layer_norm", input, {}, weight, bias, eps, /*rms=*/false, false}));
+}
+
+template <bool kMeta>
+Pair rms_norm(const at::Tensor& input, const OptionalTensor& weight, double eps) {
+  return codes_of(run_norm<kMeta>({"int8_rms_norm", input, {}, weight, {}, eps, /*rms=*/true, false}));
+}
+
+template <bool kMeta>
+Triple add_layer_norm(const at::Tensor& input, const at::Tensor& residual, const OptionalTensor& weight,
+                      const OptionalTensor& bias, double eps, bool post_norm) {
+  return run_norm<kMeta>({"int8_add_layer_norm", input, residual, weight, bias, eps, /*rms=*/false, post_norm});
+}
+
+template <bool kMeta>
+Triple add_rms_norm(const at::Tensor& input, const at::Tensor& residual, const OptionalTensor& weight, double eps,
+                    bool post_norm) {
+  return run_norm<kMeta>({"int8_add_rms_norm", input, residual, weight, {}, eps, /*rms=*/true, post_norm});
+}
+
+Pair activation_kernel(const at::Tensor& input, const OptionalTensor& up, Int8Activation activation,
+                       const Pair& result) {
+  if (input.numel() == 0) return result;
+  const at::Tensor x = input.contiguous(), other = up ? up->contiguous() : at::Tensor();
+  const auto& [codes, scale] = result;
+  const Int8ActivationArgs args{x.const_data_ptr(),
+                                other.defined() ? other.const_data_ptr() : nullptr,
+                                codes.mutable_data_ptr<int8_t>(),
+                                scale.mutable_data_ptr<float>(),
+                                dtype_of(x),
+                                x.numel() / x.size(-1),
+                                x.size(-1),
+                                activation};
+  run_tasks(args, args.rows, std::max<int64_t>(8192 / args.columns, 1), x, QUANTRAIN_KERNELS(int8_activation));
+  return result;
+}
+
+template <bool kMeta>
+Pair gelu(const at::Tensor& input, std::string_view approximate) {
+  check_input("int8_gelu", "input", input);
+  QUANTRAIN_CHECK_VALUE(approximate == "none" || approximate == "tanh",
+                        "int8_gelu: expected approximate none or tanh, got '{}'", approximate);
+  const Pair result = allocate(input);
+  if constexpr (kMeta) return result;
+  return activation_kernel(input, std::nullopt,
+                           approximate == "none" ? Int8Activation::kGeluErf : Int8Activation::kGeluTanh, result);
+}
+
+template <bool kMeta>
+Pair silu_mul(const at::Tensor& gate, const at::Tensor& up) {
+  check_input("int8_silu_mul", "gate", gate);
+  check_same("int8_silu_mul", "up", up, gate);
+  const Pair result = allocate(gate);
+  if constexpr (kMeta) return result;
+  return activation_kernel(gate, up, Int8Activation::kSiluMul, result);
+}
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+Int8Codes as_codes(Pair pair) { return {std::move(std::get<0>(pair)), std::move(std::get<1>(pair))}; }
+
+Int8AddNorm as_add_norm(Triple triple) {
+  auto& [codes, scale, carried] = triple;
+  return {{std::move(codes), std::move(scale)}, std::move(carried)};
+}
+
+}  // namespace
+
+// ---- public functions ------------------------------------------------------------------------------------------------------
+
+Int8Codes int8_layer_norm(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                          double eps) {
+  static const auto op = find<decltype(layer_norm<false>)>("quantrain::int8_layer_norm");
+  return as_codes(op.call(input, weight, bias, eps));
+}
+
+Int8Codes int8_rms_norm(const at::Tensor& input, const OptionalTensor& weight, double eps) {
+  static const auto op = find<decltype(rms_norm<false>)>("quantrain::int8_rms_norm");
+  return as_codes(op.call(input, weight, eps));
+}
+
+Int8AddNorm int8_add_layer_norm(const at::Tensor& input, const at::Tensor& residual, const OptionalTensor& weight,
+                                const OptionalTensor& bias, double eps, bool post_norm) {
+  static const auto op = find<decltype(add_layer_norm<false>)>("quantrain::int8_add_layer_norm");
+  return as_add_norm(op.call(input, residual, weight, bias, eps, post_norm));
+}
+
+Int8AddNorm int8_add_rms_norm(const at::Tensor& input, const at::Tensor& residual, const OptionalTensor& weight,
+                              double eps, bool post_norm) {
+  static const auto op = find<decltype(add_rms_norm<false>)>("quantrain::int8_add_rms_norm");
+  return as_add_norm(op.call(input, residual, weight, eps, post_norm));
+}
+
+Int8Codes int8_gelu(const at::Tensor& input, std::string_view approximate) {
+  static const auto op = find<decltype(gelu<false>)>("quantrain::int8_gelu");
+  return as_codes(op.call(input, approximate));
+}
+
+Int8Codes int8_silu_mul(const at::Tensor& gate, const at::Tensor& up) {
+  static const auto op = find<decltype(silu_mul<false>)>("quantrain::int8_silu_mul");
+  return as_codes(op.call(gate, up));
+}
+
+}  // namespace quantrain
+
+// ---- registration ----------------------------------------------------------------------------------------------------------
+
+TORCH_LIBRARY_FRAGMENT(quantrain, m) {
+  const std::vector<at::Tag> fixed{at::Tag::needs_exact_strides};
+  m.def(
+      "int8_layer_norm(Tensor input, Tensor? weight=None, Tensor? bias=None, float eps=1e-05) -> (Tensor codes, Tensor scale)",
+      fixed);
+  m.def("int8_rms_norm(Tensor input, Tensor? weight=None, float eps=1e-06) -> (Tensor codes, Tensor scale)", fixed);
+  m.def(
+      "int8_add_layer_norm(Tensor input, Tensor residual, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, *, bool "
+      "post_norm=False) -> (Tensor codes, Tensor scale, Tensor carried)",
+      fixed);
+  m.def(
+      "int8_add_rms_norm(Tensor input, Tensor residual, Tensor? weight=None, float eps=1e-06, *, bool post_norm=False) -> "
+      "(Tensor codes, Tensor scale, Tensor carried)",
+      fixed);
+  m.def("int8_gelu(Tensor input, *, str approximate=\"none\") -> (Tensor codes, Tensor scale)", fixed);
+  m.def("int8_silu_mul(Tensor gate, Tensor up) -> (Tensor codes, Tensor scale)", fixed);
+}
+
+#define QUANTRAIN_REGISTER_INT8_FUSED(meta)                        \
+  m.impl("int8_layer_norm", &quantrain::layer_norm<meta>);         \
+  m.impl("int8_rms_norm", &quantrain::rms_norm<meta>);             \
+  m.impl("int8_add_layer_norm", &quantrain::add_layer_norm<meta>); \
+  m.impl("int8_add_rms_norm", &quantrain::add_rms_norm<meta>);     \
+  m.impl("int8_gelu", &quantrain::gelu<meta>);                     \
+  m.impl("int8_silu_mul", &quantrain::silu_mul<meta>)
+
+TORCH_LIBRARY_IMPL(quantrain, CPU, m) { QUANTRAIN_REGISTER_INT8_FUSED(false); }
+TORCH_LIBRARY_IMPL(quantrain, Meta, m) { QUANTRAIN_REGISTER_INT8_FUSED(true); }
+#if defined(QUANTRAIN_WITH_CUDA)
+TORCH_LIBRARY_IMPL(quantrain, CUDA, m) { QUANTRAIN_REGISTER_INT8_FUSED(false); }
+#endif

@@ -1,0 +1,228 @@
+"""Int8 codes with one scale a row, and matrix products of them on integer tensor cores.
+
+::
+
+    scale = absmax(row) / 127        codes = rint(row / scale), int8 in [-127, 127]        row ~ codes * scale
+
+An all-zero row has scale 1; a row with NaN or Inf has scale NaN and codes 0, so that every product with it is NaN and a loss scaler sees
+it. To nearest, codes and scales are those of :func:`quantrain.choose_qparams` and :func:`quantrain.quantize`; stochastic codes have mean
+``x / scale`` within 2e-4 steps. Random numbers are Philox's by (seed, offset, row, column of the input): the same on CPU and CUDA, as are
+the codes, bit for bit.
+
+The products need both operands with the summed dimension last, so a training step wants transposed codes of weight, input and
+gradient. A scale along the summed dimension cannot leave the sum; it is multiplied into the other operand before that is quantised
+(``column_factor``, ``row_factor``). That is exact and called folding. For Y = X W^T with codes and scales Xq, sx, Wq, sw of rows::
+
+    dX = dY W   = (dY * sw) Wq            dW = dY^T X = (dY * sx)^T Xq
+
+float32, float16 and bfloat16; any strides and sizes. Nothing waits for the device. No gradients, but for :func:`int8_linear`. Products on
+CUDA need compute capability 8.0. Errors are ``ValueError`` (values and shapes) and ``TypeError`` (element types and devices).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+_ops = torch.ops.quantrain
+
+
+def int8_quantize_rows(
+    input: Tensor, *, column_factor: Tensor | None = None, stochastic: bool = False, generator: Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rows of ``input * column_factor`` as codes and scales.
+
+    Shapes: input ``[..., K]``, column_factor float32 ``[K]`` -> codes int8 ``[..., K]``, scale float32 ``[..., 1]``.
+
+    >>> codes, scale = int8_quantize_rows(torch.tensor([[1.0, -0.5, 0.25], [0.0, 0.0, 0.0]]))
+    >>> codes.tolist(), scale[1].item()
+    ([[127, -64, 32], [0, 0, 0]], 1.0)
+    """
+    return _ops.int8_quantize_rows(input, column_factor=column_factor, stochastic=stochastic, generator=generator)
+
+
+def int8_quantize_columns(
+    input: Tensor, *, row_factor: Tensor | None = None, stochastic: bool = False, generator: Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Columns of ``input * row_factor[:, None]`` as codes and scales, written as rows.
+
+    Shapes: input ``[..., K]`` taken as ``[M, K]``, row_factor float32 of M elements -> codes int8 ``[K, M]``, scale float32 ``[K, 1]``.
+
+    >>> codes, scale = int8_quantize_columns(torch.tensor([[1.0, 4.0], [-0.5, 2.0]]))
+    >>> codes.tolist()
+    [[127, -64], [127, 64]]
+    """
+    return _ops.int8_quantize_columns(input, row_factor=row_factor, stochastic=stochastic, generator=generator)
+
+
+def int8_quantize_rows_and_columns(
+    input: Tensor,
+    *,
+    column_factor: Tensor | None = None,
+    row_factor: Tensor | None = None,
+    stochastic: bool = False,
+    generator: Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`int8_quantize_rows`, then :func:`int8_quantize_columns`, with two draws and fewer passes over the input.
+
+    What the gradient of an output needs for the two products it enters.
+
+    >>> codes, scale, codes_t, scale_t = int8_quantize_rows_and_columns(torch.randn(8, 4), stochastic=True)
+    >>> codes.shape, scale.shape, codes_t.shape, scale_t.shape
+    (torch.Size([8, 4]), torch.Size([8, 1]), torch.Size([4, 8]), torch.Size([4, 1]))
+    """
+    return _ops.int8_quantize_rows_and_columns(
+        input, column_factor=column_factor, row_factor=row_factor, stochastic=stochastic, generator=generator
+    )
+
+
+def int8_transpose(codes: Tensor) -> Tensor:
+    """Codes ``[M, K]`` as contiguous ``[K, M]``.
+
+    >>> int8_transpose(torch.tensor([[1, 2, 3]], dtype=torch.int8)).tolist()
+    [[1], [2], [3]]
+    """
+    return _ops.int8_transpose(codes)
+
+
+def int8_weight_transpose(weight: Tensor, scale: Tensor, *, scheme: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """The weight's operand in dX = dY W, from the weight and the scale of its rows in the forward pass.
+
+    scheme:
+
+    - ``"fold"``: codes are those of the forward pass, transposed; column_factor = scale; the result's scale is 1;
+    - ``"columns"``: columns are quantised anew; column_factor is 1;
+    - ``"auto"``: fold where max(s^2) <= 4 mean(s^2) over the row scales s, which bounds how much folding can raise the variance of dX;
+      decided on the device, without waiting.
+
+    Shapes: weight ``[O, K]`` (float, or its int8 codes), scale float32 of O elements -> codes int8 ``[K, O]``, column_factor ``[O]`` for
+    dY, scale ``[K, 1]``.
+
+    >>> weight = torch.randn(6, 4)
+    >>> _, scale = int8_quantize_rows(weight)
+    >>> codes, column_factor, scale_t = int8_weight_transpose(weight, scale, scheme="fold")
+    >>> codes.shape, torch.equal(column_factor, scale.flatten()), scale_t.flatten().tolist()
+    (torch.Size([4, 6]), True, [1.0, 1.0, 1.0, 1.0])
+    """
+    return _ops.int8_weight_transpose(weight, scale, scheme=scheme)
+
+
+def int8_mm(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor | None = None,
+    b_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """(float(a b^T) * b_scale) * a_scale + bias, computed in float32, then rounded to out_dtype; the sums are exact.
+
+    Sums longer than 131056 are split and their parts added in float32.
+
+    Shapes: a int8 ``[..., K]``, b int8 ``[N, K]``; scales float32 of as many elements as the operand has rows, or of one (None: 1); bias
+    ``[N]`` of any floating type -> ``[..., N]``. out_dtype: float32, float16 or bfloat16.
+
+    Raises:
+        ValueError: shapes that do not fit; a GPU older than compute capability 8.0.
+        TypeError: other element types; operands on different devices.
+
+    >>> x, w = torch.randn(3, 64), torch.randn(5, 64)
+    >>> (xq, xs), (wq, ws) = int8_quantize_rows(x), int8_quantize_rows(w)
+    >>> bool((int8_mm(xq, wq, xs, ws) - x @ w.T).abs().max() < 0.5)
+    True
+    """
+    return _ops.int8_mm(a, b, a_scale, b_scale, bias, out_dtype=out_dtype)
+
+
+def int8_mm_accumulate_(
+    accumulator: Tensor, a: Tensor, b: Tensor, a_scale: Tensor | None = None, b_scale: Tensor | None = None
+) -> None:
+    """accumulator += the product of :func:`int8_mm`, in place, added in float32 and rounded once.
+
+    Shapes: accumulator ``[M, N]`` of float32, float16 or bfloat16, a ``[M, K]``, b ``[N, K]``.
+
+    >>> total, a, b = torch.ones(1, 1), torch.full((1, 2), 3, dtype=torch.int8), torch.full((1, 2), 5, dtype=torch.int8)
+    >>> int8_mm_accumulate_(total, a, b)
+    >>> total.item()
+    31.0
+    """
+    _ops.int8_mm_accumulate_(accumulator, a, b, a_scale, b_scale)
+
+
+def int8_layer_norm(
+    input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Layer norm over the last dimension, (x - mean) / sqrt(var + eps) * weight + bias, as int8 rows.
+
+    This and the functions after it quantise a result where it is computed, token by token (Yao et al., "ZeroQuant", NeurIPS 2022, section
+    4.3): no floating-point copy of it is written. The result is float32 until it is rounded to nearest. Sums over a row are float32 in an
+    order of the device's own, so a code of the CPU and of CUDA may differ by one. For inference: no gradients.
+
+    Shapes: input ``[..., K]``, weight and bias ``[K]`` of input's type or float32 -> codes ``[..., K]``, scale ``[..., 1]``.
+
+    >>> codes, scale = int8_layer_norm(torch.randn(2, 8))
+    >>> codes.abs().amax(-1).tolist()
+    [127, 127]
+    """
+    return _ops.int8_layer_norm(input, weight, bias, eps)
+
+
+def int8_rms_norm(input: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension as int8 rows; shapes as :func:`int8_layer_norm`.
+
+    >>> int8_rms_norm(torch.tensor([[3.0, -4.0]]))[0].tolist()
+    [[95, -127]]
+    """
+    return _ops.int8_rms_norm(input, weight, eps)
+
+
+def int8_add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    post_norm: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`int8_layer_norm` of s = input + residual (rounded to input's type), and what the next residual needs.
+
+    Returns codes, scale and ``carried`` of input's shape and type: s (a pre-norm block adds to it), or with post_norm the normalised value
+    (a post-norm block adds to that).
+
+    >>> codes, scale, carried = int8_add_layer_norm(torch.ones(2, 8), torch.randn(2, 8))
+    >>> carried.shape
+    torch.Size([2, 8])
+    """
+    return _ops.int8_add_layer_norm(input, residual, weight, bias, eps, post_norm=post_norm)
+
+
+def int8_add_rms_norm(
+    input: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, post_norm: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`int8_rms_norm` of input + residual; results as :func:`int8_add_layer_norm`.
+
+    >>> codes, scale, carried = int8_add_rms_norm(torch.ones(1, 2), torch.tensor([[2.0, -5.0]]))
+    >>> codes.tolist(), carried.tolist()
+    ([[95, -127]], [[3.0, -4.0]])
+    """
+    return _ops.int8_add_rms_norm(input, residual, weight, eps, post_norm=post_norm)
+
+
+def int8_gelu(input: Tensor, *, approximate: str = "none") -> tuple[Tensor, Tensor]:
+    """GELU as int8 rows; approximate ``"none"`` (erf) or ``"tanh"``. Shapes as :func:`int8_quantize_rows`.
+
+    >>> int8_gelu(torch.tensor([[0.0, 10.0, -10.0]]))[0].tolist()
+    [[0, 127, 0]]
+    """
+    return _ops.int8_gelu(input, approximate=approximate)
+
+
+def int8_silu_mul(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """gate * sigmoid(gate) * up as int8 rows. Shapes: gate and up ``[..., K]``.
+
+    >>> int8_silu_mul(torch.tensor([[20.0, 0.0]]), torch.tensor([[2.0, 3.0]]))[0].tolist()
+    [[127, 0]]
+    """
+    return _ops.int8_silu_mul(gate, up)
