@@ -5,6 +5,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "csrc/cpu/philox.h"
 #include "csrc/cpu/simd.h"
 
 // Rounding goes along rows, with random numbers made sixteen Philox blocks at a time. The Householder kernels work on tiles: a block of
@@ -16,44 +17,13 @@ namespace {
 #define QUANTRAIN_INLINE inline __attribute__((always_inline))
 
 constexpr int kTile = static_cast<int>(kColumnTile);
-constexpr int kBatch = 16;  // Philox blocks side by side: one AVX-512 register of 32-bit words
-static_assert(kBatch * kPhiloxElements == kTile);
+static_assert(kPhiloxBatch * kPhiloxElements == kTile);
 
 // ---- random numbers --------------------------------------------------------------------------------------------------------
 
-// The numbers of the kTile elements from block `first` on: philox4x32_10 of csrc/common/philox.h over sixteen consecutive indices.
+// The numbers of the kTile elements from block `first` on.
 QUANTRAIN_INLINE void uniform_tile(const PhiloxState& state, uint64_t first, uint16_t* numbers) {
-  alignas(64) uint32_t c0[kBatch], c1[kBatch], c2[kBatch], c3[kBatch];
-  for (int i = 0; i < kBatch; ++i) {
-    const uint64_t index = first + static_cast<uint64_t>(i);
-    c0[i] = static_cast<uint32_t>(index);
-    c1[i] = static_cast<uint32_t>(index >> 32);
-    c2[i] = static_cast<uint32_t>(state.offset);
-    c3[i] = static_cast<uint32_t>(state.offset >> 32);
-  }
-  uint32_t k0 = static_cast<uint32_t>(state.seed), k1 = static_cast<uint32_t>(state.seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-#pragma GCC unroll 1  // else gcc 12 unrolls the loop before it could vectorise it, and it takes five times as long
-    for (int i = 0; i < kBatch; ++i) {
-      const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c0[i];
-      const uint64_t p1 = static_cast<uint64_t>(0xCD9E8D57u) * c2[i];
-      c0[i] = static_cast<uint32_t>(p1 >> 32) ^ c1[i] ^ k0;
-      c1[i] = static_cast<uint32_t>(p1);
-      c2[i] = static_cast<uint32_t>(p0 >> 32) ^ c3[i] ^ k1;
-      c3[i] = static_cast<uint32_t>(p0);
-    }
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  alignas(64) uint32_t words[4 * kBatch];
-#pragma GCC unroll 1
-  for (int i = 0; i < kBatch; ++i) {
-    words[4 * i] = c0[i];
-    words[4 * i + 1] = c1[i];
-    words[4 * i + 2] = c2[i];
-    words[4 * i + 3] = c3[i];
-  }
-  std::memcpy(numbers, words, sizeof(words));  // the low half of a word is the even element's: little-endian order
+  philox_batch(state, [&](int i) QUANTRAIN_INLINE_LAMBDA { return first + static_cast<uint64_t>(i); }, numbers);
 }
 
 // Uniform numbers of up to kTile elements that begin with a block.

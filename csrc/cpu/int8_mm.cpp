@@ -1,0 +1,289 @@
+#include "csrc/cpu/int8_mm.h"
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "csrc/cpu/simd.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define QUANTRAIN_X86 1
+#endif
+
+namespace quantrain::cpu {
+namespace {
+
+#define QUANTRAIN_INLINE inline __attribute__((always_inline))
+
+constexpr int64_t kTaskRows = 128;  // rows of a task: its sums, 128 x 48 int32, stay in the second-level cache
+constexpr int64_t kBlockGroups =
+    128;  // words of a block along k: a panel of b, 128 x 48 words, stays in the first-level cache
+constexpr int64_t kMaxColumns = 48;  // of a panel of b
+
+// ---- register tiles --------------------------------------------------------------------------------------------------------
+
+// sums[i][j] = (first ? start[i] : sums[i][j]) + the dot product of rows a[.][i] and b[.][j] over `groups` words.
+struct TileArgs {
+  const uint32_t* a;     // [groups, a_rows]
+  const uint32_t* b;     // [groups, b_rows]
+  const int32_t* start;  // [a_rows]
+  int32_t* sums;         // [a_rows, b_rows]
+  int64_t groups;
+  bool first;
+};
+
+struct TileShape {
+  int64_t a_rows, b_rows;
+};
+
+// A macro, because intrinsics go only into functions that name their instruction set, and a template cannot take that as an argument.
+// rows x vectors registers of sums and one row of b must fit.
+#define QUANTRAIN_SUM_TILE(name, isa, Lanes, rows, vectors, dot)                                              \
+  constexpr TileShape name##_shape{rows, (vectors) * static_cast<int64_t>(sizeof(Lanes) / sizeof(int32_t))};  \
+  isa void name(const TileArgs& t) {                                                                          \
+    constexpr int64_t kLanes = sizeof(Lanes) / sizeof(int32_t), kColumns = name##_shape.b_rows;               \
+    Lanes sum[rows][vectors];                                                                                 \
+    _Pragma("GCC unroll 16") for (int64_t i = 0; i < (rows); ++i)                                             \
+        _Pragma("GCC unroll 16") for (int64_t j = 0; j < (vectors); ++j) {                                    \
+      if (t.first)                                                                                            \
+        sum[i][j] = Lanes{} + t.start[i];                                                                     \
+      else                                                                                                    \
+        std::memcpy(&sum[i][j], t.sums + i * kColumns + j * kLanes, sizeof(Lanes));                           \
+    }                                                                                                         \
+    _Pragma("GCC unroll 1") for (int64_t g = 0; g < t.groups; ++g) {                                          \
+      Lanes b[vectors];                                                                                       \
+      _Pragma("GCC unroll 16") for (int64_t j = 0; j < (vectors); ++j)                                        \
+          std::memcpy(&b[j], t.b + g * kColumns + j * kLanes, sizeof(Lanes));                                 \
+      _Pragma("GCC unroll 16") for (int64_t i = 0; i < (rows); ++i) {                                         \
+        const Lanes a = Lanes{} + static_cast<int32_t>(t.a[g * (rows) + i]);                                  \
+        _Pragma("GCC unroll 16") for (int64_t j = 0; j < (vectors); ++j) sum[i][j] = dot(sum[i][j], b[j], a); \
+      }                                                                                                       \
+    }                                                                                                         \
+    _Pragma("GCC unroll 16") for (int64_t i = 0; i < (rows); ++i)                                             \
+        _Pragma("GCC unroll 16") for (int64_t j = 0; j < (vectors); ++j)                                      \
+            std::memcpy(t.sums + i * kColumns + j * kLanes, &sum[i][j], sizeof(Lanes));                       \
+  }
+
+using Lanes4 = int32_t __attribute__((vector_size(16)));
+
+#define QUANTRAIN_DOT(sum, b, a) (sum + ((a) << 16 >> 16) * ((b) << 16 >> 16) + ((a) >> 16) * ((b) >> 16))
+QUANTRAIN_SUM_TILE(plain_tile, , Lanes4, 4, 2, QUANTRAIN_DOT)
+#undef QUANTRAIN_DOT
+
+#if defined(QUANTRAIN_X86)
+using Lanes8 = int32_t __attribute__((vector_size(32)));
+using Lanes16 = int32_t __attribute__((vector_size(64)));
+
+#define QUANTRAIN_DOT(sum, b, a) (sum + (Lanes8)_mm256_madd_epi16((__m256i)b, (__m256i)a))
+QUANTRAIN_SUM_TILE(avx2_tile, __attribute__((target("avx2"))), Lanes8, 4, 3, QUANTRAIN_DOT)
+#undef QUANTRAIN_DOT
+
+#define QUANTRAIN_DOT(sum, b, a) (sum + (Lanes16)_mm512_madd_epi16((__m512i)b, (__m512i)a))
+QUANTRAIN_SUM_TILE(avx512_tile, __attribute__((target("avx512f,avx512bw"))), Lanes16, 8, 3, QUANTRAIN_DOT)
+#undef QUANTRAIN_DOT
+
+#define QUANTRAIN_DOT(sum, b, a) ((Lanes8)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)b, (__m256i)a))
+QUANTRAIN_SUM_TILE(avx_vnni_tile, __attribute__((target("avx2,avxvnni"))), Lanes8, 4, 3, QUANTRAIN_DOT)
+#undef QUANTRAIN_DOT
+
+#define QUANTRAIN_DOT(sum, b, a) ((Lanes16)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)b, (__m512i)a))
+QUANTRAIN_SUM_TILE(avx512_vnni_tile, __attribute__((target("avx512f,avx512vnni"))), Lanes16, 8, 3, QUANTRAIN_DOT)
+#undef QUANTRAIN_DOT
+#endif
+
+using SumTile = void (*)(const TileArgs&);
+
+struct Kernel {
+  SumTile tile;
+  TileShape shape;
+  bool bytes;  // a word is four bytes, else a pair of int16
+};
+
+Kernel kernel_of(Int8Isa isa) {
+  switch (isa) {
+#if defined(QUANTRAIN_X86)
+    case Int8Isa::kAvx512Vnni:
+      return {avx512_vnni_tile, avx512_vnni_tile_shape, true};
+    case Int8Isa::kAvxVnni:
+      return {avx_vnni_tile, avx_vnni_tile_shape, true};
+    case Int8Isa::kAvx512:
+      return {avx512_tile, avx512_tile_shape, false};
+    case Int8Isa::kAvx2:
+      return {avx2_tile, avx2_tile_shape, false};
+#endif
+    default:
+      return {plain_tile, plain_tile_shape, false};
+  }
+}
+
+// ---- packing ---------------------------------------------------------------------------------------------------------------
+
+QUANTRAIN_INLINE uint32_t word_at(const int8_t* row, int64_t group, bool bytes) {
+  uint32_t word;
+  if (bytes) {
+    std::memcpy(&word, row + 4 * group, 4);
+    return word;
+  }
+  const auto low = static_cast<uint16_t>(row[2 * group]), high = static_cast<uint16_t>(row[2 * group + 1]);
+  return low | static_cast<uint32_t>(high) << 16;
+}
+
+// The last word of a row, where k ends inside it.
+QUANTRAIN_INLINE uint32_t last_word(const int8_t* row, int64_t group, int64_t k, bool bytes) {
+  int8_t padded[4] = {0, 0, 0, 0};
+  const int64_t first = group * (bytes ? 4 : 2);
+  for (int64_t i = first; i < k; ++i) padded[i - first] = row[i];
+  return word_at(padded, 0, bytes);
+}
+
+// `rows` rows of x from `row` on as a panel of `width` rows; every word is xored with `flip`.
+QUANTRAIN_INLINE void pack_panel(const int8_t* x, int64_t k, int64_t row, int64_t rows, int64_t width, int64_t groups,
+                                 bool bytes, uint32_t flip, uint32_t* panel) {
+  const int64_t whole = k / (bytes ? 4 : 2);
+  for (int64_t i = 0; i < width; ++i) {
+    const int8_t* from = x + (row + i) * k;
+    const int64_t full = i < rows ? whole : 0;
+    for (int64_t g = 0; g < full; ++g) panel[g * width + i] = word_at(from, g, bytes) ^ flip;
+    for (int64_t g = full; g < groups; ++g) panel[g * width + i] = (i < rows ? last_word(from, g, k, bytes) : 0) ^ flip;
+  }
+}
+
+// ---- results ---------------------------------------------------------------------------------------------------------------
+
+// One row of args.d: columns `column` to `column + n` from their sums.
+template <typename T>
+QUANTRAIN_INLINE void dequantize_row(const Int8MmArgs& args, const int32_t* sums, int64_t row, int64_t column,
+                                     int64_t n) {
+  T* d = static_cast<T*>(args.d) + row * args.n + column;
+  const float a_scale = args.a_scale ? args.a_scale[row * args.a_scale_stride] : 1.0f;
+  const auto store = [&](const auto& b_scale, const auto& bias) QUANTRAIN_INLINE_LAMBDA {
+    if (args.accumulate)
+      for (int64_t j = 0; j < n; ++j)
+        d[j] = from_float<T>(to_float(d[j]) + bias(static_cast<float>(sums[j]) * b_scale(j) * a_scale, j));
+    else
+      for (int64_t j = 0; j < n; ++j) d[j] = from_float<T>(bias(static_cast<float>(sums[j]) * b_scale(j) * a_scale, j));
+  };
+  const auto scale = [&](int64_t j) QUANTRAIN_INLINE_LAMBDA { return args.b_scale[column + j]; };
+  const float all = args.b_scale && args.b_scale_stride == 0 ? *args.b_scale : 1.0f;
+  const auto same_scale = [&](int64_t) QUANTRAIN_INLINE_LAMBDA { return all; };
+  const auto add = [&](float value, int64_t j) QUANTRAIN_INLINE_LAMBDA { return value + args.bias[column + j]; };
+  const auto same = [](float value, int64_t) QUANTRAIN_INLINE_LAMBDA { return value; };
+  if (args.b_scale && args.b_scale_stride == 1)
+    args.bias ? store(scale, add) : store(scale, same);
+  else
+    args.bias ? store(same_scale, add) : store(same_scale, same);
+}
+
+template <typename T>
+void dequantize_tile(const Int8MmArgs& args, const int32_t* sums, int64_t stride, int64_t row, int64_t rows,
+                     int64_t column, int64_t n) {
+  vectorized([&]() QUANTRAIN_INLINE_LAMBDA {
+    for (int64_t i = 0; i < rows; ++i) dequantize_row<T>(args, sums + i * stride, row + i, column, n);
+  });
+}
+
+}  // namespace
+
+bool int8_isa_supported(Int8Isa isa) {
+#if defined(QUANTRAIN_X86)
+  const bool avx2 = best_isa() != Isa::kBaseline, avx512 = best_isa() == Isa::kV4;
+  switch (isa) {
+    case Int8Isa::kAvx512Vnni:
+      return avx512 && __builtin_cpu_supports("avx512vnni");
+    case Int8Isa::kAvxVnni:
+      return avx2 && __builtin_cpu_supports("avxvnni");
+    case Int8Isa::kAvx512:
+      return avx512;
+    case Int8Isa::kAvx2:
+      return avx2;
+    default:
+      return true;
+  }
+#else
+  return isa == Int8Isa::kPlain;
+#endif
+}
+
+Int8Isa best_int8_isa() {
+  static const Int8Isa best = [] {
+    for (const Int8Isa isa : {Int8Isa::kAvx512Vnni, Int8Isa::kAvxVnni, Int8Isa::kAvx512, Int8Isa::kAvx2})
+      if (int8_isa_supported(isa)) return isa;
+    return Int8Isa::kPlain;
+  }();
+  return best;
+}
+
+Int8MmPlan plan_int8_mm(const Int8MmArgs& args, Int8Isa isa) {
+  const Kernel kernel = kernel_of(isa);
+  const auto parts = [](int64_t size, int64_t part) { return (size + part - 1) / part; };
+  Int8MmPlan plan;
+  plan.isa = isa;
+  plan.a_rows = kernel.shape.a_rows;
+  plan.b_rows = kernel.shape.b_rows;
+  plan.groups = parts(args.k, kernel.bytes ? 4 : 2);
+  plan.a_panels = parts(args.m, plan.a_rows);
+  plan.b_panels = parts(args.n, plan.b_rows);
+  plan.tasks = parts(args.m, kTaskRows) * plan.b_panels;
+  return plan;
+}
+
+void pack_int8_a(const Int8MmArgs& args, const Int8MmPlan& plan, const Int8MmPacked& packed, int64_t begin,
+                 int64_t end) {
+  const bool bytes = kernel_of(plan.isa).bytes;
+  vectorized([&]() QUANTRAIN_INLINE_LAMBDA {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t row = panel * plan.a_rows, rows = std::min(plan.a_rows, args.m - row);
+      pack_panel(args.a, args.k, row, rows, plan.a_rows, plan.groups, bytes, 0u, packed.a + row * plan.groups);
+      // b is 128 too large: the sums begin with what that adds.
+      for (int64_t i = 0; i < plan.a_rows; ++i) {
+        uint32_t sum = 0;  // unsigned: beyond k = 65536 the parts may wrap, though the result does not
+        if (bytes && i < rows)
+          for (int64_t c = 0; c < args.k; ++c) sum += static_cast<uint32_t>(args.a[(row + i) * args.k + c]);
+        packed.start[row + i] = static_cast<int32_t>(0u - 128u * sum);
+      }
+    }
+  });
+}
+
+void pack_int8_b(const Int8MmArgs& args, const Int8MmPlan& plan, const Int8MmPacked& packed, int64_t begin,
+                 int64_t end) {
+  const bool bytes = kernel_of(plan.isa).bytes;
+  vectorized([&]() QUANTRAIN_INLINE_LAMBDA {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t row = panel * plan.b_rows, rows = std::min(plan.b_rows, args.n - row);
+      pack_panel(args.b, args.k, row, rows, plan.b_rows, plan.groups, bytes, bytes ? 0x80808080u : 0u,
+                 packed.b + row * plan.groups);
+    }
+  });
+}
+
+void int8_mm(const Int8MmArgs& args, const Int8MmPlan& plan, const Int8MmPacked& packed, int64_t begin, int64_t end) {
+  const Kernel kernel = kernel_of(plan.isa);
+  alignas(64) int32_t sums[kTaskRows * kMaxColumns];
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t row = task / plan.b_panels * kTaskRows, rows = std::min(kTaskRows, args.m - row);
+    const int64_t column = task % plan.b_panels * plan.b_rows, columns = std::min(plan.b_rows, args.n - column);
+    int64_t group = 0;
+    do {  // once for k = 0 too
+      const int64_t groups = std::min(kBlockGroups, plan.groups - group);
+      for (int64_t i = 0; i < rows; i += plan.a_rows)
+        kernel.tile({packed.a + (row + i) * plan.groups + group * plan.a_rows,
+                     packed.b + column * plan.groups + group * plan.b_rows, packed.start + row + i,
+                     sums + i * plan.b_rows, groups, group == 0});
+      group += kBlockGroups;
+    } while (group < plan.groups);
+    dispatch_float(args.dtype, [&](auto* type) {
+      dequantize_tile<std::remove_pointer_t<decltype(type)>>(args, sums, plan.b_rows, row, rows, column, columns);
+    });
+  }
+}
+
+void dequantize_sums(const Int8MmArgs& args, const int32_t* sums, int64_t begin, int64_t end) {
+  dispatch_float(args.dtype, [&](auto* type) {
+    dequantize_tile<std::remove_pointer_t<decltype(type)>>(args, sums + begin * args.n, args.n, begin, end - begin, 0,
+                                                           args.n);
+  });
+}
+
+}  // namespace quantrain::cpu

@@ -1,0 +1,85 @@
+#include "ops/int8_mm_cpu.h"
+
+#include <ATen/ops/_int_mm.h>
+#include <ATen/ops/empty.h>
+
+#include <array>
+#include <cstdlib>
+#include <optional>
+#include <string_view>
+
+#include "csrc/cpu/int8_mm.h"
+#include "ops/check.h"
+#include "ops/parallel.h"
+
+namespace quantrain {
+namespace {
+
+using cpu::Int8Isa;
+
+struct NamedIsa {
+  std::string_view name;
+  Int8Isa isa;
+};
+
+constexpr std::array<NamedIsa, 5> kNames{{{"plain", Int8Isa::kPlain},
+                                          {"avx2", Int8Isa::kAvx2},
+                                          {"avx512", Int8Isa::kAvx512},
+                                          {"avx_vnni", Int8Isa::kAvxVnni},
+                                          {"avx512_vnni", Int8Isa::kAvx512Vnni}}};
+
+// AMX multiplies sixteen times as many bytes an instruction as VNNI; oneDNN has the kernels.
+bool has_amx() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const bool amx = __builtin_cpu_supports("amx-int8");
+  return amx;
+#else
+  return false;
+#endif
+}
+
+// None: oneDNN.
+std::optional<Int8Isa> chosen_path() {
+  const char* variable = std::getenv("QUANTRAIN_CPU_INT8");
+  const std::string_view name = variable ? variable : "";
+  if (name == "onednn" || (name.empty() && has_amx())) return std::nullopt;
+  if (name.empty()) return cpu::best_int8_isa();
+  for (const NamedIsa& named : kNames)
+    if (named.name == name && cpu::int8_isa_supported(named.isa)) return named.isa;
+  QUANTRAIN_CHECK_VALUE(false, "int8_mm: expected QUANTRAIN_CPU_INT8 to name a path that this processor has, got {}",
+                        name);
+  return std::nullopt;
+}
+
+// Rows of about this many elements of work: below it a second thread costs more than it brings.
+int64_t grain(int64_t elements_per_task) {
+  constexpr int64_t kGrainElements = 32768;
+  return std::max<int64_t>(kGrainElements / std::max<int64_t>(elements_per_task, 1), 1);
+}
+
+void multiply(const Int8MmArgs& args, Int8Isa isa) {
+  const cpu::Int8MmPlan plan = cpu::plan_int8_mm(args, isa);
+  const int64_t a_words = (plan.a_words() + 15) / 16 * 16, b_words = (plan.b_words() + 15) / 16 * 16;
+  const at::Tensor words = at::empty({a_words + b_words + plan.a_panels * plan.a_rows}, at::kInt);  // 64-byte boundary
+  auto* const first = static_cast<uint32_t*>(words.data_ptr());
+  const cpu::Int8MmPacked packed{first, first + a_words, reinterpret_cast<int32_t*>(first + a_words + b_words)};
+  parallel_for(plan.a_panels, grain(plan.a_rows * args.k),
+               [&](int64_t begin, int64_t end) { cpu::pack_int8_a(args, plan, packed, begin, end); });
+  parallel_for(plan.b_panels, grain(plan.b_rows * args.k),
+               [&](int64_t begin, int64_t end) { cpu::pack_int8_b(args, plan, packed, begin, end); });
+  parallel_for(plan.tasks, 1, [&](int64_t begin, int64_t end) { cpu::int8_mm(args, plan, packed, begin, end); });
+}
+
+}  // namespace
+
+void int8_mm_cpu(const at::Tensor& a, const at::Tensor& b, const Int8MmArgs& args) {
+  if (args.m == 0 || args.n == 0) return;
+  if (const std::optional<Int8Isa> isa = chosen_path(); isa || args.k == 0)
+    return multiply(args, isa.value_or(Int8Isa::kPlain));
+  const at::Tensor sums = at::_int_mm(a, b.t());
+  parallel_for(args.m, grain(args.n), [&](int64_t begin, int64_t end) {
+    cpu::dequantize_sums(args, sums.const_data_ptr<int32_t>(), begin, end);
+  });
+}
+
+}  // namespace quantrain

@@ -1,0 +1,14 @@
+// The int8 matrix product on the CPU: picks the path that suits the processor, and shares it among threads.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "csrc/common/int8.h"
+
+namespace quantrain {
+
+// a [m, k], b [n, k]: contiguous int8 on the CPU, to which args point. Any k; args.workspace is not used.
+// The environment variable QUANTRAIN_CPU_INT8 picks a path by name: "plain", "avx2", "avx512", "avx_vnni", "avx512_vnni" or "onednn".
+void int8_mm_cpu(const at::Tensor& a, const at::Tensor& b, const Int8MmArgs& args);
+
+}  // namespace quantrain
