@@ -1,0 +1,134 @@
+#!/usr/bin/env bash
+# Where there is a GPU: the int8 family, checks first, then times, then the training study. Each part has a time limit and does not stop the
+# others by failing; JSON files are rewritten after every row. Fails where a part fails.
+# Usage: scripts/gpu_int8.sh [PART ...]    parts, all in this order by default:
+#   tests     every pytest test marked cuda and every Catch2 test tagged [cuda] that names int8
+#   check     benchmark and study in their tiny form on the GPU, so that a broken section shows within a minute
+#   bench     benchmarks/bench_int8.py: int8-bench-<gpu>-<date>.json and .txt
+#   curves    a GPT in bf16 and int8-training on two texts: int8-curves-<gpu>-<date>.json
+#   finetune  MiniLM-L6 on SST-2 in float32 and int8-training: int8-finetune-<gpu>-<date>.json
+#   grid      products and passes of some thirty layers: int8-grid-<gpu>-<date>.csv
+#   compiled  the GPT's step with int8 compiled: int8-gpt-compiled-<gpu>-<date>.json
+#   torchao   the peer, where it is installed: int8-torchao-<gpu>-<date>.json
+#   any of bench_int8's sections (mm, quantize, ...): that alone, int8-<section>-<gpu>-<date>.json
+# Environment: PYTHON (an interpreter with torch 2.11; default .venv's, else python3), RESULTS (folder of the results; default
+#   benchmarks/results), COMMIT (what is measured; default what git says), QUANTRAIN_DATA (default build/study_data where that is),
+#   <PART>_SECONDS (limits: TESTS 240, CHECK 150, BENCH 280, CURVES 150, FINETUNE 150, GRID 120, COMPILED 200, TORCHAO 240)
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+say() { printf 'gpu_int8: %s\n' "$*"; }
+fail() {
+  printf 'gpu_int8: %s\n' "$*" >&2
+  exit 1
+}
+
+python=${PYTHON:-}
+for candidate in "$PWD/.venv/bin/python" python3; do
+  if [ -z "$python" ] && "$candidate" -c 'import torch; assert torch.__version__.startswith("2.11.")' 2>/dev/null; then
+    python=$candidate
+  fi
+done
+[ -n "$python" ] || fail "no Python with torch 2.11: run scripts/setup.sh, or set PYTHON"
+[ -d build/gpu/site ] && export PYTHONPATH="$PWD/build/gpu/site${PYTHONPATH:+:$PYTHONPATH}"
+if [ -d build/gpu_extra ]; then # packages that the machine lacks (MiniLM, torchao), made by pip install --target build/gpu_extra
+  export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$PWD/build/gpu_extra"
+fi
+if [ -z "${QUANTRAIN_DATA:-}" ] && [ -d build/study_data ]; then export QUANTRAIN_DATA=$PWD/build/study_data; fi
+"$python" -c 'import sys, torch, quantrain; sys.exit(not (quantrain._C.built_with_cuda and torch.cuda.is_available()))' ||
+  fail "no GPU here, or the quantrain that $python imports has no CUDA kernels"
+
+export PYTHONUNBUFFERED=1
+COMMIT=${COMMIT:-$(git describe --always --dirty 2>/dev/null || echo unknown)}
+export COMMIT
+gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)
+slug=$(tr '[:upper:]' '[:lower:]' <<<"${gpu##* }")
+date=$(date -u +%F)
+results=${RESULTS:-benchmarks/results}
+mkdir -p "$results"
+log="$results/int8-$slug-$date.log"
+failed=0
+
+head_of() {
+  echo "# $1 on $gpu"
+  echo "date     $(date -u +%FT%TZ)"
+  echo "command  scripts/gpu_int8.sh $2"
+  echo "commit   $COMMIT"
+  echo "driver   $(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)"
+}
+
+# part SECONDS FILE COMMAND...: runs the command with a limit; its output goes to the log and to FILE.
+part() {
+  local seconds=$1 file=$2
+  shift 2
+  say "$* (limit $seconds s)"
+  timeout --kill-after=5 "$seconds" "$@" 2>&1 | tee -a "$log" "$file"
+  local status=${PIPESTATUS[0]}
+  if [ "$status" -ne 0 ]; then
+    say "FAILED with status $status: $*" | tee -a "$log"
+    failed=1
+  fi
+}
+
+bench() { # SECONDS NAME ARGUMENTS...
+  local seconds=$1 name=$2
+  shift 2
+  head_of "int8, $name" "$name" >"$results/int8-$name-$slug-$date.txt"
+  part "$seconds" "$results/int8-$name-$slug-$date.txt" "$python" benchmarks/bench_int8.py --device cuda \
+    --json "$results/int8-$name-$slug-$date.json" "$@"
+}
+
+study() { # SECONDS ARGUMENTS...
+  local seconds=$1
+  shift
+  part $((seconds + 20)) /dev/null "$python" benchmarks/int8_training_study.py "$@" --device cuda --seconds "$seconds"
+}
+
+# The C++ tests find torch's libraries where this Python has them.
+library_path=$("$python" - <<'END'
+import pathlib, torch
+root = pathlib.Path(torch.__file__).parent
+print(":".join(map(str, [root / "lib", *root.parent.glob("nvidia/*/lib")])))
+END
+)
+
+check() {
+  local scratch
+  scratch=$(mktemp -d)
+  part "${CHECK_SECONDS:-150}" /dev/null "$python" benchmarks/bench_int8.py --device cuda --quick \
+    --only mm,quantize,fused,linear,inference,cpu,gpt,grid --json "$scratch/bench.json" --csv "$scratch/grid.csv"
+  part "${CHECK_SECONDS:-150}" /dev/null "$python" benchmarks/int8_training_study.py curves --quick --data random \
+    --device cuda --out "$scratch"
+}
+
+tests() {
+  local found
+  found=$(find tests/python -name 'test_int8*.py' ! -name 'test_int8_study.py' | sort)
+  # shellcheck disable=SC2086  # one word a file
+  part "${TESTS_SECONDS:-240}" /dev/null "$python" -m pytest -q -m cuda $found
+  if [ -x build/gpu/tests/cpp/quantrain_tests ]; then
+    LD_LIBRARY_PATH="$library_path" part "${TESTS_SECONDS:-240}" /dev/null build/gpu/tests/cpp/quantrain_tests "[int8][cuda]"
+  fi
+}
+
+: >"$log"
+head_of "int8" "$*" >>"$log"
+[ $# -gt 0 ] || set -- tests check bench curves finetune grid compiled torchao
+for name in "$@"; do
+  case $name in
+    tests) tests ;;
+    check) check ;;
+    bench) bench "${BENCH_SECONDS:-280}" bench ;;
+    curves) study "${CURVES_SECONDS:-150}" curves --out "$results" ;;
+    finetune) study "${FINETUNE_SECONDS:-150}" finetune --out "$results" ;;
+    grid) bench "${GRID_SECONDS:-120}" grid --only grid --csv "$results/int8-grid-$slug-$date.csv" ;;
+    compiled) bench "${COMPILED_SECONDS:-200}" gpt-compiled --only gpt_compiled ;;
+    torchao)
+      bench "${TORCHAO_SECONDS:-240}" torchao --only torchao --torchao-seconds $((${TORCHAO_SECONDS:-240} * 6 / 10))
+      ;;
+    mm | quantize | fused | linear | inference | cpu | gpt) bench "${BENCH_SECONDS:-280}" "$name" --only "$name" ;;
+    *) fail "expected one of the parts that the head of this script names, got $name" ;;
+  esac
+done
+say "results and log in $results"
+exit "$failed"
