@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "autograd/second_derivative.h"
 #include "ops/check.h"
 #include "ops/gradient_quant_layers_check.h"
 
@@ -56,32 +57,6 @@ bool needs_grad(const at::Tensor& input, const at::Tensor& weight, const Optiona
   return needs_grad(input) || needs_grad(weight) || (bias && needs_grad(*bias));
 }
 
-// The identity, whose derivative raises: a rounded gradient has none.
-struct NoSecondDerivative : torch::autograd::Function<NoSecondDerivative> {
-  static constexpr bool is_traceable = true;
-
-  static Variable forward(AutogradContext* ctx, const Variable& gradient, const Variable&, const Variable&,
-                          const Variable&, const std::string& op) {
-    ctx->saved_data["op"] = op;
-    return gradient;
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list&) {
-    TORCH_CHECK_NOT_IMPLEMENTED(false, ctx->saved_data["op"].toStringRef(),
-                                ": expected one derivative, got a second one asked for: its gradients are "
-                                "computed from rounded values, which have no derivative");
-    return {};
-  }
-};
-
-// The gradients as results of a backward pass; with create_graph they depend on what they were computed from.
-void finish(variable_list& gradients, const Variable& grad_output, const Variable& input, const Variable& weight,
-            const char* op) {
-  if (!at::GradMode::is_enabled()) return;
-  for (Variable& gradient : gradients)
-    if (gradient.defined()) gradient = NoSecondDerivative::apply(gradient, grad_output, input, weight, std::string(op));
-}
-
 // ---- nodes -----------------------------------------------------------------------------------------------------------------
 
 at::Tensor rows_of(const at::Tensor& tensor) { return tensor.dim() == 1 ? tensor.unsqueeze(0) : tensor.flatten(0, -2); }
@@ -112,7 +87,7 @@ struct FqtLinearFunction : torch::autograd::Function<FqtLinearFunction> {
         gradients[1] = rows_of(quantized(grad_output, saved(ctx, "grad_weight"))).t().mm(rows_of(input));
       if (needs_bias_grad(ctx)) gradients[2] = rows_of(grad_output).sum(0);
     }
-    finish(gradients, grad_output, input, weight, "fqt_linear");
+    refuse_second_derivative(gradients, grad_output, "fqt_linear");
     return gradients;
   }
 };
@@ -163,7 +138,7 @@ struct FqtConv2dFunction : torch::autograd::Function<FqtConv2dFunction> {
         gradients[1] = std::get<1>(products(quantized(grad_output, saved(ctx, "grad_weight")), false, true));
       if (needs_bias_grad(ctx)) gradients[2] = grad_output.sum({0, 2, 3});
     }
-    finish(gradients, grad_output, input, weight, "fqt_conv2d");
+    refuse_second_derivative(gradients, grad_output, "fqt_conv2d");
     return gradients;
   }
 };

@@ -6,6 +6,7 @@
 #include <optional>
 #include <variant>
 
+#include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/embedding.h>
@@ -22,6 +23,7 @@
 
 #include "quantrain/ops/fake_quant.h"
 #include "quantrain/ops/gradient_quant_layers.h"
+#include "quantrain/ops/int8.h"
 
 namespace quantrain::nn {
 namespace {
@@ -68,6 +70,18 @@ std::vector<int64_t> conv_weight_shape(const std::string& name, const torch::nn:
                     ": expected padding_mode zeros, got another");
   const at::ArrayRef<int64_t> kernel = *options.kernel_size();
   return {options.out_channels(), options.in_channels() / groups, kernel[0], kernel[1]};
+}
+
+const Recipe& without_integer_products(const std::string& name, const Recipe& recipe) {
+  TORCH_CHECK_VALUE(!recipe.linear_only(), name,
+                    ": expected a recipe without integer products, which Linear layers have, got '", recipe.name, "'");
+  return recipe;
+}
+
+// What a linear layer of this input gives: under autocast its type.
+at::ScalarType output_type(const at::Tensor& input) {
+  const at::DeviceType device = input.device().type();
+  return at::autocast::is_autocast_enabled(device) ? at::autocast::get_autocast_dtype(device) : input.scalar_type();
 }
 
 at::Tensor rows_of(const at::Tensor& table, const at::Tensor& indices) {
@@ -138,6 +152,20 @@ at::Tensor QuantModule::unpacked(const at::Tensor& codes) const {
 
 at::Tensor QuantModule::dequantized_weight(at::ScalarType dtype) const {
   return quantrain::dequantize(unpacked(weight), weight_scale, defined_or_none(weight_zero_point), dtype);
+}
+
+at::Tensor QuantModule::integer_product(const at::Tensor& input) const {
+  at::Tensor codes, scale;
+  if (input_fake_quant->dynamic()) {
+    Int8Codes rows = quantrain::int8_quantize_rows(input);
+    codes = std::move(rows.codes);
+    scale = std::move(rows.scale);
+  } else {
+    const QuantSpec& spec = input_fake_quant->spec();
+    scale = input_fake_quant->scale;
+    codes = quantrain::quantize(input, scale, std::nullopt, spec.quant_min(), spec.quant_max(), at::kChar);
+  }
+  return quantrain::int8_mm(codes, weight, scale, weight_scale, defined_or_none(bias), output_type(input));
 }
 
 void QuantModule::check_convertible(bool check_observed) {
@@ -218,10 +246,13 @@ void QuantModule::pretty_print(std::ostream& stream) const {
 
 QuantLinearImpl::QuantLinearImpl(const torch::nn::LinearOptions& options, const Recipe& recipe)
     : QuantModule("QuantLinear", recipe, {options.out_features(), options.in_features()}, {1}) {
+  TORCH_CHECK_VALUE(!recipe.int8, "QuantLinear: expected a recipe without int8 (Int8Linear trains with it), got '",
+                    recipe.name, "'");
   reset_weight_and_bias(options.bias());
 }
 
 at::Tensor QuantLinearImpl::forward(const at::Tensor& input) {
+  if (multiplies_integers()) return quantized_output(integer_product(input));
   const at::Tensor x = quantized_input(input);
   if (!converted()) {
     const at::Tensor w = quantized_weight(weight);
@@ -235,7 +266,8 @@ at::Tensor QuantLinearImpl::forward(const at::Tensor& input) {
 }
 
 QuantConv2dImpl::QuantConv2dImpl(const std::string& name, const torch::nn::Conv2dOptions& options, const Recipe& recipe)
-    : QuantModule(name, recipe, conv_weight_shape(name, options), {-1, 1, 1, 1}), options_(options) {
+    : QuantModule(name, without_integer_products(name, recipe), conv_weight_shape(name, options), {-1, 1, 1, 1}),
+      options_(options) {
   reset_weight_and_bias(options.bias());
 }
 
@@ -331,7 +363,7 @@ at::Tensor QuantConvBn2dImpl::forward(const at::Tensor& input) {
 QuantEmbeddingImpl::QuantEmbeddingImpl(const torch::nn::EmbeddingOptions& options, const Recipe& recipe)
     : QuantModule("QuantEmbedding",
                   [&recipe] {
-                    Recipe without_input = recipe;
+                    Recipe without_input = without_integer_products("QuantEmbedding", recipe);
                     without_input.input.reset();
                     return without_input;
                   }(),

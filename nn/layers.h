@@ -4,7 +4,9 @@
 // the children weight_fake_quant, input_fake_quant and output_fake_quant are those the recipe has. After, `weight` is a buffer of
 // integer codes (int8 symmetric, uint8 affine; at most 4 bits: uint8, two codes a byte along each flattened row), with buffers
 // `weight_scale` (float32), `weight_zero_point` (int32, affine only) and `bias`; the forward pass dequantises and computes as before,
-// so its output equals the fake-quantised layer's in evaluation mode bit for bit. The names are those of the Python layers.
+// so its output equals the fake-quantised layer's in evaluation mode bit for bit. Under a recipe with backend "int8" (Linear layers only)
+// a converted layer multiplies integers instead (int8_mm): the same codes, the output within float32 rounding of the sum. It has no gradient,
+// and a NaN that meets a stored input scale becomes 0. The names are those of the Python layers.
 #pragma once
 
 #include <cstdint>
@@ -81,8 +83,12 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
   at::Tensor dequantized_weight(at::ScalarType dtype) const;
   at::Tensor quantized_input(const at::Tensor& input);
   at::Tensor quantized_output(const at::Tensor& output);
+  bool multiplies_integers() const {
+    return converted_ && recipe_.backend == "int8" && input_fake_quant->fake_quant_enabled();
+  }
+  at::Tensor integer_product(const at::Tensor& input) const;  // where multiplies_integers(); before output_fake_quant
   bool quantises_gradients() const {
-    return gradient_quant_enabled_ && !converted_ && (recipe_.grad_input || recipe_.grad_weight);
+    return gradient_quant_enabled_ && !converted_ && (recipe_.grad_input || recipe_.grad_weight || recipe_.int8);
   }
   const at::Tensor& watched(const at::Tensor& output) const {
     if (output_hook_) output_hook_(output, !quantises_gradients());
@@ -104,8 +110,8 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
   OutputHook output_hook_;
 };
 
-// y = x W^T + b on quantised x and W. Input [..., in_features], output [..., out_features]. Where the recipe has grad_input or
-// grad_weight, gradients are computed from the quantised gradient of y before output_fake_quant (fqt_linear); convolutions alike.
+// y = x W^T + b on quantised x and W. Input [..., in_features], output [..., out_features]. ValueError for a recipe with int8, which
+// Int8Linear (int8_linear.h) takes. Where the recipe has grad_input or grad_weight, gradients are computed from the quantised gradient of y before output_fake_quant (fqt_linear); convolutions alike.
 class QUANTRAIN_API QuantLinearImpl : public QuantModule {
  public:
   QuantLinearImpl(int64_t in_features, int64_t out_features, const Recipe& recipe)
@@ -116,7 +122,8 @@ class QUANTRAIN_API QuantLinearImpl : public QuantModule {
 TORCH_MODULE(QuantLinear);
 
 // 2-D convolution on quantised input and weight; stride, padding ("same" and "valid" too), dilation and groups as
-// torch::nn::Conv2d; zero padding only (ValueError otherwise). Input [N, C, H, W].
+// torch::nn::Conv2d; zero padding only (ValueError otherwise). Input [N, C, H, W]. ValueError for a recipe of integer products, as
+// QuantEmbedding.
 class QUANTRAIN_API QuantConv2dImpl : public QuantModule {
  public:
   QuantConv2dImpl(const torch::nn::Conv2dOptions& options, const Recipe& recipe)

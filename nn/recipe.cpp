@@ -136,6 +136,32 @@ GradientSpec gradient_spec_from_object(const Json& json) {
   return spec;
 }
 
+Json to_object(const Int8Spec& spec) {
+  return Json{{"output", spec.output},
+              {"grad_input", spec.grad_input},
+              {"grad_weight", spec.grad_weight},
+              {"weight_scheme", spec.weight_scheme}};
+}
+
+Int8Spec int8_spec_from_object(const Json& json) {
+  static const std::string kName = "Int8Spec";
+  Int8Spec spec;
+  for (const auto& [key, value] : json.items()) {
+    if (key == "output")
+      read_field(kName, key, value, spec.output);
+    else if (key == "grad_input")
+      read_field(kName, key, value, spec.grad_input);
+    else if (key == "grad_weight")
+      read_field(kName, key, value, spec.grad_weight);
+    else if (key == "weight_scheme")
+      read_field(kName, key, value, spec.weight_scheme);
+    else
+      fail(kName, "only fields of an Int8Spec", "'" + key + "'");
+  }
+  spec.validate();
+  return spec;
+}
+
 template <typename Spec>
 Json optional_to_object(const std::optional<Spec>& spec) {
   return spec ? to_object(*spec) : Json(nullptr);
@@ -143,6 +169,7 @@ Json optional_to_object(const std::optional<Spec>& spec) {
 
 void from_object(const Json& json, std::optional<QuantSpec>& out) { out = spec_from_object(json); }
 void from_object(const Json& json, std::optional<GradientSpec>& out) { out = gradient_spec_from_object(json); }
+void from_object(const Json& json, std::optional<Int8Spec>& out) { out = int8_spec_from_object(json); }
 
 template <typename Spec>
 void read_field(const std::string& name, const std::string& key, const Json& value, std::optional<Spec>& out) {
@@ -161,6 +188,13 @@ QuantSpec dynamic_weight(int64_t bits, const std::string& granularity) {
   spec.bits = bits;
   spec.granularity = granularity;
   spec.observer = "dynamic";
+  return spec;
+}
+
+QuantSpec symmetric_input(const std::string& granularity, const std::string& observer) {
+  QuantSpec spec;
+  spec.granularity = granularity;
+  spec.observer = observer;
   return spec;
 }
 
@@ -192,6 +226,39 @@ std::optional<Recipe> fqt_recipe(const std::string& name) {
   const std::string columns = match[1] == "ptq" ? "per_tensor" : "per_channel";
   recipe.grad_weight = GradientSpec{8, paper ? columns : "auto", paper ? "sample" : "auto"};
   return recipe;
+}
+
+// What int8_linear and int8_mm take.
+void check_integer_products(const Recipe& recipe) {
+  static const std::string kName = "Recipe";
+  const std::string whose = recipe.int8 ? "with int8" : "with backend int8";
+  const auto check = [&](const std::string& tensor, const std::optional<QuantSpec>& spec) {
+    if (!spec) fail(kName, "a spec for " + tensor + " " + whose, "none");
+    if (spec->bits != 8 || !spec->symmetric) {
+      fail(kName, tensor + " of 8 bits, symmetric, " + whose,
+           std::to_string(spec->bits) + " bits, " + (spec->symmetric ? "symmetric" : "affine"));
+    }
+  };
+  check("weight", recipe.weight);
+  check("input", recipe.input);
+  const bool dynamic = recipe.input->observer == "dynamic";
+  if (recipe.edge_bits != 0 && recipe.edge_bits != 8) {
+    fail(kName, "edge_bits of 0 or 8 " + whose, std::to_string(recipe.edge_bits));
+  }
+  if (recipe.weight->granularity == "per_group") fail(kName, "weight per_channel or per_tensor " + whose, "per_group");
+  if (dynamic != (recipe.input->granularity == "per_token")) {
+    fail(kName, "input per_token and dynamic, or per_tensor and observed, " + whose,
+         recipe.input->granularity + ", " + recipe.input->observer);
+  }
+  if (!recipe.int8) return;
+  if (recipe.weight->granularity != "per_channel" || recipe.weight->observer != "dynamic") {
+    fail(kName, "weight per_channel and dynamic with int8",
+         recipe.weight->granularity + ", " + recipe.weight->observer);
+  }
+  if (!dynamic) fail(kName, "input per_token and dynamic with int8", "per_tensor, " + recipe.input->observer);
+  if (recipe.grad_input || recipe.grad_weight) {
+    fail(kName, "no grad_input or grad_weight with int8 (it has its own)", "one of them");
+  }
 }
 
 std::vector<std::string> fqt_names() {
@@ -231,6 +298,13 @@ std::vector<Recipe> named_recipes() {
   QuantSpec groups = dynamic_weight(4, "per_group");
   groups.observer = "mse";
   add("ptq-w4a8", groups, affine_input(8, "mse")).training = false;
+
+  Recipe& int8 = add("int8-training", dynamic_weight(8, "per_channel"), symmetric_input("per_token", "dynamic"));
+  int8.backend = "int8";
+  int8.int8 = Int8Spec{};
+  Recipe& fixed = add("int8-static", dynamic_weight(8, "per_channel"), symmetric_input("per_tensor", "moving_average"));
+  fixed.backend = "int8";
+  fixed.training = false;
   for (const std::string& name : fqt_names()) recipes.push_back(*fqt_recipe(name));
   return recipes;
 }
@@ -291,6 +365,18 @@ GradientSpec GradientSpec::from_json(const std::string& text) {
   return gradient_spec_from_object(parse_object("GradientSpec", text));
 }
 
+void Int8Spec::validate() const {
+  static const std::string kName = "Int8Spec";
+  check_one_of(kName, "output", output, {"auto", "int8", "none"});
+  check_one_of(kName, "grad_input", grad_input, {"auto", "int8", "none"});
+  check_one_of(kName, "grad_weight", grad_weight, {"auto", "int8", "none"});
+  check_one_of(kName, "weight_scheme", weight_scheme, {"auto", "fold", "columns"});
+}
+
+std::string Int8Spec::to_json() const { return to_object(*this).dump(); }
+
+Int8Spec Int8Spec::from_json(const std::string& text) { return int8_spec_from_object(parse_object("Int8Spec", text)); }
+
 Recipe Recipe::from_name(const std::string& name) {
   if (std::optional<Recipe> recipe = fqt_recipe(name)) return *std::move(recipe);
   for (Recipe& recipe : named_recipes()) {
@@ -318,7 +404,7 @@ Recipe Recipe::edge() const {
 
 void Recipe::validate() const {
   static const std::string kName = "Recipe";
-  check_one_of(kName, "backend", backend, {"simulate"});
+  check_one_of(kName, "backend", backend, {"simulate", "int8"});
   if (edge_bits < 0 || edge_bits > 16) fail(kName, "edge_bits in 0 to 16", std::to_string(edge_bits));
   if (!weight && !input && !output && !grad_input && !grad_weight) {
     fail(kName, "a spec for at least one of weight, input, output, grad_input and grad_weight", "none");
@@ -337,19 +423,22 @@ void Recipe::validate() const {
   }
   if (grad_input) grad_input->validate();
   if (grad_weight) grad_weight->validate();
+  if (int8) int8->validate();
+  if (linear_only()) check_integer_products(*this);
 }
 
 std::string Recipe::to_json() const {
-  return Json{{"name", name},
-              {"weight", optional_to_object(weight)},
-              {"input", optional_to_object(input)},
-              {"output", optional_to_object(output)},
-              {"backend", backend},
-              {"training", training},
-              {"edge_bits", edge_bits},
-              {"grad_input", optional_to_object(grad_input)},
-              {"grad_weight", optional_to_object(grad_weight)}}
-      .dump();
+  Json json{{"name", name},
+            {"weight", optional_to_object(weight)},
+            {"input", optional_to_object(input)},
+            {"output", optional_to_object(output)},
+            {"backend", backend},
+            {"training", training},
+            {"edge_bits", edge_bits},
+            {"grad_input", optional_to_object(grad_input)},
+            {"grad_weight", optional_to_object(grad_weight)}};
+  if (int8) json["int8"] = to_object(*int8);  // absent otherwise: files written before it existed stay equal
+  return json.dump();
 }
 
 Recipe Recipe::from_json(const std::string& text) {
@@ -375,6 +464,8 @@ Recipe Recipe::from_json(const std::string& text) {
       read_field(kName, key, value, recipe.grad_input);
     else if (key == "grad_weight")
       read_field(kName, key, value, recipe.grad_weight);
+    else if (key == "int8")
+      read_field(kName, key, value, recipe.int8);
     else
       fail(kName, "only fields of a Recipe", "'" + key + "'");
   }

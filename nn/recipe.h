@@ -78,11 +78,34 @@ struct QUANTRAIN_API GradientSpec {
   bool operator==(const GradientSpec&) const = default;
 };
 
+// How a Linear layer trains on int8 products (int8_linear, <quantrain/ops/int8_linear.h>): which of its three run in int8.
+//
+// output, grad_input, grad_weight  "int8", "none" (floating point) or "auto" (the faster one, by device and shape)
+// weight_scheme  how the weight enters grad_input: "fold", "columns" or "auto"
+struct QUANTRAIN_API Int8Spec {
+  std::string output = "auto";
+  std::string grad_input = "auto";
+  std::string grad_weight = "auto";
+  std::string weight_scheme = "auto";
+
+  // Throws std::invalid_argument naming the field, the rule and the value.
+  void validate() const;
+
+  std::string to_json() const;
+  static Int8Spec from_json(const std::string& text);  // throws std::invalid_argument, as QuantSpec's
+
+  bool operator==(const Int8Spec&) const = default;
+};
+
 // One layer: specs of the tensors it quantises (absent: left in floating point), and how it runs.
 //
 // grad_input, grad_weight  the gradient of the output as the products for the gradients of input and weight take it (StatQuant, Chen et
 //            al., arXiv:2010.14298: Q_b2 and Q_b1, two independent draws). Linear layers and convolutions only
 // backend    "simulate": floating-point arithmetic on fake-quantised values
+//            "int8": integer matrix products, of Linear layers only: of converted ones, and with `int8` in training. Weight and input 8 bits,
+//            symmetric; weight per_channel or per_tensor; input per_token and dynamic, or per_tensor and observed
+// int8       Linear layers train as Int8Linear; weight dynamic per_channel, input dynamic per_token. With backend "simulate" the same
+//            codes are multiplied in float32
 // training   false: calibrate only, no fine-tuning (post-training quantisation)
 // edge_bits  > 0: the first and the last quantised layer of a model use this many bits (Esser et al., section 2.3)
 struct QUANTRAIN_API Recipe {
@@ -95,6 +118,10 @@ struct QUANTRAIN_API Recipe {
   int64_t edge_bits = 0;
   std::optional<GradientSpec> grad_input;
   std::optional<GradientSpec> grad_weight;
+  std::optional<Int8Spec> int8;
+
+  // Whether only Linear layers run so: integer products, in training or converted.
+  bool linear_only() const { return int8.has_value() || backend == "int8"; }
 
   // A named recipe: one of names(), or fqt-ptq, fqt-psq, fqt-bhq (per_tensor, per_sample, householder) with bits 2 to 8 behind, as they are
   // or with "-paper". Throws std::invalid_argument for another name.

@@ -1,4 +1,4 @@
-// Python bindings of QuantSpec, GradientSpec and Recipe: keyword constructors, properties, equality, copy and pickle (through JSON).
+// Python bindings of QuantSpec, GradientSpec, Int8Spec and Recipe: keyword constructors, properties, equality, copy and pickle (through JSON).
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -7,6 +7,7 @@
 
 namespace py = pybind11;
 using quantrain::nn::GradientSpec;
+using quantrain::nn::Int8Spec;
 using quantrain::nn::QuantSpec;
 using quantrain::nn::Recipe;
 
@@ -28,7 +29,7 @@ std::string repr_of(const char* name, const T& self, std::initializer_list<const
   return text + ")";
 }
 
-// to_json, from_json, ==, copy, deepcopy and pickle, the same for all three structs. Pickle keeps a value that is not valid, as an
+// to_json, from_json, ==, copy, deepcopy and pickle, the same for all four structs. Pickle keeps a value that is not valid, as an
 // assignment can make it, only as far as JSON does: reading it back raises.
 template <typename T>
 void bind_value_semantics(py::class_<T>& cls) {
@@ -108,23 +109,48 @@ void bind_gradient_spec(py::module_& module) {
   bind_value_semantics(cls);
 }
 
+void bind_int8_spec(py::module_& module) {
+  const Int8Spec defaults;
+  py::class_<Int8Spec> cls(
+      module, "Int8Spec",
+      "Which of a Linear layer's three matrix products run in int8 while it trains: 'int8', 'none' or 'auto' each.");
+  cls.def(py::init([](const std::string& output, const std::string& grad_input, const std::string& grad_weight,
+                      const std::string& weight_scheme) {
+            Int8Spec spec{output, grad_input, grad_weight, weight_scheme};
+            spec.validate();
+            return spec;
+          }),
+          py::kw_only(), py::arg("output") = defaults.output, py::arg("grad_input") = defaults.grad_input,
+          py::arg("grad_weight") = defaults.grad_weight, py::arg("weight_scheme") = defaults.weight_scheme)
+      .def_readwrite("output", &Int8Spec::output)
+      .def_readwrite("grad_input", &Int8Spec::grad_input)
+      .def_readwrite("grad_weight", &Int8Spec::grad_weight)
+      .def_readwrite("weight_scheme", &Int8Spec::weight_scheme)
+      .def("__repr__", [](const Int8Spec& self) {
+        return repr_of("Int8Spec", self, {"output", "grad_input", "grad_weight", "weight_scheme"});
+      });
+  bind_value_semantics(cls);
+}
+
 void bind_recipe(py::module_& module) {
   using Spec = std::optional<QuantSpec>;
   using Gradient = std::optional<GradientSpec>;
+  using Int8 = std::optional<Int8Spec>;
   py::class_<Recipe> cls(
       module, "Recipe",
-      "How a layer is quantised: a QuantSpec (or None) for weight, input and output, and a GradientSpec (or "
-      "None) for grad_input and grad_weight.");
+      "How a layer is quantised: a QuantSpec (or None) for weight, input and output, a GradientSpec (or None) for "
+      "grad_input and grad_weight, and an Int8Spec (or None) for training on int8 products.");
   cls.def(py::init([](const std::string& name, const Spec& weight, const Spec& input, const Spec& output,
                       const std::string& backend, bool training, int64_t edge_bits, const Gradient& grad_input,
-                      const Gradient& grad_weight) {
-            Recipe recipe{name, weight, input, output, backend, training, edge_bits, grad_input, grad_weight};
+                      const Gradient& grad_weight, const Int8& int8) {
+            Recipe recipe{name, weight, input, output, backend, training, edge_bits, grad_input, grad_weight, int8};
             recipe.validate();
             return recipe;
           }),
           py::kw_only(), py::arg("name") = "", py::arg("weight") = py::none(), py::arg("input") = py::none(),
           py::arg("output") = py::none(), py::arg("backend") = "simulate", py::arg("training") = true,
-          py::arg("edge_bits") = 0, py::arg("grad_input") = py::none(), py::arg("grad_weight") = py::none())
+          py::arg("edge_bits") = 0, py::arg("grad_input") = py::none(), py::arg("grad_weight") = py::none(),
+          py::arg("int8") = py::none())
       .def_readwrite("name", &Recipe::name)
       .def_readwrite("weight", &Recipe::weight)
       .def_readwrite("input", &Recipe::input)
@@ -134,13 +160,16 @@ void bind_recipe(py::module_& module) {
       .def_readwrite("edge_bits", &Recipe::edge_bits)
       .def_readwrite("grad_input", &Recipe::grad_input)
       .def_readwrite("grad_weight", &Recipe::grad_weight)
+      .def_readwrite("int8", &Recipe::int8)
+      .def_property_readonly("linear_only", &Recipe::linear_only,
+                             "Whether only Linear layers run so: integer products, in training or converted.")
       .def_static("from_name", &Recipe::from_name, py::arg("name"), "A named recipe; ValueError lists the names.")
       .def_static("names", &Recipe::names, "The names from_name knows.")
       .def("edge", &Recipe::edge, "The recipe of a model's first and last layer: edge_bits for weight and input.")
       .def("__repr__", [](const Recipe& self) {
-        return repr_of(
-            "Recipe", self,
-            {"name", "weight", "input", "output", "backend", "training", "edge_bits", "grad_input", "grad_weight"});
+        return repr_of("Recipe", self,
+                       {"name", "weight", "input", "output", "backend", "training", "edge_bits", "grad_input",
+                        "grad_weight", "int8"});
       });
   bind_value_semantics(cls);
 }
@@ -150,5 +179,6 @@ void bind_recipe(py::module_& module) {
 void bind_nn(py::module_& module) {
   bind_quant_spec(module);
   bind_gradient_spec(module);
+  bind_int8_spec(module);
   bind_recipe(module);
 }

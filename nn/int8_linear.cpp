@@ -1,0 +1,99 @@
+#include "quantrain/nn/int8_linear.h"
+
+#include <optional>
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/linear.h>
+#include <c10/util/Exception.h>
+
+#include "quantrain/ops/int8.h"
+#include "quantrain/ops/int8_linear.h"
+
+#if defined(QUANTRAIN_WITH_CUDA)
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#endif
+
+namespace quantrain::nn {
+namespace {
+
+std::optional<at::Tensor> defined_or_none(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+}
+
+// Whether work is recorded for replays, in which a kept tensor would be stale.
+bool capturing([[maybe_unused]] const at::Tensor& tensor) {
+#if defined(QUANTRAIN_WITH_CUDA)
+  return tensor.is_cuda() && c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+Int8LinearImpl::Int8LinearImpl(const torch::nn::LinearOptions& options, const Recipe& recipe)
+    : QuantModule("Int8Linear", recipe, {options.out_features(), options.in_features()}, {1}) {
+  TORCH_CHECK_VALUE(recipe.int8, "Int8Linear: expected a recipe with int8, got '", recipe.name, "'");
+  reset_weight_and_bias(options.bias());
+}
+
+at::Tensor Int8LinearImpl::forward(const at::Tensor& input) {
+  if (multiplies_integers()) return quantized_output(integer_product(input));
+  if (converted()) {
+    const at::Tensor x = quantized_input(input);
+    return quantized_output(
+        at::linear(x, dequantized_weight(x.scalar_type()), bias.defined() ? bias.to(x.scalar_type()) : bias));
+  }
+  if (!weight_fake_quant->fake_quant_enabled() || !input_fake_quant->fake_quant_enabled()) {
+    return quantized_output(watched(at::linear(input, weight, bias)));
+  }
+  const Int8Spec& spec = *recipe().int8;
+  const bool gradients = quantises_gradients();
+  const Int8LinearOptions options{spec.output, gradients ? std::string_view(spec.grad_input) : "none",
+                                  gradients ? std::string_view(spec.grad_weight) : "none", spec.weight_scheme,
+                                  recipe().backend == "simulate"};
+  std::optional<at::Tensor> codes, scale;
+  if (cache_weight_ && at::GradMode::is_enabled() && !capturing(weight)) {
+    const WeightCodes& kept = weight_codes();
+    codes = kept.codes;
+    scale = kept.scale;
+  }
+  return quantized_output(watched(quantrain::int8_linear(input, weight, defined_or_none(bias), options, codes, scale)));
+}
+
+const Int8LinearImpl::WeightCodes& Int8LinearImpl::weight_codes() {
+  if (!kept_.codes.defined() || kept_.data != weight.const_data_ptr() || kept_.version != weight._version()) {
+    Int8Codes rows = quantrain::int8_quantize_rows(weight.detach());
+    kept_ = {std::move(rows.codes), std::move(rows.scale), weight.const_data_ptr(),
+             static_cast<uint32_t>(weight._version())};
+  }
+  return kept_;
+}
+
+void Int8LinearImpl::set_cache_weight(bool on) {
+  cache_weight_ = on;
+  kept_ = {};
+}
+
+void Int8LinearImpl::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {
+  kept_ = {};
+  QuantModule::to(device, dtype, non_blocking);
+}
+
+void Int8LinearImpl::to(torch::Dtype dtype, bool non_blocking) {
+  kept_ = {};
+  QuantModule::to(dtype, non_blocking);
+}
+
+void Int8LinearImpl::to(torch::Device device, bool non_blocking) {
+  kept_ = {};
+  QuantModule::to(device, non_blocking);
+}
+
+void enable_weight_cache(torch::nn::Module& module, bool on) {
+  for (const auto& child : module.modules()) {
+    if (auto* layer = dynamic_cast<Int8LinearImpl*>(child.get())) layer->set_cache_weight(on);
+  }
+}
+
+}  // namespace quantrain::nn

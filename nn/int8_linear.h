@@ -1,0 +1,63 @@
+// Int8Linear: a Linear layer that trains on int8 matrix products.
+#pragma once
+
+#include <cstdint>
+
+#include <torch/nn/options/linear.h>
+#include <torch/nn/pimpl.h>
+
+#include "quantrain/nn/layers.h"
+#include "quantrain/nn/recipe.h"
+#include "quantrain/ops/export.h"
+
+namespace quantrain::nn {
+
+// y = x W^T + b by int8_linear (<quantrain/ops/int8_linear.h>), as the recipe's int8 says: each of output, grad_input and grad_weight in
+// int8 or floating point. Input [..., in_features], output [..., out_features]. `weight` and `bias` stay floating point, float32 or 16 bit, and
+// are trained as any other; under autocast the weight is not cast. With backend "simulate" the codes are multiplied in float32.
+//
+// enable_gradient_quant(false): gradients in floating point. enable_fake_quant(*layer, false): all three. Converted, it multiplies its
+// stored codes (backend "int8"), or dequantises them as QuantLinear does.
+//
+// ValueError: a recipe without int8.
+class QUANTRAIN_API Int8LinearImpl : public QuantModule {
+ public:
+  Int8LinearImpl(int64_t in_features, int64_t out_features, const Recipe& recipe = Recipe::from_name("int8-training"))
+      : Int8LinearImpl(torch::nn::LinearOptions(in_features, out_features), recipe) {}
+  explicit Int8LinearImpl(const torch::nn::LinearOptions& options,
+                          const Recipe& recipe = Recipe::from_name("int8-training"));
+  at::Tensor forward(const at::Tensor& input);
+
+  // On: the weight's codes are kept from one forward pass to the next and made anew where the weight has changed, which saves their pass
+  // over the weight in all but the first micro-batch of a step with gradient accumulation. Costs 1 byte a parameter. A change is noticed by the weight's version:
+  // operators and optimizers count it up, writing through variable_data() or replaying a CUDA graph does not. Not used while gradients are
+  // off or a CUDA graph is captured.
+  void set_cache_weight(bool on);
+  bool cache_weight() const { return cache_weight_; }
+
+  void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;
+  void to(torch::Dtype dtype, bool non_blocking = false) override;
+  void to(torch::Device device, bool non_blocking = false) override;
+
+ protected:
+  void drop_float_children() override { kept_ = {}; }
+
+ private:
+  struct WeightCodes {
+    at::Tensor codes;
+    at::Tensor scale;
+    const void* data = nullptr;
+    uint32_t version = 0;
+  };
+
+  const WeightCodes& weight_codes();
+
+  bool cache_weight_ = false;
+  WeightCodes kept_;
+};
+TORCH_MODULE(Int8Linear);
+
+// Int8LinearImpl::set_cache_weight of every such layer in the module, itself included.
+QUANTRAIN_API void enable_weight_cache(torch::nn::Module& module, bool on = true);
+
+}  // namespace quantrain::nn

@@ -1,0 +1,149 @@
+#include "ops/int8_auto.h"
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+
+#if defined(QUANTRAIN_WITH_CUDA)
+#include <c10/cuda/CUDAGuard.h>
+
+#include "csrc/cuda/int8.h"
+#endif
+
+namespace quantrain {
+namespace {
+
+// ---- what a GPU does in a microsecond ---------------------------------------------------------------------------------------
+
+struct Machine {
+  double int8;         // operations of int8_mm, 10^6 a second, in its main loop
+  double half;         // of a float16 or bfloat16 product
+  double single;       // of a float32 one
+  double bytes;        // read or written
+  double kernel;       // what a kernel costs beside that, in microseconds
+  int64_t processors;  // streaming multiprocessors
+};
+
+// prototypes/int8_gemm, H200: 1.4 to 1.6 PTOPS, cuBLAS bfloat16 0.79, copies 3.9 TB/s. The kernels for sm_80 are modelled on an A100.
+constexpr Machine kHopper{1.6e9, 0.80e9, 0.05e9, 3.9e6, 3.0, 132};
+constexpr Machine kAmpere{0.42e9, 0.24e9, 0.018e9, 1.5e6, 3.0, 108};
+
+constexpr int64_t kTile = 128;
+constexpr double kRandom = 1.4;  // stochastic rounding against rounding to nearest: less than the copy rate
+
+// The share of the machine that works on a product of 128 x 128 tiles; few tiles are split along the sum.
+double busy(const Machine& machine, int64_t m, int64_t n) {
+  const int64_t tiles = std::max<int64_t>((m + kTile - 1) / kTile * ((n + kTile - 1) / kTile), 1);
+  if (tiles < machine.processors) {
+    return static_cast<double>(machine.processors / tiles * tiles) / static_cast<double>(machine.processors);
+  }
+  const int64_t waves = (tiles + machine.processors - 1) / machine.processors;
+  return static_cast<double>(tiles) / static_cast<double>(waves * machine.processors);
+}
+
+double product(const Machine& machine, double rate, int64_t m, int64_t n, int64_t k, int64_t result_bytes) {
+  const double size = static_cast<double>(m) * static_cast<double>(n);
+  return 2.0 * size * static_cast<double>(k) / (rate * busy(machine, m, n)) +
+         size * static_cast<double>(result_bytes) / machine.bytes + machine.kernel;
+}
+
+double passes(const Machine& machine, int64_t rows, int64_t columns, double bytes, int kernels) {
+  return static_cast<double>(rows) * static_cast<double>(columns) * bytes / machine.bytes + kernels * machine.kernel;
+}
+
+// Microseconds of a forward and backward pass with these products in int8; products that nobody needs cost nothing.
+double modelled_time(const Machine& machine, const Int8LinearShape& s, const Int8Products<bool>& int8,
+                     const Int8Products<bool>& needed) {
+  const int64_t x_bytes = static_cast<int64_t>(c10::elementSize(s.input_type));
+  const int64_t w_bytes = static_cast<int64_t>(c10::elementSize(s.weight_type));
+  const double floating = s.input_type == at::kFloat ? machine.single : machine.half;
+  const auto rate = [&](bool in_int8) { return in_int8 ? machine.int8 : floating; };
+  double time = 0.0;
+  if (int8.output || int8.grad_weight) time += passes(machine, s.tokens, s.in, x_bytes + 1.0, 1);
+  if (int8.output || int8.grad_input) time += passes(machine, s.out, s.in, w_bytes + 1.0, 1);
+  if (needed.output) time += product(machine, rate(int8.output), s.tokens, s.out, s.in, x_bytes);
+  if (needed.grad_input) {
+    time += product(machine, rate(int8.grad_input), s.tokens, s.in, s.out, x_bytes);
+    if (int8.grad_input) {
+      time += passes(machine, s.out, s.in, w_bytes + 1.0, 2);
+      time += passes(machine, s.tokens, s.out, kRandom * (static_cast<double>(x_bytes) + 1.0), 1);
+    }
+  }
+  if (needed.grad_weight) {
+    time += product(machine, rate(int8.grad_weight), s.out, s.in, s.tokens, w_bytes);
+    if (int8.grad_weight) {
+      time += passes(machine, s.tokens, s.in, 2.0, 1);
+      // The column maxima ride in the pass that quantises rows.
+      time += passes(machine, s.tokens, s.out, kRandom * (static_cast<double>(x_bytes) + 1.0), 1);
+      if (!int8.grad_input) time += passes(machine, s.tokens, s.out, static_cast<double>(x_bytes), 1);
+    }
+  }
+  return time;
+}
+
+// 10 * major + minor; 0 without a GPU.
+int compute_capability([[maybe_unused]] const c10::Device& device) {
+#if defined(QUANTRAIN_WITH_CUDA)
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices] = {};
+  const int index = device.has_index() ? device.index() : c10::cuda::current_device();
+  if (index < kDevices && known[index].load(std::memory_order_relaxed) != 0) return known[index].load();
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(index));
+  const int capability = cuda::compute_capability();
+  if (index < kDevices) known[index].store(capability);
+  return capability;
+#else
+  return 0;
+#endif
+}
+
+}  // namespace
+
+int64_t int8_token_bucket(const c10::SymInt& tokens) {
+  constexpr int kLargest = 24;
+  if (const auto known = tokens.maybe_as_int()) {
+    int64_t bucket = 1;
+    while (bucket * 2 <= *known && bucket < int64_t{1} << kLargest) bucket *= 2;
+    return *known < 1 ? 0 : bucket;
+  }
+  int low = -1, high = kLargest + 1;  // 2^low <= tokens < 2^high
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (TORCH_GUARD_OR_FALSE(tokens.sym_ge(int64_t{1} << middle)) ? low : high) = middle;
+  }
+  return low < 0 ? 0 : int64_t{1} << low;
+}
+
+Int8Products<bool> choose_int8(const Int8LinearShape& shape, const c10::Device& device,
+                               const Int8Products<Int8Mode>& asked) {
+  const auto is = [&](Int8Mode mode) {
+    return Int8Products<bool>{asked.output == mode, asked.grad_input == mode, asked.grad_weight == mode};
+  };
+  const Int8Products<bool> fixed = is(Int8Mode::kInt8), open = is(Int8Mode::kAuto);
+  if (!open.output && !open.grad_input && !open.grad_weight) return fixed;
+  if (!device.is_cuda()) {
+    return {fixed.output || open.output, fixed.grad_input || open.grad_input, fixed.grad_weight || open.grad_weight};
+  }
+  const int capability = compute_capability(device);
+  if (capability < 80) return fixed;
+  const Machine& machine = capability >= 90 ? kHopper : kAmpere;
+  const Int8Products<bool> needed{true, fixed.grad_input || open.grad_input, fixed.grad_weight || open.grad_weight};
+  Int8Products<bool> best = fixed;
+  double least = std::numeric_limits<double>::infinity();
+  for (const int combination : {0, 1, 2, 3, 4, 5, 6, 7}) {
+    const Int8Products<bool> chosen{(combination & 1) != 0, (combination & 2) != 0, (combination & 4) != 0};
+    if ((chosen.output && !open.output) || (chosen.grad_input && !open.grad_input) ||
+        (chosen.grad_weight && !open.grad_weight))
+      continue;
+    const Int8Products<bool> all{fixed.output || chosen.output, fixed.grad_input || chosen.grad_input,
+                                 fixed.grad_weight || chosen.grad_weight};
+    const double time = modelled_time(machine, shape, all, needed);
+    if (time < least) {
+      least = time;
+      best = all;
+    }
+  }
+  return best;
+}
+
+}  // namespace quantrain
