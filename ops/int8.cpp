@@ -267,6 +267,7 @@ Triple weight_transpose_kernel(const at::Tensor& weight, const at::Tensor& scale
     return result;
   }
   const at::Tensor w = weight.contiguous(), s = scale.contiguous();
+  const at::Tensor absmax = at::empty({w.size(1)}, column_scale.options());
   const Int8WeightTransposeArgs args{w.const_data_ptr(),
                                      s.const_data_ptr<float>(),
                                      codes.mutable_data_ptr<int8_t>(),
@@ -275,7 +276,8 @@ Triple weight_transpose_kernel(const at::Tensor& weight, const at::Tensor& scale
                                      dtype_of(w),
                                      w.size(0),
                                      w.size(1),
-                                     parse_scheme(scheme)};
+                                     parse_scheme(scheme),
+                                     absmax.mutable_data_ptr<float>()};
   run_tasks(args, cpu::int8_column_tiles(args.in), 1, w, QUANTRAIN_KERNELS(int8_weight_transpose));
   return result;
 }

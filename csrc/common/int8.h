@@ -116,6 +116,7 @@ struct Int8WeightTransposeArgs {
   int64_t out;
   int64_t in;
   Int8WeightScheme scheme;
+  float* absmax;  // [in], scratch
 };
 
 // d = (float(a b^T) * b_scale) * a_scale + bias, rounded to dtype; the sum is exact in int32. With accumulate: d += that, in float32.

@@ -190,13 +190,11 @@ struct RoundArgs {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) round_stochastic_kernel(const RoundArgs a) {
-  const uint64_t seed = a.philox.seed_pointer ? static_cast<uint64_t>(*a.philox.seed_pointer) : a.philox.seed;
-  const uint64_t offset =
-      a.philox.offset + (a.philox.offset_pointer ? static_cast<uint64_t>(*a.philox.offset_pointer) : 0);
+  const PhiloxKey key(a.philox);
   T* __restrict__ y = static_cast<T*>(a.data);
   const int64_t first = 4 * (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x);
   if (first >= a.numel) return;
-  const Philox4 random = philox4x32_10(seed, offset, static_cast<uint64_t>(a.first_number + first) / 4);
+  const Philox4 random = key.block(static_cast<uint64_t>(a.first_number + first) / 4);
 #pragma unroll
   for (int j = 0; j < 4; ++j)
     if (first + j < a.numel) y[first + j] = round_stochastic<T>(a.source[first + j], random.word[j]);

@@ -1,4 +1,4 @@
-// Pieces that CUDA kernels share: vector access and division by invariants.
+// Pieces that CUDA kernels share: vector access, the random numbers of a launch, division by invariants.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "csrc/common/grouping.h"
+#include "csrc/common/philox.h"
 #include "csrc/common/types.h"
 
 namespace quantrain::cuda {
@@ -58,6 +59,18 @@ __device__ __forceinline__ Pack<T, kSize> pack(const float (&values)[kSize]) {
   }
   return result;
 }
+
+// The same pair for every thread of a launch; under graph capture read from the device at each replay.
+struct PhiloxKey {
+  uint64_t seed;
+  uint64_t offset;
+
+  __device__ __forceinline__ explicit PhiloxKey(const PhiloxState& s)
+      : seed(s.seed_pointer ? static_cast<uint64_t>(*s.seed_pointer) : s.seed),
+        offset(s.offset + (s.offset_pointer ? static_cast<uint64_t>(*s.offset_pointer) : 0)) {}
+
+  __device__ __forceinline__ Philox4 block(uint64_t index) const { return philox4x32_10(seed, offset, index); }
+};
 
 // Division of n < 2^31 by a fixed d with one multiplication (Granlund and Montgomery, PLDI 1994).
 struct FastDivisor {

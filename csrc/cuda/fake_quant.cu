@@ -318,8 +318,7 @@ __global__ void __launch_bounds__(kThreads)
                     void* __restrict__ codes,  // [numel] of code_dtype
                     DType code_dtype, int64_t numel, const Lookup<Index> lookup, bool stochastic, PhiloxState philox) {
   constexpr int kSize = kVectorBytes / sizeof(T);
-  const uint64_t seed = philox.seed_pointer ? static_cast<uint64_t>(*philox.seed_pointer) : philox.seed;
-  const uint64_t offset = philox.offset + (philox.offset_pointer ? static_cast<uint64_t>(*philox.offset_pointer) : 0);
+  const PhiloxKey key(philox);
   const ThreadVectors<kMode, kSize, Index> vectors(lookup, numel);
   Pack<T, kSize> in[kUnroll];
 #pragma unroll
@@ -336,7 +335,7 @@ __global__ void __launch_bounds__(kThreads)
     if (stochastic) {
 #pragma unroll
       for (int j = 0; j < kSize; j += 4) {
-        const Philox4 random = philox4x32_10(seed, offset, static_cast<uint64_t>(first + j) / 4);
+        const Philox4 random = key.block(static_cast<uint64_t>(first + j) / 4);
 #pragma unroll
         for (int k = j; k < j + 4; ++k) {
           const QParams& p = params.get(u, k);

@@ -1,0 +1,37 @@
+// The instantiations of the Hopper kernel: tile of the output, cluster of thread blocks that share loads, schedule.
+#pragma once
+
+#include <cstddef>
+
+#include "csrc/common/int8.h"
+
+namespace quantrain::cuda::sm90 {
+
+struct Tuning {
+  int multiprocessors = 0;
+  int swizzle =
+      1;  // width of the band of tiles that runs at once, so that operands are met again in the second-level cache
+  int raster = 0;  // 0: CUTLASS chooses; tiles follow one another along m (1) or n (2)
+  int splits = 0;  // stream-K: parts of a sum; 0: CUTLASS chooses
+};
+
+#define QUANTRAIN_DECLARE_INT8_SM90(name)                                \
+  size_t name##_workspace(const Int8MmArgs& args, const Tuning& tuning); \
+  int name(const Int8MmArgs& args, const Tuning& tuning, void* stream)
+
+// float16 and bfloat16
+QUANTRAIN_DECLARE_INT8_SM90(pingpong_128x128_2x1);
+QUANTRAIN_DECLARE_INT8_SM90(pingpong_64x128_2x1);
+QUANTRAIN_DECLARE_INT8_SM90(cooperative_256x128_1x2);
+QUANTRAIN_DECLARE_INT8_SM90(cooperative_256x128_2x1);
+QUANTRAIN_DECLARE_INT8_SM90(cooperative_128x192_2x1);
+QUANTRAIN_DECLARE_INT8_SM90(cooperative_128x256_1x1);
+QUANTRAIN_DECLARE_INT8_SM90(stream_k_128x128_2x1);
+// float32
+QUANTRAIN_DECLARE_INT8_SM90(cooperative_128x256_2x1_float32);
+QUANTRAIN_DECLARE_INT8_SM90(stream_k_128x128_2x1_float32);
+QUANTRAIN_DECLARE_INT8_SM90(cooperative_128x128_2x1_accumulate);
+
+#undef QUANTRAIN_DECLARE_INT8_SM90
+
+}  // namespace quantrain::cuda::sm90
