@@ -67,7 +67,11 @@ struct TileShape {
 
 using Lanes4 = int32_t __attribute__((vector_size(16)));
 
+#if defined(QUANTRAIN_X86)  // SSE2
+#define QUANTRAIN_DOT(sum, b, a) (sum + (Lanes4)_mm_madd_epi16((__m128i)b, (__m128i)a))
+#else
 #define QUANTRAIN_DOT(sum, b, a) (sum + ((a) << 16 >> 16) * ((b) << 16 >> 16) + ((a) >> 16) * ((b) >> 16))
+#endif
 QUANTRAIN_SUM_TILE(plain_tile, , Lanes4, 4, 2, QUANTRAIN_DOT)
 #undef QUANTRAIN_DOT
 
@@ -137,15 +141,53 @@ QUANTRAIN_INLINE uint32_t last_word(const int8_t* row, int64_t group, int64_t k,
   return word_at(padded, 0, bytes);
 }
 
-// `rows` rows of x from `row` on as a panel of `width` rows; every word is xored with `flip`.
-QUANTRAIN_INLINE void pack_panel(const int8_t* x, int64_t k, int64_t row, int64_t rows, int64_t width, int64_t groups,
-                                 bool bytes, uint32_t flip, uint32_t* panel) {
+using Words4 = uint32_t __attribute__((vector_size(16)));
+
+QUANTRAIN_INLINE Words4 words_at(const int8_t* row, int64_t group, bool bytes) {
+  Words4 words;
+  if (bytes) {
+    std::memcpy(&words, row + 4 * group, sizeof(words));
+    return words;
+  }
+  using Bytes8 = int8_t __attribute__((vector_size(8)));
+  using Pairs4 = int16_t __attribute__((vector_size(16)));
+  Bytes8 codes;
+  std::memcpy(&codes, row + 2 * group, sizeof(codes));
+  const Pairs4 pairs = __builtin_convertvector(codes, Pairs4);
+  std::memcpy(&words, &pairs, sizeof(words));
+  return words;
+}
+
+// Four words of each of four rows: panel[g * width + i] is word g of row i. Transposed as in int8.cpp, by interleaving halves.
+QUANTRAIN_INLINE void pack_square(const int8_t* x, int64_t k, int64_t group, bool bytes, uint32_t flip, int64_t width,
+                                  uint32_t* panel) {
+  Words4 w[4], t[4];
+  for (int i = 0; i < 4; ++i) w[i] = words_at(x + i * k, group, bytes) ^ flip;
+  for (int stage = 0; stage < 2; ++stage) {
+    for (int i = 0; i < 2; ++i) {
+      t[2 * i] = __builtin_shufflevector(w[i], w[i + 2], 0, 4, 1, 5);
+      t[2 * i + 1] = __builtin_shufflevector(w[i], w[i + 2], 2, 6, 3, 7);
+    }
+    for (int i = 0; i < 4; ++i) w[i] = t[i];
+  }
+  for (int g = 0; g < 4; ++g) std::memcpy(panel + g * width, &w[g], sizeof(Words4));
+}
+
+// `rows` rows of x [., k] as a panel of `width` rows; every word is xored with `flip`.
+QUANTRAIN_INLINE void pack_panel(const int8_t* x, int64_t k, int64_t rows, int64_t width, int64_t groups, bool bytes,
+                                 uint32_t flip, uint32_t* panel) {
   const int64_t whole = k / (bytes ? 4 : 2);
-  for (int64_t i = 0; i < width; ++i) {
-    const int8_t* from = x + (row + i) * k;
-    const int64_t full = i < rows ? whole : 0;
-    for (int64_t g = 0; g < full; ++g) panel[g * width + i] = word_at(from, g, bytes) ^ flip;
-    for (int64_t g = full; g < groups; ++g) panel[g * width + i] = (i < rows ? last_word(from, g, k, bytes) : 0) ^ flip;
+  for (int64_t i = 0; i < width; i += 4) {
+    int64_t done = 0;
+    if (i + 4 <= rows)
+      for (; done + 4 <= whole; done += 4)
+        pack_square(x + i * k, k, done, bytes, flip, width, panel + done * width + i);
+    for (int64_t j = i; j < i + 4; ++j)
+      for (int64_t g = done; g < groups; ++g) {
+        const int8_t* row = x + j * k;
+        const uint32_t word = j >= rows ? 0 : g < whole ? word_at(row, g, bytes) : last_word(row, g, k, bytes);
+        panel[g * width + j] = word ^ flip;
+      }
   }
 }
 
@@ -234,7 +276,8 @@ void pack_int8_a(const Int8MmArgs& args, const Int8MmPlan& plan, const Int8MmPac
   vectorized([&]() QUANTRAIN_INLINE_LAMBDA {
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t row = panel * plan.a_rows, rows = std::min(plan.a_rows, args.m - row);
-      pack_panel(args.a, args.k, row, rows, plan.a_rows, plan.groups, bytes, 0u, packed.a + row * plan.groups);
+      pack_panel(args.a + row * args.k, args.k, rows, plan.a_rows, plan.groups, bytes, 0u,
+                 packed.a + row * plan.groups);
       // b is 128 too large: the sums begin with what that adds.
       for (int64_t i = 0; i < plan.a_rows; ++i) {
         uint32_t sum = 0;  // unsigned: beyond k = 65536 the parts may wrap, though the result does not
@@ -252,7 +295,7 @@ void pack_int8_b(const Int8MmArgs& args, const Int8MmPlan& plan, const Int8MmPac
   vectorized([&]() QUANTRAIN_INLINE_LAMBDA {
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t row = panel * plan.b_rows, rows = std::min(plan.b_rows, args.n - row);
-      pack_panel(args.b, args.k, row, rows, plan.b_rows, plan.groups, bytes, bytes ? 0x80808080u : 0u,
+      pack_panel(args.b + row * args.k, args.k, rows, plan.b_rows, plan.groups, bytes, bytes ? 0x80808080u : 0u,
                  packed.b + row * plan.groups);
     }
   });

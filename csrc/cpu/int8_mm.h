@@ -10,7 +10,7 @@ namespace quantrain::cpu {
 
 // A word is what one lane of the instruction takes of an operand: four bytes, a (signed) times b + 128 (unsigned), or a pair of int16.
 enum class Int8Isa {
-  kPlain,      // pairs, in plain C++
+  kPlain,      // pairs; on x86-64 by SSE2
   kAvx2,       // pairs: vpmaddwd, exact where vpmaddubsw would saturate
   kAvx512,     // pairs
   kAvxVnni,    // four bytes
