@@ -1,6 +1,7 @@
 // A GPT-2-style language model (Radford et al. 2019), with the parameter names and arithmetic of examples/python/gpt.py.
 #pragma once
 
+#include <quantrain/nn/int8_linear.h>
 #include <quantrain/nn/layers.h>
 #include <torch/nn/functional/activation.h>
 #include <torch/nn/functional/dropout.h>
@@ -35,12 +36,14 @@ struct GPTConfig {
   double dropout = 0.0;
 };
 
-// torch::nn::Linear, or QuantLinear where there is a recipe; registered in its parent under `name`.
+// torch::nn::Linear, or Int8Linear or QuantLinear where there is a recipe; registered in its parent under `name`.
 class AnyLinear {
  public:
   AnyLinear(torch::nn::Module& parent, const std::string& name, int64_t in_features, int64_t out_features,
             const std::optional<quantrain::nn::Recipe>& recipe) {
-    if (recipe) {
+    if (recipe && recipe->int8) {
+      int8_ = parent.register_module(name, quantrain::nn::Int8Linear(in_features, out_features, *recipe));
+    } else if (recipe) {
       quantized_ = parent.register_module(name, quantrain::nn::QuantLinear(in_features, out_features, *recipe));
     } else {
       plain_ = parent.register_module(name, torch::nn::Linear(in_features, out_features));
@@ -49,12 +52,14 @@ class AnyLinear {
 
   // at::linear and not Linear::forward, which adds the bias in a kernel of its own, after rounding the product in 16 bit.
   at::Tensor operator()(const at::Tensor& x) {
+    if (int8_) return int8_->forward(x);
     return quantized_ ? quantized_->forward(x) : at::linear(x, plain_->weight, plain_->bias);
   }
 
  private:
   torch::nn::Linear plain_{nullptr};
   quantrain::nn::QuantLinear quantized_{nullptr};
+  quantrain::nn::Int8Linear int8_{nullptr};
 };
 
 // Causal self-attention, x [B, T, width] -> the same shape.

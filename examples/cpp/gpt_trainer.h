@@ -4,6 +4,7 @@
 #include <quantrain/amp/autocast.h>
 #include <quantrain/amp/fused_adamw.h>
 #include <quantrain/amp/grad_scaler.h>
+#include <quantrain/nn/int8_linear.h>
 #include <quantrain/nn/layers.h>
 #include <torch/utils.h>
 
@@ -144,6 +145,8 @@ class Trainer {
     recipe_ = recipe ? recipe->to_json() : "";
     model_ = GPT(options_.config, recipe);
     quantrain::nn::enable_observer(*model_, false);
+    // A replayed graph changes the weights unseen.
+    quantrain::nn::enable_weight_cache(*model_, options_.accumulate > 1 && !options_.captured);
     torch::manual_seed(static_cast<uint64_t>(options_.seed));
     init_weights(*model_, options_.config.layers);
     bool calibrated = false;

@@ -166,6 +166,7 @@ class Trainer:
             raise ValueError(f"expected --recipe for training (qat-...), got '{self.options.recipe}'")
         qnn.prepare(self.model, recipe, skip=FLOAT_LAYERS)
         qnn.enable_observer(self.model, False)
+        qnn.enable_weight_cache(self.model, self.options.accumulate > 1)
         return recipe.to_json()
 
     def calibrate(self) -> None:

@@ -16,7 +16,7 @@ built_with_cuda: bool = _C.built_with_cuda
 cmake_prefix_path: str = str(Path(_C.__file__).parent / "share" / "cmake")
 
 from quantrain import amp, nn  # noqa: E402
-from quantrain._C import GradientSpec, QuantSpec, Recipe  # noqa: E402
+from quantrain._C import GradientSpec, Int8Spec, QuantSpec, Recipe  # noqa: E402
 from quantrain.fake_quant import (  # noqa: E402
     choose_qparams,
     dequantize,
@@ -38,6 +38,7 @@ from quantrain.int8 import (  # noqa: E402
     int8_add_rms_norm,
     int8_gelu,
     int8_layer_norm,
+    int8_linear,
     int8_mm,
     int8_mm_accumulate_,
     int8_quantize_columns,
@@ -60,6 +61,7 @@ from quantrain.nn import (  # noqa: E402
 
 __all__ = [
     "GradientSpec",
+    "Int8Spec",
     "QuantSpec",
     "QuantizedGradient",
     "Recipe",
@@ -79,6 +81,7 @@ __all__ = [
     "int8_add_rms_norm",
     "int8_gelu",
     "int8_layer_norm",
+    "int8_linear",
     "int8_mm",
     "int8_mm_accumulate_",
     "int8_quantize_columns",

@@ -226,3 +226,66 @@ def int8_silu_mul(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     [[127, 0]]
     """
     return _ops.int8_silu_mul(gate, up)
+
+
+def int8_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    output: str = "int8",
+    grad_input: str = "int8",
+    grad_weight: str = "int8",
+    weight_scheme: str = "auto",
+    simulate: bool = False,
+    weight_codes: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+) -> Tensor:
+    """y = input weight^T + bias, each of its three matrix products in int8 or floating point. Differentiable.
+
+    ::
+
+        output       Y  = Xq Wq^T * sw * sx + b     Xq, sx and Wq, sw: int8_quantize_rows of X and W
+        grad_input   dX = (dY * sw) Wq              dY * sw rounded stochastically, one scale a row
+        grad_weight  dW = (dY * sx)^T Xq            dY * sx rounded stochastically, one scale a column
+        grad_bias    sum of dY
+
+    The mean of dX and dW over the draws is the gradient at the rounded X and W (the setting of StatQuant, Chen et al. 2020,
+    arXiv:2010.14298). Kept for the backward pass: Xq and sx, 1 byte an element, instead of X where grad_weight is int8. Draws come from the
+    device's default generator when a gradient is computed, dX's before dW's; a gradient that nobody needs draws nothing. NaN and Inf make
+    NaN in every product they enter. The gradients have no derivative: asking for one (double backward) raises NotImplementedError.
+
+    Args:
+        input, weight, bias: float32, float16 or bfloat16 each. Under ``torch.autocast`` input is cast, the weight is not (it is rounded
+            from what it is; for a product in floating point it is cast).
+        output, grad_input, grad_weight: ``"int8"``, ``"none"`` (floating point, as ``F.linear``) or ``"auto"`` (what a model of the
+            device's times says is faster for the shape).
+        weight_scheme: how the weight enters grad_input, as ``scheme`` of :func:`int8_weight_transpose`.
+        simulate: multiply the same codes, of the same draws, in float32; runs on every device.
+        weight_codes, weight_scale: ``int8_quantize_rows(weight)``, made once for several calls with one weight.
+
+    Shapes: input ``[..., K]``, weight and weight_codes ``[O, K]``, bias ``[O]``, weight_scale O elements -> ``[..., O]`` of input's type;
+    gradients have their tensor's type.
+
+    Raises:
+        ValueError: a shape or value outside these rules; a GPU without int8 tensor cores (below compute capability 8.0).
+        TypeError: an element type or device outside them.
+        NotImplementedError: a second derivative.
+
+    >>> x, w = torch.randn(16, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    >>> int8_linear(x, w, grad_weight="none").sum().backward()
+    >>> x.grad.shape, w.grad.shape
+    (torch.Size([16, 8]), torch.Size([4, 8]))
+    """
+    return _ops.int8_linear(
+        input,
+        weight,
+        bias,
+        output=output,
+        grad_input=grad_input,
+        grad_weight=grad_weight,
+        weight_scheme=weight_scheme,
+        simulate=simulate,
+        weight_codes=weight_codes,
+        weight_scale=weight_scale,
+    )

@@ -325,6 +325,9 @@ def gradient_text(recipe: quantrain.Recipe) -> str:
         >>> gradient_text(quantrain.Recipe.from_name("fqt-bhq5-paper"))
         'grad_input from 5 bits householder; grad_weight from 8 bits per_channel (all stochastic, rows: sample)'
     """
+    if recipe.int8 is not None:
+        modes = f"grad_input {recipe.int8.grad_input}; grad_weight {recipe.int8.grad_weight}"
+        return f"{modes} (int8 products, stochastic, rows: token)"
     parts, rows = [], []
     for tensor in ("grad_input", "grad_weight"):
         spec = getattr(recipe, tensor)

@@ -6,6 +6,7 @@ from .conv_bn import QuantConvBn2d
 from .dynamic import fake_quantize_per_token, quantize_per_token
 from .fake_quantize import FakeQuantize
 from .gradient_probe import GradientProbe, ProbeTable
+from .int8_linear import Int8Linear, enable_weight_cache
 from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear
 from .observers import (
     MinMaxObserver,
@@ -17,7 +18,7 @@ from .observers import (
 )
 from .pact import PACT, pact
 from .prepare import PrepareSummary, convert, prepare
-from .quantized import QuantizedConv2d, QuantizedEmbedding, QuantizedLayer, QuantizedLinear
+from .quantized import QuantizedConv2d, QuantizedEmbedding, QuantizedInt8Linear, QuantizedLayer, QuantizedLinear
 from .recipes import as_recipe, changed_recipe, gradient_arguments, weight_scale_shape
 from .report import ErrorTable, SizeTable, model_size, quantization_error
 from .tables import Table
@@ -27,6 +28,7 @@ __all__ = [
     "ErrorTable",
     "FakeQuantize",
     "GradientProbe",
+    "Int8Linear",
     "MSEObserver",
     "MinMaxObserver",
     "MovingAverageMinMaxObserver",
@@ -41,6 +43,7 @@ __all__ = [
     "QuantLinear",
     "QuantizedConv2d",
     "QuantizedEmbedding",
+    "QuantizedInt8Linear",
     "QuantizedLayer",
     "QuantizedLinear",
     "SizeTable",
@@ -53,6 +56,7 @@ __all__ = [
     "enable_fake_quant",
     "enable_gradient_quant",
     "enable_observer",
+    "enable_weight_cache",
     "fake_quantize_per_token",
     "gradient_arguments",
     "load_checkpoint",

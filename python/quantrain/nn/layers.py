@@ -64,6 +64,13 @@ class QuantLayer(nn.Module):
             fake_quant = spec and FakeQuantize(spec, scale_shape, token_dims=self.token_dims, name=path, device=device)
             self.add_module(child, fake_quant)
 
+    def _refuse_integer_products(self) -> None:
+        if self.recipe.linear_only:
+            raise ValueError(
+                f"{type(self).__name__}: expected a recipe without integer products, which Linear layers have, "
+                f"got {self.recipe.name!r}"
+            )
+
     def enable_gradient_quant(self, enabled: bool = True) -> None:
         """Off: gradients are those of the float product, whatever ``grad_input`` and ``grad_weight`` of the recipe say."""
         self.gradient_quant_enabled = enabled
@@ -137,6 +144,10 @@ class QuantLinear(QuantLayer, nn.Linear):
 
     def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
         super()._add_fake_quants(recipe, name)
+        if self.recipe.int8 is not None:
+            raise ValueError(
+                f"QuantLinear: expected a recipe without int8 (Int8Linear trains with it), got {self.recipe.name!r}"
+            )
         self.gradient_arguments = gradient_arguments(self.recipe, convolution=False)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -191,6 +202,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
     def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
         super()._add_fake_quants(recipe, name)
+        self._refuse_integer_products()
         self.gradient_arguments = gradient_arguments(self.recipe, convolution=True)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -258,6 +270,7 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
 
     def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
         super()._add_fake_quants(recipe, name)
+        self._refuse_integer_products()
         self.input_fake_quant = None
 
     def forward(self, input: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from quantrain._C import Recipe
 
 from .conv_bn import QuantConvBn2d
 from .graph import ModelGraph, trace_model
+from .int8_linear import Int8Linear
 from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear
 from .quantized import QuantizedLayer, check_convertible, quantized_layer
 from .recipes import as_recipe, changed_recipe
@@ -59,7 +60,8 @@ def prepare(
     Parameters stay the same objects (tied weights stay tied, an optimiser made before stays valid) and a module that appears
     twice is swapped once. A convolution whose only user is an nn.BatchNorm2d (found by torch.fx, else by torch.export when
     ``example_inputs`` are given) becomes a :class:`QuantConvBn2d` under the convolution's name, the batch norm an
-    nn.Identity; other batch norms stay in floating point. Subclasses of the three layers are left alone.
+    nn.Identity; other batch norms stay in floating point. Subclasses of the three layers are left alone. Under a recipe of
+    integer products (``int8-training``, ``int8-static``) only nn.Linear is swapped, in the first for :class:`Int8Linear`.
 
     Args:
         model: a float model.
@@ -108,20 +110,24 @@ def prepare(
         )
     names = [name for name in layers if name not in skipped]
     recipes = _layer_recipes(base, names, _call_order(model, graph, names), overrides, matches)
-    names = [name for name in names if _has_effect(layers[name], recipes[name])]
+    without = {name: reason for name in names if (reason := _no_effect(layers[name], recipes[name]))}
+    names = [name for name in names if name not in without]
     if not names:
-        raise ValueError(f"prepare: expected at least one layer to quantise, got none after skip={list(skip)}")
+        raise ValueError(
+            f"prepare: expected at least one layer to quantise under {base.name!r}, got none after skip={list(skip)}"
+        )
 
     twins: dict[int, nn.Module] = {}
     for name in names:
         pair = graph.pairs.get(name)
         if pair is None or pair in skipped:
-            twins[id(layers[name])] = _TWINS[type(layers[name])].from_float(layers[name], recipes[name], name=name)
+            twin = Int8Linear if recipes[name].int8 is not None else _TWINS[type(layers[name])]
+            twins[id(layers[name])] = twin.from_float(layers[name], recipes[name], name=name)
         else:
             bn = batch_norms[pair]
             twins[id(layers[name])] = QuantConvBn2d.from_float_pair(layers[name], bn, recipes[name], name=name)
             twins[id(bn)] = nn.Identity().train(bn.training)
-    left = _left_float(model, twins, skipped, graph)
+    left = _left_float(model, twins, skipped, without, graph)
     rows = [_summary_row(name, twins[id(layers[name])]) for name in names]
     model = _swapped(model, twins)
     _leave_fast_path(model)
@@ -222,13 +228,21 @@ def _layer_recipes(
     return recipes
 
 
-def _has_effect(layer: nn.Module, recipe: Recipe) -> bool:
-    """An embedding has no input to quantise: without a weight and an output spec nothing is left to do."""
-    return not isinstance(layer, nn.Embedding) or recipe.weight is not None or recipe.output is not None
+def _no_effect(layer: nn.Module, recipe: Recipe) -> str:
+    """Why the recipe means nothing for the layer, or "". An embedding has no input to quantise."""
+    if recipe.linear_only and not isinstance(layer, nn.Linear):
+        return f"recipe {recipe.name or '(unnamed)'} is for Linear layers"
+    if isinstance(layer, nn.Embedding) and recipe.weight is None and recipe.output is None:
+        return "nothing to quantise under its recipe"
+    return ""
 
 
 def _left_float(
-    model: nn.Module, twins: Mapping[int, nn.Module], skipped: set[str], graph: ModelGraph
+    model: nn.Module,
+    twins: Mapping[int, nn.Module],
+    skipped: set[str],
+    without: Mapping[str, str],
+    graph: ModelGraph,
 ) -> dict[str, str]:
     left = {}
     for name, module in model.named_modules():
@@ -239,8 +253,7 @@ def _left_float(
         elif isinstance(module, nn.BatchNorm2d):
             left[name] = "model not traced" if graph.error else "not the only user of a quantised convolution"
         elif isinstance(module, tuple(_TWINS)):
-            kept = type(module) in _TWINS
-            left[name] = "nothing to quantise under its recipe" if kept else f"{type(module).__name__} is a subclass"
+            left[name] = without.get(name, f"{type(module).__name__} is a subclass")
         elif any(p.dim() > 1 for p in module.parameters(recurse=False)):
             left[name] = f"{type(module).__name__} has no quantised twin"
     return left
@@ -260,6 +273,9 @@ def _summary_row(name: str, layer: QuantLayer) -> dict[str, str | None]:
             row[tensor] = f"{kind}{spec.bits} {granularity} ({source})"
     for tensor in ("grad_input", "grad_weight"):
         row[tensor] = _gradient_cell(layer.gradient_arguments or {}, tensor)
+        if isinstance(layer, Int8Linear):
+            mode = layer.int8_arguments[tensor]
+            row[tensor] = {"auto": "int8 or float (auto)", "none": None}.get(mode, mode)
     return row
 
 

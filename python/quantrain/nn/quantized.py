@@ -1,4 +1,4 @@
-"""Converted layers: integer codes and scales in buffers, the float layer's arithmetic on the dequantised weight.
+"""Converted layers: integer codes and scales in buffers, the float layer's arithmetic on the dequantised weight or integer products.
 
 What the prepared layer computed in evaluation, its converted twin computes bit for bit: codes and scales come from the
 same formula, so the dequantised weight equals the fake-quantised one.
@@ -19,10 +19,18 @@ from torch import Tensor, nn
 
 from .calibrate import evaluating
 from .fake_quantize import FakeQuantize
+from .int8_linear import Int8Linear
 from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear, gathered_qparams
 from .observers import Float32State
 
-__all__ = ["QuantizedConv2d", "QuantizedEmbedding", "QuantizedLayer", "QuantizedLinear", "quantized_layer"]
+__all__ = [
+    "QuantizedConv2d",
+    "QuantizedEmbedding",
+    "QuantizedInt8Linear",
+    "QuantizedLayer",
+    "QuantizedLinear",
+    "quantized_layer",
+]
 
 kPackedBits = 4  # codes of at most this many bits are stored two a byte
 
@@ -128,13 +136,43 @@ class QuantizedLinear(QuantizedLayer):
     (torch.int8, torch.Size([3, 2]))
     """
 
-    def __init__(self, layer: QuantLinear, *, check_observed: bool = True):
+    def __init__(self, layer: QuantLinear | Int8Linear, *, check_observed: bool = True):
         super().__init__(layer, check_observed=check_observed)
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def forward(self, input: Tensor) -> Tensor:
         x = self._quantized_input(input)
         return self._quantized_output(F.linear(x, self.dequantized_weight(x.dtype), self._cast_bias(x)))
+
+
+class QuantizedInt8Linear(QuantizedLinear):
+    """y = fq_out(float(xq Wq^T) * weight_scale * x_scale + bias), an integer product (:func:`quantrain.int8_mm`): backend ``"int8"``.
+
+    xq and x_scale: :func:`quantrain.int8_quantize_rows` of x (dynamic, one scale a token), or :func:`quantrain.quantize` with the stored
+    scale of ``input_fake_quant`` (static). What ``QuantizedLinear`` computes by dequantising, within float32 rounding of the sum.
+
+    Shapes: x ``[..., in_features]`` -> ``[..., out_features]``. Dtype: x's, under autocast the autocast type. No gradient. NaN in x makes its row
+    NaN where the scale is dynamic; a stored scale cannot say so, and NaN becomes 0.
+
+    >>> layer = quantized_layer(QuantLinear(4, 2, recipe="int8-static"), check_observed=False)
+    >>> type(layer).__name__
+    'QuantizedInt8Linear'
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        fake_quant = self.input_fake_quant
+        if not fake_quant.fake_quant_enabled:
+            return super().forward(input)
+        if fake_quant.dynamic:
+            codes, scale = torch.ops.quantrain.int8_quantize_rows(input)
+        else:
+            scale, low, high = fake_quant.scale, fake_quant.quant_min, fake_quant.quant_max
+            codes = torch.ops.quantrain.quantize(input, scale, quant_min=low, quant_max=high, dtype=torch.int8)
+        dtype = input.dtype
+        if torch.is_autocast_enabled(input.device.type):
+            dtype = torch.get_autocast_dtype(input.device.type)
+        y = torch.ops.quantrain.int8_mm(codes, self.weight, scale, self.weight_scale, self.bias, out_dtype=dtype)
+        return self._quantized_output(y)
 
 
 class QuantizedConv2d(QuantizedLayer):
@@ -190,6 +228,7 @@ class QuantizedEmbedding(QuantizedLayer):
 
 _TWINS: Sequence[tuple[type[QuantLayer], type[QuantizedLayer]]] = (
     (QuantLinear, QuantizedLinear),
+    (Int8Linear, QuantizedLinear),
     (QuantConv2d, QuantizedConv2d),
     (QuantEmbedding, QuantizedEmbedding),
 )
@@ -211,12 +250,14 @@ def check_convertible(layer: QuantLayer, name: str = "") -> FakeQuantize:
 
 
 def quantized_layer(layer: nn.Module, *, check_observed: bool = True) -> QuantizedLayer:
-    """The converted twin of a prepared layer (QuantLinear, QuantConv2d, QuantConvBn2d, QuantEmbedding).
+    """The converted twin of a prepared layer (QuantLinear, Int8Linear, QuantConv2d, QuantConvBn2d, QuantEmbedding).
 
     Raises:
         TypeError: another module.
         ValueError: as :meth:`QuantizedLayer.from_quant`.
     """
+    if isinstance(layer, (QuantLinear, Int8Linear)) and layer.recipe.backend == "int8":
+        return QuantizedInt8Linear(layer, check_observed=check_observed)
     for kind, twin in _TWINS:
         if isinstance(layer, kind):
             return twin(layer, check_observed=check_observed)

@@ -1,14 +1,14 @@
 """What a Recipe means for a layer: names, changed copies, and the shape of each scale.
 
-:class:`quantrain.Recipe`, :class:`quantrain.QuantSpec` and :class:`quantrain.GradientSpec` are C++ structs; here is how the Python
-layers read them.
+:class:`quantrain.Recipe`, :class:`quantrain.QuantSpec`, :class:`quantrain.GradientSpec` and :class:`quantrain.Int8Spec` are C++ structs;
+here is how the Python layers read them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from quantrain._C import GradientSpec, QuantSpec, Recipe
+from quantrain._C import GradientSpec, Int8Spec, QuantSpec, Recipe
 
 __all__ = ["as_recipe", "changed_recipe", "gradient_arguments", "weight_scale_shape"]
 
@@ -18,6 +18,12 @@ _SPECS = {
     "output": QuantSpec,
     "grad_input": GradientSpec,
     "grad_weight": GradientSpec,
+    "int8": Int8Spec,
+}
+_SOME_FIELDS = {
+    QuantSpec: "bits, granularity, ...",
+    GradientSpec: "bits, quantizer, ...",
+    Int8Spec: "output, grad_input, ...",
 }
 
 
@@ -44,8 +50,8 @@ def changed_recipe(base: Recipe, change: Recipe | str | Mapping) -> Recipe:
 
     Args:
         change: a Recipe or a name replaces everything; a mapping changes single fields. The values of ``weight``,
-            ``input``, ``output`` (QuantSpec), ``grad_input`` and ``grad_weight`` (GradientSpec) are a spec, None (leave that
-            tensor in floating point), or a mapping of a spec's fields (applied to the base's spec, to the default one
+            ``input``, ``output`` (QuantSpec), ``grad_input``, ``grad_weight`` (GradientSpec) and ``int8`` (Int8Spec) are a spec, None
+            (leave that tensor in floating point), or a mapping of a spec's fields (applied to the base's spec, to the default one
             where the base has none).
 
     Raises:
@@ -67,10 +73,10 @@ def changed_recipe(base: Recipe, change: Recipe | str | Mapping) -> Recipe:
     return result
 
 
-def _changed_spec(spec: QuantSpec | GradientSpec, change: Mapping) -> QuantSpec | GradientSpec:
+def _changed_spec(spec: QuantSpec | GradientSpec | Int8Spec, change: Mapping) -> QuantSpec | GradientSpec | Int8Spec:
     for field, value in change.items():
         if not hasattr(spec, field) or callable(getattr(spec, field)):
-            some = "bits, granularity, ..." if isinstance(spec, QuantSpec) else "bits, quantizer, ..."
+            some = _SOME_FIELDS[type(spec)]
             raise ValueError(f"recipe: expected a field of {type(spec).__name__} ({some}), got {field!r}")
         setattr(spec, field, value)
     return spec

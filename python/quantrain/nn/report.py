@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from .calibrate import enable_fake_quant, evaluating, fake_quants, run_batch
 from .fake_quantize import FakeQuantize
+from .int8_linear import Int8Linear
 from .layers import QuantLayer
 from .observers import to_blocks
-from .quantized import QuantizedLayer, kPackedBits
+from .quantized import QuantizedInt8Linear, QuantizedLayer, kPackedBits
 from .tables import Table
 
 __all__ = ["ErrorTable", "SizeTable", "model_size", "quantization_error"]
@@ -251,7 +252,12 @@ def _quantized_pass(
     handles = []
     for name, layer in layers.items():
         handles.append(layer.register_forward_hook(lambda m, args, y, name=name: on_output(m, args, y, name)))
-        if layer.input_fake_quant is not None:
+        if isinstance(layer, (Int8Linear, QuantizedInt8Linear)):  # rounds its input itself
+            hook = layer.register_forward_pre_hook
+            handles.append(
+                hook(lambda m, args, name=name: on_input(m.input_fake_quant, args, m.input_fake_quant(args[0]), name))
+            )
+        elif layer.input_fake_quant is not None:
             hook = layer.input_fake_quant.register_forward_hook
             handles.append(hook(lambda m, args, y, name=name: on_input(m, args, y, name)))
     try:

@@ -1,0 +1,119 @@
+"""Int8Linear: a Linear layer that trains on int8 matrix products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quantrain._C import Recipe
+
+from .layers import QuantLayer
+
+__all__ = ["Int8Linear", "enable_weight_cache"]
+
+
+class Int8Linear(QuantLayer, nn.Linear):
+    """y = x W^T + bias by :func:`quantrain.int8_linear`: output, grad_input and grad_weight each in int8 or floating point.
+
+    Input and weight are rounded to int8, one scale a row each; for the gradients dY is rounded stochastically, so that their mean is the
+    gradient at the rounded input and weight. ``weight`` and ``bias`` stay floating point parameters, trained as any other.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as ``nn.Linear``.
+        recipe: a :class:`quantrain.Recipe` with ``int8``, or the name of one. Its :class:`quantrain.Int8Spec` says which of the three are
+            ``"int8"``, ``"none"`` or ``"auto"``; with backend ``"simulate"`` the same codes are multiplied in float32.
+
+    Attributes:
+        cache_weight: on, the weight's codes are kept from one forward pass to the next and made anew where the weight has changed: that
+            saves their pass over the weight in all but the first micro-batch of a step with gradient accumulation. Off by default, because
+            it costs 1 byte a parameter between the passes. A change is noticed by the weight's version, which operators and optimizers
+            count up; writing through ``weight.data`` or replaying a CUDA graph does not. Not used in a compiled program, while
+            gradients are off, or while a CUDA graph is captured.
+
+    Shapes: x ``[..., in_features]`` -> ``[..., out_features]``. Dtypes: float32, float16, bfloat16; under autocast x is cast and the weight is
+    rounded from what it is. ``enable_gradient_quant(layer, False)`` computes gradients in floating point, ``enable_fake_quant(layer, False)``
+    everything.
+
+    Raises:
+        ValueError: a recipe without ``int8``; see :func:`quantrain.int8_linear`.
+
+    >>> layer = Int8Linear(64, 32)
+    >>> layer(torch.randn(16, 64)).sum().backward()
+    >>> layer.weight.grad.shape
+    torch.Size([32, 64])
+    """
+
+    cache_weight: bool = False
+    _kept: tuple[Tensor, tuple[int, int], Tensor, Tensor] | None = None  # weight, its state, codes, scale
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        recipe: Recipe | str = "int8-training",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._add_fake_quants(recipe)
+
+    def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
+        super()._add_fake_quants(recipe, name)
+        spec = self.recipe.int8
+        if spec is None:
+            raise ValueError(f"Int8Linear: expected a recipe with int8, got {self.recipe.name!r}")
+        self.int8_arguments = {
+            "output": spec.output,
+            "grad_input": spec.grad_input,
+            "grad_weight": spec.grad_weight,
+            "weight_scheme": spec.weight_scheme,
+            "simulate": self.recipe.backend == "simulate",
+        }
+
+    @property
+    def quantises_gradients(self) -> bool:
+        return self.gradient_quant_enabled
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (self.input_fake_quant.fake_quant_enabled and self.weight_fake_quant.fake_quant_enabled):
+            return self.quantized_output(self.watched(F.linear(input, self.weight, self.bias)))
+        arguments = self.int8_arguments
+        if not self.gradient_quant_enabled:
+            arguments = {**arguments, "grad_input": "none", "grad_weight": "none"}
+        if self.cache_weight and not torch.compiler.is_compiling():
+            arguments = {**arguments, **self._weight_codes()}
+        y = torch.ops.quantrain.int8_linear(input, self.weight, self.bias, **arguments)
+        return self.quantized_output(self.watched(y))
+
+    def _weight_codes(self) -> dict[str, Tensor]:
+        """The weight's codes and scale, kept or made now; none where they could be stale later."""
+        weight = self.weight
+        if not torch.is_grad_enabled() or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return {}
+        state = (weight._version, weight.data_ptr())
+        if self._kept is None or self._kept[0] is not weight or self._kept[1] != state:
+            with torch.no_grad():
+                self._kept = (weight, state, *torch.ops.quantrain.int8_quantize_rows(weight))
+        return {"weight_codes": self._kept[2], "weight_scale": self._kept[3]}
+
+    def _apply(self, fn, recurse=True):
+        self._kept = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+
+def enable_weight_cache(model: nn.Module, enabled: bool = True) -> None:
+    """Sets ``cache_weight`` of every :class:`Int8Linear` in ``model``; off, what was kept is dropped.
+
+    >>> enable_weight_cache(nn.Sequential(Int8Linear(4, 2)))
+    """
+    for module in model.modules():
+        if isinstance(module, Int8Linear):
+            module.cache_weight, module._kept = enabled, None
