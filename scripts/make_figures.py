@@ -3,7 +3,8 @@
 
 Usage: make_figures.py [--out DIR]. Needs numpy and matplotlib; the formulas are written out here in NumPy, nothing of the
 package is imported. bandwidth.png and amp_losses.png are drawn only where benchmarks/results holds a GPU result of their benchmark.
-gradient_quant_*.png are those of benchmarks/gradient_quant/figures.py, the measured ones only where the study's results are.
+gradient_quant_*.png and int8_*.png are those of benchmarks/gradient_quant/figures.py and benchmarks/int8_training/figures.py, the measured
+ones only where their results are.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import matplotlib.pyplot as plt  # noqa: E402, the backend comes first
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from gradient_quant import figures as gradient_quant  # noqa: E402
+from int8_training import figures as int8_training  # noqa: E402
 
 BLUE, ORANGE, GREY, PALE = "#1f5fa8", "#d1650f", "#7a7a7a", "#dce8f5"
 
@@ -194,6 +196,7 @@ def main() -> None:
     for draw in (staircase, lsq_gradients, range_search, bandwidth, amp_losses):
         draw(out)
     gradient_quant.draw_all(ROOT / "benchmarks" / "results", out)
+    int8_training.draw_all(ROOT / "benchmarks" / "results", out)
     print(f"make_figures: {', '.join(sorted(p.name for p in out.glob('*.png')))} in {out}")
 
 
