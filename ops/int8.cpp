@@ -157,49 +157,90 @@ const float* factor_pointer(const OptionalTensor& factor, at::Tensor& keep) {
   return keep.const_data_ptr<float>();
 }
 
+Int8QuantizeRowsArgs rows_args(const at::Tensor& x, const float* column_factor, const Random& random,
+                               const Pair& result) {
+  const auto& [codes, scale] = result;
+  return {x.const_data_ptr(),
+          column_factor,
+          codes.mutable_data_ptr<int8_t>(),
+          scale.mutable_data_ptr<float>(),
+          dtype_of(x),
+          matrix_rows(x),
+          x.size(-1),
+          random.stochastic,
+          random.philox};
+}
+
 void quantize_rows(const at::Tensor& x, const OptionalTensor& column_factor, const Random& random, const Pair& result) {
   if (x.numel() == 0) return;
   at::Tensor keep;
-  const auto& [codes, scale] = result;
-  const Int8QuantizeRowsArgs args{x.const_data_ptr(),
-                                  factor_pointer(column_factor, keep),
-                                  codes.mutable_data_ptr<int8_t>(),
-                                  scale.mutable_data_ptr<float>(),
-                                  dtype_of(x),
-                                  matrix_rows(x),
-                                  x.size(-1),
-                                  random.stochastic,
-                                  random.philox};
+  const Int8QuantizeRowsArgs args = rows_args(x, factor_pointer(column_factor, keep), random, result);
   run_tasks(args, args.rows, std::max<int64_t>(32768 / args.columns, 1), x, QUANTRAIN_KERNELS(int8_quantize_rows));
 }
 
-void quantize_columns(const at::Tensor& x, const OptionalTensor& row_factor, const Random& random, const Pair& result) {
-  at::Tensor keep;
+at::Tensor empty_columns(const at::Tensor& x) { return at::empty({x.size(-1)}, x.options().dtype(at::kFloat)); }
+
+// Codes of columns whose largest magnitudes are known.
+void round_columns(const at::Tensor& x, const float* row_factor, const at::Tensor& absmax, const Random& random,
+                   const Pair& result) {
   const auto& [codes, scale] = result;
-  if (x.numel() == 0) {
-    scale.fill_(1.0);
-    return;
-  }
-  const at::Tensor absmax = at::empty({x.size(-1)}, scale.options());
-  const Int8ColumnAbsmaxArgs ranges{x.const_data_ptr(),
-                                    factor_pointer(row_factor, keep),
-                                    absmax.mutable_data_ptr<float>(),
-                                    dtype_of(x),
-                                    matrix_rows(x),
-                                    x.size(-1)};
-  const int64_t tiles = cpu::int8_column_tiles(ranges.columns);
-  run_tasks(ranges, tiles, 1, x, QUANTRAIN_KERNELS(int8_column_absmax));
-  const Int8QuantizeColumnsArgs args{ranges.x,
-                                     ranges.row_factor,
-                                     ranges.absmax,
+  const Int8QuantizeColumnsArgs args{x.const_data_ptr(),
+                                     row_factor,
+                                     absmax.const_data_ptr<float>(),
                                      codes.mutable_data_ptr<int8_t>(),
                                      scale.mutable_data_ptr<float>(),
-                                     ranges.dtype,
-                                     ranges.rows,
-                                     ranges.columns,
+                                     dtype_of(x),
+                                     matrix_rows(x),
+                                     x.size(-1),
                                      random.stochastic,
                                      random.philox};
-  run_tasks(args, tiles, 1, x, QUANTRAIN_KERNELS(int8_quantize_columns));
+  run_tasks(args, cpu::int8_column_tiles(args.columns), 1, x, QUANTRAIN_KERNELS(int8_quantize_columns));
+}
+
+void quantize_columns(const at::Tensor& x, const OptionalTensor& row_factor, const Random& random, const Pair& result) {
+  if (x.numel() == 0) {
+    std::get<1>(result).fill_(1.0);
+    return;
+  }
+  at::Tensor keep;
+  const at::Tensor absmax = empty_columns(x);
+  const Int8ColumnAbsmaxArgs args{x.const_data_ptr(),
+                                  factor_pointer(row_factor, keep),
+                                  absmax.mutable_data_ptr<float>(),
+                                  dtype_of(x),
+                                  matrix_rows(x),
+                                  x.size(-1)};
+  run_tasks(args, cpu::int8_column_tiles(args.columns), 1, x, QUANTRAIN_KERNELS(int8_column_absmax));
+  round_columns(x, args.row_factor, absmax, random, result);
+}
+
+// On CUDA, for sizes that suit: in two readings of x.
+bool quantize_both_on_cuda([[maybe_unused]] const at::Tensor& x, [[maybe_unused]] const OptionalTensor& column_factor,
+                           [[maybe_unused]] const OptionalTensor& row_factor, [[maybe_unused]] const Random& random,
+                           [[maybe_unused]] const Quadruple& result) {
+#if defined(QUANTRAIN_WITH_CUDA)
+  if (!x.is_cuda() || x.numel() == 0) return false;
+  const auto& [codes, scale, codes_t, scale_t] = result;
+  at::Tensor keep_columns, keep_rows;
+  const int64_t rows = matrix_rows(x), columns = x.size(-1);
+  const at::Tensor absmax = at::empty({rows + columns}, scale.options());
+  const cuda::Int8RowsAndColumnsArgs args{x.const_data_ptr(),
+                                          factor_pointer(column_factor, keep_columns),
+                                          factor_pointer(row_factor, keep_rows),
+                                          absmax.mutable_data_ptr<float>(),
+                                          codes.mutable_data_ptr<int8_t>(),
+                                          scale.mutable_data_ptr<float>(),
+                                          codes_t.mutable_data_ptr<int8_t>(),
+                                          scale_t.mutable_data_ptr<float>(),
+                                          dtype_of(x),
+                                          rows,
+                                          columns,
+                                          random.stochastic,
+                                          random.philox};
+  return cuda::int8_suits_rows_and_columns(args) && run_on_cuda(args, x, &cuda::int8_rows_and_columns);
+#else
+  return false;
+#endif
 }
 
 Pair rows_kernel(const at::Tensor& input, const OptionalTensor& column_factor, bool stochastic,
@@ -229,25 +270,24 @@ Pair columns_seeded_kernel(const at::Tensor& input, const OptionalTensor& row_fa
 }
 
 Quadruple rows_and_columns(const at::Tensor& input, const OptionalTensor& column_factor,
-                           const OptionalTensor& row_factor, const Random& for_rows, const Random& for_columns) {
-  const at::Tensor x = input.contiguous();
+                           const OptionalTensor& row_factor, const Random& random) {
   const Quadruple result = rows_and_columns_meta(input, column_factor, row_factor, true, std::nullopt);
-  quantize_rows(x, column_factor, for_rows, {std::get<0>(result), std::get<1>(result)});
-  quantize_columns(x, row_factor, for_columns, {std::get<2>(result), std::get<3>(result)});
+  const at::Tensor x = input.contiguous();
+  if (quantize_both_on_cuda(x, column_factor, row_factor, random, result)) return result;
+  quantize_rows(x, column_factor, random, {std::get<0>(result), std::get<1>(result)});
+  quantize_columns(x, row_factor, random, {std::get<2>(result), std::get<3>(result)});
   return result;
 }
 
 Quadruple rows_and_columns_kernel(const at::Tensor& input, const OptionalTensor& column_factor,
                                   const OptionalTensor& row_factor, bool stochastic,
                                   const OptionalGenerator& generator) {
-  const Random for_rows = draw(kRowsAndColumns, input, stochastic, generator);
-  const Random for_columns = draw(kRowsAndColumns, input, stochastic, generator);
-  return rows_and_columns(input, column_factor, row_factor, for_rows, for_columns);
+  return rows_and_columns(input, column_factor, row_factor, draw(kRowsAndColumns, input, stochastic, generator));
 }
 
 Quadruple rows_and_columns_seeded_kernel(const at::Tensor& input, const OptionalTensor& column_factor,
                                          const OptionalTensor& row_factor, int64_t seed, int64_t offset) {
-  return rows_and_columns(input, column_factor, row_factor, seeded(seed, offset), seeded(seed, offset + 1));
+  return rows_and_columns(input, column_factor, row_factor, seeded(seed, offset));
 }
 
 at::Tensor transpose_kernel(const at::Tensor& codes) {

@@ -44,7 +44,8 @@ QUANTRAIN_API Int8Codes int8_quantize_rows(const at::Tensor& input, const Int8Qu
 // Columns of input [..., K], taken as [M, K], written as rows: codes [K, M], scale [K, 1].
 QUANTRAIN_API Int8Codes int8_quantize_columns(const at::Tensor& input, const Int8QuantizeOptions& options = {});
 
-// Both, with two draws: what a gradient needs for its two products. Fewer passes over the input than one after the other.
+// Both, from one draw: what a gradient needs for its two products. Each has the right mean; their errors are not independent of one another.
+// Fewer passes over the input than one after the other.
 struct Int8RowsAndColumns {
   Int8Codes rows;
   Int8Codes columns;

@@ -1,7 +1,7 @@
 // Formulas and kernel arguments of the int8 family: symmetric codes with one scale a row, and their integer matrix product.
 //
 //   scale = absmax(row) / 127        code = rint(x * (1 / scale))  in [-127, 127]        (half to even)
-//   stochastic: code = rint(x * (1 / scale) * (1 - 2^-20) + d),  d uniform in (-1/2, 1/2) with 16 bits
+//   stochastic: code = rint(x * (1 / scale) * (1 - 2^-20) + d),  d uniform in [-1/2, 1/2) with 16 bits
 //
 // The product's mean is x / scale within 2e-4 steps: the factor keeps the row's largest element below 127.5 for every d. To nearest, codes and
 // scale are those of choose_qparams and quantize (fake_quant.h). An all-zero row has scale 1; NaN or Inf in a row makes its scale NaN
@@ -36,14 +36,14 @@ QUANTRAIN_HOST_DEVICE float int8_inverse(float scale, bool stochastic) {
   return stochastic ? inverse * kInt8Shrink : inverse;
 }
 
-// Half h (0 low, 1 high) of a random word as a number in (-1/2, 1/2): (n + 1/2) 2^-16 - 1/2, exactly.
+// Half h (0 low, 1 high) of a random word, n, as n 2^-16 - 1/2, exactly. Its mean is 2^-17 below 0, and 0 stays 0.
 QUANTRAIN_HOST_DEVICE float int8_dither(uint32_t word, int half) {
 #if defined(__CUDA_ARCH__)
   const float whole = detail::bits_to_float(__byte_perm(word, 0x4b000000u, half ? 0x7632 : 0x7610));  // 2^23 + n
-  return __fmaf_rn(whole, 0x1p-16f, -(128.5f - 0x1p-17f));
+  return __fmaf_rn(whole, 0x1p-16f, -128.5f);
 #else
   const uint32_t n = half ? word >> 16 : word & 0xffffu;
-  return detail::bits_to_float(0x3f800000u | n << 7) - (1.5f - 0x1p-17f);
+  return detail::bits_to_float(0x3f800000u | n << 7) - 1.5f;
 #endif
 }
 

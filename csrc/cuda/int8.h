@@ -10,6 +10,27 @@
 namespace quantrain::cuda {
 
 int int8_quantize_rows(const Int8QuantizeRowsArgs& args, void* stream);
+
+// int8_quantize_rows and int8_quantize_columns of one x, with the same random numbers, in two readings instead of three.
+struct Int8RowsAndColumnsArgs {
+  const void* x;               // [rows, columns] of dtype
+  const float* column_factor;  // [columns] or null, for rows
+  const float* row_factor;     // [rows] or null, for columns
+  float* absmax;               // [rows + columns], scratch
+  int8_t* row_codes;           // [rows, columns]
+  float* row_scale;            // [rows]
+  int8_t* column_codes;        // [columns, rows]
+  float* column_scale;         // [columns]
+  DType dtype;
+  int64_t rows;
+  int64_t columns;
+  bool stochastic;
+  PhiloxState philox;
+};
+
+bool int8_suits_rows_and_columns(const Int8RowsAndColumnsArgs& args);
+int int8_rows_and_columns(const Int8RowsAndColumnsArgs& args, void* stream);
+
 int int8_column_absmax(const Int8ColumnAbsmaxArgs& args, void* stream);
 int int8_quantize_columns(const Int8QuantizeColumnsArgs& args, void* stream);
 int int8_transpose(const Int8TransposeArgs& args, void* stream);

@@ -1,5 +1,6 @@
 #include "csrc/cuda/int8.cuh"
 #include "csrc/cuda/int8.h"
+#include "csrc/cuda/int8_tile.cuh"
 
 // Codes of columns, written as rows: the operands of products whose sum runs over the rows. Bytes are transposed in registers, four by four,
 // and then in shared memory.
@@ -85,11 +86,6 @@ void launch_column_absmax(const void* x_pointer, const float* factor, float* abs
 
 // ---- codes, transposed -----------------------------------------------------------------------------------------------------
 
-constexpr int kTileRows = 128;  // of the input
-constexpr int kTileColumns = 64;
-constexpr int kTilesInOne = 4;  // one below the other, for a thread block
-constexpr int kQuads = kTileRows / 4;
-
 // code = rint((x * row multiplier) * column multiplier). For columns of a gradient these are the row factor and the inverse column scale; for a
 // folded weight the inverse row scale and 1.
 struct ColumnCodes {
@@ -115,22 +111,12 @@ __device__ __forceinline__ float multiplier_of_row(const ColumnCodes& a, int64_t
   }
 }
 
-// Four words of four bytes each, transposed.
-__device__ __forceinline__ void transpose_bytes(uint32_t (&w)[4]) {
-  const uint32_t t0 = __byte_perm(w[0], w[1], 0x5140), t1 = __byte_perm(w[2], w[3], 0x5140);
-  const uint32_t t2 = __byte_perm(w[0], w[1], 0x7362), t3 = __byte_perm(w[2], w[3], 0x7362);
-  w[0] = __byte_perm(t0, t1, 0x5410);
-  w[1] = __byte_perm(t0, t1, 0x7632);
-  w[2] = __byte_perm(t2, t3, 0x5410);
-  w[3] = __byte_perm(t2, t3, 0x7632);
-}
-
 // columns % 8 == 0, rows % 4 == 0, aligned.
 template <typename T, bool kStochastic, bool kWeight>
 __global__ void __launch_bounds__(kThreads) quantize_columns_kernel(const ColumnCodes a) {
   __shared__ float inverses[kTileColumns];
   __shared__ uint32_t masks[kTileColumns];  // 0xff, or 0 where the scale is NaN
-  __shared__ uint32_t tile[2][kTileColumns * (kQuads + 1)];
+  __shared__ uint32_t tile[2][kTileWords];
   const T* __restrict__ x = static_cast<const T*>(a.x);
   const int64_t first_column = static_cast<int64_t>(blockIdx.y) * kTileColumns;
   if (threadIdx.x < kTileColumns) {
@@ -144,24 +130,19 @@ __global__ void __launch_bounds__(kThreads) quantize_columns_kernel(const Column
   }
   __syncthreads();
   const bool folded = kWeight && a.absmax[0] == kFolded;
-  const int group = threadIdx.x % 8, quad = threadIdx.x / 8;  // eight columns, four rows
-  const int64_t column = first_column + group * kItem;
+  const TilePlace place(first_column);
+  const int64_t column = place.column;
   const bool inside = column < a.columns;
   float inverse[kItem];
-  uint32_t mask[2] = {};
-#pragma unroll
-  for (int j = 0; j < kItem; ++j) {
-    inverse[j] = inverses[group * kItem + j];
-    mask[j / 4] |= masks[group * kItem + j] << (8 * (j % 4));
-  }
+  uint32_t mask[2];
+  load_columns(place, inverses, masks, inverse, mask);
   const PhiloxKey key(a.philox);
   const int64_t items_per_row = a.columns / kItem;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll 1
   for (int t = 0; t < kTilesInOne; ++t) {
     const int64_t first_row = (static_cast<int64_t>(blockIdx.x) * kTilesInOne + t) * kTileRows;
     if (first_row >= a.rows) return;
-    const int64_t row = first_row + quad * 4;
+    const int64_t row = first_row + place.quad * 4;
     uint32_t words[2][4] = {};  // of columns 0 to 3 and 4 to 7: a row each
     if (inside && row < a.rows) {
       Pack<T, kItem> items[4];
@@ -182,23 +163,9 @@ __global__ void __launch_bounds__(kThreads) quantize_columns_kernel(const Column
         words[1][i] = codes.y & mask[1];
       }
     }
-    uint32_t* __restrict__ shared = tile[t % 2];
-    const int place = quad ^ (group >> 2 << 2);  // spreads the columns' halves over the banks
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      transpose_bytes(words[h]);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) shared[(group * kItem + h * 4 + i) * (kQuads + 1) + place] = words[h][i];
-    }
+    put_transposed(place, words, tile[t % 2]);
     __syncthreads();
-    const int64_t out_row = first_row + lane * 4;
-#pragma unroll
-    for (int i = 0; i < kTileColumns / 8; ++i) {
-      const int c = warp * (kTileColumns / 8) + i;
-      if (first_column + c < a.columns && out_row < a.rows)
-        *reinterpret_cast<uint32_t*>(a.codes + (first_column + c) * a.rows + out_row) =
-            shared[c * (kQuads + 1) + (lane ^ (c >> 5 << 2))];
-    }
+    write_tile(tile[t % 2], first_row, first_column, a.rows, a.columns, a.codes);
   }
 }
 

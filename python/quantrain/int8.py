@@ -63,9 +63,10 @@ def int8_quantize_rows_and_columns(
     stochastic: bool = False,
     generator: Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`int8_quantize_rows`, then :func:`int8_quantize_columns`, with two draws and fewer passes over the input.
+    """:func:`int8_quantize_rows` and :func:`int8_quantize_columns` from one draw, in fewer passes over the input.
 
-    What the gradient of an output needs for the two products it enters.
+    What the gradient of an output needs for the two products it enters. Each has the right mean; their errors are not independent of one
+    another.
 
     >>> codes, scale, codes_t, scale_t = int8_quantize_rows_and_columns(torch.randn(8, 4), stochastic=True)
     >>> codes.shape, scale.shape, codes_t.shape, scale_t.shape
