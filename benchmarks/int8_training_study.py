@@ -91,7 +91,7 @@ def finetune_part(options: argparse.Namespace) -> int:
     from int8_training import finetune
 
     settings = chosen(options, finetune)
-    save = saver(options, "finetune", asdict(settings))
+    save = saver(options, "finetune", {**asdict(settings), "pretrained_weights": finetune.stored_type()})
     return finetune.run(settings, options.device, time.monotonic() + options.seconds, save)
 
 

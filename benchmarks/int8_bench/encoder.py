@@ -145,8 +145,9 @@ def make_encoders(config: EncoderConfig, device: str, dtype: torch.dtype) -> tup
     torch.manual_seed(0)
     with torch.device(device):
         encoder = FloatEncoder(config)
+    # Branches as large as what they are added to: their errors show in the result.
     for module in encoder.modules():
-        if isinstance(module, nn.Linear):  # branches as large as what they are added to: their errors show in the result
+        if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=1.5 * module.in_features**-0.5)
     encoder = encoder.to(dtype).eval().requires_grad_(False)
     return encoder, Int8Encoder(encoder).eval()

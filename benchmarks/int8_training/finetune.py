@@ -18,6 +18,7 @@ from int8_bench.recipes import int8_recipe
 import quantrain.nn as qnn
 from quantrain.finetune.config import BASELINE, JobConfig
 from quantrain.finetune.job import Job, load_data, new_model
+from quantrain.finetune.minilm import package_file
 from quantrain.finetune.results import StageResult
 
 RECIPE = "int8-training"
@@ -40,6 +41,14 @@ class Settings:
 GPU = Settings(seeds=3)
 CPU = Settings(seeds=1, train_rows=2000)
 QUICK = Settings(seeds=1, train_rows=16, test_rows=16, batch_size=8, max_steps=1)
+
+
+def stored_type() -> str:
+    """The element type in which the installed package holds MiniLM's weights; training starts from them in float32."""
+    from safetensors import safe_open
+
+    with safe_open(package_file("model.safetensors"), "pt") as weights:
+        return str(weights.get_tensor(next(iter(weights.keys()))).dtype).removeprefix("torch.")
 
 
 def int8_job(config: JobConfig) -> Job:

@@ -224,7 +224,8 @@ def finetune_text(path: Path, content: dict) -> str:
     ]
     settings = content["settings"]
     return (
-        f"MiniLM-L6 on SST-2, {settings['train_rows']} sentences, batch {settings['batch_size']}, {settings['epochs']:g} epochs; accuracy on "
+        f"MiniLM-L6 on SST-2, {settings['train_rows']} sentences, batch {settings['batch_size']}, {settings['epochs']:g} epochs, "
+        f"pretrained weights stored in {settings['pretrained_weights']}; accuracy on "
         f"the 872 sentences of the development set in per cent (one sentence is 0.11). {_source(path, content)}\n\n"
         + _table(["training", *(f"seed {seed}" for seed in seeds), "mean", "to float32, points"], lines)
     )
