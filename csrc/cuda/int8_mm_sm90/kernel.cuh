@@ -130,9 +130,6 @@ struct Kernel {
     Arguments result{cutlass::gemm::GemmUniversalMode::kGemm, {m, n, k, 1}, {a.a, stride_a, a.b, stride_b}, epilogue};
     result.hw_info.sm_count = tuning.multiprocessors;
     result.scheduler.max_swizzle_size = tuning.swizzle;
-    using Raster = decltype(result.scheduler.raster_order);
-    if (tuning.raster == 1) result.scheduler.raster_order = Raster::AlongM;
-    if (tuning.raster == 2) result.scheduler.raster_order = Raster::AlongN;
     if constexpr (std::is_same_v<Schedule, StreamK>) {
       if (tuning.splits > 0) result.scheduler.splits = tuning.splits;
     }

@@ -11,7 +11,6 @@ struct Tuning {
   int multiprocessors = 0;
   int swizzle =
       1;  // width of the band of tiles that runs at once, so that operands are met again in the second-level cache
-  int raster = 0;  // 0: CUTLASS chooses; tiles follow one another along m (1) or n (2)
   int splits = 0;  // stream-K: parts of a sum; 0: CUTLASS chooses
 };
 
@@ -22,8 +21,6 @@ struct Tuning {
 // float16 and bfloat16
 QUANTRAIN_DECLARE_INT8_SM90(pingpong_128x128_2x1);
 QUANTRAIN_DECLARE_INT8_SM90(pingpong_64x128_2x1);
-QUANTRAIN_DECLARE_INT8_SM90(cooperative_256x128_1x2);
-QUANTRAIN_DECLARE_INT8_SM90(cooperative_256x128_2x1);
 QUANTRAIN_DECLARE_INT8_SM90(cooperative_128x192_2x1);
 QUANTRAIN_DECLARE_INT8_SM90(cooperative_128x256_1x1);
 QUANTRAIN_DECLARE_INT8_SM90(stream_k_128x128_2x1);
