@@ -105,7 +105,7 @@ at::Tensor padded(const at::Tensor& codes) {
   return reinterpret_cast<uintptr_t>(codes.const_data_ptr()) % kGroup == 0 ? codes : codes.clone();
 }
 
-void mm_cuda(const at::Tensor& a, const at::Tensor& b, Int8MmArgs args) {
+void mm_cuda(const at::Tensor& a, const at::Tensor& b, Int8MmArgs args, const cuda::Int8MmKernel& kernel = {}) {
   const int capability = cuda::compute_capability();
   QUANTRAIN_CHECK_VALUE(capability >= 80, "{}: expected a GPU of compute capability 8.0 (Ampere) or later, got {}.{}",
                         kMm, capability / 10, capability % 10);
@@ -114,34 +114,40 @@ void mm_cuda(const at::Tensor& a, const at::Tensor& b, Int8MmArgs args) {
   args.b = y.const_data_ptr<int8_t>();
   args.k = x.size(1);
   at::Tensor workspace;
-  if (const size_t bytes = cuda::int8_mm_workspace(args)) {
+  if (const size_t bytes = cuda::int8_mm_workspace(args, kernel)) {
     workspace = at::empty({static_cast<int64_t>(bytes)}, a.options().dtype(at::kByte));
     args.workspace = workspace.mutable_data_ptr();
   }
-  C10_CUDA_CHECK(
-      static_cast<cudaError_t>(cuda::int8_mm(args, c10::cuda::getCurrentCUDAStream(a.device().index()).stream())));
+  C10_CUDA_CHECK(static_cast<cudaError_t>(
+      cuda::int8_mm(args, c10::cuda::getCurrentCUDAStream(a.device().index()).stream(), kernel)));
 }
 #endif
+
+// Of contiguous tensors; scales and bias float32.
+Int8MmArgs mm_args(const at::Tensor& a, const at::Tensor& b, const OptionalTensor& a_scale,
+                   const OptionalTensor& b_scale, const OptionalTensor& bias, const at::Tensor& d, bool accumulate) {
+  const auto pointer = [](const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr<float>() : nullptr; };
+  const auto stride = [](const OptionalTensor& scale) { return int64_t{scale && scale->numel() != 1}; };
+  return {a.const_data_ptr<int8_t>(),
+          b.const_data_ptr<int8_t>(),
+          pointer(a_scale),
+          pointer(b_scale),
+          stride(a_scale),
+          stride(b_scale),
+          pointer(bias),
+          d.mutable_data_ptr(),
+          dtype_of(d),
+          a.size(0),
+          b.size(0),
+          a.size(1),
+          accumulate,
+          nullptr};
+}
 
 // One sum that fits int32. a [M, K], b [N, K], contiguous, K > 0; d contiguous.
 void mm(const at::Tensor& a, const at::Tensor& b, const OptionalTensor& a_scale, const OptionalTensor& b_scale,
         const OptionalTensor& bias, const at::Tensor& d, bool accumulate) {
-  const auto pointer = [](const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr<float>() : nullptr; };
-  const auto stride = [](const OptionalTensor& scale) { return int64_t{scale && scale->numel() != 1}; };
-  const Int8MmArgs args{a.const_data_ptr<int8_t>(),
-                        b.const_data_ptr<int8_t>(),
-                        pointer(a_scale),
-                        pointer(b_scale),
-                        stride(a_scale),
-                        stride(b_scale),
-                        pointer(bias),
-                        d.mutable_data_ptr(),
-                        dtype_of(d),
-                        a.size(0),
-                        b.size(0),
-                        a.size(1),
-                        accumulate,
-                        nullptr};
+  const Int8MmArgs args = mm_args(a, b, a_scale, b_scale, bias, d, accumulate);
 #if defined(QUANTRAIN_WITH_CUDA)
   if (a.is_cuda()) {
     const c10::cuda::CUDAGuard guard(a.device());
@@ -181,6 +187,22 @@ at::Tensor mm_kernel(const at::Tensor& a, const at::Tensor& b, const OptionalTen
   if (shift) sum.add_(*shift);
   return result.copy_(sum.view(result.sizes()));
 }
+
+#if defined(QUANTRAIN_WITH_CUDA)
+// By a kernel of the given name, to test and to measure each.
+at::Tensor mm_by_kernel(const at::Tensor& a, const at::Tensor& b, const OptionalTensor& a_scale,
+                        const OptionalTensor& b_scale, const OptionalTensor& bias, at::ScalarType out_dtype,
+                        std::string_view kernel, int64_t swizzle, int64_t splits) {
+  at::Tensor result = mm_meta(a, b, a_scale, b_scale, bias, out_dtype);
+  if (result.numel() == 0) return result;
+  const c10::cuda::CUDAGuard guard(a.device());
+  const at::Tensor x = a.contiguous().view({-1, b.size(1)}), y = b.contiguous();
+  const OptionalTensor x_scale = as_float(a_scale), y_scale = as_float(b_scale), shift = as_float(bias);
+  mm_cuda(x, y, mm_args(x, y, x_scale, y_scale, shift, result, /*accumulate=*/false),
+          {kernel, static_cast<int>(swizzle), static_cast<int>(splits)});
+  return result;
+}
+#endif
 
 void accumulate_kernel(at::Tensor& accumulator, const at::Tensor& a, const at::Tensor& b, const OptionalTensor& a_scale,
                        const OptionalTensor& b_scale) {
@@ -228,6 +250,12 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
   m.def(
       "int8_mm_accumulate_(Tensor(a!) accumulator, Tensor a, Tensor b, Tensor? a_scale=None, Tensor? b_scale=None) -> ()",
       fixed);
+#if defined(QUANTRAIN_WITH_CUDA)
+  m.def(
+      "_int8_mm_by_kernel(Tensor a, Tensor b, Tensor? a_scale, Tensor? b_scale, Tensor? bias, *, ScalarType out_dtype, str "
+      "kernel, int swizzle=1, int splits=0) -> Tensor",
+      fixed);
+#endif
 }
 
 #define QUANTRAIN_REGISTER_INT8_MM(kind)    \
@@ -237,5 +265,8 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
 TORCH_LIBRARY_IMPL(quantrain, CPU, m) { QUANTRAIN_REGISTER_INT8_MM(kernel); }
 TORCH_LIBRARY_IMPL(quantrain, Meta, m) { QUANTRAIN_REGISTER_INT8_MM(meta); }
 #if defined(QUANTRAIN_WITH_CUDA)
-TORCH_LIBRARY_IMPL(quantrain, CUDA, m) { QUANTRAIN_REGISTER_INT8_MM(kernel); }
+TORCH_LIBRARY_IMPL(quantrain, CUDA, m) {
+  QUANTRAIN_REGISTER_INT8_MM(kernel);
+  m.impl("_int8_mm_by_kernel", &quantrain::mm_by_kernel);
+}
 #endif

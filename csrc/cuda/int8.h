@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <string_view>
 
 #include "csrc/common/int8.h"
 #include "csrc/common/int8_fused.h"
@@ -41,10 +42,18 @@ int int8_activation(const Int8ActivationArgs& args, void* stream);
 // 10 * major + minor of the current device.
 int compute_capability();
 
-// What int8_mm needs in `workspace` for these sizes, on the current device.
-size_t int8_mm_workspace(const Int8MmArgs& args);
+// A kernel of int8_mm by name, for tests and measurements; an empty name leaves the choice to the shape.
+struct Int8MmKernel {
+  std::string_view name = {};
+  int swizzle = 1;
+  int splits = 0;
+};
 
-// Hopper's kernel for the shape where one serves it, else that of sm_80, which any later device runs.
-int int8_mm(const Int8MmArgs& args, void* stream);
+// What int8_mm needs in `workspace` for these sizes, on the current device.
+size_t int8_mm_workspace(const Int8MmArgs& args, const Int8MmKernel& kernel = {});
+
+// Hopper's kernel for the shape where one serves it, else that of sm_80, which any later device runs. A named kernel that does not serve it, or that
+// does not exist, is cudaErrorInvalidValue.
+int int8_mm(const Int8MmArgs& args, void* stream, const Int8MmKernel& kernel = {});
 
 }  // namespace quantrain::cuda

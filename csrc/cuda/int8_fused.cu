@@ -8,15 +8,17 @@ namespace quantrain::cuda {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-constexpr int kRowItems = 2;  // of a thread: the float32 results wait in registers
+constexpr int kWarpItems = 4;  // of a lane, where a warp takes a row
+constexpr int kWarpRows = 8;   // of a thread block then
+constexpr int kItems = 2;      // of a thread, where a thread block takes a row: float32 results wait in registers
 
-// The sum over a thread block, for every thread, in a fixed order.
-__device__ __forceinline__ float block_sum(float value) {
+// The sum over a row's threads, for each of them, in a fixed order. kTurn: each sum of a kernel has its own shared memory, so that one barrier does.
+template <int kTurn>
+__device__ __forceinline__ float row_sum(float value) {
   __shared__ float of_warp[32];
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
   if (blockDim.x == 32) return value;
-  __syncthreads();  // the last sum's readers are done
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
   __syncthreads();
   const uint32_t lane = threadIdx.x % 32;
@@ -26,7 +28,6 @@ __device__ __forceinline__ float block_sum(float value) {
   return value;
 }
 
-// Where a row's numbers are: in a thread's registers (kItems > 0), or in memory, to be computed again in every pass (kItems 0, kElements).
 template <typename T>
 __device__ __forceinline__ float parameter(const void* values, DType type, int64_t column, float otherwise) {
   if (!values) return otherwise;
@@ -50,16 +51,53 @@ __device__ __forceinline__ float normalised(float s, Moments m, float weight, fl
   return (s - m.mean) * m.inverse * weight + bias;
 }
 
-template <typename T, int kItems>
-__global__ void __launch_bounds__(kMaxThreads) norm_kernel(const Int8NormArgs a, uint32_t items_per_row) {
-  const int64_t row = blockIdx.x, first = row * items_per_row;
+// Eight parameters at once.
+template <typename T>
+__device__ __forceinline__ void parameters(const void* values, DType type, uint32_t item, float (&result)[kItem]) {
+  if (type == DType::kFloat32)
+    unpack(static_cast<const Pack<float, kItem>*>(values)[item], result);
+  else
+    unpack(static_cast<const Pack<T, kItem>*>(values)[item], result);
+}
+
+// The codes and the scale of a row whose values a row's threads hold; kOf items each.
+template <int kOf>
+__device__ __forceinline__ void quantize_row(const float (&values)[kOf][kItem], uint32_t items_per_row, int64_t row,
+                                             int8_t* __restrict__ codes, float* __restrict__ scales) {
+  uint32_t most = 0;
+#pragma unroll
+  for (int u = 0; u < kOf; ++u)
+    if (u * blockDim.x + threadIdx.x < items_per_row) most = max(most, largest_magnitude(values[u]));
+  const float scale = int8_scale(__uint_as_float(block_max(most)));
+  if (threadIdx.x == 0) scales[row] = scale;
+  const float inverse = int8_inverse(scale, false);
+  const PhiloxKey none{PhiloxState{}};
+#pragma unroll
+  for (int u = 0; u < kOf; ++u) {
+    const uint32_t item = u * blockDim.x + threadIdx.x;
+    if (item >= items_per_row) continue;
+    float scaled[kItem];
+#pragma unroll
+    for (int j = 0; j < kItem; ++j) scaled[j] = values[u][j] * inverse;
+    uint2 result = item_codes<false>(scaled, none, 0);
+    if (!(scale == scale)) result = {0, 0};
+    reinterpret_cast<uint2*>(codes)[row * items_per_row + item] = result;
+  }
+}
+
+template <typename T, int kOf>
+__global__ void __launch_bounds__(kOf == kWarpItems ? 32 * kWarpRows : kMaxThreads)
+    norm_kernel(const Int8NormArgs a, uint32_t items_per_row) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (blockDim.y > 1 && row >= a.rows) return;
+  const int64_t first = row * items_per_row;
   const auto* __restrict__ x = static_cast<const Pack<T, kItem>*>(a.x);
   const auto* __restrict__ residual = static_cast<const Pack<T, kItem>*>(a.residual);
   auto* __restrict__ carried = static_cast<Pack<T, kItem>*>(a.carried);
-  float values[kItems][kItem];
+  float values[kOf][kItem];
   float sum = 0.0f;
 #pragma unroll
-  for (int u = 0; u < kItems; ++u) {
+  for (int u = 0; u < kOf; ++u) {
     const uint32_t item = u * blockDim.x + threadIdx.x;
 #pragma unroll
     for (int j = 0; j < kItem; ++j) values[u][j] = 0.0f;
@@ -79,43 +117,34 @@ __global__ void __launch_bounds__(kMaxThreads) norm_kernel(const Int8NormArgs a,
   }
   const auto columns = static_cast<float>(a.columns);
   Moments m{0.0f, 0.0f};
-  if (!a.rms) m.mean = block_sum(sum) / columns;
+  if (!a.rms) m.mean = row_sum<0>(sum) / columns;
   float squares = 0.0f;
 #pragma unroll
-  for (int u = 0; u < kItems; ++u) {
+  for (int u = 0; u < kOf; ++u) {
     if (u * blockDim.x + threadIdx.x >= items_per_row) continue;
 #pragma unroll
-    for (int j = 0; j < kItem; ++j) squares += (values[u][j] - m.mean) * (values[u][j] - m.mean);
+    for (int j = 0; j < kItem; ++j) {
+      values[u][j] -= m.mean;
+      squares = fmaf(values[u][j], values[u][j], squares);
+    }
   }
-  m.inverse = 1.0f / sqrtf(block_sum(squares) / columns + a.eps);
-  uint32_t most = 0;
+  m.inverse = 1.0f / sqrtf(row_sum<1>(squares) / columns + a.eps);
 #pragma unroll
-  for (int u = 0; u < kItems; ++u) {
+  for (int u = 0; u < kOf; ++u) {
     const uint32_t item = u * blockDim.x + threadIdx.x;
     if (item >= items_per_row) continue;
+    float weight[kItem], bias[kItem];
+    if (a.weight) parameters<T>(a.weight, a.parameter_dtype, item, weight);
+    if (a.bias) parameters<T>(a.bias, a.parameter_dtype, item, bias);
 #pragma unroll
     for (int j = 0; j < kItem; ++j) {
-      const int64_t column = static_cast<int64_t>(item) * kItem + j;
-      values[u][j] = normalised(values[u][j], m, parameter<T>(a.weight, a.parameter_dtype, column, 1.0f),
-                                parameter<T>(a.bias, a.parameter_dtype, column, 0.0f));
+      values[u][j] *= m.inverse;
+      if (a.weight) values[u][j] *= weight[j];
+      if (a.bias) values[u][j] += bias[j];
     }
-    most = max(most, largest_magnitude(values[u]));
     if (residual && a.post_norm) carried[first + item] = pack<T>(values[u]);
   }
-  const float scale = int8_scale(__uint_as_float(block_max(most)));
-  if (threadIdx.x == 0) a.scale[row] = scale;
-  const float inverse = int8_inverse(scale, false);
-  const PhiloxKey none{PhiloxState{}};
-#pragma unroll
-  for (int u = 0; u < kItems; ++u) {
-    const uint32_t item = u * blockDim.x + threadIdx.x;
-    if (item >= items_per_row) continue;
-#pragma unroll
-    for (int j = 0; j < kItem; ++j) values[u][j] *= inverse;
-    uint2 codes = item_codes<false>(values[u], none, 0);
-    if (!(scale == scale)) codes = {0, 0};
-    reinterpret_cast<uint2*>(a.codes)[first + item] = codes;
-  }
+  quantize_row<kOf>(values, items_per_row, row, a.codes, a.scale);
 }
 
 // Any row. In the order of norm_kernel's formulas, an element at a time.
@@ -127,14 +156,14 @@ __global__ void __launch_bounds__(kMaxThreads) norm_elements_kernel(const Int8No
   if (!a.rms) {
     float sum = 0.0f;
     for (int64_t c = threadIdx.x; c < a.columns; c += blockDim.x) sum += summed<T>(a, first + c);
-    m.mean = block_sum(sum) / columns;
+    m.mean = row_sum<0>(sum) / columns;
   }
   float squares = 0.0f;
   for (int64_t c = threadIdx.x; c < a.columns; c += blockDim.x) {
     const float distance = summed<T>(a, first + c) - m.mean;
     squares += distance * distance;
   }
-  m.inverse = 1.0f / sqrtf(block_sum(squares) / columns + a.eps);
+  m.inverse = 1.0f / sqrtf(row_sum<1>(squares) / columns + a.eps);
   const auto result = [&](int64_t c, float s) {
     return normalised(s, m, parameter<T>(a.weight, a.parameter_dtype, c, 1.0f),
                       parameter<T>(a.bias, a.parameter_dtype, c, 0.0f));
@@ -160,15 +189,16 @@ __device__ __forceinline__ float activated(float x, float up) {
   return silu(x) * up;
 }
 
-template <typename T, Int8Activation kActivation, int kItems>
+template <typename T, Int8Activation kActivation, int kOf>
 __global__ void __launch_bounds__(kMaxThreads) activation_kernel(const Int8ActivationArgs a, uint32_t items_per_row) {
-  const int64_t row = blockIdx.x, first = row * items_per_row;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (blockDim.y > 1 && row >= a.rows) return;
+  const int64_t first = row * items_per_row;
   const auto* __restrict__ x = static_cast<const Pack<T, kItem>*>(a.x);
   const auto* __restrict__ up = static_cast<const Pack<T, kItem>*>(a.up);
-  float values[kItems][kItem];
-  uint32_t most = 0;
+  float values[kOf][kItem];
 #pragma unroll
-  for (int u = 0; u < kItems; ++u) {
+  for (int u = 0; u < kOf; ++u) {
     const uint32_t item = u * blockDim.x + threadIdx.x;
     if (item >= items_per_row) continue;
     float other[kItem] = {};
@@ -176,22 +206,8 @@ __global__ void __launch_bounds__(kMaxThreads) activation_kernel(const Int8Activ
     if constexpr (kActivation == Int8Activation::kSiluMul) unpack(up[first + item], other);
 #pragma unroll
     for (int j = 0; j < kItem; ++j) values[u][j] = activated<kActivation>(values[u][j], other[j]);
-    most = max(most, largest_magnitude(values[u]));
   }
-  const float scale = int8_scale(__uint_as_float(block_max(most)));
-  if (threadIdx.x == 0) a.scale[row] = scale;
-  const float inverse = int8_inverse(scale, false);
-  const PhiloxKey none{PhiloxState{}};
-#pragma unroll
-  for (int u = 0; u < kItems; ++u) {
-    const uint32_t item = u * blockDim.x + threadIdx.x;
-    if (item >= items_per_row) continue;
-#pragma unroll
-    for (int j = 0; j < kItem; ++j) values[u][j] *= inverse;
-    uint2 codes = item_codes<false>(values[u], none, 0);
-    if (!(scale == scale)) codes = {0, 0};
-    reinterpret_cast<uint2*>(a.codes)[first + item] = codes;
-  }
+  quantize_row<kOf>(values, items_per_row, row, a.codes, a.scale);
 }
 
 template <typename T, Int8Activation kActivation>
@@ -212,10 +228,19 @@ __global__ void __launch_bounds__(kMaxThreads) activation_elements_kernel(const 
   }
 }
 
-bool fits(int64_t columns) { return columns % kItem == 0 && columns <= int64_t{kMaxThreads} * kRowItems * kItem; }
+bool fits(int64_t columns) { return columns % kItem == 0 && columns <= int64_t{kMaxThreads} * kItems * kItem; }
 
-// Threads for a row of so many items.
-unsigned threads_for(int64_t items) { return static_cast<unsigned>(ceil_div(ceil_div(items, kRowItems), 32) * 32); }
+// Calls launch(items of a thread, thread blocks, threads) for rows of whole items that fit.
+template <typename F>
+void launch_rows(int64_t rows, int64_t items, const F& launch) {
+  if (items <= 32 * kWarpItems) {
+    launch(std::integral_constant<int, kWarpItems>{}, static_cast<unsigned>(ceil_div(rows, kWarpRows)),
+           dim3(32, kWarpRows));
+  } else {
+    const auto threads = static_cast<unsigned>(ceil_div(ceil_div(items, kItems), 32) * 32);
+    launch(std::integral_constant<int, kItems>{}, static_cast<unsigned>(rows), dim3(threads));
+  }
+}
 
 constexpr unsigned kElementThreads = 512;
 
@@ -230,7 +255,9 @@ int int8_norm(const Int8NormArgs& a, void* stream_pointer) {
   dispatch_float(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (whole)
-      norm_kernel<T, kRowItems><<<rows, threads_for(items), 0, stream>>>(a, items);
+      launch_rows(a.rows, items, [&](auto of_thread, unsigned blocks, dim3 threads) {
+        norm_kernel<T, of_thread.value><<<blocks, threads, 0, stream>>>(a, items);
+      });
     else
       norm_elements_kernel<T><<<rows, kElementThreads, 0, stream>>>(a);
   });
@@ -246,7 +273,9 @@ int int8_activation(const Int8ActivationArgs& a, void* stream_pointer) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto launch = [&](auto activation) {
       if (whole)
-        activation_kernel<T, activation.value, kRowItems><<<rows, threads_for(items), 0, stream>>>(a, items);
+        launch_rows(a.rows, items, [&](auto of_thread, unsigned blocks, dim3 threads) {
+          activation_kernel<T, activation.value, of_thread.value><<<blocks, threads, 0, stream>>>(a, items);
+        });
       else
         activation_elements_kernel<T, activation.value><<<rows, kElementThreads, 0, stream>>>(a);
     };

@@ -197,7 +197,7 @@ double expected_stream_k_time(const Candidate& c, const Int8MmArgs& a, int64_t m
   return waves * c.by_depth * static_cast<double>(a.k) / 1000.0 + c.fixed;
 }
 
-Choice choose(const Int8MmArgs& a) {
+Choice choose(const Int8MmArgs& a, const Int8MmKernel& asked) {
   constexpr int64_t kMaxSize = int64_t{1} << 31;
   const bool narrow = a.dtype != DType::kFloat32;
   if (compute_capability() / 10 != 9 || a.n % (narrow ? 8 : 4) != 0 || a.m >= kMaxSize || a.n >= kMaxSize) return {};
@@ -209,6 +209,15 @@ Choice choose(const Int8MmArgs& a) {
   const int multiprocessors = choice.tuning.multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
   if (a.accumulate) {
     if (!narrow) choice.kernel = &kAccumulate;
+    return choice;
+  }
+  if (!asked.name.empty()) {
+    choice.tuning.swizzle = asked.swizzle;
+    choice.tuning.splits = asked.splits;
+    for (const auto* candidates : {&kNarrow[0], &kNarrow[1], &kNarrow[2], &kNarrow[3], &kNarrowStreamK})
+      if (narrow && asked.name == candidates->name) choice.kernel = candidates;
+    for (const auto* candidates : {&kWide[0], &kWideStreamK})
+      if (!narrow && asked.name == candidates->name) choice.kernel = candidates;
     return choice;
   }
   double least = INFINITY;
@@ -238,17 +247,18 @@ int compute_capability() {
   return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
-size_t int8_mm_workspace([[maybe_unused]] const Int8MmArgs& a) {
+size_t int8_mm_workspace([[maybe_unused]] const Int8MmArgs& a, [[maybe_unused]] const Int8MmKernel& asked) {
 #if defined(QUANTRAIN_WITH_SM90)
-  if (const Choice choice = choose(a); choice.kernel) return choice.kernel->workspace(a, choice.tuning);
+  if (const Choice choice = choose(a, asked); choice.kernel) return choice.kernel->workspace(a, choice.tuning);
 #endif
   return 0;
 }
 
-int int8_mm(const Int8MmArgs& a, void* stream) {
+int int8_mm(const Int8MmArgs& a, void* stream, const Int8MmKernel& asked) {
 #if defined(QUANTRAIN_WITH_SM90)
-  if (const Choice choice = choose(a); choice.kernel) return choice.kernel->run(a, choice.tuning, stream);
+  if (const Choice choice = choose(a, asked); choice.kernel) return choice.kernel->run(a, choice.tuning, stream);
 #endif
+  if (!asked.name.empty() && asked.name != "mma_128x128") return cudaErrorInvalidValue;
   int error = cudaSuccess;
   dispatch_float(a.dtype, [&](auto* type) {
     error = launch_sm80<std::remove_pointer_t<decltype(type)>>(a, static_cast<cudaStream_t>(stream));
