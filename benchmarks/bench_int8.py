@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     torch.manual_seed(0)
     if options.device == "cpu":
-        torch.set_num_threads(2)
+        torch.set_num_threads(1 if options.quick else 2)
         keep_freed_memory()
     report = Report(options.device, options.json, options.quick)
     failed = 0

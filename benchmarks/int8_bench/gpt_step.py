@@ -73,8 +73,8 @@ def measure(case: Case, change: Callable[[nn.Module], nn.Module], compiled: bool
 
     The model is what is compiled; the loss is computed by the same operators in every column.
     """
-    if compiled:
-        torch._dynamo.reset()
+    clean(device)
+    before = torch.cuda.memory_allocated() if device == "cuda" else 0
     model = change(make_model(case, device)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     forward = torch.compile(model) if compiled else model
@@ -100,7 +100,7 @@ def measure(case: Case, change: Callable[[nn.Module], nn.Module], compiled: bool
             step()
         wait(device)
         times.append((time.perf_counter() - started) / STEPS)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    peak = torch.cuda.max_memory_allocated() - before if device == "cuda" else 0
     found = Measured(statistics.median(times), peak, (float(losses[0]), float(losses[-1])))
     for parameter in model.parameters():
         require(torch.isfinite(parameter).all(), "GPT: a weight is NaN or Inf")
@@ -113,6 +113,8 @@ def wait(device: str) -> None:
 
 
 def clean(device: str) -> None:
+    """Frees what the last model held; a compiled one is held by its cache too."""
+    torch._dynamo.reset()
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -140,8 +142,8 @@ def gpt(report: Report, device: str, quick: bool, *, compile_int8: bool = False)
                 if not compiled:
                     raise
                 report.note(f"{name}: {kind} failed, {type(error).__name__}: {str(error).splitlines()[0]}")
-            clean(device)
         report_case(report, name, case, found, device)
+    clean(device)
 
 
 def report_case(report: Report, name: str, case: Case, found: dict[str, Measured], device: str) -> None:
