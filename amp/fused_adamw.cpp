@@ -127,6 +127,8 @@ void FusedAdamW::step_group(size_t group, size_t first_parameter, const at::Tens
       run(lr_);
     else
       run(options.lr());
+    // PyTorch's operator leaves the versions alone; what is kept of a parameter (nn/int8_linear.h) would seem current.
+    for (const at::Tensor& parameter : lists.parameters) parameter.unsafeGetTensorImpl()->bump_version();
     // A step that the device skips does not count.
     if (found_inf.defined())
       at::_foreach_sub_(lists.steps, std::vector<at::Tensor>(lists.steps.size(), found_inf.reshape({})));

@@ -133,13 +133,13 @@ struct Int8LinearFunction : torch::autograd::Function<Int8LinearFunction> {
         gradients[0] = int8_product(codes.rows.codes, weight.codes, codes.rows.scale, weight.scale, std::nullopt, type,
                                     kept.simulate);
       } else if (input_grad) {
-        gradients[0] = at::matmul(grad_output, saved[kWeight].to(type));
+        gradients[0] = at::matmul(grad_output, in_type(saved[kWeight], type));
       }
       if (columns) {
         gradients[1] = int8_product(codes.columns.codes, int8_transpose(matrix(saved[kInput])), codes.columns.scale,
                                     std::nullopt, std::nullopt, kept.weight_type, kept.simulate);
       } else if (weight_grad) {
-        gradients[1] = at::matmul(matrix(grad_output).t(), matrix(saved[kInput])).to(kept.weight_type);
+        gradients[1] = in_type(at::matmul(matrix(grad_output).t(), matrix(saved[kInput])), kept.weight_type);
       }
       // Without a bias there is no edge that could be asked.
       if (kept.has_bias && ctx->needs_input_grad(2)) gradients[2] = sum_of_rows(grad_output, kept.bias_type);
@@ -171,7 +171,7 @@ at::Tensor int8_linear_autograd(const at::Tensor& input, const at::Tensor& weigh
       plan_int8_linear(tensors, {output, grad_input, grad_weight, weight_scheme, simulate}, input_grad, weight_grad);
   if (!plan.any()) {
     const at::ScalarType type = input.scalar_type();
-    return at::linear(input, weight.to(type), bias ? OptionalTensor(bias->to(type)) : bias);
+    return at::linear(input, in_type(weight, type), bias ? OptionalTensor(in_type(*bias, type)) : bias);
   }
   if (input_grad || weight_grad || (bias && needs_grad(*bias)))
     return Int8LinearFunction::apply(input, weight, bias, weight_codes, weight_scale, plan);

@@ -69,7 +69,7 @@ c10::SymInt rows_of(const at::Tensor& input) {
 // ---- kernel, also of Meta --------------------------------------------------------------------------------------------------
 
 OptionalTensor cast_to(const OptionalTensor& tensor, at::ScalarType type) {
-  return tensor ? OptionalTensor(tensor->to(type)) : std::nullopt;
+  return tensor ? OptionalTensor(in_type(*tensor, type)) : std::nullopt;
 }
 
 // At or below the dispatcher's autograd: nobody needs a gradient.
@@ -164,7 +164,7 @@ at::Tensor int8_product(const at::Tensor& a, const at::Tensor& b, const Optional
   const auto values = [](const at::Tensor& codes, const OptionalTensor& scale) {
     return scale ? dequantize(codes, *scale, std::nullopt, at::kFloat) : codes.to(at::kFloat);
   };
-  return at::linear(values(a, a_scale), values(b, b_scale), cast_to(bias, at::kFloat)).to(dtype);
+  return in_type(at::linear(values(a, a_scale), values(b, b_scale), cast_to(bias, at::kFloat)), dtype);
 }
 
 Int8LinearResult int8_linear_forward(const Int8LinearTensors& t, const Int8LinearPlan& plan) {
@@ -176,7 +176,7 @@ Int8LinearResult int8_linear_forward(const Int8LinearTensors& t, const Int8Linea
     result.input_scale = std::move(x.scale);
   }
   if (!plan.int8.output) {
-    result.output = at::linear(t.input, t.weight.to(type), cast_to(t.bias, type));
+    result.output = at::linear(t.input, in_type(t.weight, type), cast_to(t.bias, type));
     return result;
   }
   const Int8Codes w = t.weight_codes ? Int8Codes{*t.weight_codes, *t.weight_scale} : int8_quantize_rows(t.weight);

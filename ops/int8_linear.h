@@ -18,7 +18,8 @@
 // weight_codes [O, K] and weight_scale (O elements): int8_quantize_rows(weight), made once for several calls with one weight.
 // simulate: the same codes, of the same draws, multiplied in float32: any device.
 //
-// Draws come from the device's default generator when a gradient is computed, dX's before dW's; a gradient that nobody needs draws nothing.
+// The draw comes from the device's default generator when the gradients are computed, one for dX and dW together (their errors are not
+// independent of one another); where nobody needs them nothing is drawn.
 // NaN and Inf in X, W or dY make NaN in every product they enter. The gradients have no derivative: asking for one raises.
 //
 // Errors: c10::ValueError for shapes and values, and for a GPU without int8 tensor cores; c10::TypeError for element types and devices.

@@ -252,9 +252,9 @@ def int8_linear(
         grad_bias    sum of dY
 
     The mean of dX and dW over the draws is the gradient at the rounded X and W (the setting of StatQuant, Chen et al. 2020,
-    arXiv:2010.14298). Kept for the backward pass: Xq and sx, 1 byte an element, instead of X where grad_weight is int8. Draws come from the
-    device's default generator when a gradient is computed, dX's before dW's; a gradient that nobody needs draws nothing. NaN and Inf make
-    NaN in every product they enter. The gradients have no derivative: asking for one (double backward) raises NotImplementedError.
+    arXiv:2010.14298). Kept for the backward pass: Xq and sx, 1 byte an element, instead of X where grad_weight is int8. The draw comes from
+    the device's default generator when the gradients are computed, one for dX and dW together (their errors are not independent of one
+    another); where nobody needs them nothing is drawn. NaN and Inf make NaN in every product they enter. The gradients have no derivative: asking for one (double backward) raises NotImplementedError.
 
     Args:
         input, weight, bias: float32, float16 or bfloat16 each. Under ``torch.autocast`` input is cast, the weight is not (it is rounded

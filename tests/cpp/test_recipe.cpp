@@ -159,8 +159,10 @@ TEST_CASE("a value outside its rule is refused", "[recipe]") {
   refused([](QuantSpec& s) { s.granularity = "per_token"; }, "observer 'dynamic' with granularity per_token");
 
   Recipe recipe = Recipe::from_name("qat-w8a8");
+  recipe.backend = "int4";
+  CHECK_THROWS_WITH(recipe.validate(), Contains("backend to be one of simulate, int8, got 'int4'"));
   recipe.backend = "int8";
-  CHECK_THROWS_WITH(recipe.validate(), Contains("backend to be one of simulate, got 'int8'"));
+  CHECK_THROWS_WITH(recipe.validate(), Contains("input of 8 bits, symmetric, with backend int8, got 8 bits, affine"));
   recipe = Recipe::from_name("qat-w8a8");
   recipe.input->granularity = "per_channel";
   CHECK_THROWS_WITH(recipe.validate(), Contains("input granularity"));

@@ -5,8 +5,13 @@ import torch
 import quantrain.nn as qnn
 from quantrain import QuantSpec, Recipe
 
-# Those whose forward passes differ, and two of the many that differ from qat-w8a8 in their gradients only (test_fqt_layers.py).
-RECIPES = [*(name for name in Recipe.names() if not name.startswith("fqt-")), "fqt-bhq5", "fqt-psq4-paper"]
+# Those whose forward passes differ, and two of the many that differ from qat-w8a8 in their gradients only (test_fqt_layers.py). Recipes of
+# integer products are for Linear layers (test_int8_layers.py).
+RECIPES = [
+    *(name for name in Recipe.names() if not (name.startswith("fqt-") or Recipe.from_name(name).linear_only)),
+    "fqt-bhq5",
+    "fqt-psq4-paper",
+]
 
 
 def make_recipe(bits=8, granularity="per_channel", symmetric=True, observer="dynamic", learnable=False, **fields):

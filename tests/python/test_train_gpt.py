@@ -200,6 +200,18 @@ def test_a_recipe_trains_alike_in_both_languages(runs):
     assert not any(name.startswith("wte.") and "fake_quant" in name for name in tensors[0])
 
 
+def test_int8_training_draws_the_same_in_both_languages(runs):
+    flags = ["--recipe", "int8-training", "--accumulate", 2, "--steps", 60]
+    mine, theirs = (runs(language, "bf16", *flags, name="int8") for language in ("python", "c++"))
+    losses = column(mine, "loss")
+    assert relative_difference(losses, column(theirs, "loss")) <= 1e-3
+    assert losses[-1] < 0.9 * losses[0]
+    exact = column(runs("python", "bf16", "--accumulate", 2, "--steps", 60, name="accumulated"), "loss")
+    assert 0 < relative_difference(losses, exact) < 0.02
+    names = [set(load_file(out / "checkpoint.safetensors")) for out in (mine, theirs)]
+    assert names[0] == names[1] and not any("fake_quant" in name for name in names[0])
+
+
 def test_a_float_checkpoint_starts_quantisation_aware_training(runs):
     start = runs("python", "fp32") / "checkpoint.safetensors"
     losses = []

@@ -7,12 +7,31 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from quantrain._C import Recipe
 
 from .layers import QuantLayer
 
 __all__ = ["Int8Linear", "enable_weight_cache"]
+
+
+class _Steps:
+    """Counts the steps of all optimizers: fused ones change parameters without counting their versions up."""
+
+    count = 0
+    _hook = None
+
+    @classmethod
+    def counted(cls) -> int:
+        """The count, from the first call on."""
+        if cls._hook is None:
+            cls._hook = register_optimizer_step_post_hook(cls._add)
+        return cls.count
+
+    @classmethod
+    def _add(cls, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        cls.count += 1
 
 
 class Int8Linear(QuantLayer, nn.Linear):
@@ -29,9 +48,9 @@ class Int8Linear(QuantLayer, nn.Linear):
     Attributes:
         cache_weight: on, the weight's codes are kept from one forward pass to the next and made anew where the weight has changed: that
             saves their pass over the weight in all but the first micro-batch of a step with gradient accumulation. Off by default, because
-            it costs 1 byte a parameter between the passes. A change is noticed by the weight's version, which operators and optimizers
-            count up; writing through ``weight.data`` or replaying a CUDA graph does not. Not used in a compiled program, while
-            gradients are off, or while a CUDA graph is captured.
+            it costs 1 byte a parameter between the passes. A change is noticed by the weight's version, which in-place operators count
+            up, and by the step of any ``torch.optim.Optimizer``; writing through ``weight.data`` or replaying a CUDA graph is not. Not
+            used in a compiled program, while gradients are off, or while a CUDA graph is captured.
 
     Shapes: x ``[..., in_features]`` -> ``[..., out_features]``. Dtypes: float32, float16, bfloat16; under autocast x is cast and the weight is
     rounded from what it is. ``enable_gradient_quant(layer, False)`` computes gradients in floating point, ``enable_fake_quant(layer, False)``
@@ -47,7 +66,7 @@ class Int8Linear(QuantLayer, nn.Linear):
     """
 
     cache_weight: bool = False
-    _kept: tuple[Tensor, tuple[int, int], Tensor, Tensor] | None = None  # weight, its state, codes, scale
+    _kept: tuple[Tensor, tuple[int, int, int], Tensor, Tensor] | None = None  # weight, its state, codes, scale
 
     def __init__(
         self,
@@ -95,7 +114,7 @@ class Int8Linear(QuantLayer, nn.Linear):
         weight = self.weight
         if not torch.is_grad_enabled() or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
             return {}
-        state = (weight._version, weight.data_ptr())
+        state = (weight._version, weight.data_ptr(), _Steps.counted())
         if self._kept is None or self._kept[0] is not weight or self._kept[1] != state:
             with torch.no_grad():
                 self._kept = (weight, state, *torch.ops.quantrain.int8_quantize_rows(weight))
