@@ -9,7 +9,7 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import quantrain
 
@@ -45,7 +45,7 @@ class Pass:
     def __init__(self, layer: Layer, shape: tuple[int, int, int], device: str) -> None:
         tokens, inputs, outputs = shape
         bf16 = torch.bfloat16
-        self.layer = layer
+        self.layers = [layer] * SETS
         self.x = [torch.randn(tokens, inputs, device=device).to(bf16).requires_grad_() for _ in range(SETS)]
         self.w = [(0.03 * torch.randn(outputs, inputs, device=device)).to(bf16).requires_grad_() for _ in range(SETS)]
         self.dy = [torch.randn(tokens, outputs, device=device).to(bf16) for _ in range(SETS)]
@@ -53,13 +53,13 @@ class Pass:
     def __call__(self, index: int) -> None:
         x, w = self.x[index % SETS], self.w[index % SETS]
         x.grad = w.grad = None
-        self.layer(x, w).backward(self.dy[index % SETS])
+        self.layers[index % SETS](x, w).backward(self.dy[index % SETS])
 
     def check(self, name: str, limit: float = 0.03, poison: bool = True) -> dict[str, float]:
         """Relative errors of y, dx, dw against float32."""
         x, w, dy = self.x[0], self.w[0], self.dy[0]
         with poisoned() if poison else nullcontext():
-            y = self.layer(x, w)
+            y = self.layers[0](x, w)
             x.grad = w.grad = None
             y.backward(dy)
         with torch.no_grad():
@@ -121,23 +121,19 @@ def torchao(report: Report, device: str, quick: bool, seconds: float) -> None:
     Its Triton kernel tries some thirty configurations a shape at its first call, so no shape is begun after ``seconds``.
     """
     try:
-        layer_of = torchao_layer()
+        import torchao as package
+        from torchao.prototype.quantized_training import int8_mixed_precision_training  # noqa: F401
     except Exception as error:
         report.note(f"torchao: skipped, {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         return
-    import torchao as package
-
     report.note(f"torchao {package.__version__}")
-    if device == "cpu":
-        report.note("torchao: skipped, its kernel needs a GPU")
-        return
     deadline = time.monotonic() + seconds
     for shape, _ in QUICK if quick else reversed(SHAPES):
         if time.monotonic() > deadline:
             report.note(f"torchao: out of time before {shape}")
             break
         torch._dynamo.reset()
-        passes = [Pass(layer, shape, device) for layer in (F.linear, layer_of(), int8_layer("int8"))]
+        passes = [Pass(F.linear, shape, device), TorchaoPass(shape, device), Pass(int8_layer("int8"), shape, device)]
         errors = passes[1].check("torchao", 0.05, poison=False)  # poisoned, it would be compiled twice
         bf16, theirs, ours = step_seconds(passes, device)
         alone = kernel_seconds(passes, device, repeats=7)
@@ -148,20 +144,19 @@ def torchao(report: Report, device: str, quick: bool, seconds: float) -> None:
         gc.collect()
 
 
-def torchao_layer() -> Callable[[], Layer]:
-    """A maker of compiled layers with torchao's int8 products in all three places.
+class TorchaoPass(Pass):
+    """A Pass of compiled layers whose weights are torchao's, with int8 products in all three places."""
 
-    Raises:
-        ImportError: torchao is not installed, or another one.
-    """
-    from torchao.prototype.quantized_training.int8_mixed_precision import (
-        Int8MixedPrecisionTrainingConfig,
-        _Int8MixedPrecisionTrainingLinearFunction,
-    )
+    def __init__(self, shape: tuple[int, int, int], device: str) -> None:
+        from torchao.prototype.quantized_training import int8_mixed_precision_training
+        from torchao.quantization import quantize_
 
-    config = Int8MixedPrecisionTrainingConfig()
-
-    def make() -> Layer:
-        return torch.compile(lambda x, w: _Int8MixedPrecisionTrainingLinearFunction.apply(x, w, None, config))
-
-    return make
+        super().__init__(F.linear, shape, device)
+        for index, weight in enumerate(self.w):
+            linear = nn.Linear(shape[1], shape[2], bias=False, device=device, dtype=weight.dtype)
+            linear.weight = nn.Parameter(weight.detach())
+            model = nn.Sequential(linear)
+            quantize_(model, int8_mixed_precision_training())
+            self.w[index] = linear.weight
+            compiled = torch.compile(model)
+            self.layers[index] = lambda x, w, compiled=compiled: compiled(x)
