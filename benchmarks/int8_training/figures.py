@@ -139,15 +139,19 @@ def _product(axis: plt.Axes, product: dict) -> None:
 
 
 def curves(results: Path, out: Path) -> None:
-    """Held-out loss against the step, a panel a text: each seed a thin line, the mean a thick one."""
+    """Held-out loss against the step, a panel a text: each seed a thin line, the mean a thick one; below, int8's over bf16's."""
     found = newest(results, "curves")
     if found is None:
         return
     path, content = found
     rows = content["rows"]
     texts = list(dict.fromkeys(row["text"] for row in rows))
-    figure, axes = plt.subplots(1, len(texts), figsize=(5.8 * len(texts), 4), layout="constrained", squeeze=False)
-    for axis, text in zip(axes[0], texts, strict=True):
+    size = (5.8 * len(texts), 5.4)
+    figure, axes = plt.subplots(
+        2, len(texts), figsize=size, layout="constrained", squeeze=False, sharex="col", height_ratios=(3, 1)
+    )
+    for axis, below, text in zip(*axes, texts, strict=True):
+        means = {}
         for kind, (color, label) in KINDS.items():
             chosen = [np.array(row["curve"]) for row in rows if (row["text"], row["kind"]) == (text, kind)]
             if not chosen:
@@ -155,17 +159,29 @@ def curves(results: Path, out: Path) -> None:
             style = "-" if kind == "bf16" else "--"
             for curve in chosen:
                 axis.plot(curve[:, 0], curve[:, 2], style, color=color, linewidth=0.6, alpha=0.5)
-            mean = np.mean(chosen, axis=0)
+            mean = means[kind] = np.mean(chosen, axis=0)
             last = mean_and_spread(finals(rows, text, kind))[0]
             axis.plot(mean[:, 0], mean[:, 2], style, color=color, linewidth=2, label=f"{label}, {last:.4f} at the end")
         axis.set_title(text, fontsize=10)
-        axis.set_xlabel("step")
         axis.set_ylabel("held-out loss, nats a byte")
         axis.legend(fontsize=8, frameon=False)
         _open_frame(axis)
+        _difference(below, means)
     figure.suptitle(f"from benchmarks/results/{path.name}: {content['on']}", fontsize=9, color=INK)
     figure.savefig(out / "int8_curves.png", dpi=150)
     plt.close(figure)
+
+
+def _difference(axis: plt.Axes, means: dict[str, np.ndarray]) -> None:
+    """The mean int8 curve over the mean bf16 curve, in per cent, with the one per cent allowed at the end."""
+    axis.axhspan(-1, 1, color=PALE_GREY, zorder=0)
+    axis.axhline(0, color=GREY, linewidth=0.8)
+    if len(means) == len(KINDS):
+        bf16, int8 = (means[kind] for kind in KINDS)
+        axis.plot(bf16[:, 0], 100 * (int8[:, 2] / bf16[:, 2] - 1), color=BLUE, linewidth=1.6)
+    axis.set_xlabel("step")
+    axis.set_ylabel("int8 over bf16, %", fontsize=9)
+    _open_frame(axis)
 
 
 def speed(results: Path, out: Path) -> None:
@@ -190,14 +206,14 @@ def speed(results: Path, out: Path) -> None:
 def _bars(axis: plt.Axes, rows: list[tuple[str, float, float | None]]) -> None:
     for place, (_, ratio, target) in enumerate(rows):
         axis.barh(place, ratio, color=BLUE, height=0.6)
-        axis.text(ratio + 0.02, place, f"{ratio:.2f}x", va="center", fontsize=8)
+        axis.text(0.03, place, f"{ratio:.2f}x", va="center", fontsize=9, color="white", weight="bold")
         if target:
             axis.plot([target] * 2, [place - 0.4, place + 0.4], color=ORANGE, linewidth=2)
     axis.plot([], [], color=ORANGE, linewidth=2, label="to reach")
     axis.axvline(1, color=INK, linewidth=0.8, linestyle=":")
     axis.set_yticks(range(len(rows)), [name.replace(", 8 x 1024 tokens", "") for name, *_ in rows], fontsize=8)
     axis.invert_yaxis()
-    axis.set_xlim(0, max((ratio for _, ratio, _ in rows), default=1) * 1.15)
+    axis.set_xlim(0, max([ratio for _, ratio, _ in rows] + [target or 0 for *_, target in rows], default=1) * 1.08)
     axis.legend(fontsize=8, frameon=False, loc="lower right")
     _open_frame(axis)
 
