@@ -2,7 +2,7 @@
 # Where there is a GPU: the int8 family, checks first, then times, then the training study. Each part has a time limit and does not stop the
 # others by failing; JSON files are rewritten after every row. Fails where a part fails.
 # Usage: scripts/gpu_int8.sh [PART ...]    parts, all in this order by default:
-#   tests     every pytest test marked cuda and every Catch2 test tagged [cuda] that names int8
+#   tests     every pytest test marked cuda and every Catch2 test tagged [cuda] of the int8 family
 #   check     benchmark and study in their tiny form on the GPU, so that a broken section shows within a minute
 #   bench     benchmarks/bench_int8.py: int8-bench-<gpu>-<date>.json and .txt
 #   curves    a GPT in bf16 and int8-training on two texts: int8-curves-<gpu>-<date>.json
@@ -110,7 +110,7 @@ tests() {
   # shellcheck disable=SC2086  # one word a file
   part "${TESTS_SECONDS:-240}" /dev/null "$python" -m pytest -q -m cuda $found
   if [ -x build/gpu/tests/cpp/quantrain_tests ]; then
-    LD_LIBRARY_PATH="$library_path" part "${TESTS_SECONDS:-240}" /dev/null build/gpu/tests/cpp/quantrain_tests "[int8][cuda]"
+    LD_LIBRARY_PATH="$library_path" part "${TESTS_SECONDS:-240}" /dev/null build/gpu/tests/cpp/quantrain_tests "[int8][cuda],[int8_layers][cuda]"
   fi
 }
 

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402, the backend comes first
 from matplotlib.patches import Rectangle  # noqa: E402
 
-from .results import finals, mean_and_spread, newest, rows_of  # noqa: E402
+from .results import bench_section, finals, mean_and_spread, newest, rows_of  # noqa: E402
 
 BLUE, ORANGE, GREY, GREEN = "#1f5fa8", "#d1650f", "#7a7a7a", "#3b8f4e"
 PALE_BLUE, PALE_ORANGE, PALE_GREY, PALE_GREEN = "#dce8f5", "#fae5d3", "#ececec", "#dcefe0"
@@ -186,19 +186,21 @@ def _difference(axis: plt.Axes, means: dict[str, np.ndarray]) -> None:
 
 def speed(results: Path, out: Path) -> None:
     """Ratios over bfloat16 of layers and steps, and over float16 of inference against the batch."""
-    found = newest(results, "bench")
-    if found is None or "-cpu-" in found[0].name:
+    found = {section: bench_section(results, section) for section in ("linear", "gpt", "inference")}
+    if any(value is None or value[1]["on"] == "CPU" for value in found.values()):
         return
-    path, content = found
+    rows = {section: rows_of(content, section) for section, (_, content) in found.items()}
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    layers = [row for row in rows_of(content, "linear") if row["case"].endswith(" int8")]
+    layers = [row for row in rows["linear"] if row["case"].endswith(" int8")]
     _bars(axes[0], [(row["case"].removesuffix(" int8"), row["ratio"], row["target"]) for row in layers])
     axes[0].set_title("one linear layer, forward + backward, all int8: over bf16\n(tokens x in x out)", fontsize=10)
-    steps = [row for row in rows_of(content, "gpt") if row["case"].endswith(": int8 auto") and row["ratio"]]
+    steps = [row for row in rows["gpt"] if row["case"].endswith(": int8 auto") and row["ratio"]]
     _bars(axes[1], [(row["case"].removesuffix(": int8 auto"), row["ratio"], row["target"]) for row in steps])
     axes[1].set_title("GPT training step, eager: over compiled bf16", fontsize=10)
-    _inference(axes[2], rows_of(content, "inference"))
-    figure.suptitle(f"from benchmarks/results/{path.name}: {content['on']}", fontsize=9, color=INK)
+    _inference(axes[2], rows["inference"])
+    names = dict.fromkeys(path.name for path, _ in found.values())
+    device = found["linear"][1]["on"]
+    figure.suptitle(f"from benchmarks/results/{', '.join(names)}: {device}", fontsize=9, color=INK)
     figure.savefig(out / "int8_speed.png", dpi=150)
     plt.close(figure)
 

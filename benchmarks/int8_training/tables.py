@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from .results import finals, mean_and_spread, newest, rows_of
+from .results import bench_section, finals, mean_and_spread, newest, rows_of
 
 BLOCK = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 UNMEASURED = "Not measured yet: `scripts/gpu_int8.sh` measures it.\n"
@@ -167,8 +167,7 @@ SECTIONS: dict[str, Callable[[list[dict]], str]] = {
 
 def bench_part(part: str, results: Path) -> str:
     """A section of the benchmark."""
-    name = {"gpt_compiled": "gpt-compiled", "torchao": "torchao"}.get(part, "bench")
-    found = newest(results, name)
+    found = bench_section(results, part)
     section = "gpt" if part == "gpt_compiled" else part
     rows = rows_of(found[1], section) if found else []
     if not rows:
