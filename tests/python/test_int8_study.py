@@ -137,6 +137,14 @@ def test_tables_and_figures_of_a_gpu(tmp_path):
     assert "| 1x2x3 int8 | 1.000 | 0.800 | 1.25x | 1.30x | 1.20 |" in tables.bench_part("linear", tmp_path)
     figures.draw_all(tmp_path, tmp_path)
     assert (tmp_path / "int8_speed.png").is_file()
+    assert tables.bench_part("gpt_compiled", tmp_path) == tables.UNMEASURED
+    content["rows"] = rows("gpt", ("GPT 768 wide: int8 auto compiled", 1.3, None, step))
+    (tmp_path / "int8-gpt-compiled-h200-2000-01-01.json").write_text(json.dumps(content))
+    assert "int8 auto compiled" in tables.bench_part("gpt_compiled", tmp_path)
+    assert tables.bench_part("gpt", tmp_path) == gpt
+    content["rows"] = rows("linear", ("1x2x3 int8", 1.35, 1.2, linear))
+    (tmp_path / "int8-linear-h200-2000-01-02.json").write_text(json.dumps(content))
+    assert "| 1.35x |" in tables.bench_part("linear", tmp_path)
     assert Row("memory", "a", 0.95, 0.9).missed and not Row("memory", "a", 0.85, 0.9).missed
     assert (
         Row("mm", "a", 1.1, 1.2).missed and not Row("mm", "a", 1.3, 1.2).missed and not Row("mm", "a", 1.3, None).missed
