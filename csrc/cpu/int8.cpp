@@ -33,24 +33,25 @@ QUANTRAIN_INLINE int8_t stored_code(float scaled, float dither) {
 
 template <typename T, typename Factor>
 QUANTRAIN_INLINE void quantize_row(const Int8QuantizeRowsArgs& a, int64_t row, const Factor& factor) {
-  const T* x = static_cast<const T*>(a.x) + row * a.columns;
-  int8_t* codes = a.codes + row * a.columns;
+  const int64_t n = a.columns;  // a local copy: a store of a code may change what is behind a reference, as far as the compiler knows
+  const T* x = static_cast<const T*>(a.x) + row * n;
+  int8_t* codes = a.codes + row * n;
   int32_t largest = 0;
-  for (int64_t c = 0; c < a.columns; ++c) largest = std::max(largest, magnitude(to_float(x[c]) * factor(c)));
+  for (int64_t c = 0; c < n; ++c) largest = std::max(largest, magnitude(to_float(x[c]) * factor(c)));
   const float scale = int8_scale(magnitude_value(largest)), inverse = int8_inverse(scale, a.stochastic);
   a.scale[row] = scale;
   if (!(scale == scale)) {
-    std::memset(codes, 0, static_cast<size_t>(a.columns));
+    std::memset(codes, 0, static_cast<size_t>(n));
   } else if (!a.stochastic) {
-    for (int64_t c = 0; c < a.columns; ++c) codes[c] = stored_code(to_float(x[c]) * factor(c) * inverse, 0.0f);
+    for (int64_t c = 0; c < n; ++c) codes[c] = stored_code(to_float(x[c]) * factor(c) * inverse, 0.0f);
   } else {
-    const auto block = static_cast<uint64_t>(row * int8_items_per_row(a.columns));
+    const auto block = static_cast<uint64_t>(row * int8_items_per_row(n));
     alignas(64) uint16_t numbers[kRun];
-    for (int64_t at = 0; at < a.columns; at += kRun) {
+    for (int64_t at = 0; at < n; at += kRun) {
       const auto first = block + static_cast<uint64_t>(at / kInt8Item);
       philox_batch(a.philox, [&](int i) QUANTRAIN_INLINE_LAMBDA { return first + static_cast<uint64_t>(i); }, numbers);
-      const int n = static_cast<int>(std::min<int64_t>(a.columns - at, kRun));
-      for (int i = 0; i < n; ++i)
+      const int count = static_cast<int>(std::min<int64_t>(n - at, kRun));
+      for (int i = 0; i < count; ++i)
         codes[at + i] = stored_code(to_float(x[at + i]) * factor(at + i) * inverse, int8_dither(numbers[i], 0));
     }
   }
@@ -61,7 +62,7 @@ void quantize_rows_typed(const Int8QuantizeRowsArgs& a, int64_t begin, int64_t e
   vectorized([&]() QUANTRAIN_INLINE_LAMBDA {
     if (a.column_factor)
       for (int64_t row = begin; row < end; ++row)
-        quantize_row<T>(a, row, [&](int64_t c) QUANTRAIN_INLINE_LAMBDA { return a.column_factor[c]; });
+        quantize_row<T>(a, row, [factor = a.column_factor](int64_t c) QUANTRAIN_INLINE_LAMBDA { return factor[c]; });
     else
       for (int64_t row = begin; row < end; ++row)
         quantize_row<T>(a, row, [](int64_t) QUANTRAIN_INLINE_LAMBDA { return 1.0f; });
