@@ -90,10 +90,15 @@ void Int8LinearImpl::to(torch::Device device, bool non_blocking) {
   QuantModule::to(device, non_blocking);
 }
 
-void enable_weight_cache(torch::nn::Module& module, bool on) {
+WeightCache::WeightCache(torch::nn::Module& module) {
   for (const auto& child : module.modules()) {
-    if (auto* layer = dynamic_cast<Int8LinearImpl*>(child.get())) layer->set_cache_weight(on);
+    if (auto layer = std::dynamic_pointer_cast<Int8LinearImpl>(child)) layers_.push_back(std::move(layer));
   }
+  for (const auto& layer : layers_) layer->set_cache_weight(true);
+}
+
+WeightCache::~WeightCache() {
+  for (const auto& layer : layers_) layer->set_cache_weight(false);
 }
 
 }  // namespace quantrain::nn

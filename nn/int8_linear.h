@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <vector>
 
 #include <torch/nn/options/linear.h>
 #include <torch/nn/pimpl.h>
@@ -28,10 +30,7 @@ class QUANTRAIN_API Int8LinearImpl : public QuantModule {
                           const Recipe& recipe = Recipe::from_name("int8-training"));
   at::Tensor forward(const at::Tensor& input);
 
-  // On: the weight's codes are kept from one forward pass to the next and made anew where the weight has changed, which saves their pass
-  // over the weight in all but the first micro-batch of a step with gradient accumulation. Costs 1 byte a parameter. A change is noticed by the weight's version:
-  // operators and optimizers count it up, writing through variable_data() or replaying a CUDA graph does not. Not used while gradients are
-  // off or a CUDA graph is captured.
+  // Set by WeightCache.
   void set_cache_weight(bool on);
   bool cache_weight() const { return cache_weight_; }
 
@@ -57,7 +56,19 @@ class QUANTRAIN_API Int8LinearImpl : public QuantModule {
 };
 TORCH_MODULE(Int8Linear);
 
-// Int8LinearImpl::set_cache_weight of every such layer in the module, itself included.
-QUANTRAIN_API void enable_weight_cache(torch::nn::Module& module, bool on = true);
+// While it lives, every Int8Linear in `module`, itself included, keeps its weight's codes from one forward pass to the next: make one around the
+// micro-batches of a step with gradient accumulation, and all but the first save the pass over the weight. Costs 1 byte a parameter. The
+// weights must not change meanwhile (the optimizers of torch::optim write past a tensor's version, so that nothing would be noticed;
+// in-place operators and quantrain::amp::FusedAdamW are). Not used while gradients are off or a CUDA graph is captured.
+class QUANTRAIN_API WeightCache {
+ public:
+  explicit WeightCache(torch::nn::Module& module);
+  ~WeightCache();
+  WeightCache(const WeightCache&) = delete;
+  WeightCache& operator=(const WeightCache&) = delete;
+
+ private:
+  std::vector<std::shared_ptr<Int8LinearImpl>> layers_;
+};
 
 }  // namespace quantrain::nn

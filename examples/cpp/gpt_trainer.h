@@ -81,6 +81,8 @@ class Trainer {
   // The device's part of a step.
   StepResult compute_step(const at::Tensor& sequences) {
     optimizer_->zero_grad(/*set_to_none=*/true);
+    std::optional<quantrain::nn::WeightCache> cache;  // an Int8Linear then rounds its weight once a step
+    if (options_.accumulate > 1) cache.emplace(*model_);
     StepResult result{at::zeros({}, sequences.options().dtype(at::kFloat)), {}};
     for (int64_t i = 0; i < options_.accumulate; ++i) {
       const at::Tensor loss = loss_on(sequences[i]) / static_cast<double>(options_.accumulate);
@@ -145,8 +147,6 @@ class Trainer {
     recipe_ = recipe ? recipe->to_json() : "";
     model_ = GPT(options_.config, recipe);
     quantrain::nn::enable_observer(*model_, false);
-    // A replayed graph changes the weights unseen.
-    quantrain::nn::enable_weight_cache(*model_, options_.accumulate > 1 && !options_.captured);
     torch::manual_seed(static_cast<uint64_t>(options_.seed));
     init_weights(*model_, options_.config.layers);
     bool calibrated = false;

@@ -93,7 +93,8 @@ qnn::Int8Linear layer(at::Device device, const Recipe& recipe = Recipe::from_nam
 }
 
 // What a layer that keeps its weight's codes gives is what one that makes them anew gives.
-void check_current(qnn::Int8Linear& keeping, const at::Tensor& x) {
+void check_current(qnn::Int8Linear& keeping, const at::Tensor& x, const std::string& after) {
+  INFO("after " << after);
   const at::Tensor anew = quantrain::int8_linear(x, keeping->weight, keeping->bias, {"int8", "int8", "int8"});
   CHECK(support::same_bits(keeping->forward(x).detach(), anew.detach()));
 }
@@ -203,30 +204,39 @@ TEST_CASE("Int8Linear: parameters, switches, simulation", "[int8_layers]") {
   CHECK(support::same_bits(linear->forward(x).detach(), exact.detach()));
 }
 
-TEST_CASE("the weight's kept codes follow the weight", "[int8_layers]") {
+TEST_CASE("a weight cache keeps codes while it lives, of the weight as it is", "[int8_layers]") {
   qnn::Int8Linear linear = layer(at::kCPU);
   const at::Tensor x = leaf({36, 24}, at::kCPU, 0).detach();
-  qnn::enable_weight_cache(*linear);
-  CHECK(linear->cache_weight());
-  for (int i = 0; i < 3; ++i) linear->forward(x).square().mean().backward();
-  check_current(linear, x);
+  {
+    const qnn::WeightCache cache(*linear);
+    CHECK(linear->cache_weight());
+    for (int i = 0; i < 3; ++i) linear->forward(x).square().mean().backward();
+    check_current(linear, x, "backward passes");
+    // What is kept is what is used: written past its version, the weight seems the same.
+    const at::Tensor kept = linear->forward(x).detach();
+    linear->weight.data().mul_(2);
+    CHECK(support::same_bits(linear->forward(x).detach(), kept));
+  }
+  CHECK_FALSE(linear->cache_weight());
+  check_current(linear, x, "the cache's end");
   torch::optim::SGD(linear->parameters(), 0.5).step();
-  check_current(linear, x);
+  const qnn::WeightCache cache(*linear);
+  check_current(linear, x, "a step");
   quantrain::amp::FusedAdamW fused(linear->parameters(), torch::optim::AdamWOptions(0.5));
   fused.step();
-  check_current(linear, x);
+  check_current(linear, x, "a fused step");
   {
     const at::NoGradGuard no_grad;
     linear->weight.mul_(-2);
   }
-  check_current(linear, x);
+  check_current(linear, x, "an operator in place");
   linear->to(at::kBFloat16);
   linear->to(at::kFloat);
-  check_current(linear, x);
+  check_current(linear, x, "two changes of type");
   const support::TemporaryFolder folder;
   qnn::save_checkpoint(folder.file("a"), *layer(at::kCPU));
   qnn::load_checkpoint(folder.file("a"), *linear);
-  check_current(linear, x);
+  check_current(linear, x, "a checkpoint");
 }
 
 TEST_CASE("converted layers multiply integers", "[int8_layers]") {

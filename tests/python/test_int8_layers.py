@@ -285,7 +285,9 @@ def test_kept_codes_stay_out_of_evaluation_copies_and_files(tmp_path):
 
 @pytest.mark.cuda
 def test_kept_codes_stay_out_of_captured_graphs():
-    module, x = layer(device="cuda"), torch.randn(64, 24, device="cuda")
+    every = {"int8": {"output": "int8", "grad_input": "int8", "grad_weight": "int8"}}
+    recipe = qnn.changed_recipe(Recipe.from_name("int8-training"), every)
+    module, x = layer(recipe=recipe, device="cuda"), torch.randn(64, 24, device="cuda")
     qnn.enable_weight_cache(module)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -434,7 +436,8 @@ def test_a_converted_layer_multiplies_what_was_simulated(recipe, shape, device):
     assert calls.count["int8_mm"] == 1 and calls.count["dequantize"] == 0
     assert ((y - simulated).abs() <= limit).all()
     if recipe == "int8-training":
-        assert_same(y, prepared(x).detach())  # the same codes, the same product
+        # The same codes, the same product. The prepared layer's "auto" may prefer floating point for so small a shape.
+        assert_same(y, quantrain.int8_linear(x, prepared[0].weight, prepared[0].bias).detach())
     qnn.enable_fake_quant(converted, False)
     assert_same(converted(x), F.linear(x, module.dequantized_weight(), module.bias))
 
