@@ -8,6 +8,12 @@ namespace quantrain::cuda {
 
 constexpr int kItem = kInt8Item;
 
+// A whole pack at once; through a reference to memory its elements would be loaded one by one.
+template <typename T>
+__device__ __forceinline__ Pack<T, kItem> load(const Pack<T, kItem>* __restrict__ from) {
+  return *from;
+}
+
 // Magnitudes are compared as integers: the order is the same, and NaN is larger than all numbers.
 __device__ __forceinline__ uint32_t magnitude(float value) { return __float_as_uint(value) & 0x7fffffffu; }
 

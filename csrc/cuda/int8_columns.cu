@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) column_absmax_kernel(const T* __rest
 #pragma unroll 4
     for (int64_t row = first + warp; row < end; row += kThreads / 32) {
       float values[kItem];
-      unpack(*reinterpret_cast<const Pack<T, kItem>*>(x + row * columns + column), values);
+      unpack(load(reinterpret_cast<const Pack<T, kItem>*>(x + row * columns + column)), values);
       const float f = kFactor ? factor[row] : 1.0f;
 #pragma unroll
       for (int j = 0; j < kItem; ++j) most[j] = max(most[j], magnitude(kFactor ? values[j] * f : values[j]));

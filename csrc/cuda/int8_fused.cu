@@ -55,9 +55,9 @@ __device__ __forceinline__ float normalised(float s, Moments m, float weight, fl
 template <typename T>
 __device__ __forceinline__ void parameters(const void* values, DType type, uint32_t item, float (&result)[kItem]) {
   if (type == DType::kFloat32)
-    unpack(static_cast<const Pack<float, kItem>*>(values)[item], result);
+    unpack(load(static_cast<const Pack<float, kItem>*>(values) + item), result);
   else
-    unpack(static_cast<const Pack<T, kItem>*>(values)[item], result);
+    unpack(load(static_cast<const Pack<T, kItem>*>(values) + item), result);
 }
 
 // The codes and the scale of a row whose values a row's threads hold; kOf items each.
@@ -102,10 +102,10 @@ __global__ void __launch_bounds__(kOf == kWarpItems ? 32 * kWarpRows : kMaxThrea
 #pragma unroll
     for (int j = 0; j < kItem; ++j) values[u][j] = 0.0f;
     if (item >= items_per_row) continue;
-    unpack(x[first + item], values[u]);
+    unpack(load(x + first + item), values[u]);
     if (residual) {
       float other[kItem];
-      unpack(residual[first + item], other);
+      unpack(load(residual + first + item), other);
 #pragma unroll
       for (int j = 0; j < kItem; ++j) values[u][j] += other[j];
       const auto rounded = pack<T>(values[u]);
@@ -202,8 +202,8 @@ __global__ void __launch_bounds__(kMaxThreads) activation_kernel(const Int8Activ
     const uint32_t item = u * blockDim.x + threadIdx.x;
     if (item >= items_per_row) continue;
     float other[kItem] = {};
-    unpack(x[first + item], values[u]);
-    if constexpr (kActivation == Int8Activation::kSiluMul) unpack(up[first + item], other);
+    unpack(load(x + first + item), values[u]);
+    if constexpr (kActivation == Int8Activation::kSiluMul) unpack(load(up + first + item), other);
 #pragma unroll
     for (int j = 0; j < kItem; ++j) values[u][j] = activated<kActivation>(values[u][j], other[j]);
   }

@@ -231,8 +231,9 @@ Choice choose(const Int8MmArgs& a, const Int8MmKernel& asked) {
   for (const Candidate& candidate : kWide)
     if (!narrow) consider(candidate, expected_time(candidate, a, multiprocessors));
   const Candidate& stream_k = narrow ? kNarrowStreamK : kWideStreamK;
-  consider(stream_k, expected_stream_k_time(stream_k, a, multiprocessors));
   const int64_t tiles = tiles_of(stream_k, a);
+  if (tiles <= 2 * multiprocessors && a.k >= 4096)  // where its model was fitted
+    consider(stream_k, expected_stream_k_time(stream_k, a, multiprocessors));
   if (choice.kernel == &stream_k && tiles * 2 <= multiprocessors)
     choice.tuning.splits = static_cast<int>(multiprocessors / tiles);
   // Two tiles wide where d is narrow and there are waves enough; no width is better for all (sweep as above).
