@@ -41,7 +41,7 @@ class Settings:
 
 # On a GPU 12 million bytes, some eleven times each text; on a CPU enough to see both curves fall.
 GPU = Settings(GPTConfig(layers=6, heads=6, width=384, context=256, vocab=256), batch_size=32, steps=1500, seeds=3)
-CPU = Settings(GPTConfig(layers=4, heads=4, width=128, context=128, vocab=256), batch_size=16, steps=300, seeds=1)
+CPU = Settings(GPTConfig(layers=2, heads=2, width=64, context=64, vocab=256), batch_size=8, steps=200, seeds=1)
 QUICK = Settings(
     GPTConfig(layers=1, heads=2, width=32, context=16, vocab=256),
     batch_size=8,
