@@ -33,7 +33,8 @@ QUANTRAIN_INLINE int8_t stored_code(float scaled, float dither) {
 
 template <typename T, typename Factor>
 QUANTRAIN_INLINE void quantize_row(const Int8QuantizeRowsArgs& a, int64_t row, const Factor& factor) {
-  const int64_t n = a.columns;  // a local copy: a store of a code may change what is behind a reference, as far as the compiler knows
+  const int64_t n =
+      a.columns;  // a local copy: a store of a code may change what is behind a reference, as far as the compiler knows
   const T* x = static_cast<const T*>(a.x) + row * n;
   int8_t* codes = a.codes + row * n;
   int32_t largest = 0;
