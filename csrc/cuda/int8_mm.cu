@@ -159,22 +159,22 @@ struct Candidate {
   int (*run)(const Int8MmArgs&, const sm90::Tuning&, void*);
   size_t (*workspace)(const Int8MmArgs&, const sm90::Tuning&);
   int tile_rows, tile_columns, cluster_rows;
-  // Microseconds: of a wave of tiles (one a multiprocessor) for each 1000 of k, of a wave beside that, and of the launch. Fitted to 59 shapes of
-  // transformers on an H200 (benchmarks/results/int8-mm-sweep-h200-2026-11-23.csv); the kernel that the fit picks is within 1 % of the best of
-  // all on average, 6 % at worst, where stream-K's own fit below takes part.
+  // Microseconds: of a wave of tiles (one a multiprocessor) for each 1000 of k, of a wave beside that, and of the launch. Fitted to 60 shapes of
+  // transformers on an H200 (benchmarks/int8_mm_sweep.py, results/int8-mm-sweep-h200-2026-11-23.csv): the kernel that the fit picks takes
+  // 0.3 % longer than the best of the four on average, 3 % at worst.
   double by_depth, by_wave, fixed;
 };
 
 #define QUANTRAIN_CANDIDATE(name) #name, &sm90::name, &sm90::name##_workspace
 constexpr Candidate kNarrow[] = {
-    {QUANTRAIN_CANDIDATE(pingpong_128x128_2x1), 128, 128, 2, 2.51, 0.85, 6.3},
-    {QUANTRAIN_CANDIDATE(pingpong_64x128_2x1), 64, 128, 2, 1.73, 0.44, 5.5},
-    {QUANTRAIN_CANDIDATE(cooperative_128x192_2x1), 128, 192, 2, 3.81, 2.40, 4.4},
-    {QUANTRAIN_CANDIDATE(cooperative_128x256_1x1), 128, 256, 1, 4.96, 3.22, 3.6},
+    {QUANTRAIN_CANDIDATE(pingpong_128x128_2x1), 128, 128, 2, 2.58, 0.87, 3.9},
+    {QUANTRAIN_CANDIDATE(pingpong_64x128_2x1), 64, 128, 2, 1.70, 0.55, 3.2},
+    {QUANTRAIN_CANDIDATE(cooperative_128x192_2x1), 128, 192, 2, 3.82, 2.55, 2.2},
+    {QUANTRAIN_CANDIDATE(cooperative_128x256_1x1), 128, 256, 1, 5.07, 3.37, 1.2},
 };
-constexpr Candidate kNarrowStreamK = {QUANTRAIN_CANDIDATE(stream_k_128x128_2x1), 128, 128, 2, 2.69, 0.0, 13.0};
-constexpr Candidate kWide[] = {{QUANTRAIN_CANDIDATE(cooperative_128x256_2x1_float32), 128, 256, 2, 4.96, 3.22, 3.6}};
-constexpr Candidate kWideStreamK = {QUANTRAIN_CANDIDATE(stream_k_128x128_2x1_float32), 128, 128, 2, 2.69, 0.0, 13.0};
+constexpr Candidate kNarrowStreamK = {QUANTRAIN_CANDIDATE(stream_k_128x128_2x1), 128, 128, 2, 2.69, 0.0, 10.5};
+constexpr Candidate kWide[] = {{QUANTRAIN_CANDIDATE(cooperative_128x256_2x1_float32), 128, 256, 2, 5.07, 3.37, 1.2}};
+constexpr Candidate kWideStreamK = {QUANTRAIN_CANDIDATE(stream_k_128x128_2x1_float32), 128, 128, 2, 2.69, 0.0, 10.5};
 constexpr Candidate kAccumulate = {QUANTRAIN_CANDIDATE(cooperative_128x128_2x1_accumulate), 128, 128, 2, 0, 0, 0};
 
 struct Choice {
