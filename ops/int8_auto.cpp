@@ -32,6 +32,8 @@ constexpr double kInt8Result = 0.85;  // share of a result's bytes that its sum 
 constexpr double kFloatResult = 0.74;
 constexpr double kRandomRows = 1.6;  // stochastic rounding against rounding to nearest, and the factors
 constexpr double kRandomColumns = 1.95;
+constexpr double kWorthwhile =
+    0.93;  // of the time without more int8: less is lost again to the host, which launches more kernels
 constexpr double kLeastBusy = 0.91;  // what shared sums and narrower tiles make of a last wave
 
 constexpr int64_t kTile = 128;
@@ -133,7 +135,7 @@ Int8Products<bool> choose_int8(const Int8LinearShape& shape, const c10::Device& 
   const Machine& machine = capability >= 90 ? kHopper : kAmpere;
   const Int8Products<bool> needed{true, fixed.grad_input || open.grad_input, fixed.grad_weight || open.grad_weight};
   Int8Products<bool> best = fixed;
-  double least = std::numeric_limits<double>::infinity();
+  double least = std::numeric_limits<double>::infinity(), floating = 0.0;
   for (const int combination : {0, 1, 2, 3, 4, 5, 6, 7}) {
     const Int8Products<bool> chosen{(combination & 1) != 0, (combination & 2) != 0, (combination & 4) != 0};
     if ((chosen.output && !open.output) || (chosen.grad_input && !open.grad_input) ||
@@ -142,12 +144,13 @@ Int8Products<bool> choose_int8(const Int8LinearShape& shape, const c10::Device& 
     const Int8Products<bool> all{fixed.output || chosen.output, fixed.grad_input || chosen.grad_input,
                                  fixed.grad_weight || chosen.grad_weight};
     const double time = modelled_time(machine, shape, all, needed);
+    if (combination == 0) floating = kWorthwhile * time;
     if (time < least) {
       least = time;
       best = all;
     }
   }
-  return best;
+  return least < floating ? best : fixed;
 }
 
 }  // namespace quantrain
