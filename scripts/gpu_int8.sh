@@ -4,6 +4,7 @@
 # Usage: scripts/gpu_int8.sh [PART ...]    parts, all in this order by default:
 #   tests     every pytest test marked cuda and every Catch2 test tagged [cuda] of the int8 family
 #   check     benchmark and study in their tiny form on the GPU, so that a broken section shows within a minute
+#   sanitize  compute-sanitizer's memcheck, racecheck and synccheck on every kernel: int8-sanitizer-<gpu>-<date>.txt
 #   bench     benchmarks/bench_int8.py: int8-bench-<gpu>-<date>.json and .txt
 #   curves    a GPT in bf16 and int8-training on two texts: int8-curves-<gpu>-<date>.json
 #   finetune  MiniLM-L6 on SST-2 in float32 and int8-training: int8-finetune-<gpu>-<date>.json
@@ -114,12 +115,25 @@ tests() {
   fi
 }
 
+# A tool that finds an error ends with a status of its own.
+sanitize() {
+  local tool sanitizer file="$results/int8-sanitizer-$slug-$date.txt"
+  sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+  head_of "compute-sanitizer on every kernel of the int8 family" sanitize >"$file"
+  for tool in memcheck racecheck synccheck; do
+    # Without PyTorch's cache of memory every tensor has its own bounds.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "${SANITIZE_SECONDS:-90}" "$file" "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 5 \
+      "$python" tests/python/int8_every_kernel.py
+  done
+}
+
 : >"$log"
 head_of "int8" "$*" >>"$log"
 [ $# -gt 0 ] || set -- tests check bench curves finetune grid compiled torchao
 for name in "$@"; do
   case $name in
     tests) tests ;;
+    sanitize) sanitize ;;
     check) check ;;
     bench) bench "${BENCH_SECONDS:-280}" bench ;;
     curves) study "${CURVES_SECONDS:-150}" curves --out "$results" ;;
