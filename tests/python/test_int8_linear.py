@@ -477,7 +477,7 @@ def test_a_dynamic_size_is_compiled_once_a_range():
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
     for rows in (65, 70, 100, 127):
-        compiled(*tensors("cpu", (rows, 24), (40, 24), (40,)))
+        compiled(*tensors("cpu", (rows, 24), (40, 24), (40,)), "auto")
     assert counter.frame_count == 1
 
 
