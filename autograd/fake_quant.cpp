@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "autograd/node.h"
 #include "ops/check.h"
 #include "ops/fake_quant.h"
 
@@ -39,8 +40,6 @@ at::Tensor fake_quantize_backward(const at::Tensor& grad_output, const at::Tenso
       "quantrain::_fake_quantize_backward");
   return op.call(grad_output, mask, stride);
 }
-
-bool needs_grad(const at::Tensor& tensor) { return at::GradMode::is_enabled() && tensor.requires_grad(); }
 
 // ---- nodes -----------------------------------------------------------------------------------------------------------------
 

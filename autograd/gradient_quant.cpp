@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "autograd/node.h"
 #include "autograd/second_derivative.h"
 #include "ops/check.h"
 #include "ops/gradient_quant_layers_check.h"
@@ -51,15 +52,11 @@ at::Tensor quantized(const at::Tensor& grad_output, const GradientQuantizer& q) 
                  std::nullopt);
 }
 
-bool needs_grad(const at::Tensor& tensor) { return at::GradMode::is_enabled() && tensor.requires_grad(); }
-
-bool needs_grad(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias) {
+bool any_needs_grad(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias) {
   return needs_grad(input) || needs_grad(weight) || (bias && needs_grad(*bias));
 }
 
 // ---- nodes -----------------------------------------------------------------------------------------------------------------
-
-at::Tensor rows_of(const at::Tensor& tensor) { return tensor.dim() == 1 ? tensor.unsqueeze(0) : tensor.flatten(0, -2); }
 
 struct FqtLinearFunction : torch::autograd::Function<FqtLinearFunction> {
   static constexpr bool is_traceable = true;
@@ -84,8 +81,8 @@ struct FqtLinearFunction : torch::autograd::Function<FqtLinearFunction> {
       const at::NoGradGuard no_grad;
       if (ctx->needs_input_grad(0)) gradients[0] = at::matmul(quantized(grad_output, saved(ctx, "grad_input")), weight);
       if (ctx->needs_input_grad(1))
-        gradients[1] = rows_of(quantized(grad_output, saved(ctx, "grad_weight"))).t().mm(rows_of(input));
-      if (needs_bias_grad(ctx)) gradients[2] = rows_of(grad_output).sum(0);
+        gradients[1] = matrix(quantized(grad_output, saved(ctx, "grad_weight"))).t().mm(matrix(input));
+      if (needs_bias_grad(ctx)) gradients[2] = matrix(grad_output).sum(0);
     }
     refuse_second_derivative(gradients, grad_output, "fqt_linear");
     return gradients;
@@ -149,7 +146,7 @@ at::Tensor fqt_linear_autograd(const at::Tensor& input, const at::Tensor& weight
                                QUANTRAIN_GRADIENTS_PARAMETERS) {
   const auto for_input = QUANTRAIN_GRADIENT_STRUCT(grad_input), for_weight = QUANTRAIN_GRADIENT_STRUCT(grad_weight);
   check_fqt_linear(input, weight, bias, for_input, for_weight);
-  if (needs_grad(input, weight, bias)) return FqtLinearFunction::apply(input, weight, bias, for_input, for_weight);
+  if (any_needs_grad(input, weight, bias)) return FqtLinearFunction::apply(input, weight, bias, for_input, for_weight);
   const at::AutoDispatchBelowADInplaceOrView below;
   return at::linear(input, weight, bias);
 }
@@ -162,7 +159,7 @@ at::Tensor fqt_conv2d_autograd(const at::Tensor& input, const at::Tensor& weight
   const bool batched = input.dim() == 4;
   const at::Tensor batch = batched ? input : input.unsqueeze(0);
   at::Tensor output;
-  if (needs_grad(input, weight, bias)) {
+  if (any_needs_grad(input, weight, bias)) {
     output = FqtConv2dFunction::apply(batch, weight, bias, Convolution{stride, padding, dilation, groups}, for_input,
                                       for_weight);
   } else {

@@ -9,6 +9,7 @@
 #include <array>
 #include <string>
 
+#include "autograd/node.h"
 #include "autograd/second_derivative.h"
 #include "ops/int8.h"
 #include "ops/int8_linear_plan.h"
@@ -51,13 +52,6 @@ int scheme_index(std::string_view scheme) {
   int index = 0;
   while (Kept::kSchemes[static_cast<size_t>(index)] != scheme) ++index;
   return index;
-}
-
-bool needs_grad(const at::Tensor& tensor) { return at::GradMode::is_enabled() && tensor.requires_grad(); }
-
-at::Tensor matrix(const at::Tensor& tensor) {
-  if (tensor.dim() == 2) return tensor;
-  return tensor.dim() == 1 ? tensor.unsqueeze(0) : tensor.flatten(0, -2);
 }
 
 // Summed in float32 whatever the types.

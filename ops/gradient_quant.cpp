@@ -189,17 +189,6 @@ at::Tensor reflect_rows_meta(const at::Tensor& input, const at::Tensor& order, c
 
 // ---- CPU and CUDA ----------------------------------------------------------------------------------------------------------
 
-struct Random {
-  bool stochastic = true;
-  PhiloxState philox;
-};
-
-Random draw(std::string_view op, const at::Tensor& grad, bool stochastic, const OptionalGenerator& generator) {
-  return {stochastic, stochastic ? next_philox_state(op, generator, grad.device()) : PhiloxState{}};
-}
-
-Random seeded(int64_t seed, int64_t offset) { return {true, seeded_philox_state(seed, offset)}; }
-
 // A tensor whose memory is the matrix X [N, D]: rows one after the other. Columns may lie in another order than the dimensions'.
 at::Tensor row_major(const at::Tensor& grad, bool token_rows) {
   if (grad.is_contiguous()) return grad;
@@ -395,7 +384,7 @@ at::Tensor quantize_gradient_kernel(const at::Tensor& grad, int64_t bits, c10::s
                                     c10::string_view rows, bool preserve_zero, int64_t max_group, bool stochastic,
                                     const OptionalGenerator& generator) {
   const Request request = check_request(kQuantize, grad, bits, quantizer, rows, preserve_zero, max_group);
-  return quantize_with(grad, request, draw(kQuantize, grad, stochastic, generator));
+  return quantize_with(grad, request, draw(kQuantize, grad.device(), stochastic, generator));
 }
 
 at::Tensor quantize_gradient_seeded_kernel(const at::Tensor& grad, int64_t bits, c10::string_view quantizer,
@@ -409,7 +398,7 @@ CodesTuple quantize_gradient_codes_kernel(const at::Tensor& grad, int64_t bits, 
                                           c10::string_view rows, bool preserve_zero, int64_t max_group, bool stochastic,
                                           const OptionalGenerator& generator) {
   const Request request = check_request(kCodes, grad, bits, quantizer, rows, preserve_zero, max_group);
-  return codes_with(grad, request, draw(kCodes, grad, stochastic, generator));
+  return codes_with(grad, request, draw(kCodes, grad.device(), stochastic, generator));
 }
 
 CodesTuple quantize_gradient_codes_seeded_kernel(const at::Tensor& grad, int64_t bits, c10::string_view quantizer,

@@ -33,12 +33,6 @@ constexpr std::string_view kWeightTranspose = "int8_weight_transpose";
 
 // ---- checks and shapes, shared with Meta -----------------------------------------------------------------------------------
 
-c10::SymInt rows_of(const at::Tensor& input) {
-  c10::SymInt rows = 1;
-  for (int64_t d = 0; d < input.dim() - 1; ++d) rows *= input.sym_size(d);
-  return rows;
-}
-
 void check_input(std::string_view op, const char* name, const at::Tensor& input, bool codes_allowed = false) {
   const auto type = input.scalar_type();
   const bool codes = codes_allowed && type == at::kChar;
@@ -136,17 +130,6 @@ Triple weight_transpose_meta(const at::Tensor& weight, const at::Tensor& scale, 
 }
 
 // ---- CPU and CUDA ----------------------------------------------------------------------------------------------------------
-
-struct Random {
-  bool stochastic;
-  PhiloxState philox;
-};
-
-Random draw(std::string_view op, const at::Tensor& input, bool stochastic, const OptionalGenerator& generator) {
-  return {stochastic, stochastic ? next_philox_state(op, generator, input.device()) : PhiloxState{}};
-}
-
-Random seeded(int64_t seed, int64_t offset) { return {true, seeded_philox_state(seed, offset)}; }
 
 int64_t matrix_rows(const at::Tensor& input) { return input.numel() / input.size(-1); }
 
@@ -246,7 +229,7 @@ bool quantize_both_on_cuda([[maybe_unused]] const at::Tensor& x, [[maybe_unused]
 Pair rows_kernel(const at::Tensor& input, const OptionalTensor& column_factor, bool stochastic,
                  const OptionalGenerator& generator) {
   const Pair result = rows_meta(input, column_factor, stochastic, generator);
-  quantize_rows(input.contiguous(), column_factor, draw(kRows, input, stochastic, generator), result);
+  quantize_rows(input.contiguous(), column_factor, draw(kRows, input.device(), stochastic, generator), result);
   return result;
 }
 
@@ -259,7 +242,7 @@ Pair rows_seeded_kernel(const at::Tensor& input, const OptionalTensor& column_fa
 Pair columns_kernel(const at::Tensor& input, const OptionalTensor& row_factor, bool stochastic,
                     const OptionalGenerator& generator) {
   const Pair result = columns_meta(input, row_factor, stochastic, generator);
-  quantize_columns(input.contiguous(), row_factor, draw(kColumns, input, stochastic, generator), result);
+  quantize_columns(input.contiguous(), row_factor, draw(kColumns, input.device(), stochastic, generator), result);
   return result;
 }
 
@@ -282,7 +265,8 @@ Quadruple rows_and_columns(const at::Tensor& input, const OptionalTensor& column
 Quadruple rows_and_columns_kernel(const at::Tensor& input, const OptionalTensor& column_factor,
                                   const OptionalTensor& row_factor, bool stochastic,
                                   const OptionalGenerator& generator) {
-  return rows_and_columns(input, column_factor, row_factor, draw(kRowsAndColumns, input, stochastic, generator));
+  return rows_and_columns(input, column_factor, row_factor,
+                          draw(kRowsAndColumns, input.device(), stochastic, generator));
 }
 
 Quadruple rows_and_columns_seeded_kernel(const at::Tensor& input, const OptionalTensor& column_factor,

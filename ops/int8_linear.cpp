@@ -10,6 +10,7 @@
 #include "ops/fake_quant.h"
 #include "ops/int8.h"
 #include "ops/int8_linear_plan.h"
+#include "ops/layout.h"
 
 // Arguments and output of int8_linear. Its derivative is in autograd/int8.cpp.
 
@@ -59,12 +60,6 @@ std::string_view parse_scheme(std::string_view scheme) {
 }
 
 int64_t known_or_largest(const c10::SymInt& size) { return size.maybe_as_int().value_or(int64_t{1} << 20); }
-
-c10::SymInt rows_of(const at::Tensor& input) {
-  c10::SymInt rows = 1;
-  for (int64_t d = 0; d < input.dim() - 1; ++d) rows *= input.sym_size(d);
-  return rows;
-}
 
 // ---- kernel, also of Meta --------------------------------------------------------------------------------------------------
 

@@ -39,12 +39,6 @@ void check_operands(std::string_view op, const at::Tensor& a, const at::Tensor& 
                         detail::shape_text(b));
 }
 
-c10::SymInt rows_of(const at::Tensor& a) {
-  c10::SymInt rows = 1;
-  for (int64_t d = 0; d < a.dim() - 1; ++d) rows *= a.sym_size(d);
-  return rows;
-}
-
 void check_scale(std::string_view op, const char* name, const OptionalTensor& scale, const c10::SymInt& rows,
                  const at::Tensor& a) {
   if (!scale) return;

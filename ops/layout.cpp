@@ -96,6 +96,12 @@ DType dtype_of(const at::Tensor& tensor) {
   }
 }
 
+c10::SymInt rows_of(const at::Tensor& tensor) {
+  c10::SymInt rows = 1;
+  for (int64_t d = 0; d < tensor.dim() - 1; ++d) rows *= tensor.sym_size(d);
+  return rows;
+}
+
 QuantRange make_range(int64_t quant_min, int64_t quant_max) {
   return QuantRange{static_cast<float>(quant_min), static_cast<float>(quant_max)};
 }

@@ -13,6 +13,9 @@ namespace quantrain {
 
 DType dtype_of(const at::Tensor& tensor);
 
+// Of [..., K], taken as a matrix.
+c10::SymInt rows_of(const at::Tensor& tensor);
+
 QuantRange make_range(int64_t quant_min, int64_t quant_max);
 
 // The tensor itself where its elements fill memory without gaps, in any order of dimensions; else a copy that does. Either way it has

@@ -49,4 +49,10 @@ PhiloxState seeded_philox_state(int64_t seed, int64_t offset) {
   return state;
 }
 
+Random draw(std::string_view op, c10::Device device, bool stochastic, const std::optional<at::Generator>& generator) {
+  return {stochastic, stochastic ? next_philox_state(op, generator, device) : PhiloxState{}};
+}
+
+Random seeded(int64_t seed, int64_t offset) { return {true, seeded_philox_state(seed, offset)}; }
+
 }  // namespace quantrain

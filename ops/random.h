@@ -18,4 +18,14 @@ PhiloxState next_philox_state(std::string_view op, const std::optional<at::Gener
 // The state of a `.seeded` overload.
 PhiloxState seeded_philox_state(int64_t seed, int64_t offset);
 
+// How one call rounds.
+struct Random {
+  bool stochastic;
+  PhiloxState philox;
+};
+
+// To nearest nothing is drawn.
+Random draw(std::string_view op, c10::Device device, bool stochastic, const std::optional<at::Generator>& generator);
+Random seeded(int64_t seed, int64_t offset);
+
 }  // namespace quantrain

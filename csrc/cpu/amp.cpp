@@ -12,8 +12,6 @@
 namespace quantrain::cpu {
 namespace {
 
-#define QUANTRAIN_INLINE inline __attribute__((always_inline))
-
 constexpr int kLanes = 16;  // one AVX-512 register of float32
 
 // Calls visit(tensor, first element, elements, chunk) for the chunks from begin to end.

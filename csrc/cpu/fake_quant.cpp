@@ -16,8 +16,6 @@ namespace {
 constexpr int kBlock = 512;  // elements; 256 to 2048 measured alike, bench_fake_quant
 constexpr int kLanes = 16;   // independent sums: one AVX-512 register of float32
 
-#define QUANTRAIN_INLINE inline __attribute__((always_inline))
-
 QUANTRAIN_INLINE const float* load_block(const float* x, int, float*) { return x; }
 
 template <typename T>

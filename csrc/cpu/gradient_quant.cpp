@@ -14,8 +14,6 @@
 namespace quantrain::cpu {
 namespace {
 
-#define QUANTRAIN_INLINE inline __attribute__((always_inline))
-
 constexpr int kTile = static_cast<int>(kColumnTile);
 static_assert(kPhiloxBatch * kPhiloxElements == kTile);
 

@@ -13,8 +13,6 @@
 namespace quantrain::cpu {
 namespace {
 
-#define QUANTRAIN_INLINE inline __attribute__((always_inline))
-
 constexpr int kRun = kPhiloxBatch * kInt8Item;  // elements of a row that are handled at a time
 constexpr int kTile = static_cast<int>(kInt8ColumnTile);
 constexpr int kTileRows = 64;  // rows of a transposed tile

@@ -12,8 +12,6 @@
 namespace quantrain::cpu {
 namespace {
 
-#define QUANTRAIN_INLINE inline __attribute__((always_inline))
-
 float* row_buffer(int64_t columns) {
   static thread_local std::vector<float> buffer;
   if (buffer.size() < static_cast<size_t>(columns)) buffer.resize(static_cast<size_t>(columns));

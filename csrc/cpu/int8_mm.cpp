@@ -14,8 +14,6 @@
 namespace quantrain::cpu {
 namespace {
 
-#define QUANTRAIN_INLINE inline __attribute__((always_inline))
-
 constexpr int64_t kTaskRows = 128;  // rows of a task: its sums, 128 x 48 int32, stay in the second-level cache
 constexpr int64_t kBlockGroups =
     128;  // words of a block along k: a panel of b, 128 x 48 words, stays in the first-level cache

@@ -7,6 +7,7 @@
 
 namespace quantrain::cpu {
 
+#define QUANTRAIN_INLINE inline __attribute__((always_inline))
 #define QUANTRAIN_INLINE_LAMBDA __attribute__((always_inline))
 
 #if defined(__x86_64__) && defined(__GNUC__)

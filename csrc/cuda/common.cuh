@@ -138,6 +138,12 @@ struct DeviceGrouping {
   }
 };
 
+// Calls f with std::true_type or std::false_type.
+template <typename F>
+void dispatch_bool(bool value, const F& f) {
+  value ? f(std::true_type{}) : f(std::false_type{});
+}
+
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

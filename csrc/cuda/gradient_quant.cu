@@ -294,11 +294,6 @@ Rounding<T, kCodes> rounding_of(const Args& a) {
 }
 
 template <typename F>
-void dispatch_bool(bool value, const F& f) {
-  value ? f(std::true_type{}) : f(std::false_type{});
-}
-
-template <typename F>
 void dispatch_axis(GridAxis axis, const F& f) {
   if (axis == GridAxis::kColumn) return f(std::integral_constant<GridAxis, GridAxis::kColumn>{});
   if (axis == GridAxis::kRow) return f(std::integral_constant<GridAxis, GridAxis::kRow>{});

@@ -82,9 +82,4 @@ __device__ __forceinline__ uint32_t block_max(uint32_t value) {
   return __reduce_max_sync(0xffffffffu, lane < blockDim.x / 32 ? of_warp[lane] : 0u);
 }
 
-template <typename F>
-void dispatch_bool(bool value, const F& f) {
-  value ? f(std::true_type{}) : f(std::false_type{});
-}
-
 }  // namespace quantrain::cuda

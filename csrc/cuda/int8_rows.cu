@@ -84,15 +84,12 @@ __global__ void __launch_bounds__(kWideThreads) quantize_wide_rows_kernel(const 
   }
 }
 
-bool whole_rows(const Int8QuantizeRowsArgs& a) {
-  return a.columns % kItem == 0 && is_aligned(a.x) && is_aligned(a.codes) && is_aligned(a.column_factor);
-}
-
 }  // namespace
 
 int int8_quantize_rows(const Int8QuantizeRowsArgs& a, void* stream_pointer) {
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
-  const bool whole = whole_rows(a) && a.columns <= kFusedColumns;
+  const bool whole = a.columns % kItem == 0 && a.columns <= kFusedColumns && is_aligned(a.x) && is_aligned(a.codes) &&
+                     is_aligned(a.column_factor);
   const auto items = static_cast<uint32_t>(a.columns / kItem);
   dispatch_float(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
