@@ -162,6 +162,32 @@ Int8Spec int8_spec_from_object(const Json& json) {
   return spec;
 }
 
+Json to_object(const FixedPointSpec& spec) {
+  return Json{{"fraction_length", spec.fraction_length},
+              {"clip", spec.clip},
+              {"hysteresis", spec.hysteresis},
+              {"double_forward", spec.double_forward}};
+}
+
+FixedPointSpec fixed_point_spec_from_object(const Json& json) {
+  static const std::string kName = "FixedPointSpec";
+  FixedPointSpec spec;
+  for (const auto& [key, value] : json.items()) {
+    if (key == "fraction_length")
+      read_field(kName, key, value, spec.fraction_length);
+    else if (key == "clip")
+      read_field(kName, key, value, spec.clip);
+    else if (key == "hysteresis")
+      read_field(kName, key, value, spec.hysteresis);
+    else if (key == "double_forward")
+      read_field(kName, key, value, spec.double_forward);
+    else
+      fail(kName, "only fields of a FixedPointSpec", "'" + key + "'");
+  }
+  spec.validate();
+  return spec;
+}
+
 template <typename Spec>
 Json optional_to_object(const std::optional<Spec>& spec) {
   return spec ? to_object(*spec) : Json(nullptr);
@@ -170,6 +196,7 @@ Json optional_to_object(const std::optional<Spec>& spec) {
 void from_object(const Json& json, std::optional<QuantSpec>& out) { out = spec_from_object(json); }
 void from_object(const Json& json, std::optional<GradientSpec>& out) { out = gradient_spec_from_object(json); }
 void from_object(const Json& json, std::optional<Int8Spec>& out) { out = int8_spec_from_object(json); }
+void from_object(const Json& json, std::optional<FixedPointSpec>& out) { out = fixed_point_spec_from_object(json); }
 
 template <typename Spec>
 void read_field(const std::string& name, const std::string& key, const Json& value, std::optional<Spec>& out) {
@@ -261,6 +288,32 @@ void check_integer_products(const Recipe& recipe) {
   }
 }
 
+// What an integer-only network of 8-bit codes takes.
+void check_fixed_point(const Recipe& recipe) {
+  static const std::string kName = "Recipe";
+  if (!recipe.weight || !recipe.input) {
+    fail(kName, "a spec for weight and for input with fixed_point",
+         recipe.weight ? "none for input" : "none for weight");
+  }
+  if (recipe.weight->bits != 8 || recipe.input->bits != 8) {
+    fail(kName, "weight and input of 8 bits with fixed_point",
+         std::to_string(recipe.weight->bits) + " and " + std::to_string(recipe.input->bits));
+  }
+  if (!recipe.weight->symmetric || recipe.weight->observer != "dynamic" || recipe.weight->learnable) {
+    fail(kName, "a symmetric, dynamic weight with fixed_point", recipe.weight->to_json());
+  }
+  check_one_of(kName, "weight granularity with fixed_point", recipe.weight->granularity, {"per_tensor", "per_channel"});
+  if (recipe.input->granularity != "per_tensor" || recipe.input->observer != "moving_average" ||
+      recipe.input->learnable) {
+    fail(kName, "a per_tensor, moving_average input with fixed_point", recipe.input->to_json());
+  }
+  if (recipe.output || recipe.grad_input || recipe.grad_weight || recipe.int8) {
+    fail(kName, "no output, grad_input, grad_weight or int8 with fixed_point", "one of them");
+  }
+  if (recipe.edge_bits != 0) fail(kName, "edge_bits of 0 with fixed_point", std::to_string(recipe.edge_bits));
+  if (recipe.backend != "simulate") fail(kName, "backend simulate with fixed_point", "'" + recipe.backend + "'");
+}
+
 std::vector<std::string> fqt_names() {
   std::vector<std::string> names = {"fqt-8"};
   for (const char* mode : {"", "-paper"})
@@ -306,6 +359,11 @@ std::vector<Recipe> named_recipes() {
   fixed.backend = "int8";
   fixed.training = false;
   for (const std::string& name : fqt_names()) recipes.push_back(*fqt_recipe(name));
+
+  Recipe& f8net = add("f8net", dynamic_weight(8, "per_tensor"), affine_input(8, "moving_average"));
+  f8net.fixed_point = FixedPointSpec{};
+  Recipe& tiny = add("f8net-tiny", dynamic_weight(8, "per_tensor"), affine_input(8, "moving_average"));
+  tiny.fixed_point = FixedPointSpec{"mse", /*clip=*/false};
   return recipes;
 }
 
@@ -377,6 +435,18 @@ std::string Int8Spec::to_json() const { return to_object(*this).dump(); }
 
 Int8Spec Int8Spec::from_json(const std::string& text) { return int8_spec_from_object(parse_object("Int8Spec", text)); }
 
+void FixedPointSpec::validate() const {
+  static const std::string kName = "FixedPointSpec";
+  check_one_of(kName, "fraction_length", fraction_length, {"std", "mse"});
+  if (!(hysteresis >= 0 && hysteresis < 1)) fail(kName, "hysteresis in [0, 1)", number(hysteresis));
+}
+
+std::string FixedPointSpec::to_json() const { return to_object(*this).dump(); }
+
+FixedPointSpec FixedPointSpec::from_json(const std::string& text) {
+  return fixed_point_spec_from_object(parse_object("FixedPointSpec", text));
+}
+
 Recipe Recipe::from_name(const std::string& name) {
   if (std::optional<Recipe> recipe = fqt_recipe(name)) return *std::move(recipe);
   for (Recipe& recipe : named_recipes()) {
@@ -425,6 +495,10 @@ void Recipe::validate() const {
   if (grad_weight) grad_weight->validate();
   if (int8) int8->validate();
   if (linear_only()) check_integer_products(*this);
+  if (fixed_point) {
+    fixed_point->validate();
+    check_fixed_point(*this);
+  }
 }
 
 std::string Recipe::to_json() const {
@@ -437,7 +511,9 @@ std::string Recipe::to_json() const {
             {"edge_bits", edge_bits},
             {"grad_input", optional_to_object(grad_input)},
             {"grad_weight", optional_to_object(grad_weight)}};
-  if (int8) json["int8"] = to_object(*int8);  // absent otherwise: files written before it existed stay equal
+  // Absent otherwise: files written before they existed stay equal.
+  if (int8) json["int8"] = to_object(*int8);
+  if (fixed_point) json["fixed_point"] = to_object(*fixed_point);
   return json.dump();
 }
 
@@ -466,6 +542,8 @@ Recipe Recipe::from_json(const std::string& text) {
       read_field(kName, key, value, recipe.grad_weight);
     else if (key == "int8")
       read_field(kName, key, value, recipe.int8);
+    else if (key == "fixed_point")
+      read_field(kName, key, value, recipe.fixed_point);
     else
       fail(kName, "only fields of a Recipe", "'" + key + "'");
   }

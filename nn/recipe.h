@@ -97,6 +97,29 @@ struct QUANTRAIN_API Int8Spec {
   bool operator==(const Int8Spec&) const = default;
 };
 
+// Fixed-point training after F8Net (Jin et al., arXiv:2202.05239): tensors are integers times powers of two, weights hold batch norm and the
+// scales of their neighbours, and the converted network multiplies 8-bit integers, adds and shifts (fixed_point_network.h).
+//
+// fraction_length    how the fraction length of a tensor is chosen: "std", from its standard deviation, or "mse", the one of least squared error
+// clip               true: activations are clipped at a learned level (PACT), which is folded into the neighbours' weights; false: not clipped
+// hysteresis         octaves by which a weight's standard deviation must pass a threshold before its fraction length changes; 0: none
+// double_forward     true: batch statistics come from a second convolution with the unrounded weight, as published; false: from the one
+//                    convolution with the rounded weight
+struct QUANTRAIN_API FixedPointSpec {
+  std::string fraction_length = "std";
+  bool clip = true;
+  double hysteresis = 0.0;
+  bool double_forward = false;
+
+  // Throws std::invalid_argument naming the field, the rule and the value.
+  void validate() const;
+
+  std::string to_json() const;
+  static FixedPointSpec from_json(const std::string& text);  // throws std::invalid_argument, as QuantSpec's
+
+  bool operator==(const FixedPointSpec&) const = default;
+};
+
 // One layer: specs of the tensors it quantises (absent: left in floating point), and how it runs.
 //
 // grad_input, grad_weight  the gradient of the output as the products for the gradients of input and weight take it (StatQuant, Chen et
@@ -106,6 +129,8 @@ struct QUANTRAIN_API Int8Spec {
 //            symmetric; weight per_channel or per_tensor; input per_token and dynamic, or per_tensor and observed
 // int8       Linear layers train as Int8Linear; weight dynamic per_channel, input dynamic per_token. With backend "simulate" the same
 //            codes are multiplied in float32
+// fixed_point convolutions and Linear layers train in fixed point, and convert() makes an integer-only network. Weight 8 bits, symmetric, dynamic,
+//            per_tensor or per_channel (of fraction lengths); input 8 bits, per_tensor, moving_average; nothing else
 // training   false: calibrate only, no fine-tuning (post-training quantisation)
 // edge_bits  > 0: the first and the last quantised layer of a model use this many bits (Esser et al., section 2.3)
 struct QUANTRAIN_API Recipe {
@@ -119,6 +144,7 @@ struct QUANTRAIN_API Recipe {
   std::optional<GradientSpec> grad_input;
   std::optional<GradientSpec> grad_weight;
   std::optional<Int8Spec> int8;
+  std::optional<FixedPointSpec> fixed_point;
 
   // Whether only Linear layers run so: integer products, in training or converted.
   bool linear_only() const { return int8.has_value() || backend == "int8"; }

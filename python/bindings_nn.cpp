@@ -1,4 +1,4 @@
-// Python bindings of QuantSpec, GradientSpec, Int8Spec and Recipe: keyword constructors, properties, equality, copy and pickle (through JSON).
+// Python bindings of QuantSpec, GradientSpec, Int8Spec, FixedPointSpec and Recipe: keyword constructors, properties, equality, copy and pickle (through JSON).
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -6,6 +6,7 @@
 #include "quantrain/nn/recipe.h"
 
 namespace py = pybind11;
+using quantrain::nn::FixedPointSpec;
 using quantrain::nn::GradientSpec;
 using quantrain::nn::Int8Spec;
 using quantrain::nn::QuantSpec;
@@ -29,7 +30,7 @@ std::string repr_of(const char* name, const T& self, std::initializer_list<const
   return text + ")";
 }
 
-// to_json, from_json, ==, copy, deepcopy and pickle, the same for all four structs. Pickle keeps a value that is not valid, as an
+// to_json, from_json, ==, copy, deepcopy and pickle, the same for all five structs. Pickle keeps a value that is not valid, as an
 // assignment can make it, only as far as JSON does: reading it back raises.
 template <typename T>
 void bind_value_semantics(py::class_<T>& cls) {
@@ -132,25 +133,51 @@ void bind_int8_spec(py::module_& module) {
   bind_value_semantics(cls);
 }
 
+void bind_fixed_point_spec(py::module_& module) {
+  const FixedPointSpec defaults;
+  py::class_<FixedPointSpec> cls(
+      module, "FixedPointSpec",
+      "How a model trains in fixed point (F8Net): how fraction lengths are chosen, and whether "
+      "activations are clipped at a learned level.");
+  cls.def(py::init([](const std::string& fraction_length, bool clip, double hysteresis, bool double_forward) {
+            FixedPointSpec spec{fraction_length, clip, hysteresis, double_forward};
+            spec.validate();
+            return spec;
+          }),
+          py::kw_only(), py::arg("fraction_length") = defaults.fraction_length, py::arg("clip") = defaults.clip,
+          py::arg("hysteresis") = defaults.hysteresis, py::arg("double_forward") = defaults.double_forward)
+      .def_readwrite("fraction_length", &FixedPointSpec::fraction_length)
+      .def_readwrite("clip", &FixedPointSpec::clip)
+      .def_readwrite("hysteresis", &FixedPointSpec::hysteresis)
+      .def_readwrite("double_forward", &FixedPointSpec::double_forward)
+      .def("__repr__", [](const FixedPointSpec& self) {
+        return repr_of("FixedPointSpec", self, {"fraction_length", "clip", "hysteresis", "double_forward"});
+      });
+  bind_value_semantics(cls);
+}
+
 void bind_recipe(py::module_& module) {
   using Spec = std::optional<QuantSpec>;
   using Gradient = std::optional<GradientSpec>;
   using Int8 = std::optional<Int8Spec>;
+  using FixedPoint = std::optional<FixedPointSpec>;
   py::class_<Recipe> cls(
       module, "Recipe",
       "How a layer is quantised: a QuantSpec (or None) for weight, input and output, a GradientSpec (or None) for "
-      "grad_input and grad_weight, and an Int8Spec (or None) for training on int8 products.");
+      "grad_input and grad_weight, an Int8Spec (or None) for training on int8 products, and a FixedPointSpec (or None) for "
+      "training in fixed point.");
   cls.def(py::init([](const std::string& name, const Spec& weight, const Spec& input, const Spec& output,
                       const std::string& backend, bool training, int64_t edge_bits, const Gradient& grad_input,
-                      const Gradient& grad_weight, const Int8& int8) {
-            Recipe recipe{name, weight, input, output, backend, training, edge_bits, grad_input, grad_weight, int8};
+                      const Gradient& grad_weight, const Int8& int8, const FixedPoint& fixed_point) {
+            Recipe recipe{name,      weight,     input,       output, backend,    training,
+                          edge_bits, grad_input, grad_weight, int8,   fixed_point};
             recipe.validate();
             return recipe;
           }),
           py::kw_only(), py::arg("name") = "", py::arg("weight") = py::none(), py::arg("input") = py::none(),
           py::arg("output") = py::none(), py::arg("backend") = "simulate", py::arg("training") = true,
           py::arg("edge_bits") = 0, py::arg("grad_input") = py::none(), py::arg("grad_weight") = py::none(),
-          py::arg("int8") = py::none())
+          py::arg("int8") = py::none(), py::arg("fixed_point") = py::none())
       .def_readwrite("name", &Recipe::name)
       .def_readwrite("weight", &Recipe::weight)
       .def_readwrite("input", &Recipe::input)
@@ -161,6 +188,7 @@ void bind_recipe(py::module_& module) {
       .def_readwrite("grad_input", &Recipe::grad_input)
       .def_readwrite("grad_weight", &Recipe::grad_weight)
       .def_readwrite("int8", &Recipe::int8)
+      .def_readwrite("fixed_point", &Recipe::fixed_point)
       .def_property_readonly("linear_only", &Recipe::linear_only,
                              "Whether only Linear layers run so: integer products, in training or converted.")
       .def_static("from_name", &Recipe::from_name, py::arg("name"), "A named recipe; ValueError lists the names.")
@@ -169,7 +197,7 @@ void bind_recipe(py::module_& module) {
       .def("__repr__", [](const Recipe& self) {
         return repr_of("Recipe", self,
                        {"name", "weight", "input", "output", "backend", "training", "edge_bits", "grad_input",
-                        "grad_weight", "int8"});
+                        "grad_weight", "int8", "fixed_point"});
       });
   bind_value_semantics(cls);
 }
@@ -180,5 +208,6 @@ void bind_nn(py::module_& module) {
   bind_quant_spec(module);
   bind_gradient_spec(module);
   bind_int8_spec(module);
+  bind_fixed_point_spec(module);
   bind_recipe(module);
 }

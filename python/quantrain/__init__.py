@@ -16,7 +16,7 @@ built_with_cuda: bool = _C.built_with_cuda
 cmake_prefix_path: str = str(Path(_C.__file__).parent / "share" / "cmake")
 
 from quantrain import amp, nn  # noqa: E402
-from quantrain._C import GradientSpec, Int8Spec, QuantSpec, Recipe  # noqa: E402
+from quantrain._C import FixedPointSpec, GradientSpec, Int8Spec, QuantSpec, Recipe  # noqa: E402
 from quantrain.fake_quant import (  # noqa: E402
     choose_qparams,
     dequantize,
@@ -60,6 +60,7 @@ from quantrain.nn import (  # noqa: E402
 )
 
 __all__ = [
+    "FixedPointSpec",
     "GradientSpec",
     "Int8Spec",
     "QuantSpec",

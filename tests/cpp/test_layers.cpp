@@ -30,7 +30,9 @@ Recipe affine_weight_recipe(int64_t bits) {
 std::vector<Recipe> recipes() {
   std::vector<Recipe> all = {affine_weight_recipe(8), affine_weight_recipe(3)};
   for (const std::string& name : Recipe::names()) {
-    if (!Recipe::from_name(name).linear_only()) all.push_back(Recipe::from_name(name));  // those: test_int8_layers
+    const Recipe recipe = Recipe::from_name(name);
+    // The others: test_int8_layers, test_fixed_point_layers.
+    if (!recipe.linear_only() && !recipe.fixed_point) all.push_back(recipe);
   }
   Recipe output = Recipe::from_name("qat-w8a8");
   output.output = output.input;

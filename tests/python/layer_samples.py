@@ -6,9 +6,13 @@ import quantrain.nn as qnn
 from quantrain import QuantSpec, Recipe
 
 # Those whose forward passes differ, and two of the many that differ from qat-w8a8 in their gradients only (test_fqt_layers.py). Recipes of
-# integer products are for Linear layers (test_int8_layers.py).
+# integer products are for Linear layers (test_int8_layers.py), those in fixed point have layers of their own (test_fixed_point_layers.py).
 RECIPES = [
-    *(name for name in Recipe.names() if not (name.startswith("fqt-") or Recipe.from_name(name).linear_only)),
+    *(
+        name
+        for name in Recipe.names()
+        if not (name.startswith(("fqt-", "f8net")) or Recipe.from_name(name).linear_only)
+    ),
     "fqt-bhq5",
     "fqt-psq4-paper",
 ]

@@ -1,6 +1,6 @@
 """What a Recipe means for a layer: names, changed copies, and the shape of each scale.
 
-:class:`quantrain.Recipe`, :class:`quantrain.QuantSpec`, :class:`quantrain.GradientSpec` and :class:`quantrain.Int8Spec` are C++ structs;
+:class:`quantrain.Recipe`, :class:`quantrain.QuantSpec`, :class:`quantrain.GradientSpec`, :class:`quantrain.Int8Spec` and :class:`quantrain.FixedPointSpec` are C++ structs;
 here is how the Python layers read them.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from quantrain._C import GradientSpec, Int8Spec, QuantSpec, Recipe
+from quantrain._C import FixedPointSpec, GradientSpec, Int8Spec, QuantSpec, Recipe
 
 __all__ = ["as_recipe", "changed_recipe", "gradient_arguments", "weight_scale_shape"]
 
@@ -19,11 +19,13 @@ _SPECS = {
     "grad_input": GradientSpec,
     "grad_weight": GradientSpec,
     "int8": Int8Spec,
+    "fixed_point": FixedPointSpec,
 }
 _SOME_FIELDS = {
     QuantSpec: "bits, granularity, ...",
     GradientSpec: "bits, quantizer, ...",
     Int8Spec: "output, grad_input, ...",
+    FixedPointSpec: "fraction_length, clip, ...",
 }
 
 
@@ -50,7 +52,7 @@ def changed_recipe(base: Recipe, change: Recipe | str | Mapping) -> Recipe:
 
     Args:
         change: a Recipe or a name replaces everything; a mapping changes single fields. The values of ``weight``,
-            ``input``, ``output`` (QuantSpec), ``grad_input``, ``grad_weight`` (GradientSpec) and ``int8`` (Int8Spec) are a spec, None
+            ``input``, ``output`` (QuantSpec), ``grad_input``, ``grad_weight`` (GradientSpec), ``int8`` (Int8Spec) and ``fixed_point`` (FixedPointSpec) are a spec, None
             (leave that tensor in floating point), or a mapping of a spec's fields (applied to the base's spec, to the default one
             where the base has none).
 
@@ -73,7 +75,9 @@ def changed_recipe(base: Recipe, change: Recipe | str | Mapping) -> Recipe:
     return result
 
 
-def _changed_spec(spec: QuantSpec | GradientSpec | Int8Spec, change: Mapping) -> QuantSpec | GradientSpec | Int8Spec:
+def _changed_spec(
+    spec: QuantSpec | GradientSpec | Int8Spec | FixedPointSpec, change: Mapping
+) -> QuantSpec | GradientSpec | Int8Spec | FixedPointSpec:
     for field, value in change.items():
         if not hasattr(spec, field) or callable(getattr(spec, field)):
             some = _SOME_FIELDS[type(spec)]
