@@ -22,7 +22,7 @@ from quantrain.finetune.grids import input_grids, weight_grids
 from quantrain.finetune.metrics import Metrics
 from quantrain.finetune.models import load_model
 from quantrain.finetune.report import write_report
-from quantrain.finetune.results import LayerError, StageResult, read_results, write_results
+from quantrain.finetune.results import AuditRow, LayerError, StageResult, read_results, write_results
 from quantrain.finetune.table import format_seconds, format_table
 from quantrain.finetune.text import load_text_data
 from quantrain.finetune.trainer import EVAL_BATCH, StopRequest, TrainResult, evaluate, to_device, train
@@ -204,14 +204,20 @@ class Job:
             qnn.save_checkpoint(self.checkpoint(name, "trained"), model, recipe)
         converted = qnn.convert(copy.deepcopy(model).eval())
         path = self.checkpoint(name, "converted")
-        qnn.save_checkpoint(path, converted, recipe)
+        if recipe.fixed_point is None:
+            qnn.save_checkpoint(path, converted, recipe)
+        else:
+            converted.save(path)
         accuracy, loss = evaluate(converted, self.data, self.device, self.stop)
         result = replace(
             self._result(name, accuracy, loss, path, trained, started),
             convert_difference=self._convert_difference(model, converted),
-            layer_errors=self._layer_errors(model),
         )
-        self._plot_grids(name, model)
+        if recipe.fixed_point is None:
+            result = replace(result, layer_errors=self._layer_errors(model))
+            self._plot_grids(name, model)
+        else:
+            result = replace(result, audit=tuple(AuditRow(**row) for row in converted.audit().rows))
         self._keep(result, settings.epochs if trained else 0)
 
     def _prepared(self, name: str, recipe) -> nn.Module:

@@ -36,12 +36,16 @@ def data_uri(path: Path) -> str:
 
 
 def _table(results: Sequence[StageResult]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in HEADER)
-    lines = []
-    for number, row in enumerate(rows(results)):
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
-        lines.append(f'<tr class="base">{cells}</tr>' if number == 0 else f"<tr>{cells}</tr>")
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    return _html_table(HEADER, rows(results), first_is_base=True)
+
+
+def _html_table(header: Sequence[str], lines: Sequence[Sequence[str]], *, first_is_base: bool = False) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = []
+    for number, line in enumerate(lines):
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in line)
+        body.append(f'<tr class="base">{cells}</tr>' if number == 0 and first_is_base else f"<tr>{cells}</tr>")
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
 def _convert_note(results: Sequence[StageResult]) -> str:
@@ -50,6 +54,22 @@ def _convert_note(results: Sequence[StageResult]) -> str:
         return ""
     parts = ", ".join(f"{result.stage} {result.convert_difference:.2g}" for result in measured)
     return f"Largest difference of a logit between the fake-quantised and the converted model on one batch: {parts}."
+
+
+def _audits(results: Sequence[StageResult]) -> str:
+    """Accuracy and operations of every integer-only network."""
+    parts = []
+    for result in results:
+        if not result.audit:
+            continue
+        lines = [(row.name, row.op, row.operands, row.accumulator or "-", row.result) for row in result.audit]
+        parts.append(
+            f"<h2>{html.escape(result.stage)}: the integer-only network</h2>"
+            f'<p class="note">Accuracy {100 * result.accuracy:.2f} %, computed by 8-bit multiplies, adds, shifts and compares alone '
+            f"({len(result.audit)} operations, each checked); floating point stands only before the input's codes and after "
+            f"the last sums.</p>{_html_table(('operation', 'kind', 'operands', 'sums', 'result'), lines)}"
+        )
+    return "".join(parts)
 
 
 def write_report(
@@ -82,6 +102,7 @@ def write_report(
             parts.append(f"<h2>{html.escape(heading)}</h2>")
             last_heading = heading
         parts.append(f'<img src="{data_uri(figure)}" alt="{html.escape(figure.stem)}">')
+    parts.append(_audits(results))
     entries = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts)
     parts.append(f"<h2>How it was made</h2><dl>{entries}</dl>")
     page = (

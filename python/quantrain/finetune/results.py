@@ -26,6 +26,25 @@ class LayerError:
 
 
 @dataclass(frozen=True)
+class AuditRow:
+    """One operation of an integer-only network.
+
+    Attributes:
+        name: The node's name.
+        op: The operation.
+        operands: Widths of what it takes, such as ``"uint8 x int8"``.
+        accumulator: Width of its sums, or None.
+        result: Width of what it gives.
+    """
+
+    name: str
+    op: str
+    operands: str
+    accumulator: str | None
+    result: str
+
+
+@dataclass(frozen=True)
 class StageResult:
     """One row of the table.
 
@@ -41,6 +60,7 @@ class StageResult:
         convert_difference: Largest difference of a logit between the fake-quantised and the converted model on one
             batch; None for the baseline.
         layer_errors: Per layer and tensor, of the fake-quantised model on one training batch.
+        audit: The operations of a converted model that is integer-only (recipes in fixed point); empty for others.
     """
 
     stage: str
@@ -53,6 +73,7 @@ class StageResult:
     seconds: float
     convert_difference: float | None = None
     layer_errors: tuple[LayerError, ...] = field(default=())
+    audit: tuple[AuditRow, ...] = field(default=())
 
 
 def read_results(folder: Path) -> dict[str, StageResult]:
@@ -67,7 +88,13 @@ def read_results(folder: Path) -> dict[str, StageResult]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         results = [
-            StageResult(**{**entry, "layer_errors": tuple(LayerError(**error) for error in entry["layer_errors"])})
+            StageResult(
+                **{
+                    **entry,
+                    "layer_errors": tuple(LayerError(**error) for error in entry["layer_errors"]),
+                    "audit": tuple(AuditRow(**row) for row in entry.get("audit", [])),
+                }
+            )
             for entry in entries
         ]
     except (ValueError, TypeError, KeyError) as error:

@@ -1,0 +1,113 @@
+"""Training and evaluation on a device, with the whole data set in its memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from quantrain.finetune.trainer import TrainSettings, learning_rate, make_optimizer
+
+__all__ = ["Images", "accuracy", "train"]
+
+_PAD = 4  # pixels of the random crop
+
+
+@dataclass(frozen=True)
+class Images:
+    """uint8 images ``[N, C, H, W]`` and labels ``[N]`` on one device, and the statistics that normalise them."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    mean: Tensor  # [C, 1, 1], on the scale 0 to 1
+    std: Tensor
+
+    @classmethod
+    def of(cls, data, device: torch.device | str) -> Images:
+        """From an object with the four tensors."""
+        images = data.train_images.to(device)
+        sample = images[:20_000].float() / 255
+        parts = [data.train_labels, data.test_images, data.test_labels]
+        mean, std = sample.mean((0, 2, 3)).reshape(-1, 1, 1), sample.std((0, 2, 3)).reshape(-1, 1, 1)
+        return cls(images, *(part.to(device) for part in parts), mean, std)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 images as float32, mean 0 and standard deviation 1 a channel."""
+        return (images.float() / 255 - self.mean) / self.std
+
+    def batches(self, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch of whole batches, each flipped and shifted at random, zeros behind the border."""
+        order = torch.randperm(len(self.train_labels), generator=generator)
+        for indices in order[: len(order) // size * size].split(size):
+            indices = indices.to(self.train_images.device)
+            images = self.normalize(self.train_images[indices])
+            flipped = torch.rand(size, generator=generator).to(images.device) < 0.5
+            images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+            yield _shifted(images, generator), self.train_labels[indices]
+
+
+def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
+    size, _, height, width = images.shape
+    shifts = torch.randint(0, 2 * _PAD + 1, (2, size), generator=generator).to(images.device)
+    rows = shifts[0][:, None] + torch.arange(height, device=images.device)
+    columns = shifts[1][:, None] + torch.arange(width, device=images.device)
+    padded = functional.pad(images, (_PAD,) * 4).permute(0, 2, 3, 1)
+    sample = torch.arange(size, device=images.device)[:, None, None]
+    return padded[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def train(model: nn.Module, images: Images, settings: TrainSettings, *, seconds: float | None = None) -> dict:
+    """Trains in place on the mean cross-entropy.
+
+    Args:
+        model: in training mode afterwards.
+        images: the data.
+        settings: epochs, learning rate, batch size, weight decay, seed, max_steps (which here cuts the schedule's length too).
+        seconds: stop after so long; the schedule then ends early, which the result says.
+
+    Returns:
+        ``steps``, ``seconds``, ``final_loss`` (mean of the last 50 steps), ``complete``.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    per_epoch = len(images.train_labels) // settings.batch_size
+    total = max(1, round(settings.epochs * per_epoch))
+    total = min(total, settings.max_steps or total)
+    optimizer = make_optimizer(model, settings)
+    started, step, losses = time.perf_counter(), 0, []
+    model.train()
+    while step < total:
+        for inputs, labels in images.batches(settings.batch_size, generator):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, total, settings.lr, settings.warmup)
+            loss = functional.cross_entropy(model(inputs), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+            step += 1
+            late = seconds is not None and step % 50 == 0 and time.perf_counter() - started > seconds
+            if step >= total or late:
+                total = min(total, step)
+                break
+    final = float(torch.stack(losses[-50:]).mean())
+    complete = total == min(max(1, round(settings.epochs * per_epoch)), settings.max_steps or 1 << 60)
+    return {"steps": step, "seconds": time.perf_counter() - started, "final_loss": final, "complete": complete}
+
+
+@torch.inference_mode()
+def accuracy(model, images: Images, batch_size: int = 1000) -> tuple[float, float]:
+    """Per cent right and mean cross-entropy of ``model`` (a module in evaluation mode, or any function) on the test set."""
+    if isinstance(model, nn.Module):
+        model.eval()
+    correct, loss = 0, 0.0
+    for inputs, labels in zip(images.test_images.split(batch_size), images.test_labels.split(batch_size), strict=True):
+        logits = model(images.normalize(inputs))
+        correct += int((logits.argmax(1) == labels).sum())
+        loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+    return 100 * correct / len(images.test_labels), loss / len(images.test_labels)
