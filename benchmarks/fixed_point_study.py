@@ -69,11 +69,12 @@ def equality(prepared: torch.nn.Module, converted: torch.nn.Module, images: Imag
     for inputs in images.test_images.split(batch_size):
         inputs = images.normalize(inputs)
         simulated = qnn.simulated_codes(prepared, inputs)
-        integer = converted.network.forward_all(converted.network.quantize_input(inputs))
-        for name, codes in simulated.items():
+        codes = converted.network.quantize_input(inputs)
+        integer = {"input": codes, **converted.network.forward_all(codes)}
+        for name, expected in simulated.items():
             nodes.add(name)
-            compared += codes.numel()
-            different += int((codes.to(torch.int64) != integer[name].to(torch.int64)).sum())
+            compared += expected.numel()
+            different += int((expected != integer[name].to(torch.int64)).sum())
     return {"nodes": len(nodes), "compared": compared, "different": different}
 
 
@@ -110,7 +111,9 @@ def run(arguments: argparse.Namespace) -> dict:
             flush=True,
         )
 
-    settings = TrainSettings(epochs=float_epochs * arguments.scale, lr=float_lr, seed=arguments.seed)
+    settings = TrainSettings(
+        epochs=float_epochs * arguments.scale, lr=float_lr, batch_size=arguments.batch_size, seed=arguments.seed
+    )
     trained = train(model, images, settings, seconds=arguments.seconds)
     percent, loss = accuracy(model, images)
     keep("float32", accuracy=percent, loss=loss, epochs=settings.epochs, lr=settings.lr, **trained)
@@ -125,11 +128,10 @@ def run(arguments: argparse.Namespace) -> dict:
         batches = [images.normalize(images.train_images[part]) for part in order.split(256)]
         qnn.calibrate(prepared, batches)
         before, _ = accuracy(qnn.convert(copy.deepcopy(prepared).eval()), images)
-        settings = (
-            TINY
-            if name == "f8net-tiny"
-            else TrainSettings(epochs=full_epochs * arguments.scale, lr=full_lr, warmup=0.1)
+        full = TrainSettings(
+            epochs=full_epochs * arguments.scale, lr=full_lr, batch_size=arguments.batch_size, warmup=0.1
         )
+        settings = TINY if name == "f8net-tiny" else full
         trained = train(prepared, images, settings, seconds=arguments.seconds)
         simulated, _ = accuracy(prepared, images)
         converted = qnn.convert(copy.deepcopy(prepared).eval())
@@ -142,6 +144,7 @@ def run(arguments: argparse.Namespace) -> dict:
             calibrated_accuracy=before,
             granularity=recipe.weight.granularity,
             lr=settings.lr,
+            batch_size=settings.batch_size,
             **trained,
             equality=equality(prepared, converted, images),
             wall=time.perf_counter() - started,
@@ -161,6 +164,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="factor of all epochs")
+    parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seconds", type=float, help="limit of each training")
     parser.add_argument("--per-channel", action="store_true", help="fraction lengths of weights a channel")
     parser.add_argument("--save", action="store_true", help="write the integer networks too")

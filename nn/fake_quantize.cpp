@@ -14,6 +14,7 @@
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
+#include "quantrain/nn/fixed_point_layers.h"
 #include "quantrain/ops/fake_quant.h"
 
 namespace quantrain::nn {
@@ -147,6 +148,7 @@ void enable_observer(torch::nn::Module& module, bool on) {
 void enable_fake_quant(torch::nn::Module& module, bool on) {
   for (const auto& child : module.modules()) {
     if (auto* fake_quantize = child->as<FakeQuantizeImpl>()) fake_quantize->enable_fake_quant(on);
+    if (auto* fixed_point = dynamic_cast<FixedPointSwitch*>(child.get())) fixed_point->enable_fake_quant(on);
   }
 }
 

@@ -21,6 +21,7 @@
 #include <c10/util/Exception.h>
 #include <torch/nn/init.h>
 
+#include "quantrain/nn/fixed_point_layers.h"
 #include "quantrain/ops/fake_quant.h"
 #include "quantrain/ops/gradient_quant_layers.h"
 #include "quantrain/ops/int8.h"
@@ -433,7 +434,24 @@ struct Calibration::Saved {
   at::NoGradGuard no_grad;
   std::vector<std::pair<std::shared_ptr<torch::nn::Module>, bool>> training;
   std::vector<std::pair<std::shared_ptr<torch::nn::Module>, bool>> fake_quant_enabled;
+  std::vector<std::pair<std::shared_ptr<torch::nn::Module>, bool>> fixed_point;
 };
+
+namespace {
+
+// Activations first: the fraction lengths of weights follow their levels.
+void end_fixed_point_calibration(const std::vector<std::pair<std::shared_ptr<torch::nn::Module>, bool>>& saved) {
+  for (const bool activations : {true, false}) {
+    for (const auto& [child, enabled] : saved) {
+      if ((dynamic_cast<FixedPointActivationImpl*>(child.get()) != nullptr) != activations) continue;
+      auto* fixed_point = dynamic_cast<FixedPointSwitch*>(child.get());
+      fixed_point->enable_fake_quant(enabled);
+      fixed_point->end_calibration();
+    }
+  }
+}
+
+}  // namespace
 
 Calibration::Calibration(torch::nn::Module& module) : saved_(std::make_unique<Saved>()) {
   for (const auto& child : module.modules()) {
@@ -443,6 +461,11 @@ Calibration::Calibration(torch::nn::Module& module) : saved_(std::make_unique<Sa
       fake_quant->enable_fake_quant(false);
       fake_quant->enable_observer(true);
       fake_quant->set_calibrating(true);
+    }
+    if (auto* fixed_point = dynamic_cast<FixedPointSwitch*>(child.get())) {
+      saved_->fixed_point.emplace_back(child, fixed_point->fake_quant_enabled());
+      fixed_point->enable_fake_quant(false);
+      fixed_point->begin_calibration();
     }
   }
   module.eval();
@@ -455,6 +478,7 @@ Calibration::~Calibration() {
     fake_quant->enable_observer(false);
     fake_quant->set_calibrating(false);
   }
+  end_fixed_point_calibration(saved_->fixed_point);
   // Parents come before their children, whose own mode is set last.
   for (const auto& [child, training] : saved_->training) child->train(training);
 }

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
-#include <regex>
 #include <stdexcept>
 #include <utility>
 
@@ -238,19 +237,22 @@ QuantSpec affine_input(int64_t bits, const std::string& observer) {
 // As they are: scales that an integer product allows. "-paper": as the authors trained, rows are samples everywhere and grad_weight
 // has a range for each column over the samples (per tensor for ptq).
 std::optional<Recipe> fqt_recipe(const std::string& name) {
-  static const std::regex kName("fqt-(ptq|psq|bhq)([2-8])(-paper)?");
   static const std::map<std::string, std::string> kQuantizers = {
       {"ptq", "per_tensor"}, {"psq", "per_sample"}, {"bhq", "householder"}};
   const std::string full_name = name == "fqt-8" ? "fqt-psq8" : name;
-  std::smatch match;
-  if (!std::regex_match(full_name, match, kName)) return std::nullopt;
-  const bool paper = match[3].matched;
+  // Not by std::regex, whose symbols libtorch exports too: with another compiler's version of them it crashes.
+  std::string rest = full_name;
+  const bool paper = rest.size() > 6 && rest.compare(rest.size() - 6, 6, "-paper") == 0;
+  if (paper) rest.resize(rest.size() - 6);
+  if (rest.size() != 8 || rest.compare(0, 4, "fqt-") != 0 || rest[7] < '2' || rest[7] > '8') return std::nullopt;
+  const std::string quantizer = rest.substr(4, 3);
+  if (!kQuantizers.contains(quantizer)) return std::nullopt;
   Recipe recipe;
   recipe.name = name;
   recipe.weight = dynamic_weight(8, "per_channel");
   recipe.input = affine_input(8, "moving_average");
-  recipe.grad_input = GradientSpec{std::stoll(match[2]), kQuantizers.at(match[1]), paper ? "sample" : "auto"};
-  const std::string columns = match[1] == "ptq" ? "per_tensor" : "per_channel";
+  recipe.grad_input = GradientSpec{rest[7] - '0', kQuantizers.at(quantizer), paper ? "sample" : "auto"};
+  const std::string columns = quantizer == "ptq" ? "per_tensor" : "per_channel";
   recipe.grad_weight = GradientSpec{8, paper ? columns : "auto", paper ? "sample" : "auto"};
   return recipe;
 }

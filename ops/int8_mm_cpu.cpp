@@ -28,6 +28,11 @@ constexpr std::array<NamedIsa, 5> kNames{{{"plain", Int8Isa::kPlain},
                                           {"avx_vnni", Int8Isa::kAvxVnni},
                                           {"avx512_vnni", Int8Isa::kAvx512Vnni}}};
 
+std::string_view int8_path_name() {
+  const char* variable = std::getenv("QUANTRAIN_CPU_INT8");
+  return variable ? variable : "";
+}
+
 // AMX multiplies sixteen times as many bytes an instruction as VNNI; oneDNN has the kernels.
 bool has_amx() {
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -43,19 +48,12 @@ constexpr int64_t kFewRows = 8;
 
 // None: oneDNN, whose own kernels need VNNI or AMX.
 std::optional<Int8Isa> chosen_path(int64_t m) {
-  const char* variable = std::getenv("QUANTRAIN_CPU_INT8");
-  const std::string_view name = variable ? variable : "";
+  const std::string_view name = int8_path_name();
   if (name == "onednn") return std::nullopt;
-  if (name.empty()) {
-    const Int8Isa best = cpu::best_int8_isa();
-    if (has_amx() || (m < kFewRows && best == Int8Isa::kAvx512Vnni)) return std::nullopt;
-    return best;
-  }
-  for (const NamedIsa& named : kNames)
-    if (named.name == name && cpu::int8_isa_supported(named.isa)) return named.isa;
-  QUANTRAIN_CHECK_VALUE(false, "int8_mm: expected QUANTRAIN_CPU_INT8 to name a path that this processor has, got {}",
-                        name);
-  return std::nullopt;
+  if (!name.empty()) return named_int8_isa("int8_mm");
+  const Int8Isa best = cpu::best_int8_isa();
+  if (has_amx() || (m < kFewRows && best == Int8Isa::kAvx512Vnni)) return std::nullopt;
+  return best;
 }
 
 // Rows of about this many elements of work: below it a second thread costs more than it brings.
@@ -78,6 +76,16 @@ void multiply(const Int8MmArgs& args, Int8Isa isa) {
 }
 
 }  // namespace
+
+cpu::Int8Isa named_int8_isa(std::string_view op) {
+  const std::string_view name = int8_path_name();
+  if (name.empty() || name == "onednn") return cpu::best_int8_isa();
+  for (const NamedIsa& named : kNames)
+    if (named.name == name && cpu::int8_isa_supported(named.isa)) return named.isa;
+  QUANTRAIN_CHECK_VALUE(false, "{}: expected QUANTRAIN_CPU_INT8 to name a path that this processor has, got {}", op,
+                        name);
+  return Int8Isa::kPlain;
+}
 
 void int8_mm_cpu(const at::Tensor& a, const at::Tensor& b, const Int8MmArgs& args) {
   if (args.m == 0 || args.n == 0) return;

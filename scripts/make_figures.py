@@ -2,14 +2,16 @@
 """Draws docs/figures/*.png: the formulas of docs/fake_quant.md, and the bandwidths of the committed benchmark results.
 
 Usage: make_figures.py [--out DIR]. Needs numpy and matplotlib; the formulas are written out here in NumPy, nothing of the
-package is imported. bandwidth.png and amp_losses.png are drawn only where benchmarks/results holds a GPU result of their benchmark.
-gradient_quant_*.png and int8_*.png are those of benchmarks/gradient_quant/figures.py and benchmarks/int8_training/figures.py, the measured
+package is imported. bandwidth.png and amp_losses.png are drawn only where benchmarks/results holds a GPU result of their benchmark,
+fixed_point_error.png only where it holds the curves of benchmarks/fixed_point_error_curve.py.
+fixed_point_lengths.png and fixed_point_speed.png are those of benchmarks/fixed_point/figures.py, gradient_quant_*.png and int8_*.png those of benchmarks/gradient_quant/figures.py and benchmarks/int8_training/figures.py, the measured
 ones only where their results are.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import re
 import sys
 from pathlib import Path
@@ -22,6 +24,7 @@ import matplotlib.pyplot as plt  # noqa: E402, the backend comes first
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
+from fixed_point import figures as fixed_point  # noqa: E402
 from gradient_quant import figures as gradient_quant  # noqa: E402
 from int8_training import figures as int8_training  # noqa: E402
 
@@ -130,7 +133,7 @@ LINE = re.compile(
 
 def bandwidth(out: Path) -> None:
     """Per cent of the copy's rate at 8192 x 8192, from the newest GPU result that holds bench_fake_quant's lines."""
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*.txt"), key=lambda p: p.stem[-10:], reverse=True):
+    for path in sorted((ROOT / "benchmarks" / "results").glob("nvidia-*.txt"), key=lambda p: p.stem[-10:], reverse=True):
         lines = [m.groupdict() for m in map(LINE.match, path.read_text(encoding="utf-8").splitlines()) if m]
         rows = [row for row in lines if row["shape"] == "8192x8192" and row["op"].startswith("fake_quantize")]
         if rows:
@@ -188,13 +191,47 @@ def amp_losses(out: Path) -> None:
     plt.close(figure)
 
 
+def fixed_point_error(out: Path) -> None:
+    """The error of each 8-bit fixed-point format against the width of a Gaussian, from the newest fixed-point-error CSV."""
+    results = sorted((ROOT / "benchmarks" / "results").glob("fixed-point-error-*.csv"))
+    if not results:
+        return
+    with results[-1].open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4), layout="constrained", sharey=True)
+    for axis, kind, numerator in zip(axes, ("signed", "unsigned"), (40, 70), strict=True):
+        chosen = [row for row in rows if row["format"] == kind]
+        sigma = np.array([float(row["sigma"]) for row in chosen])
+        lengths = [length for length in range(9) if chosen[0][f"fl{length}"]]
+        errors = np.array([[float(row[f"fl{length}"]) for length in lengths] for row in chosen])
+        for length, curve in zip(lengths, errors.T, strict=True):
+            axis.loglog(sigma, curve, color=GREY, linewidth=0.8, label="one fraction length" if length == 0 else None)
+            best = sigma[errors.argmin(axis=1) == length]
+            axis.annotate(str(length), (np.sqrt(best[0] * best[-1]), 0.0025), fontsize=8, ha="center", color=BLUE)
+        axis.loglog(sigma, errors.min(axis=1), color=BLUE, linewidth=2, label="the best of them (numbers)")
+        for length in lengths[1:]:
+            label = f"{numerator} / 2^FL: where the rule steps" if length == 1 else None
+            axis.axvline(numerator / 2**length, color=ORANGE, linewidth=0.9, linestyle="--", label=label)
+        axis.set_title(
+            f"{kind} codes, {'-127 to 127' if kind == 'signed' else '0 to 255, of the positive part'}", fontsize=10
+        )
+        axis.set_xlabel("standard deviation of the Gaussian")
+        axis.set_ylim(0.0022, 1)
+        open_frame(axis)
+        axis.legend(fontsize=8, loc="upper right", framealpha=0.9, edgecolor="none")
+    axes[0].set_ylabel("root mean square error / standard deviation")
+    figure.savefig(out / "fixed_point_error.png", dpi=150)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    for draw in (staircase, lsq_gradients, range_search, bandwidth, amp_losses):
+    for draw in (staircase, lsq_gradients, range_search, bandwidth, amp_losses, fixed_point_error):
         draw(out)
+    fixed_point.draw_all(ROOT / "benchmarks" / "results", out)
     gradient_quant.draw_all(ROOT / "benchmarks" / "results", out)
     int8_training.draw_all(ROOT / "benchmarks" / "results", out)
     print(f"make_figures: {', '.join(sorted(p.name for p in out.glob('*.png')))} in {out}")

@@ -117,7 +117,7 @@ say "building and installing quantrain (CUDA $cuda, tests $tests, $CMAKE_BUILD_P
 mkdir -p build
 python -m pip install --verbose --no-build-isolation --disable-pip-version-check -C build-dir=build/package \
   -C cmake.define.QUANTRAIN_CUDA="$cuda" -C cmake.define.QUANTRAIN_BUILD_TESTS="$tests" \
-  -C cmake.define.QUANTRAIN_BUILD_EXAMPLES="$tests" '.[train,data,sst2,hf,test]' 2>&1 | tee build/setup.log |
+  -C cmake.define.QUANTRAIN_BUILD_EXAMPLES="$tests" '.[train,data,sst2,hf,onnx,test]' 2>&1 | tee build/setup.log |
   sed -u -nE 's,.*(\[[0-9]+/[0-9]+\]) (Building|Linking) .*[ /]([^ /]+)$,setup:   \1 \3,p' || {
   tail -n 60 build/setup.log >&2
   fail "the build failed, the last lines of build/setup.log are above"

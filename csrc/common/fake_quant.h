@@ -69,6 +69,9 @@ QUANTRAIN_HOST_DEVICE float dequantized(float code, QParams p) { return (code - 
 // Straight-through estimator: the end codes pass, what lies beyond them and NaN does not.
 QUANTRAIN_HOST_DEVICE bool code_in_range(float v, QuantRange range) { return clamp_code(v, range) == v; }
 
+// The estimator of the fixed_point family: the end codes do not pass either.
+QUANTRAIN_HOST_DEVICE bool code_inside_range(float v, QuantRange range) { return (v > range.min) & (v < range.max); }
+
 // A learned zero point is a float that the forward pass rounds and holds inside the code range.
 QUANTRAIN_HOST_DEVICE float rounded_zero_point(float zero_point, QuantRange range) {
   return clamp_code(round_half_even(zero_point), range);
@@ -142,9 +145,10 @@ QUANTRAIN_HOST_DEVICE QParams qparams_from_range(float min, float max, QuantRang
 // ---- kernel arguments ------------------------------------------------------------------------------------------------------
 
 struct QParamTensors {
-  const float* scale;             // [groups]
-  const int32_t* zero_point;      // [groups] or null: symmetric
-  const float* float_zero_point;  // [groups] or null: a learned zero point
+  const float* scale;                        // [groups]
+  const int32_t* zero_point;                 // [groups] or null: symmetric
+  const float* float_zero_point;             // [groups] or null: a learned zero point
+  const int32_t* fraction_length = nullptr;  // [groups], and the three above null: the scale is 2^-fraction_length
 };
 
 // Through the read-only path on the device: the compiler may then move the load above the stores of results.
@@ -157,11 +161,27 @@ QUANTRAIN_HOST_DEVICE T load_parameter(const T* parameter) {
 #endif
 }
 
-QUANTRAIN_HOST_DEVICE QParams load_qparams(const QParamTensors& t, int64_t index, QuantRange range) {
+// A fraction length must leave a code of the range to 1: 0 <= FL and 2^FL <= max + 1. Another gives NaN, as a scale that is not positive.
+QUANTRAIN_HOST_DEVICE QParams fixed_point_qparams(int32_t fraction_length, QuantRange range) {
+  const uint32_t bounded =
+      fraction_length >= 0 && fraction_length <= 16 ? static_cast<uint32_t>(fraction_length) : 127u;
+  const float inv_scale = detail::bits_to_float((127u + bounded) << 23);
+  const float scale = detail::bits_to_float((127u - bounded) << 23);
+  const bool valid = inv_scale <= range.max + 1.0f;
+  const float nan = detail::bits_to_float(0x7fc00000u);
+  return QParams{valid ? scale : nan, valid ? inv_scale : nan, 0.0f};
+}
+
+QUANTRAIN_HOST_DEVICE QParams load_scaled_qparams(const QParamTensors& t, int64_t index, QuantRange range) {
   const float zero_point = t.zero_point         ? static_cast<float>(load_parameter(t.zero_point + index))
                            : t.float_zero_point ? rounded_zero_point(load_parameter(t.float_zero_point + index), range)
                                                 : 0.0f;
   return make_qparams(load_parameter(t.scale + index), zero_point);
+}
+
+QUANTRAIN_HOST_DEVICE QParams load_qparams(const QParamTensors& t, int64_t index, QuantRange range) {
+  if (t.fraction_length) return fixed_point_qparams(load_parameter(t.fraction_length + index), range);
+  return load_scaled_qparams(t, index, range);
 }
 
 struct FakeQuantizeArgs {
@@ -172,6 +192,7 @@ struct FakeQuantizeArgs {
   Grouping grouping;
   QParamTensors qparams;
   QuantRange range;
+  bool ends_pass = true;  // in the mask: code_in_range, or code_inside_range
 };
 
 struct FakeQuantizeBackwardArgs {

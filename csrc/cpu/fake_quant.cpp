@@ -62,12 +62,16 @@ struct BlockQParams {
   QUANTRAIN_INLINE QParams operator[](int i) const { return QParams{scale[i], inv_scale[i], zero_point[i]}; }
 
   QUANTRAIN_INLINE void load(const QParamTensors& t, int64_t first, int n, QuantRange range) {
-    for (int i = 0; i < n; ++i) {
-      const QParams p = load_qparams(t, first + i, range);
-      scale[i] = p.scale;
-      inv_scale[i] = p.inv_scale;
-      zero_point[i] = p.zero_point;
-    }
+    if (t.fraction_length)
+      for (int i = 0; i < n; ++i) set(i, fixed_point_qparams(t.fraction_length[first + i], range));
+    else
+      for (int i = 0; i < n; ++i) set(i, load_scaled_qparams(t, first + i, range));
+  }
+
+  QUANTRAIN_INLINE void set(int i, QParams p) {
+    scale[i] = p.scale;
+    inv_scale[i] = p.inv_scale;
+    zero_point[i] = p.zero_point;
   }
 };
 
@@ -117,7 +121,14 @@ void fake_quantize_typed(const FakeQuantizeArgs& a, int64_t begin, int64_t end) 
       float* __restrict__ ys = store_target(y + at, y_buffer);
       for_each_run(a.grouping, a.qparams, a.range, at, at + n, scratch,
                    [&](int offset, int length, const auto& params) QUANTRAIN_INLINE_LAMBDA {
-                     if (a.mask) {
+                     if (a.mask && !a.ends_pass) {
+                       for (int i = 0; i < length; ++i) {
+                         const QParams p = params[i];
+                         const float v = unclamped_code(xs[offset + i], p);
+                         inside[offset + i] = code_inside_range(v, a.range);
+                         ys[offset + i] = dequantized(clamp_code(v, a.range), p);
+                       }
+                     } else if (a.mask) {
                        for (int i = 0; i < length; ++i) {
                          const QParams p = params[i];
                          const float v = unclamped_code(xs[offset + i], p);

@@ -178,8 +178,15 @@ __device__ __forceinline__ void store_mask(uint8_t* __restrict__ mask, int64_t f
   }
 }
 
+// What the mask notes of an element. A template's choice: fake_quantize reuses the clamped code.
+enum class Mask {
+  kNone,
+  kInRange,      // the end codes pass
+  kInsideRange,  // they do not: the fixed_point family
+};
+
 // kWhole: every vector of the block is there, full and aligned. Such blocks run without a check, and their packs stay whole words.
-template <typename T, Mode kMode, bool kMask, bool kAligned, bool kWhole, typename Index>
+template <typename T, Mode kMode, Mask kMask, bool kAligned, bool kWhole, typename Index>
 __device__ __forceinline__ void fake_quantize_block(const T* __restrict__ x, T* __restrict__ y,
                                                     uint8_t* __restrict__ mask, int64_t numel,
                                                     const Lookup<Index>& lookup) {
@@ -198,19 +205,21 @@ __device__ __forceinline__ void fake_quantize_block(const T* __restrict__ x, T* 
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
       const float v = unclamped_code(values[j], params.get(u, j));
-      if constexpr (kMask) bits |= (code_in_range(v, lookup.range) ? 1u : 0u) << j;
+      if constexpr (kMask == Mask::kInRange) bits |= (code_in_range(v, lookup.range) ? 1u : 0u) << j;
+      if constexpr (kMask == Mask::kInsideRange) bits |= (code_inside_range(v, lookup.range) ? 1u : 0u) << j;
       values[j] = dequantized(clamp_code(v, lookup.range), params.get(u, j));
     }
     store_vector<kAligned, kWhole>(vectors, u, y, numel, pack<T, kSize>(values));
-    if constexpr (kMask) store_mask<kSize>(mask, vectors.first(u), kWhole || vectors.valid(u), numel, bits);
+    if constexpr (kMask != Mask::kNone)
+      store_mask<kSize>(mask, vectors.first(u), kWhole || vectors.valid(u), numel, bits);
   }
 }
 
-template <typename T, Mode kMode, bool kMask, bool kAligned, typename Index>
+template <typename T, Mode kMode, Mask kMask, bool kAligned, typename Index>
 __global__ void __launch_bounds__(kThreads)
     fake_quantize_kernel(const T* __restrict__ x,     // [numel]
                          T* __restrict__ y,           // [numel]
-                         uint8_t* __restrict__ mask,  // [ceil(numel / 8)] if kMask
+                         uint8_t* __restrict__ mask,  // [ceil(numel / 8)], but for Mask::kNone
                          int64_t numel, const Lookup<Index> lookup) {
   constexpr int kSize = kVectorBytes / sizeof(T);
   if (kAligned && ThreadVectors<kMode, kSize, Index>(lookup, numel).whole_block(numel))
@@ -447,10 +456,12 @@ int fake_quantize(const FakeQuantizeArgs& a, void* stream) {
             <<<grid_for<T, mode.value>(a.grouping.numel, lookup), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
                 static_cast<const T*>(a.x), static_cast<T*>(a.y), a.mask, a.grouping.numel, lookup);
       };
-      if (a.mask)
-        launch(std::true_type{});
+      if (!a.mask)
+        launch(std::integral_constant<Mask, Mask::kNone>{});
+      else if (a.ends_pass)
+        launch(std::integral_constant<Mask, Mask::kInRange>{});
       else
-        launch(std::false_type{});
+        launch(std::integral_constant<Mask, Mask::kInsideRange>{});
     });
   });
   return cudaGetLastError();

@@ -17,10 +17,12 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/cross_entropy_loss.h>
 #include <quantrain/nn/checkpoint.h>
+#include <quantrain/nn/fixed_point_network.h>
 #include <quantrain/nn/layers.h>
 #include <torch/utils.h>
 
 #include "fashion_mnist.h"
+#include "fixed_point_models.h"
 #include "resnet20.h"
 #include "training.h"
 
@@ -30,6 +32,7 @@ namespace qnn = quantrain::nn;
 using example::ImageData;
 using example::Metrics;
 using example::ResNet20;
+using qnn::FixedPointGraph;
 
 constexpr int64_t kEvaluationBatch = 256;
 
@@ -38,7 +41,8 @@ constexpr const char* kHelp = R"(finetune_fashion_mnist [flags]
 Fine-tunes ResNet-20 under one recipe and writes metrics.jsonl and safetensors checkpoints (prepared, trained, converted).
 
   --recipe NAME            qat-w8a8 (default), qat-w8a8-token, qat-w4a8, qat-w4a4, ptq-w8a8, ptq-w4a8; with quantised gradients
-                           fqt-8 and fqt-ptqN, fqt-psqN, fqt-bhqN for N = 2 to 8 bits, also with -paper behind
+                           fqt-8 and fqt-ptqN, fqt-psqN, fqt-bhqN for N = 2 to 8 bits, also with -paper behind; f8net and
+                           f8net-tiny, which end in a network of integers alone
   --checkpoint FILE        start from this model: a float32 one, which is calibrated first, or a prepared and calibrated one,
                            which brings its recipe (default: train a float32 model first)
   --data FOLDER            the four IDX files of Fashion-MNIST (default: $QUANTRAIN_DATA, Debian's dataset-fashion-mnist)
@@ -54,6 +58,7 @@ Fine-tunes ResNet-20 under one recipe and writes metrics.jsonl and safetensors c
   --device NAME            cpu (default) or cuda
   --evaluate               no training: evaluate --checkpoint (prepared, trained or converted) and stop
   --logits FILE            with --evaluate: also write the test set's logits to this safetensors file
+  --network FILE           with --evaluate of an f8net model: also convert it, and write the integer network here
   --help                   this text
 
 Ctrl-C saves the model as RECIPE.interrupted.safetensors, which --checkpoint takes, and stops; a second one stops at once.
@@ -88,7 +93,7 @@ struct Options {
 };
 
 Options parse(int argc, char** argv) {
-  static const std::set<std::string> kTexts = {"recipe", "checkpoint", "data", "output", "device", "logits"};
+  static const std::set<std::string> kTexts = {"recipe", "checkpoint", "data", "output", "device", "logits", "network"};
   static const std::set<std::string> kNumbers = {"epochs", "lr", "float-epochs", "float-lr"};
   static const std::set<std::string> kWhole = {
       "batch-size", "calibration-batches", "train-rows", "test-rows", "max-steps", "seed", "threads"};
@@ -112,6 +117,17 @@ Options parse(int argc, char** argv) {
   return options;
 }
 
+// A converted network of integers in a model's place: float images in, float logits out.
+struct IntegerNetwork {
+  qnn::FixedPointNetwork network;
+
+  at::Tensor forward(const at::Tensor& images) const {
+    return network.dequantize_output(network.forward(network.quantize_input(images)));
+  }
+  void eval() const {}
+  const IntegerNetwork* operator->() const { return this; }
+};
+
 struct Training {
   std::string stage;
   double epochs;
@@ -126,7 +142,8 @@ struct Evaluation {
   double loss;
 };
 
-Evaluation evaluate(ResNet20& model, const ImageData& data, at::Device device,
+template <typename Model>
+Evaluation evaluate(Model& model, const ImageData& data, at::Device device,
                     std::vector<at::Tensor>* all_logits = nullptr) {
   const at::NoGradGuard no_grad;
   model->eval();
@@ -145,7 +162,8 @@ Evaluation evaluate(ResNet20& model, const ImageData& data, at::Device device,
 }
 
 // Trains in place and returns the number of steps taken. Throws Interrupted after the step during which Ctrl-C came.
-int64_t train(ResNet20& model, const ImageData& data, const Training& training, Metrics& metrics, at::Device device) {
+template <typename Model>
+int64_t train(Model& model, const ImageData& data, const Training& training, Metrics& metrics, at::Device device) {
   const int64_t per_epoch = (data.train_size() + training.batch_size - 1) / training.batch_size;
   const auto total =
       std::max<int64_t>(1, static_cast<int64_t>(std::ceil(training.epochs * static_cast<double>(per_epoch))));
@@ -191,7 +209,8 @@ int64_t train(ResNet20& model, const ImageData& data, const Training& training, 
   return last;
 }
 
-void calibrate(ResNet20& model, const ImageData& data, int64_t batch_size, int64_t batches, int64_t seed,
+template <typename Model>
+void calibrate(Model& model, const ImageData& data, int64_t batch_size, int64_t batches, int64_t seed,
                at::Device device) {
   const at::Tensor order = at::randperm(data.train_size(), example::seeded_generator(seed), at::kLong);
   const qnn::Calibration calibration(*model);
@@ -203,7 +222,8 @@ void calibrate(ResNet20& model, const ImageData& data, int64_t batch_size, int64
 }
 
 // The float model's checkpoint, under the names that the Python package gives it.
-void save_float(const std::string& path, ResNet20& model) {
+template <typename Model>
+void save_float(const std::string& path, Model& model) {
   qnn::SafeTensors content{
       {}, {{"format", "quantrain"}, {"version", "1"}, {"recipe", ""}, {"converted", "false"}, {"layers", "{}"}}};
   const auto add = [&content](const auto& items) {
@@ -217,7 +237,8 @@ void save_float(const std::string& path, ResNet20& model) {
   qnn::write_safetensors(path, content);
 }
 
-void load_float(const std::string& path, ResNet20& model) {
+template <typename Model>
+void load_float(const std::string& path, Model& model) {
   std::map<std::string, at::Tensor> given = qnn::read_safetensors(path).tensors;
   std::map<std::string, at::Tensor> tensors;
   const auto collect = [&](const auto& items) {
@@ -263,9 +284,19 @@ ImageData read_data(const Options& options) {
                               options.number<int64_t>("test-rows", 0));
 }
 
+// Whether the file is half of a FixedPointNetwork's, whose graph lies beside it.
+bool is_network(const std::string& path) {
+  return std::filesystem::is_regular_file(std::filesystem::path(path).replace_extension(".json"));
+}
+
 Job make_job(const Options& options) {
   std::optional<qnn::CheckpointInfo> start;
-  if (options.has("checkpoint")) start = qnn::read_checkpoint_info(options.text("checkpoint", ""));
+  const bool network = options.has("checkpoint") && is_network(options.text("checkpoint", ""));
+  if (options.has("checkpoint") && !network) start = qnn::read_checkpoint_info(options.text("checkpoint", ""));
+  if (network && !options.has("evaluate")) {
+    throw std::invalid_argument(
+        "--checkpoint: expected a model to train, got an integer network (--evaluate takes it)");
+  }
   qnn::Recipe recipe;
   if (start && start->recipe) {
     recipe = *start->recipe;
@@ -280,20 +311,37 @@ Job make_job(const Options& options) {
   return {options, read_data(options), at::Device(options.text("device", "cpu")), start, recipe, output};
 }
 
-int run_evaluation(const Job& job) {
-  if (!job.start || !job.start->recipe)
-    throw std::invalid_argument("--evaluate: expected --checkpoint of a quantised model, got none");
-  ResNet20 model(job.data.classes(), 1, job.recipe);
-  if (job.start->converted) qnn::convert(*model, /*check_observed=*/false);
-  qnn::load_checkpoint(job.options.text("checkpoint", ""), *model);
-  model->to(job.device);
+template <typename Model>
+int report(const Job& job, Model& model, const std::string& what) {
   std::vector<at::Tensor> logits;
   const Evaluation result = evaluate(model, job.data, job.device, &logits);
   if (job.options.has("logits"))
     qnn::write_safetensors(job.options.text("logits", ""), {{{"logits", at::cat(logits)}}, {}});
-  std::printf("%s%s: accuracy %.2f %%, loss %.4f\n", job.recipe.name.c_str(), job.start->converted ? " converted" : "",
-              100 * result.accuracy, result.loss);
+  std::printf("%s: accuracy %.2f %%, loss %.4f\n", what.c_str(), 100 * result.accuracy, result.loss);
   return 0;
+}
+
+int run_evaluation(const Job& job) {
+  const std::string path = job.options.text("checkpoint", "");
+  if (!path.empty() && is_network(path)) {
+    IntegerNetwork network{qnn::FixedPointNetwork::load(path).to(job.device)};
+    return report(job, network, "integer network");
+  }
+  if (!job.start || !job.start->recipe)
+    throw std::invalid_argument("--evaluate: expected --checkpoint of a quantised model, got none");
+  if (job.recipe.fixed_point) {
+    FixedPointGraph graph = example::fixed_point_resnet20(job.data.classes(), 1, job.recipe);
+    qnn::load_checkpoint(path, *graph);
+    graph->to(job.device);
+    graph->eval();
+    if (job.options.has("network")) qnn::convert(*graph).save(job.options.text("network", ""));
+    return report(job, graph, job.recipe.name);
+  }
+  ResNet20 model(job.data.classes(), 1, job.recipe);
+  if (job.start->converted) qnn::convert(*model, /*check_observed=*/false);
+  qnn::load_checkpoint(path, *model);
+  model->to(job.device);
+  return report(job, model, job.recipe.name + (job.start->converted ? " converted" : ""));
 }
 
 Training settings(const Job& job, const std::string& stage, const std::string& prefix, double epochs, double lr) {
@@ -308,7 +356,8 @@ Training settings(const Job& job, const std::string& stage, const std::string& p
 }
 
 // The float32 model, trained with the fake-quantisers switched off or loaded, then calibrated.
-void prepare_from_float(const Job& job, ResNet20& model, Metrics& metrics) {
+template <typename Model>
+void prepare_from_float(const Job& job, Model& model, Metrics& metrics) {
   if (job.start) {
     load_float(job.options.text("checkpoint", ""), model);
   } else {
@@ -328,11 +377,24 @@ void prepare_from_float(const Job& job, ResNet20& model, Metrics& metrics) {
   qnn::save_checkpoint(job.file("prepared"), *model, job.recipe);
 }
 
-int run_job(const Job& job) {
+// Converts and writes the model, and evaluates what it became.
+Evaluation convert_and_evaluate(const Job& job, ResNet20& model) {
+  qnn::convert(*model);
+  qnn::save_checkpoint(job.file("converted"), *model, job.recipe);
+  return evaluate(model, job.data, job.device);
+}
+
+Evaluation convert_and_evaluate(const Job& job, FixedPointGraph& graph) {
+  graph->eval();
+  IntegerNetwork integers{qnn::convert(*graph)};
+  integers.network.save(job.file("converted"));
+  return evaluate(integers, job.data, job.device);
+}
+
+template <typename Model>
+int run_job(const Job& job, Model model) {
   std::filesystem::create_directories(job.output);
   Metrics metrics((job.output / "metrics.jsonl").string());
-  torch::manual_seed(static_cast<uint64_t>(job.options.number<int64_t>("seed", 0)));
-  ResNet20 model(job.data.classes(), 1, job.recipe);
   model->to(job.device);
   if (job.start && job.start->converted) {
     throw std::invalid_argument("--checkpoint: expected a model to train, got a converted one (--evaluate takes it)");
@@ -354,12 +416,10 @@ int run_job(const Job& job) {
       steps = train(model, job.data, training, metrics, job.device);
       qnn::save_checkpoint(job.file("trained"), *model, job.recipe);
     }
-    qnn::convert(*model);
-    qnn::save_checkpoint(job.file("converted"), *model, job.recipe);
-    const Evaluation result = evaluate(model, job.data, job.device);
+    const Evaluation result = convert_and_evaluate(job, model);
     metrics.evaluation(job.recipe.name, steps, steps > 0 ? training.epochs : 0.0, result.accuracy, result.loss);
-    std::printf("%s: accuracy %.2f %% with integer weights, %llu bytes in %s\n", job.recipe.name.c_str(),
-                100 * result.accuracy,
+    std::printf("%s: accuracy %.2f %% %s, %llu bytes in %s\n", job.recipe.name.c_str(), 100 * result.accuracy,
+                job.recipe.fixed_point ? "in integers alone" : "with integer weights",
                 static_cast<unsigned long long>(std::filesystem::file_size(job.file("converted"))),
                 job.file("converted").c_str());
     return 0;
@@ -392,7 +452,10 @@ int main(int argc, char** argv) {
     if (options.has("threads"))
       at::set_num_threads(static_cast<int>(std::max<int64_t>(1, options.number<int64_t>("threads", 1))));
     const Job job = make_job(options);
-    return options.has("evaluate") ? run_evaluation(job) : run_job(job);
+    if (options.has("evaluate")) return run_evaluation(job);
+    torch::manual_seed(static_cast<uint64_t>(options.number<int64_t>("seed", 0)));
+    return job.recipe.fixed_point ? run_job(job, example::fixed_point_resnet20(job.data.classes(), 1, job.recipe))
+                                  : run_job(job, ResNet20(job.data.classes(), 1, job.recipe));
   } catch (const c10::Error& error) {
     std::fprintf(stderr, "finetune_fashion_mnist: %s\n", error.what_without_backtrace());
   } catch (const std::exception& error) {

@@ -86,10 +86,12 @@ class ResNet20Impl : public torch::nn::Module {
 };
 TORCH_MODULE(ResNet20);
 
-// Names of the float model, whose batch norms stand beside their convolutions: "conv1.bn.weight" there is "bn1.weight". Names of
-// fake-quantisers have none, and give "".
+// Names of the float model, whose batch norms stand beside their convolutions: "conv1.bn.weight" there is "bn1.weight". What only a
+// quantised model has (fake-quantisers; activations, fraction lengths and the size of a pool in fixed point) gives "".
 inline std::string float_name(const std::string& name) {
-  if (name.find("_fake_quant.") != std::string::npos) return "";
+  for (const char* part : {"_fake_quant.", "activation.", "fraction_length", "mean."}) {
+    if (name.find(part) != std::string::npos) return "";
+  }
   const size_t at = name.rfind(".bn.");
   if (at == std::string::npos) return name;
   const size_t conv = name.rfind("conv", at);

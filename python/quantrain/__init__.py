@@ -27,6 +27,19 @@ from quantrain.fake_quant import (  # noqa: E402
     quantize,
     unpack_int4,
 )
+from quantrain.fixed_point import (  # noqa: E402
+    fixed_point_fraction_length,
+    fixed_point_quantize,
+    fixed_point_requantize,
+)
+from quantrain.fixed_point_layers import (  # noqa: E402
+    fixed_point_add,
+    fixed_point_conv2d,
+    fixed_point_conv2d_requantize,
+    fixed_point_linear,
+    fixed_point_max_pool2d,
+    fixed_point_sum_pool2d,
+)
 from quantrain.gradient_quant import (  # noqa: E402
     QuantizedGradient,
     quantize_gradient,
@@ -76,6 +89,15 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_dynamic",
     "fake_quantize_learnable",
+    "fixed_point_fraction_length",
+    "fixed_point_quantize",
+    "fixed_point_requantize",
+    "fixed_point_add",
+    "fixed_point_conv2d",
+    "fixed_point_conv2d_requantize",
+    "fixed_point_linear",
+    "fixed_point_max_pool2d",
+    "fixed_point_sum_pool2d",
     "fqt_conv2d",
     "fqt_linear",
     "int8_add_layer_norm",

@@ -25,6 +25,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from quantrain import Recipe  # noqa: E402
 from quantrain import nn as qnn  # noqa: E402
+from quantrain._C import FixedPointNetwork  # noqa: E402
 from quantrain.finetune import data as image_data  # noqa: E402
 from quantrain.finetune.metrics import Metrics  # noqa: E402
 from quantrain.finetune.models import resnet20  # noqa: E402
@@ -171,6 +172,48 @@ def test_losses_and_checkpoints_pass_between_the_languages(recipe, baseline, dat
     torch.testing.assert_close(
         cpp_logits(tmp_path / "converted.safetensors", folder, tmp_path / "l"), expected, rtol=0, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("recipe", ["f8net", "f8net-tiny"])
+def test_fixed_point_networks_pass_between_the_languages(recipe, baseline, data, folder, tmp_path):
+    batch_size, steps = 8, 15
+    model = prepared(baseline, data, recipe, batch_size)
+    start = tmp_path / "prepared.safetensors"
+    qnn.save_checkpoint(start, model, Recipe.from_name(recipe))
+    assert torch.equal(cpp_logits(start, folder, tmp_path / "l"), python_logits(model, data))
+
+    settings = TrainSettings(epochs=3, lr=0.02, batch_size=batch_size, max_steps=steps)
+    mine = python_losses(model, data, recipe, settings, tmp_path / "py")
+    out = tmp_path / "cpp"
+    common = ["--data", folder, "--output", out, "--epochs", 3, "--lr", 0.02, "--batch-size", batch_size]
+    run_example("--checkpoint", start, "--max-steps", steps, *common)
+    theirs = step_losses(out / "metrics.jsonl", recipe)
+    assert len(mine) == len(theirs) == steps
+    assert max(relative_differences(mine, theirs)) <= 1e-4
+
+    # Python's trained model, evaluated and converted by C++: the same bits.
+    trained = tmp_path / "trained.safetensors"
+    qnn.save_checkpoint(trained, model, Recipe.from_name(recipe))
+    expected = python_logits(model, data)
+    network = tmp_path / "network.safetensors"
+    run_example(
+        "--evaluate", "--checkpoint", trained, "--data", folder, "--logits", tmp_path / "l", "--network", network
+    )
+    assert torch.equal(load_file(tmp_path / "l")["logits"], expected)
+    converted = qnn.convert(model)
+    assert torch.equal(python_logits(converted, data), expected)
+    ours, found = converted.network.tensors(), load_file(network)
+    assert found.keys() == ours.keys()
+    assert all(torch.equal(found[name], ours[name]) for name in ours)
+
+    # C++'s integer network, evaluated by C++ and read by Python; then Python's, evaluated by C++.
+    integers = out / f"{recipe}.converted.safetensors"
+    theirs_read = FixedPointNetwork.load(str(integers))
+    images = torch.cat([inputs[0] for inputs, _ in data.test_batches(256)])
+    read = theirs_read.dequantize_output(theirs_read(theirs_read.quantize_input(images)))
+    assert torch.equal(cpp_logits(integers, folder, tmp_path / "l"), read)
+    converted.network.save(str(tmp_path / "python.safetensors"))
+    assert torch.equal(cpp_logits(tmp_path / "python.safetensors", folder, tmp_path / "l"), expected)
 
 
 def test_cpp_calibrates_a_float_checkpoint_as_python_does(baseline, data, folder, tmp_path):

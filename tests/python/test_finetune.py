@@ -160,6 +160,19 @@ def test_converted_checkpoint_gives_the_accuracy_of_the_table(finished):
     assert accuracy == read_results(finished)["qat-w4a4"].accuracy
 
 
+def test_fixed_point_recipe_reports_the_integer_network(tmp_path):
+    assert main(arguments(tmp_path, "--recipes", "f8net")) == 0
+    folder = tmp_path / "t"
+    result = read_results(folder)["f8net"]
+    model = qnn.FixedPointModel.load(folder / "f8net.converted.safetensors")
+    assert trainer.evaluate(model, image_data.load_digits_data(), CPU)[0] == result.accuracy
+    assert result.convert_difference == 0
+    assert [row.op for row in result.audit] == ["conv2d", "flatten", "linear"]
+    assert all(row.bound is None or row.bound < 2**31 for row in result.audit)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "f8net: the integer-only network" in page and "int8 x int8" in page
+
+
 def test_second_run_repeats_nothing_and_adds_a_recipe(finished, capsys):
     before = (finished / "metrics.jsonl").read_text()
     assert main(arguments(finished.parent, "--recipes", "qat-w8a8", "ptq-w4a8")) == 0

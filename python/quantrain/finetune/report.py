@@ -56,18 +56,28 @@ def _convert_note(results: Sequence[StageResult]) -> str:
     return f"Largest difference of a logit between the fake-quantised and the converted model on one batch: {parts}."
 
 
+_AUDIT_HEADER = ("layer", "kind", "operations", "operands", "sums", "result", "largest sum")
+
+
+def _integer(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
 def _audits(results: Sequence[StageResult]) -> str:
     """Accuracy and operations of every integer-only network."""
     parts = []
     for result in results:
         if not result.audit:
             continue
-        lines = [(row.name, row.op, row.operands, row.accumulator or "-", row.result) for row in result.audit]
+        lines = [
+            (row.name, row.op, row.operations, row.operands, row.accumulator or "-", row.result, _integer(row.bound))
+            for row in result.audit
+        ]
         parts.append(
             f"<h2>{html.escape(result.stage)}: the integer-only network</h2>"
             f'<p class="note">Accuracy {100 * result.accuracy:.2f} %, computed by 8-bit multiplies, adds, shifts and compares alone '
-            f"({len(result.audit)} operations, each checked); floating point stands only before the input's codes and after "
-            f"the last sums.</p>{_html_table(('operation', 'kind', 'operands', 'sums', 'result'), lines)}"
+            f"({len(result.audit)} layers, each checked; no sum passes 2^31); floating point stands only before the input's codes and after "
+            f"the last sums.</p>{_html_table(_AUDIT_HEADER, lines)}"
         )
     return "".join(parts)
 

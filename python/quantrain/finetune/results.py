@@ -31,17 +31,21 @@ class AuditRow:
 
     Attributes:
         name: The node's name.
-        op: The operation.
+        op: The kind of layer.
+        operations: What it computes with: products, additions, shifts, comparisons, copies.
         operands: Widths of what it takes, such as ``"uint8 x int8"``.
         accumulator: Width of its sums, or None.
         result: Width of what it gives.
+        bound: The largest magnitude that its sums can have, or None.
     """
 
     name: str
     op: str
+    operations: str
     operands: str
     accumulator: str | None
     result: str
+    bound: int | None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,12 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .conv_bn import QuantConvBn2d
 from .dynamic import fake_quantize_per_token, quantize_per_token
 from .fake_quantize import FakeQuantize
+from .fixed_point import FixedPointAvgPool2d, FixedPointConv2d, FixedPointLinear
+from .fixed_point_activation import FixedPointActivation
+from .fixed_point_convert import audit, fixed_point_graph, simulated_codes
+from .fixed_point_network import FixedPointModel
+from .fixed_point_onnx import export_onnx
+from .fixed_point_prepare import FixedPointPrepared
 from .gradient_probe import GradientProbe, ProbeTable
 from .int8_linear import Int8Linear, enable_weight_cache
 from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear
@@ -27,6 +33,12 @@ __all__ = [
     "PACT",
     "ErrorTable",
     "FakeQuantize",
+    "FixedPointActivation",
+    "FixedPointAvgPool2d",
+    "FixedPointConv2d",
+    "FixedPointLinear",
+    "FixedPointModel",
+    "FixedPointPrepared",
     "GradientProbe",
     "Int8Linear",
     "MSEObserver",
@@ -49,6 +61,7 @@ __all__ = [
     "SizeTable",
     "Table",
     "as_recipe",
+    "audit",
     "calibrate",
     "calibration",
     "changed_recipe",
@@ -57,7 +70,9 @@ __all__ = [
     "enable_gradient_quant",
     "enable_observer",
     "enable_weight_cache",
+    "export_onnx",
     "fake_quantize_per_token",
+    "fixed_point_graph",
     "gradient_arguments",
     "load_checkpoint",
     "make_observer",
@@ -67,5 +82,6 @@ __all__ = [
     "quantization_error",
     "quantize_per_token",
     "save_checkpoint",
+    "simulated_codes",
     "weight_scale_shape",
 ]

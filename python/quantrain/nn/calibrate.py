@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .fake_quantize import FakeQuantize
+from .fixed_point import begin_calibration, end_calibration, has_fixed_point
 from .layers import QuantLayer
 
 __all__ = ["calibrate", "calibration", "enable_fake_quant", "enable_gradient_quant", "enable_observer"]
@@ -80,11 +81,14 @@ def calibration(model: nn.Module) -> Iterator[nn.Module]:
     switches = [(quant.observer_enabled, quant.fake_quant_enabled) for quant in quants]
     for quant in quants:
         quant.observer_enabled, quant.fake_quant_enabled, quant.calibrating = True, False, True
+    begin_calibration(model)
+    done = False
     try:
         with evaluating(model), torch.no_grad():
             yield model
-        switches = [(False, True)] * len(quants)
+        switches, done = [(False, True)] * len(quants), True
     finally:
+        end_calibration(model, keep=done)
         for quant, (observing, quantizing) in zip(quants, switches, strict=True):
             quant.observer_enabled, quant.fake_quant_enabled, quant.calibrating = observing, quantizing, False
 
@@ -109,13 +113,13 @@ def calibrate(
         The model.
 
     Raises:
-        ValueError: a model without fake-quantisers, no batch at all, or a non-finite batch under ``nan_policy="raise"``.
+        ValueError: a model without fake-quantisers or fixed-point activations, no batch at all, or a non-finite batch under ``nan_policy="raise"``.
 
     >>> import quantrain.nn as qnn
     >>> model = qnn.prepare(nn.Sequential(nn.Linear(4, 2)), "ptq-w8a8")
     >>> _ = calibrate(model, [torch.randn(8, 4) for _ in range(3)])
     """
-    if not fake_quants(model):
+    if not fake_quants(model) and not has_fixed_point(model):
         raise ValueError("calibrate: expected a prepared model, got one without a FakeQuantize")
     forward = forward or run_batch
     count = 0

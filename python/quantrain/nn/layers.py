@@ -55,6 +55,11 @@ class QuantLayer(nn.Module):
 
     def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
         self.recipe = as_recipe(recipe)
+        if self.recipe.fixed_point is not None:
+            raise ValueError(
+                f"{type(self).__name__}: expected a recipe without fixed_point (prepare makes fixed-point layers of a whole "
+                f"model), got {self.recipe.name!r}"
+            )
         device = self.weight.device
         for tensor in ("weight", "input", "output"):
             spec = getattr(self.recipe, tensor)

@@ -13,6 +13,8 @@ from torch import nn
 from quantrain._C import Recipe
 
 from .conv_bn import QuantConvBn2d
+from .fixed_point_convert import FixedPointModel, convert_fixed_point
+from .fixed_point_prepare import FixedPointPrepared, prepare_fixed_point, summary_rows
 from .graph import ModelGraph, trace_model
 from .int8_linear import Int8Linear
 from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear
@@ -41,6 +43,7 @@ class PrepareSummary(Table):
         columns = {"layer": "layer", "type": "type", "weight": "weight", "input": "input", "output": "output"}
         gradients = {"grad_input": "grad_input", "grad_weight": "grad_weight"}
         columns |= {key: header for key, header in gradients.items() if any(row[key] for row in rows)}
+        columns |= {"fraction_length": "weight FL"} if any("fraction_length" in row for row in rows) else {}
         notes = [f"left float: {name} ({reason})" for name, reason in left_float.items()]
         super().__init__(columns, rows, title=f"recipe {recipe.name or '(unnamed)'}: {len(rows)} layers", notes=notes)
         self.left_float, self.recipe = dict(left_float), recipe
@@ -63,6 +66,11 @@ def prepare(
     nn.Identity; other batch norms stay in floating point. Subclasses of the three layers are left alone. Under a recipe of
     integer products (``int8-training``, ``int8-static``) only nn.Linear is swapped, in the first for :class:`Int8Linear`.
 
+    Under a recipe of fixed-point arithmetic (``f8net``, ``f8net-tiny``) the whole network becomes integers, so it is traced with
+    torch.fx and rebuilt: a NEW module (:class:`FixedPointPrepared`) is returned, in the mode of ``model``, with the same Parameter
+    objects under the same names (a batch norm's under its convolution, ``<conv>.bn.*``) and the same batch-norm modules; ``model``
+    itself keeps its structure, and with ``inplace=False`` shares nothing. ``overrides`` and ``skip`` are refused.
+
     Args:
         model: a float model.
         recipe: a :class:`quantrain.Recipe` or the name of one (``quantrain.Recipe.names()``).
@@ -79,7 +87,8 @@ def prepare(
         that is itself one of the three layers is returned as a new module.
 
     Raises:
-        ValueError: a model without such layers, a pattern that names none, an invalid recipe. The model is then unchanged.
+        ValueError: a model without such layers, a pattern that names none, an invalid recipe; under fixed point a model that
+            torch.fx cannot trace, or an operation without integer form, named with its path. The model is then unchanged.
 
     Warns:
         UserWarning: a model with batch norms that could not be traced.
@@ -93,6 +102,8 @@ def prepare(
     """
     base = as_recipe(recipe)
     overrides = dict(overrides or {})
+    if base.fixed_point is not None:
+        return _prepare_fixed_point(model, base, overrides, skip, inplace)
     if not inplace:
         model = copy.deepcopy(model)
     layers = {name: module for name, module in model.named_modules() if type(module) in _TWINS}
@@ -146,10 +157,11 @@ def convert(model: nn.Module, *, inplace: bool = True, check_observed: bool = Tr
             mean nothing before.
 
     Returns:
-        The model (a new module where ``model`` is itself a prepared layer).
+        The model (a new module where ``model`` is itself a prepared layer). Of one in fixed point a new
+        :class:`FixedPointModel`, whose ``network`` is integers throughout; ``model`` stays as it is.
 
     Raises:
-        ValueError: no prepared layer; a layer without weight spec, with weights of more than 8 bits, or with a range that
+        ValueError: no prepared layer; in fixed point an accumulator that 32 bits may not hold; a layer without weight spec, with weights of more than 8 bits, or with a range that
             was never observed. The model is then unchanged.
 
     >>> import torch
@@ -157,6 +169,8 @@ def convert(model: nn.Module, *, inplace: bool = True, check_observed: bool = Tr
     >>> convert(model)[0].weight.dtype
     torch.int8
     """
+    if isinstance(model, FixedPointPrepared):
+        return _convert_fixed_point(model, check_observed)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
     if not layers:
         raise ValueError("convert: expected a prepared model, got one without quantised layers")
@@ -178,9 +192,40 @@ def convert(model: nn.Module, *, inplace: bool = True, check_observed: bool = Tr
     return model
 
 
+def _prepare_fixed_point(
+    model: nn.Module, recipe: Recipe, overrides: Mapping, skip: Iterable[str], inplace: bool
+) -> FixedPointPrepared:
+    name = recipe.name or "(unnamed)"
+    for argument, value in (("overrides", dict(overrides)), ("skip", list(skip))):
+        if value:
+            raise ValueError(
+                f"prepare: expected no {argument} under {name!r}, whose network is of integers throughout, got {value}"
+            )
+    if isinstance(model, FixedPointPrepared) or any(
+        isinstance(m, (QuantLayer, QuantizedLayer)) for m in model.modules()
+    ):
+        raise ValueError("prepare: expected a float model, got one with layers that are quantised already")
+    prepared = prepare_fixed_point(model if inplace else copy.deepcopy(model), recipe)
+    prepared.quantization_summary = PrepareSummary(summary_rows(prepared), {}, recipe)
+    logger.info("%s", prepared.quantization_summary)
+    return prepared
+
+
+def _convert_fixed_point(model: FixedPointPrepared, check_observed: bool) -> FixedPointModel:
+    if not check_observed:
+        raise ValueError(
+            "convert: expected check_observed=True for a fixed-point model, got False (FixedPointNetwork.load reads one from its file)"
+        )
+    summary = getattr(model, "quantization_summary", None)
+    converted = convert_fixed_point(model)
+    if summary is not None:
+        converted.quantization_summary = PrepareSummary(summary_rows(model), {}, summary.recipe)
+    return converted
+
+
 def is_converted(model: nn.Module) -> bool:
     """Whether ``model`` holds converted layers."""
-    return any(isinstance(module, QuantizedLayer) for module in model.modules())
+    return any(isinstance(module, (FixedPointModel, QuantizedLayer)) for module in model.modules())
 
 
 def _matching(argument: str, pattern: str, names: Iterable[str], layers: Mapping[str, nn.Module]) -> list[str]:
