@@ -133,7 +133,9 @@ LINE = re.compile(
 
 def bandwidth(out: Path) -> None:
     """Per cent of the copy's rate at 8192 x 8192, from the newest GPU result that holds bench_fake_quant's lines."""
-    for path in sorted((ROOT / "benchmarks" / "results").glob("nvidia-*.txt"), key=lambda p: p.stem[-10:], reverse=True):
+    for path in sorted(
+        (ROOT / "benchmarks" / "results").glob("nvidia-*.txt"), key=lambda p: p.stem[-10:], reverse=True
+    ):
         lines = [m.groupdict() for m in map(LINE.match, path.read_text(encoding="utf-8").splitlines()) if m]
         rows = [row for row in lines if row["shape"] == "8192x8192" and row["op"].startswith("fake_quantize")]
         if rows:
