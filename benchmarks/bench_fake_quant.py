@@ -242,8 +242,8 @@ class Report:
         )
 
 
-def bench_cuda(report):
-    for label, shape in CUDA_SHAPES.items():
+def bench_cuda(report, shapes=CUDA_SHAPES, make_cases=make_cases):
+    for label, shape in shapes.items():
         for dtype in (torch.float32, torch.bfloat16):
             sets = 3
             x, cases = make_cases(shape, dtype, "cuda", sets)

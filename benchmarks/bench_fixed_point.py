@@ -15,7 +15,7 @@ import argparse
 import json
 
 import torch
-from bench_fake_quant import Case, Report, time_cpu, time_cuda
+from bench_fake_quant import Case, Report, bench_cuda, time_cpu
 
 import quantrain
 
@@ -129,26 +129,6 @@ def make_cases(shape, dtype, device, sets):
     return x, cases
 
 
-def bench_cuda(report):
-    for label, shape in CUDA_SHAPES.items():
-        for dtype in (torch.float32, torch.bfloat16):
-            sets = 3
-            x, cases = make_cases(shape, dtype, "cuda", sets)
-            y = torch.empty_like(x[0])
-            copy = time_cuda(lambda i: y.copy_(x[i]), sets)  # noqa: B023
-            rate = 2 * x[0].numel() * x[0].element_size() / copy
-            print(
-                f"\ncopy {dtype} {label}: {copy * 1e6:.1f} us, {rate / 1e9:.0f} GB/s; floor and native are ratios to this run"
-            )
-            for case in cases:
-                if case.check:
-                    case.check()
-                native = time_cuda(case.native, sets, batches=7, calls=3) if case.native else None
-                report.add(case, dtype, label, time_cuda(case.run, sets), rate, native)
-            del x, cases, y
-            torch.cuda.empty_cache()
-
-
 def bench_cpu(report):
     torch.set_num_threads(2)
     for label, shape in CPU_SHAPES.items():
@@ -171,7 +151,10 @@ def main():
     where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU, 2 threads"
     print(f"bench_fixed_point on {where}, torch {torch.__version__}, quantrain {quantrain.__version__}")
     report = Report(options.device)
-    (bench_cuda if options.device == "cuda" else bench_cpu)(report)
+    if options.device == "cuda":
+        bench_cuda(report, CUDA_SHAPES, make_cases)
+    else:
+        bench_cpu(report)
     if options.json:
         with open(options.json, "w") as file:
             json.dump(

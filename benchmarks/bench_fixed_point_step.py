@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).parent))
 
 from fixed_point.models import mobilenet_v2
+from int8_bench.timing import captured
 
 from quantrain import nn as qnn
 from quantrain.finetune.models import resnet20
@@ -58,19 +60,6 @@ def make_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, auto
     return step
 
 
-def captured(step: Callable[[], None]) -> Callable[[], None]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(5):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 def milliseconds(step: Callable[[], None], device: torch.device, repeats: int) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -100,7 +89,7 @@ def measure(name: str, device: torch.device, rounds: int) -> dict | None:
     steps = {}
     for kind, module in (("float", model), ("f8net", prepared)):
         step = make_step(module.train(), images, labels, autocast=on_gpu)
-        steps[kind] = captured(step) if on_gpu else step
+        steps[kind] = partial(captured(step), 0) if on_gpu else step
     times: dict[str, list[float]] = {kind: [] for kind in steps}
     for round_number in range(rounds + 1):
         for kind, step in steps.items():

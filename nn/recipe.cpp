@@ -239,9 +239,8 @@ QuantSpec affine_input(int64_t bits, const std::string& observer) {
 std::optional<Recipe> fqt_recipe(const std::string& name) {
   static const std::map<std::string, std::string> kQuantizers = {
       {"ptq", "per_tensor"}, {"psq", "per_sample"}, {"bhq", "householder"}};
-  const std::string full_name = name == "fqt-8" ? "fqt-psq8" : name;
   // Not by std::regex, whose symbols libtorch exports too: with another compiler's version of them it crashes.
-  std::string rest = full_name;
+  std::string rest = name == "fqt-8" ? "fqt-psq8" : name;
   const bool paper = rest.size() > 6 && rest.compare(rest.size() - 6, 6, "-paper") == 0;
   if (paper) rest.resize(rest.size() - 6);
   if (rest.size() != 8 || rest.compare(0, 4, "fqt-") != 0 || rest[7] < '2' || rest[7] > '8') return std::nullopt;

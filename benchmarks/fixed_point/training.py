@@ -76,8 +76,8 @@ def train(model: nn.Module, images: Images, settings: TrainSettings, *, seconds:
     """
     generator = torch.Generator().manual_seed(settings.seed)
     per_epoch = len(images.train_labels) // settings.batch_size
-    total = max(1, round(settings.epochs * per_epoch))
-    total = min(total, settings.max_steps or total)
+    planned = max(1, round(settings.epochs * per_epoch))
+    planned = total = min(planned, settings.max_steps or planned)
     optimizer = make_optimizer(model, settings)
     started, step, losses = time.perf_counter(), 0, []
     model.train()
@@ -96,8 +96,7 @@ def train(model: nn.Module, images: Images, settings: TrainSettings, *, seconds:
                 total = min(total, step)
                 break
     final = float(torch.stack(losses[-50:]).mean())
-    complete = total == min(max(1, round(settings.epochs * per_epoch)), settings.max_steps or 1 << 60)
-    return {"steps": step, "seconds": time.perf_counter() - started, "final_loss": final, "complete": complete}
+    return {"steps": step, "seconds": time.perf_counter() - started, "final_loss": final, "complete": step == planned}
 
 
 @torch.inference_mode()

@@ -216,7 +216,7 @@ class Job:
         if recipe.fixed_point is None:
             result = replace(result, layer_errors=self._layer_errors(model))
             self._plot_grids(name, model)
-        else:
+        else:  # no table of errors: tensors are rounded in units of their neighbours, which it does not know
             result = replace(result, audit=tuple(AuditRow(**row) for row in converted.audit().rows))
         self._keep(result, settings.epochs if trained else 0)
 
@@ -242,8 +242,6 @@ class Job:
         return float((model.eval()(*inputs) - converted(*inputs)).abs().max())
 
     def _layer_errors(self, model: nn.Module) -> tuple[LayerError, ...]:
-        if isinstance(model, qnn.FixedPointPrepared):
-            return ()  # its tensors are rounded in units of their neighbours, which the table does not know
         inputs, _ = self._probe()
         table = qnn.quantization_error(model, inputs)
         return tuple(
