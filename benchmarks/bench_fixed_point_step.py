@@ -112,11 +112,15 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    rows = [row for name in arguments.models if (row := measure(name, device, arguments.rounds))]
-    for row in rows:
+    rows = []
+    for name in arguments.models:
+        row = measure(name, device, arguments.rounds)
+        if row is None:
+            continue
+        rows.append(row)
         # Times of a CPU depend on the machine: there the ratio alone is printed.
         times = f"{row['float_ms']:.2f} ms and {row['f8net_ms']:.2f} ms, " if device.type == "cuda" else ""
-        print(f"{row['model']} batch {row['batch']}: {row['float_type']} and f8net {times}{row['ratio']:.2f}x")
+        print(f"{name} batch {row['batch']}: {row['float_type']} and f8net {times}{row['ratio']:.2f}x", flush=True)
     if arguments.out is not None:
         if device.type == "cpu":
             rows = [{k: v for k, v in row.items() if not k.endswith("_ms")} for row in rows]

@@ -4,7 +4,7 @@
 Usage: make_figures.py [--out DIR]. Needs numpy and matplotlib; the formulas are written out here in NumPy, nothing of the
 package is imported. bandwidth.png and amp_losses.png are drawn only where benchmarks/results holds a GPU result of their benchmark,
 fixed_point_error.png only where it holds the curves of benchmarks/fixed_point_error_curve.py.
-fixed_point_lengths.png and fixed_point_speed.png are those of benchmarks/fixed_point/figures.py, gradient_quant_*.png and int8_*.png those of benchmarks/gradient_quant/figures.py and benchmarks/int8_training/figures.py, the measured
+fixed_point_lengths.png, fixed_point_speed.png and fixed_point_resnet50.png are those of benchmarks/fixed_point/figures.py, gradient_quant_*.png and int8_*.png those of benchmarks/gradient_quant/figures.py and benchmarks/int8_training/figures.py, the measured
 ones only where their results are.
 """
 

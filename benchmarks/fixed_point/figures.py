@@ -1,4 +1,4 @@
-"""Figures of the fixed-point results that are committed: fraction lengths by layer, and the integer network's speed on a CPU."""
+"""Figures of the fixed-point results that are committed: fraction lengths by layer, the integer network's speed on a CPU, ResNet-50's layers on a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _MODELS = {"resnet20": "ResNet-20", "mobilenet_v2": "MobileNet-V2 blocks", "resn
 
 def draw_all(results: Path, out: Path) -> list[Path]:
     """Draws what ``results`` has data for into ``out``; the files written."""
-    return [path for path in (_fraction_lengths(results, out), _speed(results, out)) if path is not None]
+    drawn = (_fraction_lengths(results, out), _speed(results, out), _resnet50(results, out))
+    return [path for path in drawn if path is not None]
 
 
 def _fraction_lengths(results: Path, out: Path) -> Path | None:
@@ -77,6 +78,31 @@ def _speed(results: Path, out: Path) -> Path | None:
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     return _save(figure, out / "fixed_point_speed.png")
+
+
+def _resnet50(results: Path, out: Path) -> Path | None:
+    """Microseconds of each layer: in fixed point, in float16, and of a copy of the bytes."""
+    paths = sorted(results.glob("fixed-point-resnet50-*.json"))
+    if not paths:
+        return None
+    report = json.loads(paths[-1].read_text())
+    rows = report["layers"]
+    figure, axis = plt.subplots(figsize=(9, 4.2))
+    kinds = (("float16", "fp16_us", ORANGE), ("fixed point", "int8_us", BLUE), ("copy of its bytes", "bound_us", GREY))
+    for place, (label, key, color) in enumerate(kinds):
+        places = [number + 0.28 * place - 0.28 for number in range(len(rows))]
+        axis.bar(places, [row[key] for row in rows], 0.27, color=color, label=label)
+    for number, row in enumerate(rows):
+        top = max(row["fp16_us"], row["int8_us"])
+        axis.text(number, top + 2, f"{row['ratio']:.2f}x", ha="center", fontsize=7)
+    axis.set_xticks(range(len(rows)), [" ".join(row["name"].split()) for row in rows], rotation=60, ha="right", fontsize=7)
+    axis.set_xlim(-0.7, len(rows) - 0.3)
+    axis.set_ylabel("microseconds")
+    axis.set_title(f"{report['gpu']}, batch 64", fontsize=10)
+    axis.legend(frameon=False, fontsize=9)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    return _save(figure, out / "fixed_point_resnet50.png")
 
 
 def _save(figure: plt.Figure, path: Path) -> Path:

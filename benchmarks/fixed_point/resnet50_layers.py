@@ -29,9 +29,16 @@ import quantrain  # noqa: F401  loads the operators
 ops = torch.ops.quantrain
 CACHE_BYTES = 200 << 20
 VARIABLE = "QUANTRAIN_CUDA_FIXED_POINT_CONV"
-WGMMA = ("wgmma_128x128x128", "wgmma_128x128x64", "wgmma_128x64x128", "wgmma_128x64x64", "wgmma_64x128x128")
+WGMMA = (
+    "wgmma_128x128x128",
+    "wgmma_128x128x64",
+    "wgmma_128x64x128",
+    "wgmma_128x64x64",
+    "wgmma_64x128x128",
+    "wgmma_64x64x128",
+)
 MMA = ("128x256x64", "128x128x128", "128x128x64", "128x64x128", "128x64x64", "64x64x128", "64x64x64")
-KERNELS = (*WGMMA, *MMA, "gather")
+KERNELS = (*WGMMA, *MMA, "patch", "gather")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ constexpr int kDepthwisePixels = 4;  // of a row that a thread computes
 constexpr int64_t kMaxBlocks = int64_t{1} << 30;
 
 // One thread an output, any shape.
-__global__ void __launch_bounds__(kThreads) fixed_point_conv_plain_kernel(const FixedPointConvArgs g) {
+__global__ void __launch_bounds__(kThreads)
+    fixed_point_conv_plain_kernel(const __grid_constant__ FixedPointConvArgs g) {
   const int64_t total = g.n * g.oh * g.ow * g.o, group_c = g.c / g.groups, group_o = g.o / g.groups;
   for (int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; index < total;
        index += static_cast<int64_t>(gridDim.x) * kThreads) {
@@ -43,8 +44,8 @@ __global__ void __launch_bounds__(kThreads) fixed_point_conv_plain_kernel(const 
 // memory as [taps, words], four channels a word.
 template <bool kInputSigned>
 __global__ void __launch_bounds__(kThreads)
-    fixed_point_conv_depthwise_kernel(const FixedPointConvArgs g, FastDivisor row_groups, FastDivisor rows,
-                                      uint32_t groups) {
+    fixed_point_conv_depthwise_kernel(const __grid_constant__ FixedPointConvArgs g, FastDivisor row_groups,
+                                      FastDivisor rows, uint32_t groups) {
   extern __shared__ uint32_t taps_shared[];
   const int taps = static_cast<int>(g.kh * g.kw), kw = static_cast<int>(g.kw);
   const int64_t first_channel = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * 4;
@@ -58,12 +59,17 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (!inside) return;
   const int h = static_cast<int>(g.h), w = static_cast<int>(g.w);
-  ChannelRule rule[4];
-  int bias[4];
+  const CodeRange range(g.output_signed);
+  int32_t start[4];
+  float unit[4];
+  bool fast = g.shift && !g.residual;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if (g.shift) rule[i] = channel_rule(g, first_channel + i);
-    bias[i] = g.bias ? g.bias[first_channel + i] : 0;
+    const int bias = g.bias ? g.bias[first_channel + i] : 0;
+    const int shift = g.shift ? g.shift[(first_channel + i) * g.shift_stride] : 0;
+    fast = fast && is_fast(bias, shift, taps);
+    start[i] = bias + code_base(g.output_signed);
+    unit[i] = unit_of(min(max(shift, 0), kFastShift));
   }
   for (uint32_t group = blockIdx.x * blockDim.y + threadIdx.y; group < groups; group += gridDim.x * blockDim.y) {
     const uint32_t line = row_groups.divide(group);  // image * oh + oy
@@ -75,7 +81,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int q = 0; q < kDepthwisePixels; ++q)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[q][i] = bias[i];
+      for (int i = 0; i < 4; ++i) sums[q][i] = 0;
     for (int tap = 0, r = 0, s = 0; tap < taps; ++tap) {
       const uint32_t weight = taps_shared[tap * blockDim.x + threadIdx.x];
       const int y = y0 + r;
@@ -101,30 +107,28 @@ __global__ void __launch_bounds__(kThreads)
     for (int q = 0; q < kDepthwisePixels; ++q) {
       if (ox0 + q >= g.ow) continue;
       const int64_t index = (static_cast<int64_t>(line) * g.ow + ox0 + q) * g.c + first_channel;
-      if (!g.shift) {
-        *reinterpret_cast<int4*>(static_cast<int32_t*>(g.output) + index) =
-            make_int4(sums[q][0], sums[q][1], sums[q][2], sums[q][3]);
-        continue;
-      }
-      uint32_t word = 0;
+      if (fast) {
+        uint32_t code[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        word |= static_cast<uint32_t>(code_of(sums[q][i], residual_at(g, index + i), rule[i], g.output_signed) & 0xff)
-                << i * 8;
-      *reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(g.output) + index) = word;
+        for (int i = 0; i < 4; ++i) code[i] = rounded(sums[q][i], ChannelRule(start[i], unit[i], range));
+        *reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(g.output) + index) =
+            low_bytes(code[0], code[1], code[2], code[3]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) write_any(g, index + i, first_channel + i, sums[q][i]);
+      }
     }
   }
 }
 
-bool on_words(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+bool on_words(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 4 == 0; }
 
 }  // namespace
 
 bool suits_depthwise(const FixedPointConvArgs& a) {
   const int64_t groups = a.n * a.oh * ceil_div(a.ow, kDepthwisePixels);
   return a.groups == a.c && a.o == a.c && a.c > 1 && a.c % 4 == 0 && a.kh * a.kw <= 256 && groups < (1ll << 31) &&
-         a.c < (1 << 22) && a.w < (1 << 20) && a.h < (1 << 20) && on_words(a.input, 4) &&
-         on_words(a.output, a.shift ? 4 : 16);
+         a.c < (1 << 22) && a.w < (1 << 20) && a.h < (1 << 20) && on_words(a.input) && on_words(a.output);
 }
 
 int launch_depthwise(const FixedPointConvArgs& a, void* stream) {
@@ -157,9 +161,11 @@ int fixed_point_conv2d(const FixedPointConvArgs& a, void* stream) {
   const std::string_view asked = variable ? variable : "";
   if (asked == "plain") return conv::launch_plain(a, stream);
   if (asked == "gather") return conv::suits_gather(a) ? conv::launch_gather(a, stream) : cudaErrorInvalidValue;
+  if (asked == "patch") return conv::suits_patch(a) ? conv::launch_patch(a, stream) : cudaErrorInvalidValue;
   if (asked == "depthwise") return conv::suits_depthwise(a) ? conv::launch_depthwise(a, stream) : cudaErrorInvalidValue;
   if (!asked.empty()) return conv::suits_mma(a) ? conv::launch_mma(a, variable, stream) : cudaErrorInvalidValue;
   if (conv::suits_mma(a)) return conv::launch_mma(a, "", stream);
+  if (conv::suits_patch(a)) return conv::launch_patch(a, stream);
   if (conv::suits_gather(a)) return conv::launch_gather(a, stream);
   if (conv::suits_depthwise(a)) return conv::launch_depthwise(a, stream);
   return conv::launch_plain(a, stream);

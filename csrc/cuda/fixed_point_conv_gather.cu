@@ -45,8 +45,7 @@ int launch_gather(const FixedPointConvArgs& a, void* stream) {
   p.segment = static_cast<int>(segment_bytes(a));
   p.depth = static_cast<int>(ceil_div(a.kh * p.segment, 32) * 32);
   p.pitch = p.depth + kChunk;
-  p.residual = residual_kind(a);
-  p.wide = a.o % kChunk == 0 && is_aligned(a.output) && is_aligned(a.residual);
+  p.vector = vector_of(a);
   int error = cudaSuccess;
   dispatch_bool(a.input_signed, [&](auto is_signed) {
     constexpr bool kSigned = is_signed.value;

@@ -1,7 +1,7 @@
 // Convolution of few or odd channels (a network's first layer) as a matrix product: each pixel's window is gathered in shared memory.
 #pragma once
 
-#include "csrc/cuda/fixed_point_conv.cuh"
+#include "csrc/cuda/fixed_point_conv_mma.cuh"
 
 namespace quantrain::cuda::conv {
 
@@ -18,12 +18,11 @@ struct GatherParams {
   int row_tiles;
   int segment, depth;  // depth: kh * segment made a multiple of 32
   int pitch;           // depth + 16: eight rows meet no bank twice
-  Residual residual;
-  bool wide;
+  int vector;
 };
 
 constexpr int gather_shared_bytes(int pitch) {
-  return (GatherShape::kTileM + GatherShape::kTileN) * pitch + GatherShape::kRuleBytes + GatherShape::kStagingBytes;
+  return (GatherShape::kTileM + GatherShape::kTileN) * pitch + GatherShape::kRuleBytes;
 }
 
 // Bytes low to high of a word, others 0.
@@ -37,6 +36,7 @@ __device__ __forceinline__ uint32_t byte_mask(int low, int high) {
 __device__ __forceinline__ uint32_t load_word(const uint8_t* __restrict__ x, int64_t at, int64_t bytes) {
   if (at + 4 <= bytes) return *reinterpret_cast<const uint32_t*>(x + at);
   uint32_t word = 0;
+#pragma unroll 1
   for (int i = 0; at + i < bytes; ++i) word |= static_cast<uint32_t>(x[at + i]) << i * 8;
   return word;
 }
@@ -82,31 +82,30 @@ __device__ __forceinline__ void gather_window(uint8_t* to, const GatherParams& p
   }
 }
 
-// Rows [channels, kh, kw * c] of this block's channels as [kTileN, pitch], with zeros for all that is not there.
+// Rows [channels, kh, kw * c] of this block's channels as [kTileN, pitch], rows as the shape has them, with zeros for all that is not there.
 __device__ __forceinline__ void gather_weight(uint8_t* to, const GatherParams& p, int first_channel) {
   const FixedPointConvArgs& g = p.g;
   const int row_bytes = static_cast<int>(g.kw * g.c), kh = static_cast<int>(g.kh);
   for (int i = threadIdx.x; i < GatherShape::kTileN * p.depth; i += GatherShape::kThreads) {
-    const int channel = i / p.depth, k = i - channel * p.depth, r = k / p.segment, byte = k - r * p.segment;
-    const bool inside = first_channel + channel < g.o && r < kh && byte < row_bytes;
-    to[channel * p.pitch + k] =
-        inside ? static_cast<uint8_t>(
-                     g.weight[(static_cast<int64_t>(first_channel + channel) * kh + r) * row_bytes + byte])
+    const int row = i / p.depth, k = i - row * p.depth, r = k / p.segment, byte = k - r * p.segment;
+    const int channel = first_channel + GatherShape::row_channel(row);
+    const bool inside = channel < g.o && r < kh && byte < row_bytes;
+    to[row * p.pitch + k] =
+        inside ? static_cast<uint8_t>(g.weight[(static_cast<int64_t>(channel) * kh + r) * row_bytes + byte])
                : uint8_t{0};
   }
 }
 
 template <int kWords, bool kInputSigned>
-__global__ void __launch_bounds__(GatherShape::kThreads, 4) fixed_point_conv_gather_kernel(const GatherParams p) {
+__global__ void __launch_bounds__(GatherShape::kThreads, 4)
+    fixed_point_conv_gather_kernel(const __grid_constant__ GatherParams p) {
   using Shape = GatherShape;
-  extern __shared__ __align__(128) uint8_t shared_bytes[];
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
   uint8_t* const weight = shared_bytes + Shape::kTileM * p.pitch;
-  uint8_t* const rule_bytes = weight + Shape::kTileN * p.pitch;
-  auto* const rules = reinterpret_cast<ChannelRule*>(rule_bytes);
-  uint8_t* const staging = rule_bytes + Shape::kRuleBytes;
-  TilePlace at{0, p.pixels, static_cast<int>(blockIdx.y) * Shape::kTileN, static_cast<int>(p.g.o), p.wide};
+  const auto rules = TileRules::at<Shape>(weight + Shape::kTileN * p.pitch);
+  const TilePlace at{static_cast<int>(blockIdx.y) * Shape::kTileN, static_cast<int>(p.g.o), p.vector};
   gather_weight(weight, p, at.first_channel);
-  load_rules<Shape>(rules, p.g, at);
+  const Ending ending = load_rules<Shape>(rules, p.g, at, p.g.kh * p.g.kw * p.g.c);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const SharedAddress a_row =
@@ -115,15 +114,12 @@ __global__ void __launch_bounds__(GatherShape::kThreads, 4) fixed_point_conv_gat
                               (warp % Shape::kWarpsN * Shape::kWarpN + lane % 8 + lane / 16 * 8) * p.pitch +
                               lane / 8 % 2 * kChunk;
   for (int tile = blockIdx.x; tile < p.row_tiles; tile += gridDim.x) {
-    at.first_pixel = static_cast<int64_t>(tile) * Shape::kTileM;
+    const int first_pixel = tile * Shape::kTileM;
     __syncthreads();  // the tile before is done with shared memory
-    if (p.residual == Residual::kUInt8 || p.residual == Residual::kInt8) start_residual<Shape>(staging, p.g, at);
-    commit_copies();
-    if (at.first_pixel + threadIdx.x < at.pixels)
-      gather_window<kWords>(shared_bytes + threadIdx.x * p.pitch, p, at.first_pixel + threadIdx.x);
+    if (first_pixel + static_cast<int>(threadIdx.x) < p.pixels)
+      gather_window<kWords>(shared_bytes + threadIdx.x * p.pitch, p, first_pixel + static_cast<int>(threadIdx.x));
     typename Shape::Sums sums;
-    start_sums<Shape>(sums, p.g.bias, at);
-    wait_copies<0>();
+    MmaEngine::begin<Shape>(sums);
     __syncthreads();
 #pragma unroll 1
     for (int k = 0; k < p.depth; k += 32) {
@@ -138,7 +134,9 @@ __global__ void __launch_bounds__(GatherShape::kThreads, 4) fixed_point_conv_gat
         for (int j = 0; j < Shape::kTilesN; ++j)
           multiply<kInputSigned>(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
     }
-    write_tile<Shape>(sums, staging, rules, p.g, at, p.residual);
+    write_tile<Shape>(sums, rules, ending, p.g, at, [&](int row) {
+      return first_pixel + row < p.pixels ? static_cast<int64_t>(first_pixel + row) : int64_t{-1};
+    });
   }
 }
 

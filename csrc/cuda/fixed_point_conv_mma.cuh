@@ -12,7 +12,6 @@ template <typename Shape_, int kDepth_, int kStages_, int kMinBlocks_>
 struct MmaTile : Shape_ {
   using Shape = Shape_;
   static constexpr int kDepth = kDepth_, kStages = kStages_, kMinBlocks = kMinBlocks_;
-  static constexpr int kStageBytes = (Shape::kTileM + Shape::kTileN) * kDepth;
   static constexpr int kChunks = kDepth / kChunk;               // a row
   static constexpr int kRowsAPass = Shape::kThreads / kChunks;  // that the threads copy at once
   static constexpr int kPassesA = Shape::kTileM / kRowsAPass, kPassesB = Shape::kTileN / kRowsAPass;
@@ -22,23 +21,22 @@ struct MmaTile : Shape_ {
 struct MmaParams {
   FixedPointConvArgs g;
   FastDivisor image, row;  // of pixels: oh * ow and ow
-  int pixels;
-  int column_tiles;
-  int stages;  // that have shared memory: no more than there are steps
-  int steps;
-  // Where they lie in shared memory. Codes are staged where the stages were, unless the residual's codes wait there.
-  int rules, staging;
-  Residual residual;
-  bool wide;
+  int pixels, row_tiles, column_tiles;
+  int row_step;  // a block's next tile of its column is so many further
+  int steps, stages;
+  int stage_bytes;
+  bool resident;       // all of the column's weights stay in shared memory; a stage then holds pixels alone
+  bool flat;           // a window is a pixel: no taps, strides or padding
+  int weights, rules;  // where they lie in shared memory
+  int vector;
 };
 
-// Lays out shared memory and gives its size.
-inline int lay_out(MmaParams& p, int stage_bytes, int staging_bytes, int rule_bytes) {
-  const bool apart = p.residual == Residual::kUInt8 || p.residual == Residual::kInt8;
-  const int stages = p.stages * stage_bytes;
-  p.rules = apart || stages > staging_bytes ? stages : staging_bytes;
-  p.staging = apart ? p.rules + rule_bytes : 0;
-  return p.rules + rule_bytes + (apart ? staging_bytes : 0);
+// Lays out shared memory, stages first, and gives its size.
+inline int lay_out(MmaParams& p, int pixel_bytes, int weight_bytes, int rule_bytes) {
+  p.stage_bytes = pixel_bytes + (p.resident ? 0 : weight_bytes);
+  p.weights = p.stages * p.stage_bytes;
+  p.rules = p.weights + (p.resident ? p.steps * weight_bytes : 0);
+  return p.rules + rule_bytes;
 }
 
 // Chunks are permuted so that eight rows' chunks of one column lie in different banks.
@@ -51,9 +49,9 @@ __device__ __forceinline__ int chunk_place(int row, int chunk) {
 }
 
 template <typename Tile, bool kInputSigned>
-__device__ __forceinline__ void multiply_stage(typename Tile::Sums& sums, SharedAddress a_stage, int lane, int warp) {
+__device__ __forceinline__ void multiply_stage(typename Tile::Sums& sums, SharedAddress a_stage, SharedAddress b_stage,
+                                               int lane, int warp) {
   constexpr int kSlices = Tile::kDepth / 32;
-  const SharedAddress b_stage = a_stage + Tile::kTileM * Tile::kDepth;
   const int a_row = warp / Tile::kWarpsN * Tile::kWarpM + lane % 16;
   const int b_row = warp % Tile::kWarpsN * Tile::kWarpN + lane % 8 + lane / 16 * 8;
   uint32_t a[2][Tile::kTilesM][4], b[2][Tile::kTilesN / 2][4];
@@ -81,55 +79,91 @@ __device__ __forceinline__ void multiply_stage(typename Tile::Sums& sums, Shared
 
 // How a stage is multiplied: by mma.sync, at once. Another engine may start what it finishes after the next stage's copies.
 struct MmaEngine {
+  template <typename Tile>
+  static __device__ __forceinline__ void begin(typename Tile::Sums& sums) {
+#pragma unroll
+    for (int i = 0; i < Tile::kTilesM; ++i)
+#pragma unroll
+      for (int j = 0; j < Tile::kTilesN; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums[i][j][e] = 0;
+  }
+
   static __device__ __forceinline__ void publish() {}
 
   template <typename Tile, bool kInputSigned>
-  static __device__ __forceinline__ void start(typename Tile::Sums&, SharedAddress) {}
+  static __device__ __forceinline__ void start(typename Tile::Sums&, SharedAddress, SharedAddress, bool) {}
 
   template <typename Tile, bool kInputSigned>
-  static __device__ __forceinline__ void finish(typename Tile::Sums& sums, SharedAddress stage) {
-    multiply_stage<Tile, kInputSigned>(sums, stage, threadIdx.x % 32, threadIdx.x / 32);
+  static __device__ __forceinline__ void finish(typename Tile::Sums& sums, SharedAddress a, SharedAddress b) {
+    multiply_stage<Tile, kInputSigned>(sums, a, b, threadIdx.x % 32, threadIdx.x / 32);
   }
 };
 
+// A block goes down one column of tiles. Copies run ahead through the ring of stages, into the next tile while this one's sums become codes.
 template <typename Engine, typename Tile, bool kInputSigned>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks) fixed_point_conv_mma_kernel(const MmaParams p) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
+    fixed_point_conv_mma_kernel(const __grid_constant__ MmaParams p) {
   using Shape = typename Tile::Shape;
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   const FixedPointConvArgs& g = p.g;
-  auto* const rules = reinterpret_cast<ChannelRule*>(shared_bytes + p.rules);
-  uint8_t* const staging = shared_bytes + p.staging;
+  const auto rules = TileRules::at<Shape>(shared_bytes + p.rules);
   const SharedAddress shared = shared_address(shared_bytes);
   // Channels vary first: the tiles that read one block of pixels run side by side.
   const int column_tile = static_cast<int>(blockIdx.x) % p.column_tiles;
-  const int row_tile = static_cast<int>(blockIdx.x) / p.column_tiles;
-  const TilePlace at{static_cast<int64_t>(row_tile) * Shape::kTileM, p.pixels, column_tile * Shape::kTileN,
-                     static_cast<int>(g.o), p.wide};
+  const int first_row_tile = static_cast<int>(blockIdx.x) / p.column_tiles;
+  const TilePlace at{column_tile * Shape::kTileN, static_cast<int>(g.o), p.vector};
 
   // This thread copies one chunk of a stage's row, in every kRowsAPass-th row; (r, s, channel) is where that chunk stands in the window.
   const int tid = threadIdx.x, chunk = tid % Tile::kChunks, copy_row = tid / Tile::kChunks;
   const int h = static_cast<int>(g.h), w = static_cast<int>(g.w), c = static_cast<int>(g.c);
   const int kh = static_cast<int>(g.kh), kw = static_cast<int>(g.kw), depth = kh * kw * c;
-  const uint32_t first_image = p.image.divide(static_cast<uint32_t>(at.first_pixel));
-  const auto* const images = static_cast<const uint8_t*>(g.input) + static_cast<int64_t>(first_image) * h * w * c;
-  int offset[Tile::kPassesA], corner[Tile::kPassesA];  // of the window's first tap: in bytes; y and x, 16 bits each
+  const uint8_t* images = nullptr;
+  int offset[Tile::kPassesA], corner[Tile::kPassesA];      // of the window's first tap: in bytes; y and x, 16 bits each
+  constexpr int kNowhere = static_cast<int>(0x80000000u);  // y = -2^15: never inside
+  const auto place_rows = [&](int row_tile) {
+    const int first_pixel = row_tile * Shape::kTileM;
+    if (p.flat) {
+      images = static_cast<const uint8_t*>(g.input) + static_cast<int64_t>(first_pixel) * c;
 #pragma unroll
-  for (int i = 0; i < Tile::kPassesA; ++i) {
-    const int64_t pixel = at.first_pixel + copy_row + i * Tile::kRowsAPass;
-    if (pixel < at.pixels) {
+      for (int i = 0; i < Tile::kPassesA; ++i) {
+        const int row = copy_row + i * Tile::kRowsAPass;
+        offset[i] = row * c;
+        corner[i] = first_pixel + row < p.pixels ? 0 : kNowhere;
+      }
+      return;
+    }
+    const uint32_t first_image = p.image.divide(static_cast<uint32_t>(first_pixel));
+    images = static_cast<const uint8_t*>(g.input) + static_cast<int64_t>(first_image) * h * w * c;
+#pragma unroll
+    for (int i = 0; i < Tile::kPassesA; ++i) {
+      const int pixel = first_pixel + copy_row + i * Tile::kRowsAPass;
       const uint32_t image = p.image.divide(static_cast<uint32_t>(pixel));
       const uint32_t in_image = static_cast<uint32_t>(pixel) - image * p.image.divisor;
       const uint32_t oy = p.row.divide(in_image), ox = in_image - oy * p.row.divisor;
       const int y = static_cast<int>(oy * g.stride_h) - static_cast<int>(g.padding_h);
       const int x = static_cast<int>(ox * g.stride_w) - static_cast<int>(g.padding_w);
       offset[i] = ((static_cast<int>(image - first_image) * h + y) * w + x) * c;
-      corner[i] = static_cast<int>(static_cast<uint32_t>(y) << 16 | (static_cast<uint32_t>(x) & 0xffff));
-    } else {
-      offset[i] = 0;
-      corner[i] = static_cast<int>(0x80000000u);  // y = -2^15: never inside
+      corner[i] = pixel < p.pixels
+                      ? static_cast<int>(static_cast<uint32_t>(y) << 16 | (static_cast<uint32_t>(x) & 0xffff))
+                      : kNowhere;
     }
-  }
-  const int8_t* weight = g.weight + static_cast<int64_t>(at.first_channel + copy_row) * depth + chunk * kChunk;
+  };
+
+  const int first_row_channel = at.first_channel + Shape::row_channel(copy_row);
+  const int8_t* const weight = g.weight + static_cast<int64_t>(first_row_channel) * depth + chunk * kChunk;
+  const auto copy_weights = [&](SharedAddress to, int step) {
+    const bool in_window = step * Tile::kDepth + chunk * kChunk < depth;
+#pragma unroll
+    for (int i = 0; i < Tile::kPassesB; ++i) {
+      constexpr int kRow = Tile::kRowsAPass;
+      const int further = Shape::row_channel(i * kRow);
+      const bool inside = in_window && first_row_channel + further < at.channels;
+      copy_chunk(to + chunk_place<Tile::kDepth>(copy_row + i * kRow, chunk),
+                 inside ? weight + (static_cast<int64_t>(further) * depth + step * Tile::kDepth) : g.weight, inside);
+    }
+  };
+
   int r = 0, s = 0, channel = chunk * kChunk, tap = channel;  // tap: of this chunk, in bytes from the window's first
   const auto settle = [&] {
     while (channel >= c && r < kh) {
@@ -141,12 +175,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks) fixed_point_
       }
     }
   };
+  int fill_tile = first_row_tile, fill_step = 0, fill_slot = 0;
   settle();
-
-  int filled = 0, fill_slot = 0;
+  place_rows(fill_tile);
   const auto start_stage = [&] {
-    if (filled < p.steps) {
-      const SharedAddress stage = shared + fill_slot * Tile::kStageBytes;
+    if (fill_tile < p.row_tiles) {
+      const SharedAddress stage = shared + fill_slot * p.stage_bytes;
       const bool in_window = r < kh;
 #pragma unroll
       for (int i = 0; i < Tile::kPassesA; ++i) {
@@ -156,43 +190,56 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks) fixed_point_
         copy_chunk(stage + chunk_place<Tile::kDepth>(copy_row + i * Tile::kRowsAPass, chunk),
                    inside ? images + (offset[i] + tap) : images, inside);
       }
-#pragma unroll
-      for (int i = 0; i < Tile::kPassesB; ++i) {
-        const int row = copy_row + i * Tile::kRowsAPass;
-        const bool inside = in_window && at.first_channel + row < at.channels;
-        copy_chunk(stage + Shape::kTileM * Tile::kDepth + chunk_place<Tile::kDepth>(row, chunk),
-                   inside ? weight + static_cast<int64_t>(i * Tile::kRowsAPass) * depth : g.weight, inside);
-      }
-      weight += Tile::kDepth;
-      channel += Tile::kDepth;
-      tap += Tile::kDepth;
-      settle();
-      ++filled;
+      if (!p.resident) copy_weights(stage + Shape::kTileM * Tile::kDepth, fill_step);
       fill_slot = fill_slot + 1 == p.stages ? 0 : fill_slot + 1;
+      if (++fill_step < p.steps) {
+        channel += Tile::kDepth;
+        tap += Tile::kDepth;
+        settle();
+      } else {
+        fill_step = 0;
+        fill_tile += p.row_step;
+        r = s = 0;
+        channel = tap = chunk * kChunk;
+        settle();
+        if (fill_tile < p.row_tiles) place_rows(fill_tile);
+      }
     }
     commit_copies();
   };
 
-  if (p.residual == Residual::kUInt8 || p.residual == Residual::kInt8) start_residual<Shape>(staging, g, at);
+  if (p.resident)
+    for (int step = 0; step < p.steps; ++step)
+      copy_weights(shared + p.weights + step * (Shape::kTileN * Tile::kDepth), step);
 #pragma unroll
   for (int i = 0; i < Tile::kStages - 1; ++i) start_stage();
-  load_rules<Shape>(rules, g, at);
-  typename Tile::Sums sums;
-  start_sums<Shape>(sums, g.bias, at);
+  const Ending ending = load_rules<Shape>(rules, g, at, depth);
 
+  const bool has_codes = g.residual && g.residual_type != DType::kInt32;
   int slot = 0;
-  for (int step = 0; step < p.steps; ++step) {
-    wait_copies<Tile::kStages - 2>();
-    Engine::publish();
-    __syncthreads();
-    const SharedAddress stage = shared + slot * Tile::kStageBytes;
-    Engine::template start<Tile, kInputSigned>(sums, stage);
-    start_stage();
-    Engine::template finish<Tile, kInputSigned>(sums, stage);
-    slot = slot + 1 == p.stages ? 0 : slot + 1;
+  for (int row_tile = first_row_tile; row_tile < p.row_tiles; row_tile += p.row_step) {
+    const int first_pixel = row_tile * Shape::kTileM;
+    if (has_codes && tid < Shape::kTileM && first_pixel + tid < p.pixels)
+      prefetch(static_cast<const uint8_t*>(g.residual) + static_cast<int64_t>(first_pixel + tid) * at.channels +
+               at.first_channel);
+    typename Tile::Sums sums;
+    Engine::template begin<Tile>(sums);
+    for (int step = 0; step < p.steps; ++step) {
+      wait_copies<Tile::kStages - 2>();
+      Engine::publish();
+      __syncthreads();
+      const SharedAddress a = shared + slot * p.stage_bytes;
+      const SharedAddress b =
+          p.resident ? shared + p.weights + step * (Shape::kTileN * Tile::kDepth) : a + Shape::kTileM * Tile::kDepth;
+      Engine::template start<Tile, kInputSigned>(sums, a, b, step == 0);
+      start_stage();
+      Engine::template finish<Tile, kInputSigned>(sums, a, b);
+      slot = slot + 1 == p.stages ? 0 : slot + 1;
+    }
+    write_tile<Shape>(sums, rules, ending, g, at, [&](int row) {
+      return first_pixel + row < p.pixels ? static_cast<int64_t>(first_pixel + row) : int64_t{-1};
+    });
   }
-  if (p.staging == 0) __syncthreads();  // the stages are free
-  write_tile<Shape>(sums, staging, rules, g, at, p.residual);
 }
 
 // ---- launching -------------------------------------------------------------------------------------------------------------
@@ -209,9 +256,9 @@ int launch_tile(const MmaParams& p, int blocks, int shared, cudaStream_t stream)
 
 struct Candidate {
   const char* name;
-  int tile_m, tile_n, depth, stages, stage_bytes, staging_bytes, rule_bytes,
-      blocks;   // blocks: a multiprocessor, by registers
-  double rate;  // of multiplications, relative
+  int tile_m, tile_n, depth, stages, rule_bytes;
+  int blocks;   // a multiprocessor, by registers
+  double rate;  // of products, in parts of the peak, as the estimate of times has it
   int (*run_unsigned)(const MmaParams&, int, int, cudaStream_t);
   int (*run_signed)(const MmaParams&, int, int, cudaStream_t);
 };
@@ -223,8 +270,6 @@ constexpr Candidate candidate(const char* name, double rate) {
           Tile::kTileN,
           Tile::kDepth,
           Tile::kStages,
-          Tile::kStageBytes,
-          Tile::kStagingBytes,
           Tile::kRuleBytes,
           Tile::kMinBlocks,
           rate,

@@ -23,17 +23,18 @@ __device__ __forceinline__ uint64_t operand_descriptor(SharedAddress address) {
   QUANTRAIN_SUMS(i), QUANTRAIN_SUMS(i + 1), QUANTRAIN_SUMS(i + 2), QUANTRAIN_SUMS(i + 3), QUANTRAIN_SUMS(i + 4), \
       QUANTRAIN_SUMS(i + 5), QUANTRAIN_SUMS(i + 6), QUANTRAIN_SUMS(i + 7)
 
-// c += a b over 32 bytes of depth: a [64, 32] of the warp group, b [32, 64] or [32, 128].
+// c = a b + (accumulate ? c : 0) over 32 bytes of depth: a [64, 32] of the warp group, b [32, 64] or [32, 128].
 template <bool kInputSigned>
-__device__ __forceinline__ void multiply_group(int (&c)[8][4], uint64_t a, uint64_t b) {
+__device__ __forceinline__ void multiply_group(int (&c)[8][4], uint64_t a, uint64_t b, int accumulate) {
 #define QUANTRAIN_WGMMA(type)                                                                                   \
   asm volatile(                                                                                                 \
+      "{ .reg .pred p; setp.ne.b32 p, %34, 0;\n"                                                                \
       "wgmma.mma_async.sync.aligned.m64n64k32.s32." type                                                        \
       ".s8 "                                                                                                    \
       "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
-      "%28,%29,%30,%31}, %32, %33, 1;"                                                                          \
+      "%28,%29,%30,%31}, %32, %33, p; }"                                                                        \
       : QUANTRAIN_SUMS8(0)                                                                                      \
-      : "l"(a), "l"(b))
+      : "l"(a), "l"(b), "r"(accumulate))
   if constexpr (kInputSigned)
     QUANTRAIN_WGMMA("s8");
   else
@@ -42,16 +43,17 @@ __device__ __forceinline__ void multiply_group(int (&c)[8][4], uint64_t a, uint6
 }
 
 template <bool kInputSigned>
-__device__ __forceinline__ void multiply_group(int (&c)[16][4], uint64_t a, uint64_t b) {
+__device__ __forceinline__ void multiply_group(int (&c)[16][4], uint64_t a, uint64_t b, int accumulate) {
 #define QUANTRAIN_WGMMA(type)                                                                                    \
   asm volatile(                                                                                                  \
+      "{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"                                                                 \
       "wgmma.mma_async.sync.aligned.m64n128k32.s32." type                                                        \
       ".s8 "                                                                                                     \
       "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"  \
       "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53," \
-      "%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, 1;"                                                   \
+      "%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, p; }"                                                 \
       : QUANTRAIN_SUMS8(0), QUANTRAIN_SUMS8(8)                                                                   \
-      : "l"(a), "l"(b))
+      : "l"(a), "l"(b), "r"(accumulate))
   if constexpr (kInputSigned)
     QUANTRAIN_WGMMA("s8");
   else
@@ -80,25 +82,30 @@ __device__ __forceinline__ void publish_copies() { asm volatile("fence.proxy.asy
 #endif
 
 struct WgmmaEngine {
+  template <typename Tile>
+  static __device__ __forceinline__ void begin(typename Tile::Sums&) {
+  }  // the first product of a tile does not accumulate
+
   static __device__ __forceinline__ void publish() { publish_copies(); }
 
   template <typename Tile, bool kInputSigned>
-  static __device__ __forceinline__ void start(typename Tile::Sums& sums, SharedAddress stage) {
+  static __device__ __forceinline__ void start(typename Tile::Sums& sums, SharedAddress a_stage, SharedAddress b_stage,
+                                               bool first) {
     static_assert(Tile::kTilesM == 1 && Tile::kWarpsN == 1);
     // The shuffle tells the compiler that a warp has one descriptor.
     const int group = warp_uniform(static_cast<int>(threadIdx.x) / 128);
-    const auto a = operand_descriptor<Tile::kDepth>(stage + group * 64 * Tile::kDepth);
-    const auto b = operand_descriptor<Tile::kDepth>(stage + Tile::kTileM * Tile::kDepth);
+    const auto a = operand_descriptor<Tile::kDepth>(a_stage + group * 64 * Tile::kDepth);
+    const auto b = operand_descriptor<Tile::kDepth>(b_stage);
     begin_groups();
 #pragma unroll
     for (int slice = 0; slice < Tile::kDepth / 32; ++slice)  // descriptors count in 16 bytes
-      multiply_group<kInputSigned>(sums[0], a + slice * 2, b + slice * 2);
+      multiply_group<kInputSigned>(sums[0], a + slice * 2, b + slice * 2, slice > 0 || !first);
     commit_groups();
   }
 
   // The stage is then free.
   template <typename Tile, bool kInputSigned>
-  static __device__ __forceinline__ void finish(typename Tile::Sums& sums, SharedAddress) {
+  static __device__ __forceinline__ void finish(typename Tile::Sums& sums, SharedAddress, SharedAddress) {
     wait_groups(sums[0]);
   }
 };
