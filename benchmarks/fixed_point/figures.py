@@ -95,7 +95,9 @@ def _resnet50(results: Path, out: Path) -> Path | None:
     for number, row in enumerate(rows):
         top = max(row["fp16_us"], row["int8_us"])
         axis.text(number, top + 2, f"{row['ratio']:.2f}x", ha="center", fontsize=7)
-    axis.set_xticks(range(len(rows)), [" ".join(row["name"].split()) for row in rows], rotation=60, ha="right", fontsize=7)
+    axis.set_xticks(
+        range(len(rows)), [" ".join(row["name"].split()) for row in rows], rotation=60, ha="right", fontsize=7
+    )
     axis.set_xlim(-0.7, len(rows) - 0.3)
     axis.set_ylabel("microseconds")
     axis.set_title(f"{report['gpu']}, batch 64", fontsize=10)
