@@ -13,113 +13,22 @@
 
 #include <ATen/ops/abs.h>
 #include <ATen/ops/sum.h>
-#include <nlohmann/json.hpp>
 
+#include "nn/fixed_point_fields.h"
 #include "ops/check.h"
 #include "quantrain/nn/recipe.h"
 
 namespace quantrain::nn::detail {
 namespace {
 
-using Json = nlohmann::ordered_json;
 using Tensors = std::map<std::string, at::Tensor>;
 
 constexpr int64_t kLimit = int64_t{1} << 31;
 constexpr int64_t kMaxSize = 1 << 20;  // of a kernel, a stride, an image side: far beyond use, far from overflow
 constexpr int64_t kMaxChannels = 1 << 24;
-constexpr int64_t kMaxPoolShift = 23;    // more pixels than a sum in int32 can hold
-constexpr double kMaxElements = 0x1p48;  // of a value: far beyond memory, far from overflow
+constexpr int64_t kMaxPoolShift = 23;  // more pixels than a sum in int32 can hold
 constexpr const char* kOps[] = {"conv2d", "linear", "max_pool2d", "avg_pool2d", "slice_pad", "add", "flatten"};
 constexpr const char* kFormat = "quantrain.fixed_point";
-
-[[noreturn]] void fail(const std::string& where, const std::string& rule, const std::string& value) {
-  TORCH_CHECK_VALUE(false, "FixedPointNetwork: ", where, ": expected ", rule, ", got ", value);
-}
-
-std::string in_quotes(const std::string& text) { return "'" + text + "'"; }
-
-std::string shortened(const Json& json) {
-  const std::string text = json.dump(-1, ' ', /*ensure_ascii=*/true);  // so that the cut leaves whole characters
-  return text.size() > 80 ? text.substr(0, 77) + "..." : text;
-}
-
-// An object whose fields must all be read: whatever is left over is unknown.
-class Fields {
- public:
-  Fields(std::string where, const Json& json) : where_(std::move(where)), json_(json) {
-    if (!json.is_object()) fail(where_, "a JSON object", shortened(json));
-  }
-
-  const std::string& where() const { return where_; }
-  void set_where(std::string where) { where_ = std::move(where); }
-
-  const Json& get(const char* key) {
-    if (!json_.contains(key)) fail(where_, std::string("the field ") + in_quotes(key), "none");
-    read_.insert(key);
-    return json_[key];
-  }
-
-  std::string string(const char* key) {
-    const Json& json = get(key);
-    if (!json.is_string()) fail(where_, std::string(key) + " to be a string", shortened(json));
-    return json.get<std::string>();
-  }
-
-  bool boolean(const char* key) {
-    const Json& json = get(key);
-    if (!json.is_boolean()) fail(where_, std::string(key) + " to be true or false", shortened(json));
-    return json.get<bool>();
-  }
-
-  double number(const char* key) {
-    const Json& json = get(key);
-    if (!json.is_number()) fail(where_, std::string(key) + " to be a number", shortened(json));
-    return json.get<double>();
-  }
-
-  int64_t integer(const char* key, int64_t low, int64_t high) { return integer(key, get(key), low, high); }
-
-  std::array<int64_t, 2> pair(const char* key, int64_t low, int64_t high) {
-    const Json& json = get(key);
-    if (!json.is_array() || json.size() != 2) fail(where_, std::string(key) + " to be two integers", shortened(json));
-    return {integer(key, json[0], low, high), integer(key, json[1], low, high)};
-  }
-
-  // One integer, or a list of `length`.
-  std::vector<int64_t> integers(const char* key, int64_t length, int64_t low, int64_t high) {
-    const Json& json = get(key);
-    if (!json.is_array()) return {integer(key, json, low, high)};
-    if (static_cast<int64_t>(json.size()) != length) {
-      fail(where_, std::string(key) + " to be one integer or a list of " + std::to_string(length),
-           "a list of " + std::to_string(json.size()));
-    }
-    std::vector<int64_t> values;
-    for (const Json& item : json) values.push_back(integer(key, item, low, high));
-    return values;
-  }
-
-  void done() const {
-    for (const auto& item : json_.items()) {
-      if (!read_.count(item.key())) fail(where_, "only known fields", in_quotes(item.key()));
-    }
-  }
-
- private:
-  int64_t integer(const char* key, const Json& json, int64_t low, int64_t high) const {
-    const bool fits =
-        json.is_number_integer() &&
-        (!json.is_number_unsigned() || json.get<uint64_t>() <= uint64_t{std::numeric_limits<int64_t>::max()});
-    if (!fits || json.get<int64_t>() < low || json.get<int64_t>() > high) {
-      fail(where_, std::string(key) + " to be an integer from " + std::to_string(low) + " to " + std::to_string(high),
-           shortened(json));
-    }
-    return json.get<int64_t>();
-  }
-
-  std::string where_;
-  const Json& json_;
-  std::set<std::string> read_;
-};
 
 int64_t at_channel(const std::vector<int64_t>& values, int64_t channel) {
   return values.size() == 1 ? values[0] : values[channel];
@@ -510,16 +419,6 @@ class Parser {
   std::set<std::string> used_;
 };
 
-std::string size_text(const std::array<int64_t, 4>& shape) {
-  return Json(std::vector<int64_t>{shape[2], shape[3]}).dump();
-}
-
-// Of a window operation; 0 where the window does not fit.
-int64_t windows(int64_t size, int64_t kernel, int64_t stride, int64_t padding) {
-  const int64_t span = size + 2 * padding - kernel;
-  return span < 0 ? 0 : span / stride + 1;
-}
-
 }  // namespace
 
 const char* fixed_point_dtype_name(at::ScalarType type) {
@@ -539,58 +438,6 @@ const char* fixed_point_dtype_name(at::ScalarType type) {
 
 FixedPointGraph parse_fixed_point_graph(const std::string& json, const Tensors& tensors) {
   return Parser(tensors).parse(json);
-}
-
-std::vector<std::array<int64_t, 4>> fixed_point_shapes(const FixedPointGraph& graph, std::array<int64_t, 4> input,
-                                                       const Tensors& tensors) {
-  std::vector<std::array<int64_t, 4>> shapes{input};
-  for (size_t i = 1; i < graph.nodes.size(); ++i) {
-    const FixedPointNode& node = graph.nodes[i];
-    std::array<int64_t, 4> shape = shapes[node.inputs[0]];
-    const std::array<int64_t, 4> from = shape;
-    switch (node.op) {
-      case FixedPointOp::kConv2d:
-      case FixedPointOp::kMaxPool2d:
-        shape[1] = node.channels;
-        for (int d = 0; d < 2; ++d)
-          shape[2 + d] = windows(from[2 + d], node.kernel[d], node.stride[d], node.padding[d]);
-        if (shape[2] == 0 || shape[3] == 0) fail(node.name, "an image that its kernel fits", size_text(from));
-        break;
-      case FixedPointOp::kAvgPool2d:
-        if (from[2] != node.size[0] || from[3] != node.size[1]) {
-          fail(node.name, "an image of " + Json(node.size).dump(), size_text(from));
-        }
-        shape[2] = shape[3] = 1;
-        break;
-      case FixedPointOp::kSlicePad:
-        shape[1] = node.channels;
-        for (int d = 0; d < 2; ++d) shape[2 + d] = (from[2 + d] - 1) / node.stride[d] + 1;
-        break;
-      case FixedPointOp::kFlatten:
-        shape = {from[0], from[1] * from[2] * from[3], 1, 1};
-        break;
-      case FixedPointOp::kLinear: {
-        const int64_t features = tensors.at(node.name + ".weight").size(1);
-        if (from[1] != features) {
-          fail(node.name, std::to_string(features) + " input features", std::to_string(from[1]) + " from this image");
-        }
-        shape[1] = node.channels;
-        break;
-      }
-      default:
-        break;
-    }
-    if (node.inputs.size() == 2 && shapes[node.inputs[1]] != shape) {
-      fail(node.name, "both operands of its addition to be images of " + size_text(shape),
-           size_text(shapes[node.inputs[1]]));
-    }
-    const auto [n, c, h, w] = shape;
-    if (static_cast<double>(n) * static_cast<double>(c) * static_cast<double>(h) * static_cast<double>(w) >
-        kMaxElements)
-      fail(node.name, "a result of at most 2^48 elements", Json(shape).dump());
-    shapes.push_back(shape);
-  }
-  return shapes;
 }
 
 }  // namespace quantrain::nn::detail
