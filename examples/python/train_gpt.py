@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -356,11 +357,14 @@ def joined_ranks(options: Namespace) -> Iterator[Ranks]:
     try:
         yield Ranks(dist.get_rank(), size)
     finally:
+        # DistributedDataParallel holds the group in cycles. A group that outlives this keeps gloo's threads, and one of them may reach for the
+        # interpreter when it is gone, which aborts the process.
+        gc.collect()
         dist.destroy_process_group()
 
 
 def run(arguments: list[str] | None) -> int:
-    """Parse, build, train; the exit status."""
+    """Parse and train; the exit status."""
     options = parse(arguments)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"expected a GPU for --device {options.device}, got none")
@@ -369,13 +373,18 @@ def run(arguments: list[str] | None) -> int:
     if options.tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     with joined_ranks(options) as ranks:
-        trainer = Trainer(options, ranks)
-        if options.benchmark:
-            print(json.dumps(benchmark(trainer)), flush=True)
-            return 0
-        stop = StopRequest(ranks)
-        with stop.listening():
-            return train(trainer, stop)
+        return run_rank(options, ranks)
+
+
+def run_rank(options: Namespace, ranks: Ranks) -> int:
+    """Build and train; all that uses the process group ends with this function."""
+    trainer = Trainer(options, ranks)
+    if options.benchmark:
+        print(json.dumps(benchmark(trainer)), flush=True)
+        return 0
+    stop = StopRequest(ranks)
+    with stop.listening():
+        return train(trainer, stop)
 
 
 def main(arguments: list[str] | None = None) -> int:
