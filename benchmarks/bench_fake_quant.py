@@ -324,24 +324,25 @@ def bench_launch(report):
         print(f"launch overhead {name:<14} {ratio:.2f}x the native call")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def run_benchmark(name, description, bench):
+    """The command line of a benchmark: ``bench(report)`` on the device asked for, rows to a file where one is."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", help="also write the rows to this file")
     options = parser.parse_args()
     where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU, 2 threads"
-    print(f"bench_fake_quant on {where}, torch {torch.__version__}, quantrain {quantrain.__version__}")
+    print(f"{name} on {where}, torch {torch.__version__}, quantrain {quantrain.__version__}")
     report = Report(options.device)
-    (bench_cuda if options.device == "cuda" else bench_cpu)(report)
-    bench_launch(report)
+    bench(report)
     if options.json:
         with open(options.json, "w") as file:
-            json.dump(
-                {"benchmark": "bench_fake_quant", "on": where, "torch": torch.__version__, "rows": report.rows},
-                file,
-                indent=1,
-            )
+            json.dump({"benchmark": name, "on": where, "torch": torch.__version__, "rows": report.rows}, file, indent=1)
+
+
+def bench_all(report):
+    (bench_cuda if report.device == "cuda" else bench_cpu)(report)
+    bench_launch(report)
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark("bench_fake_quant", __doc__.splitlines()[0], bench_all)

@@ -11,11 +11,8 @@ CUDA and CPU timing as in bench_fake_quant.py.
 
 from __future__ import annotations
 
-import argparse
-import json
-
 import torch
-from bench_fake_quant import Case, Report, bench_cuda, time_cpu
+from bench_fake_quant import Case, bench_cuda, run_benchmark, time_cpu
 
 import quantrain
 
@@ -143,26 +140,12 @@ def bench_cpu(report):
             report.add(case, torch.float32, label, times[0], rate, native, times_of_copy=round(times[0] / times[1], 2))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", help="also write the rows to this file")
-    options = parser.parse_args()
-    where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU, 2 threads"
-    print(f"bench_fixed_point on {where}, torch {torch.__version__}, quantrain {quantrain.__version__}")
-    report = Report(options.device)
-    if options.device == "cuda":
+def bench_all(report):
+    if report.device == "cuda":
         bench_cuda(report, CUDA_SHAPES, make_cases)
     else:
         bench_cpu(report)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(
-                {"benchmark": "bench_fixed_point", "on": where, "torch": torch.__version__, "rows": report.rows},
-                file,
-                indent=1,
-            )
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark("bench_fixed_point", __doc__.splitlines()[0], bench_all)

@@ -257,7 +257,7 @@ class Parser {
     const int64_t channels = std::max({node.fraction_length.size(), other.fraction_length.size()});
     for (int64_t c = 0; c < channels; ++c)
       node.residual_shift.push_back(at_channel(node.fraction_length, c) - at_channel(other.fraction_length, c));
-    std::vector<int64_t> bounds, lengths;
+    std::vector<int64_t> bounds;
     for (int64_t c = 0; c < node.channels; ++c) {
       const int64_t shift = at_channel(node.residual_shift, c);
       const int64_t own = at_channel(node.bound, c) << std::max<int64_t>(-shift, 0);

@@ -12,8 +12,8 @@
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/Exception.h>
-#include <torch/nn/init.h>
 
+#include "nn/parameters.h"
 #include "quantrain/ops/fake_quant.h"
 #include "quantrain/ops/fixed_point.h"
 
@@ -50,12 +50,6 @@ class ExactArithmetic {
 };
 
 at::Tensor float_tensor(double value) { return at::full({1}, value, at::kFloat); }
-
-int64_t row_size(const std::vector<int64_t>& shape) {
-  int64_t size = 1;
-  for (size_t d = 1; d < shape.size(); ++d) size *= shape[d];
-  return size;
-}
 
 const FixedPointSpec& fixed_point_spec(const std::string& name, const Recipe& recipe) {
   recipe.validate();
@@ -277,13 +271,7 @@ FixedPointLayer::FixedPointLayer(const std::string& name, const Recipe& recipe,
                                  const std::vector<int64_t>& weight_shape, bool has_bias)
     : torch::nn::Module(name), recipe_(recipe) {
   fixed_point_spec(name, recipe_);
-  weight = register_parameter("weight", at::empty(weight_shape, at::kFloat));
-  torch::nn::init::kaiming_uniform_(weight, std::sqrt(5.0));
-  if (has_bias) {
-    bias = register_parameter("bias", at::empty({weight_shape[0]}, at::kFloat));
-    const double bound = 1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(row_size(weight_shape), 1)));
-    torch::nn::init::uniform_(bias, -bound, bound);
-  }
+  detail::register_weight_and_bias(*this, weight_shape, has_bias, weight, bias);
 }
 
 void FixedPointLayer::connect(std::shared_ptr<FixedPointActivationImpl> input,

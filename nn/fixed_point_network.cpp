@@ -151,22 +151,16 @@ FixedPointCopyArgs slice_pad_args(const FixedPointNode& node, const at::Tensor& 
   return args;
 }
 
-DType kernel_type(const at::Tensor& tensor) {
-  return tensor.scalar_type() == at::kByte   ? DType::kUInt8
-         : tensor.scalar_type() == at::kChar ? DType::kInt8
-                                             : DType::kInt32;
-}
-
 FixedPointSumArgs sum_args(const Layer& layer, const at::Tensor& a, const at::Tensor& b, const at::Tensor& output) {
   const auto stride = [](const at::Tensor& values) -> int64_t { return values.defined() && values.numel() > 1; };
   FixedPointSumArgs args{};
   args.a = a.const_data_ptr();
-  args.a_type = kernel_type(a);
+  args.a_type = dtype_of(a);
   args.shift = layer.shift.const_data_ptr<int32_t>();
   args.shift_stride = stride(layer.shift);
   if (b.defined()) {
     args.b = b.const_data_ptr();
-    args.b_type = kernel_type(b);
+    args.b_type = dtype_of(b);
     args.residual_shift = layer.residual_shift.const_data_ptr<int32_t>();
     args.residual_shift_stride = stride(layer.residual_shift);
   }
@@ -276,9 +270,8 @@ std::unique_ptr<Plan> make_plan(const FixedPointGraph& graph, const std::vector<
 }
 
 void run_copy(const FixedPointCopyArgs& args, const at::Tensor& on) {
-  constexpr int64_t kGrainBytes = 65536;  // below it a second thread costs more than it brings
-  const int64_t row = std::max<int64_t>(args.size[2] * args.size[3] * args.element_size, 1);
-  run_tasks(args, args.size[0] * args.size[1], std::max<int64_t>(kGrainBytes / row, 1), on,
+  const int64_t row_bytes = args.size[2] * args.size[3] * args.element_size;
+  run_tasks(args, args.size[0] * args.size[1], grain_of(row_bytes, kGrainBytes), on,
             QUANTRAIN_KERNELS(fixed_point_copy));
 }
 

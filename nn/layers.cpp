@@ -19,8 +19,8 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
-#include <torch/nn/init.h>
 
+#include "nn/parameters.h"
 #include "quantrain/nn/fixed_point_layers.h"
 #include "quantrain/ops/fake_quant.h"
 #include "quantrain/ops/gradient_quant_layers.h"
@@ -54,12 +54,6 @@ GradientQuantizer gradient_quantizer(const Recipe& recipe, const std::string& te
   if (!spec) return {};
   const GradientSpec resolved = spec->resolved(tensor, convolution);
   return {resolved.quantizer, resolved.bits, resolved.rows, resolved.preserve_zero, resolved.max_group};
-}
-
-int64_t row_size(const std::vector<int64_t>& shape) {
-  int64_t size = 1;
-  for (size_t d = 1; d < shape.size(); ++d) size *= shape[d];
-  return size;
 }
 
 std::vector<int64_t> conv_weight_shape(const std::string& name, const torch::nn::Conv2dOptions& options) {
@@ -120,13 +114,7 @@ QuantModule::QuantModule(std::string name, const Recipe& recipe, std::vector<int
 }
 
 void QuantModule::reset_weight_and_bias(bool has_bias) {
-  weight = register_parameter("weight", at::empty(weight_shape_, at::kFloat));
-  torch::nn::init::kaiming_uniform_(weight, std::sqrt(5.0));
-  if (has_bias) {
-    bias = register_parameter("bias", at::empty({weight_shape_[0]}, at::kFloat));
-    const double bound = 1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(row_size(weight_shape_), 1)));
-    torch::nn::init::uniform_(bias, -bound, bound);
-  }
+  detail::register_weight_and_bias(*this, weight_shape_, has_bias, weight, bias);
 }
 
 at::Tensor QuantModule::quantized_weight(const at::Tensor& float_weight) {
@@ -148,7 +136,7 @@ at::Tensor QuantModule::unpacked(const at::Tensor& codes) const {
   std::vector<int64_t> shape = codes.sizes().vec();
   shape.pop_back();
   shape.insert(shape.end(), weight_shape_.begin() + 1, weight_shape_.end());
-  return quantrain::unpack_int4(codes, row_size(weight_shape_), recipe_.weight->symmetric).reshape(shape);
+  return quantrain::unpack_int4(codes, detail::row_size(weight_shape_), recipe_.weight->symmetric).reshape(shape);
 }
 
 at::Tensor QuantModule::dequantized_weight(at::ScalarType dtype) const {

@@ -31,10 +31,6 @@ void check_fake_quantize(std::string_view op, const at::Tensor& input, const at:
   check_qparams(op, input, scale, zero_point, learnable);
 }
 
-at::Tensor allocate_mask(const at::Tensor& input) {
-  return at::empty_symint({(input.sym_numel() + 7) / 8}, input.options().dtype(at::kByte));
-}
-
 at::Tensor fake_quantize_meta(const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
                               int64_t quant_min, int64_t quant_max) {
   check_fake_quantize("fake_quantize", input, scale, zero_point, quant_min, quant_max, false);

@@ -1,5 +1,7 @@
 #include "ops/fake_quant_check.h"
 
+#include <ATen/ops/empty.h>
+
 #include <cmath>
 
 #include "ops/check.h"
@@ -71,6 +73,10 @@ void check_qparams(std::string_view op, const at::Tensor& input, const at::Tenso
   QUANTRAIN_CHECK_VALUE(zero_point->sym_sizes() == scale.sym_sizes(),
                         "{}: expected zero_point to have the shape of scale {}, got {}", op, detail::shape_text(scale),
                         detail::shape_text(*zero_point));
+}
+
+at::Tensor allocate_mask(const at::Tensor& input) {
+  return at::empty_symint({(input.sym_numel() + 7) / 8}, input.options().dtype(at::kByte));
 }
 
 void check_qparam_values(std::string_view op, const at::Tensor& scale, const std::optional<at::Tensor>& zero_point,

@@ -66,10 +66,6 @@ at::Tensor fixed_point_quantize_meta(const at::Tensor& input, const at::Tensor& 
   return at::empty_like(input);
 }
 
-at::Tensor allocate_mask(const at::Tensor& input) {
-  return at::empty_symint({(input.sym_numel() + 7) / 8}, input.options().dtype(at::kByte));
-}
-
 std::tuple<at::Tensor, at::Tensor> fixed_point_quantize_mask_meta(const at::Tensor& input,
                                                                   const at::Tensor& fraction_length,
                                                                   int64_t word_length, bool) {
@@ -177,10 +173,8 @@ void run_fraction_length(const FractionLengthArgs& args, const at::Tensor& on) {
 #if defined(QUANTRAIN_WITH_CUDA)
   if (run_on_cuda(args, on, &cuda::fraction_length)) return;
 #endif
-  constexpr int64_t kGrainElements = 32768;  // as in parallel_for_elements
   const int64_t chunks = chunks_per_group(args), per_task = std::min(args.elements, kRowChunk);
-  run_tasks(args, args.groups * chunks, std::max<int64_t>(kGrainElements / per_task, 1), on,
-            &cpu::fraction_length_partial, nullptr);
+  run_tasks(args, args.groups * chunks, grain_of(per_task), on, &cpu::fraction_length_partial, nullptr);
   cpu::fraction_length_finish(args, 0, args.groups);
 }
 

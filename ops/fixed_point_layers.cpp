@@ -253,11 +253,6 @@ FixedPointPoolArgs pool_args(const at::Tensor& input, const at::Tensor& output, 
           output.size(3)};
 }
 
-int64_t grain(int64_t bytes_per_task) {
-  constexpr int64_t kGrainBytes = 65536;  // below it a second thread costs more than it brings
-  return std::max<int64_t>(kGrainBytes / std::max<int64_t>(bytes_per_task, 1), 1);
-}
-
 std::array<int64_t, 2> pair(at::IntArrayRef sizes) { return {sizes[0], sizes[1]}; }
 
 FixedPointConvOptions options_of(c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, const c10::SymInt& groups) {
@@ -418,13 +413,14 @@ std::array<int64_t, 4> FixedPointConv::output_size(at::IntArrayRef input_size) c
 void fixed_point_max_pool2d_out(const at::Tensor& input, at::Tensor& output, std::array<int64_t, 2> kernel_size,
                                 std::array<int64_t, 2> stride, std::array<int64_t, 2> padding) {
   const FixedPointPoolArgs args = pool_args(input, output, kernel_size, stride, padding);
-  run_tasks(args, args.n * args.oh, grain(args.ow * args.c * args.kh * args.kw), input,
+  run_tasks(args, args.n * args.oh, grain_of(args.ow * args.c * args.kh * args.kw, kGrainBytes), input,
             QUANTRAIN_KERNELS(fixed_point_max_pool2d));
 }
 
 void fixed_point_sum_pool2d_out(const at::Tensor& input, at::Tensor& output) {
   const FixedPointPoolArgs args = pool_args(input, output, {1, 1}, {1, 1}, {0, 0});
-  run_tasks(args, args.n, grain(args.h * args.w * args.c), input, QUANTRAIN_KERNELS(fixed_point_sum_pool2d));
+  run_tasks(args, args.n, grain_of(args.h * args.w * args.c, kGrainBytes), input,
+            QUANTRAIN_KERNELS(fixed_point_sum_pool2d));
 }
 
 // ---- public functions ------------------------------------------------------------------------------------------------------

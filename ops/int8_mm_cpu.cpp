@@ -56,21 +56,15 @@ std::optional<Int8Isa> chosen_path(int64_t m) {
   return best;
 }
 
-// Rows of about this many elements of work: below it a second thread costs more than it brings.
-int64_t grain(int64_t elements_per_task) {
-  constexpr int64_t kGrainElements = 32768;
-  return std::max<int64_t>(kGrainElements / std::max<int64_t>(elements_per_task, 1), 1);
-}
-
 void multiply(const Int8MmArgs& args, Int8Isa isa) {
   const cpu::Int8MmPlan plan = cpu::plan_int8_mm(args, isa);
   const int64_t a_words = (plan.a_words() + 15) / 16 * 16, b_words = (plan.b_words() + 15) / 16 * 16;
   const at::Tensor words = at::empty({a_words + b_words + plan.a_panels * plan.a_rows}, at::kInt);  // 64-byte boundary
   auto* const first = static_cast<uint32_t*>(words.data_ptr());
   const cpu::Int8MmPacked packed{first, first + a_words, reinterpret_cast<int32_t*>(first + a_words + b_words)};
-  parallel_for(plan.a_panels, grain(plan.a_rows * args.k),
+  parallel_for(plan.a_panels, grain_of(plan.a_rows * args.k),
                [&](int64_t begin, int64_t end) { cpu::pack_int8_a(args, plan, packed, begin, end); });
-  parallel_for(plan.b_panels, grain(plan.b_rows * args.k),
+  parallel_for(plan.b_panels, grain_of(plan.b_rows * args.k),
                [&](int64_t begin, int64_t end) { cpu::pack_int8_b(args, plan, packed, begin, end); });
   parallel_for(plan.tasks, 1, [&](int64_t begin, int64_t end) { cpu::int8_mm(args, plan, packed, begin, end); });
 }
@@ -93,7 +87,7 @@ void int8_mm_cpu(const at::Tensor& a, const at::Tensor& b, const Int8MmArgs& arg
   if (const std::optional<Int8Isa> isa = chosen_path(args.m); isa || args.k < 2)
     return multiply(args, isa.value_or(Int8Isa::kPlain));
   const at::Tensor sums = at::_int_mm(a, b.t());
-  parallel_for(args.m, grain(args.n), [&](int64_t begin, int64_t end) {
+  parallel_for(args.m, grain_of(args.n), [&](int64_t begin, int64_t end) {
     cpu::dequantize_sums(args, sums.const_data_ptr<int32_t>(), begin, end);
   });
 }

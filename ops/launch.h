@@ -60,12 +60,10 @@ void run_elementwise(const Args& args, const at::Tensor& on, CpuKernel<Args> ker
 template <typename Args>
 void run_rows(const Args& args, const at::Tensor& on, CpuKernel<Args> kernel, CudaLauncher<Args> launcher) {
   if (run_on_cuda(args, on, launcher)) return;
-  constexpr int64_t kGrainElements = 32768;  // as in parallel_for_elements
   const Grouping& grouping = args.grouping;
   const int64_t tasks = grouping.rows * chunks_per_row(grouping);
   const int64_t per_task = std::max<int64_t>(grouping.numel / std::max<int64_t>(tasks, 1), 1);
-  parallel_for(tasks, std::max<int64_t>(kGrainElements / per_task, 1),
-               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  parallel_for(tasks, grain_of(per_task), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 }  // namespace quantrain

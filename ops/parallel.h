@@ -10,6 +10,15 @@
 
 namespace quantrain {
 
+// Below it a second thread costs more than it brings.
+constexpr int64_t kGrainElements = 32768;
+constexpr int64_t kGrainBytes = 65536;
+
+// Tasks that are worth a thread, where one goes through so many elements (or bytes).
+inline int64_t grain_of(int64_t a_task, int64_t grain = kGrainElements) {
+  return std::max<int64_t>(grain / std::max<int64_t>(a_task, 1), 1);
+}
+
 // Calls f(begin, end) for pieces of [0, size), at least `grain` each. f must not throw.
 template <typename F>
 void parallel_for(int64_t size, int64_t grain, const F& f) {
@@ -25,8 +34,7 @@ constexpr int64_t kElementBlock = 4096;
 
 template <typename F>
 void parallel_for_elements(int64_t numel, const F& f) {
-  constexpr int64_t kGrainBlocks = 8;  // 32k elements: below it a second thread costs more than it brings
-  parallel_for((numel + kElementBlock - 1) / kElementBlock, kGrainBlocks,
+  parallel_for((numel + kElementBlock - 1) / kElementBlock, grain_of(kElementBlock),
                [&](int64_t begin, int64_t end) { f(begin * kElementBlock, std::min(end * kElementBlock, numel)); });
 }
 

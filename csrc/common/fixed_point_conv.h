@@ -26,6 +26,13 @@ QUANTRAIN_HOST_DEVICE int32_t fixed_point_added(int32_t a, int32_t b, int a_fl, 
   return fixed_point_shift_round(fine + coarse * (int64_t{1} << shift), 0);
 }
 
+// Element i of uint8, int8 or int32.
+QUANTRAIN_HOST_DEVICE int32_t fixed_point_integer(const void* data, DType type, int64_t i) {
+  if (type == DType::kUInt8) return static_cast<const uint8_t*>(data)[i];
+  if (type == DType::kInt8) return static_cast<const int8_t*>(data)[i];
+  return static_cast<const int32_t*>(data)[i];
+}
+
 struct FixedPointConvArgs {
   const void* input;  // [n, h, w, c], uint8 or int8
   bool input_signed;
@@ -41,6 +48,27 @@ struct FixedPointConvArgs {
   bool output_signed;
   int64_t n, h, w, c, o, kh, kw, stride_h, stride_w, padding_h, padding_w, groups, oh, ow;
 };
+
+// Element i of the residual, and its shift in channel o; 0 where there is none.
+QUANTRAIN_HOST_DEVICE int32_t fixed_point_residual(const FixedPointConvArgs& args, int64_t i) {
+  return args.residual ? fixed_point_integer(args.residual, args.residual_type, i) : 0;
+}
+
+QUANTRAIN_HOST_DEVICE int fixed_point_residual_shift(const FixedPointConvArgs& args, int64_t o) {
+  return args.residual && args.residual_shift ? args.residual_shift[o * args.residual_shift_stride] : 0;
+}
+
+// Output element i, of channel o, from its sum with the bias: any shift, any residual.
+QUANTRAIN_HOST_DEVICE void fixed_point_conv_output(const FixedPointConvArgs& args, int32_t sum, int64_t i, int64_t o) {
+  if (!args.shift) {
+    static_cast<int32_t*>(args.output)[i] = sum;
+    return;
+  }
+  const int32_t code =
+      fixed_point_requantized_sum(sum, fixed_point_residual(args, i), args.shift[o * args.shift_stride],
+                                  fixed_point_residual_shift(args, o), args.output_signed);
+  static_cast<uint8_t*>(args.output)[i] = static_cast<uint8_t>(code);  // an int8 is its low byte
+}
 
 // Largest code of each window. The sum uses n, h, w and c alone and writes int32 [n, c].
 struct FixedPointPoolArgs {

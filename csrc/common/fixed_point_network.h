@@ -32,12 +32,6 @@ struct FixedPointSumArgs {
   int64_t numel, channels;
 };
 
-QUANTRAIN_HOST_DEVICE int32_t fixed_point_integer(const void* data, DType type, int64_t i) {
-  return type == DType::kUInt8  ? static_cast<const uint8_t*>(data)[i]
-         : type == DType::kInt8 ? static_cast<const int8_t*>(data)[i]
-                                : static_cast<const int32_t*>(data)[i];
-}
-
 // Element i of the output. A code's byte is the same signed or not.
 QUANTRAIN_HOST_DEVICE void fixed_point_sum_element(const FixedPointSumArgs& args, int64_t i) {
   const int64_t channel = i % args.channels;

@@ -39,7 +39,7 @@ QUANTRAIN_INLINE void plain_row(const FixedPointConvArgs& args, int64_t row) {
           for (int64_t c = 0; c < channels; ++c) part += x[c] * w[c];
           sum += part;
         }
-      write(args, sum, (row * args.ow + ox) * args.o + o, o);
+      fixed_point_conv_output(args, sum, (row * args.ow + ox) * args.o + o, o);
     }
   }
 }
@@ -73,7 +73,7 @@ QUANTRAIN_INLINE void depthwise_row(const FixedPointConvArgs& args, const int16_
         }
       const int64_t i = (row * args.ow + ox) * args.o + first;
       if (!fast)
-        for (int64_t c = 0; c < channels; ++c) write(args, sums[c], i + c, first + c);
+        for (int64_t c = 0; c < channels; ++c) fixed_point_conv_output(args, sums[c], i + c, first + c);
       else if (!args.residual)
         write_codes<uint8_t, false>(args, shifts, sums, i, first, channels);
       else if (args.residual_type == DType::kInt8)

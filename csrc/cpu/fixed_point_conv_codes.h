@@ -12,26 +12,6 @@
 
 namespace quantrain::cpu::conv {
 
-QUANTRAIN_INLINE int32_t residual_at(const FixedPointConvArgs& args, int64_t i) {
-  if (args.residual_type == DType::kInt32) return static_cast<const int32_t*>(args.residual)[i];
-  if (args.residual_type == DType::kInt8) return static_cast<const int8_t*>(args.residual)[i];
-  return static_cast<const uint8_t*>(args.residual)[i];
-}
-
-// Output element i, of channel o, from its sum, for any shift.
-QUANTRAIN_INLINE void write(const FixedPointConvArgs& args, int32_t sum, int64_t i, int64_t o) {
-  if (!args.shift) {
-    static_cast<int32_t*>(args.output)[i] = sum;
-    return;
-  }
-  const int shift = args.shift[o * args.shift_stride];
-  const int32_t code = args.residual ? fixed_point_requantized_sum(sum, residual_at(args, i), shift,
-                                                                   args.residual_shift[o * args.residual_shift_stride],
-                                                                   args.output_signed)
-                                     : fixed_point_requantized(sum, shift, args.output_signed);
-  static_cast<uint8_t*>(args.output)[i] = static_cast<uint8_t>(code);
-}
-
 // Shifts of every channel, [blocks * 16] each.
 struct Shifts {
   const int32_t* shift;       // of sum and residual to the right, or the negative to the left
@@ -58,6 +38,8 @@ QUANTRAIN_INLINE void write_codes(const FixedPointConvArgs& args, const Shifts& 
 }
 
 #if defined(QUANTRAIN_X86)
+using Long8 = long long __attribute__((vector_size(64)));
+
 #define QUANTRAIN_V4 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 #define QUANTRAIN_V4_LAMBDA __attribute__((always_inline, target("avx512f,avx512bw,avx512vl,avx512dq")))
 
@@ -162,7 +144,7 @@ inline Shifts shifts_of(const FixedPointConvArgs& args, int64_t blocks, int64_t 
   vectorized([&]() QUANTRAIN_INLINE_LAMBDA {
     for (int64_t o = 0; o < n; ++o) {
       const int64_t channel = std::min(o, args.o - 1);
-      const int32_t d = args.residual ? args.residual_shift[channel * args.residual_shift_stride] : 0;
+      const int32_t d = fixed_point_residual_shift(args, channel);
       residual[o] = std::max(d, 0);
       sum[o] = std::max(-d, 0);
       shift[o] = args.shift[channel * args.shift_stride] + sum[o];
@@ -220,7 +202,7 @@ inline void write_segment(const FixedPointConvArgs& args, const Shifts& shifts, 
 #endif
   for (int64_t p = 0; p < pixels; ++p, sums += stride) {
     if (!shifts.small)
-      for (int64_t j = 0; j < n; ++j) write(args, sums[j], i + p * args.o + j, o + j);
+      for (int64_t j = 0; j < n; ++j) fixed_point_conv_output(args, sums[j], i + p * args.o + j, o + j);
     else
       vectorized([&]() QUANTRAIN_INLINE_LAMBDA {
         dispatch_residual(args, [&](auto* type, auto has_residual) QUANTRAIN_INLINE_LAMBDA {

@@ -4,13 +4,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "csrc/cpu/int8_lanes.h"
 #include "csrc/cpu/int8_mm.h"
 #include "csrc/cpu/simd.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#define QUANTRAIN_X86 1
-#endif
 
 namespace quantrain::cpu::conv {
 
@@ -91,35 +87,16 @@ QUANTRAIN_INLINE int32_t word_at(const uint8_t* x) {
             std::memcpy(t.sums + p * B * kBlock + v * kLanes, &sum[p][v], sizeof(Lanes));                          \
   }
 
-using Lanes4 = int32_t __attribute__((vector_size(16)));
-
-#if defined(QUANTRAIN_X86)  // SSE2
-#define QUANTRAIN_DOT(sum, b, a) (sum + (Lanes4)_mm_madd_epi16((__m128i)b, (__m128i)a))
-#else
-#define QUANTRAIN_DOT(sum, b, a) (sum + ((a) << 16 >> 16) * ((b) << 16 >> 16) + ((a) >> 16) * ((b) >> 16))
-#endif
-QUANTRAIN_CONV_TILE(plain_tile, , Lanes4, QUANTRAIN_DOT)
-#undef QUANTRAIN_DOT
-
+QUANTRAIN_CONV_TILE(plain_tile, , Lanes4, QUANTRAIN_PAIRS4)
 #if defined(QUANTRAIN_X86)
-using Lanes8 = int32_t __attribute__((vector_size(32)));
-using Lanes16 = int32_t __attribute__((vector_size(64)));
-using Long8 = long long __attribute__((vector_size(64)));
+QUANTRAIN_CONV_TILE(avx2_tile, __attribute__((target("avx2"))), Lanes8, QUANTRAIN_PAIRS8)
+QUANTRAIN_CONV_TILE(avx512_tile, __attribute__((target("avx512f,avx512bw"))), Lanes16, QUANTRAIN_PAIRS16)
 
-#define QUANTRAIN_DOT(sum, b, a) (sum + (Lanes8)_mm256_madd_epi16((__m256i)b, (__m256i)a))
-QUANTRAIN_CONV_TILE(avx2_tile, __attribute__((target("avx2"))), Lanes8, QUANTRAIN_DOT)
-#undef QUANTRAIN_DOT
-
-#define QUANTRAIN_DOT(sum, b, a) (sum + (Lanes16)_mm512_madd_epi16((__m512i)b, (__m512i)a))
-QUANTRAIN_CONV_TILE(avx512_tile, __attribute__((target("avx512f,avx512bw"))), Lanes16, QUANTRAIN_DOT)
-#undef QUANTRAIN_DOT
-
-// The instruction multiplies unsigned bytes, the input, by signed ones, the weight.
-#define QUANTRAIN_DOT(sum, b, a) ((Lanes8)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b))
+// a, the input, is the unsigned operand.
+#define QUANTRAIN_DOT(sum, b, a) QUANTRAIN_BYTES8(sum, a, b)
 QUANTRAIN_CONV_TILE(avx_vnni_tile, __attribute__((target("avx2,avxvnni"))), Lanes8, QUANTRAIN_DOT)
 #undef QUANTRAIN_DOT
-
-#define QUANTRAIN_DOT(sum, b, a) ((Lanes16)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b))
+#define QUANTRAIN_DOT(sum, b, a) QUANTRAIN_BYTES16(sum, a, b)
 QUANTRAIN_CONV_TILE(avx512_vnni_tile, __attribute__((target("avx512f,avx512vnni"))), Lanes16, QUANTRAIN_DOT)
 #undef QUANTRAIN_DOT
 #endif

@@ -4,12 +4,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "csrc/cpu/int8_lanes.h"
 #include "csrc/cpu/simd.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#define QUANTRAIN_X86 1
-#endif
 
 namespace quantrain::cpu {
 namespace {
@@ -63,33 +59,16 @@ struct TileShape {
             std::memcpy(t.sums + i * kColumns + j * kLanes, &sum[i][j], sizeof(Lanes));                       \
   }
 
-using Lanes4 = int32_t __attribute__((vector_size(16)));
-
-#if defined(QUANTRAIN_X86)  // SSE2
-#define QUANTRAIN_DOT(sum, b, a) (sum + (Lanes4)_mm_madd_epi16((__m128i)b, (__m128i)a))
-#else
-#define QUANTRAIN_DOT(sum, b, a) (sum + ((a) << 16 >> 16) * ((b) << 16 >> 16) + ((a) >> 16) * ((b) >> 16))
-#endif
-QUANTRAIN_SUM_TILE(plain_tile, , Lanes4, 4, 2, QUANTRAIN_DOT)
-#undef QUANTRAIN_DOT
-
+QUANTRAIN_SUM_TILE(plain_tile, , Lanes4, 4, 2, QUANTRAIN_PAIRS4)
 #if defined(QUANTRAIN_X86)
-using Lanes8 = int32_t __attribute__((vector_size(32)));
-using Lanes16 = int32_t __attribute__((vector_size(64)));
+QUANTRAIN_SUM_TILE(avx2_tile, __attribute__((target("avx2"))), Lanes8, 4, 3, QUANTRAIN_PAIRS8)
+QUANTRAIN_SUM_TILE(avx512_tile, __attribute__((target("avx512f,avx512bw"))), Lanes16, 8, 3, QUANTRAIN_PAIRS16)
 
-#define QUANTRAIN_DOT(sum, b, a) (sum + (Lanes8)_mm256_madd_epi16((__m256i)b, (__m256i)a))
-QUANTRAIN_SUM_TILE(avx2_tile, __attribute__((target("avx2"))), Lanes8, 4, 3, QUANTRAIN_DOT)
-#undef QUANTRAIN_DOT
-
-#define QUANTRAIN_DOT(sum, b, a) (sum + (Lanes16)_mm512_madd_epi16((__m512i)b, (__m512i)a))
-QUANTRAIN_SUM_TILE(avx512_tile, __attribute__((target("avx512f,avx512bw"))), Lanes16, 8, 3, QUANTRAIN_DOT)
-#undef QUANTRAIN_DOT
-
-#define QUANTRAIN_DOT(sum, b, a) ((Lanes8)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)b, (__m256i)a))
+// b is the operand that packing made unsigned.
+#define QUANTRAIN_DOT(sum, b, a) QUANTRAIN_BYTES8(sum, b, a)
 QUANTRAIN_SUM_TILE(avx_vnni_tile, __attribute__((target("avx2,avxvnni"))), Lanes8, 4, 3, QUANTRAIN_DOT)
 #undef QUANTRAIN_DOT
-
-#define QUANTRAIN_DOT(sum, b, a) ((Lanes16)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)b, (__m512i)a))
+#define QUANTRAIN_DOT(sum, b, a) QUANTRAIN_BYTES16(sum, b, a)
 QUANTRAIN_SUM_TILE(avx512_vnni_tile, __attribute__((target("avx512f,avx512vnni"))), Lanes16, 8, 3, QUANTRAIN_DOT)
 #undef QUANTRAIN_DOT
 #endif

@@ -148,4 +148,11 @@ inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Blocks for so many threads, of a kernel whose threads go on in steps of the grid.
+inline unsigned grid_for(int64_t threads, int threads_per_block) {
+  constexpr int64_t kMaxBlocks = int64_t{1} << 30;
+  const int64_t blocks = ceil_div(threads, threads_per_block);
+  return static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
+}
+
 }  // namespace quantrain::cuda

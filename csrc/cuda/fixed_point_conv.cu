@@ -13,7 +13,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kDepthwisePixels = 4;  // of a row that a thread computes
-constexpr int64_t kMaxBlocks = int64_t{1} << 30;
 
 // One thread an output, any shape.
 __global__ void __launch_bounds__(kThreads)
@@ -147,8 +146,7 @@ int launch_depthwise(const FixedPointConvArgs& a, void* stream) {
 }
 
 int launch_plain(const FixedPointConvArgs& a, void* stream) {
-  const int64_t blocks = ceil_div(a.n * a.oh * a.ow * a.o, kThreads);
-  fixed_point_conv_plain_kernel<<<static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), kThreads, 0,
+  fixed_point_conv_plain_kernel<<<grid_for(a.n * a.oh * a.ow * a.o, kThreads), kThreads, 0,
                                   static_cast<cudaStream_t>(stream)>>>(a);
   return cudaGetLastError();
 }

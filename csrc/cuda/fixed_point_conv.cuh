@@ -73,26 +73,9 @@ __device__ __forceinline__ void multiply(int (&c)[4], const uint32_t (&a)[4], ui
 
 // ---- one output, any shift -------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ int32_t residual_at(const FixedPointConvArgs& g, int64_t index) {
-  if (!g.residual) return 0;
-  if (g.residual_type == DType::kUInt8) return static_cast<const uint8_t*>(g.residual)[index];
-  if (g.residual_type == DType::kInt8) return static_cast<const int8_t*>(g.residual)[index];
-  return static_cast<const int32_t*>(g.residual)[index];
-}
-
-__device__ __forceinline__ int residual_shift_at(const FixedPointConvArgs& g, int64_t channel) {
-  return g.residual && g.residual_shift ? g.residual_shift[channel * g.residual_shift_stride] : 0;
-}
-
 __device__ __forceinline__ void write_output(const FixedPointConvArgs& g, int64_t index, int64_t channel, int32_t sum) {
   if (g.bias) sum += g.bias[channel];
-  if (!g.shift) {
-    static_cast<int32_t*>(g.output)[index] = sum;
-    return;
-  }
-  const int32_t code = fixed_point_requantized_sum(sum, residual_at(g, index), g.shift[channel * g.shift_stride],
-                                                   residual_shift_at(g, channel), g.output_signed);
-  static_cast<uint8_t*>(g.output)[index] = static_cast<uint8_t>(code);
+  fixed_point_conv_output(g, sum, index, channel);
 }
 
 // Not inlined: the code of a tile's end would be ten times as long.
@@ -234,7 +217,7 @@ __device__ __forceinline__ Ending load_rules(const TileRules& to, const FixedPoi
     const int place = Shape::rule_place(i);
     to.start[place] = bias;
     if (g.shift) {
-      const int d = residual_shift_at(g, channel), left = max(-d, 0), right = max(d, 0);
+      const int d = fixed_point_residual_shift(g, channel), left = max(-d, 0), right = max(d, 0);
       const int shift = g.shift[channel * g.shift_stride] + left;
       const bool suits = is_fast(bias, shift, depth) && left <= 30 && right <= 30;
       fast = fast && suits;

@@ -23,8 +23,6 @@ int launch(const GatherParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-int64_t segment_bytes(const FixedPointConvArgs& a) { return ceil_div(a.kw * a.c, 4) * 4; }
-
 }  // namespace
 
 bool suits_gather(const FixedPointConvArgs& a) {
@@ -36,16 +34,7 @@ bool suits_gather(const FixedPointConvArgs& a) {
 }
 
 int launch_gather(const FixedPointConvArgs& a, void* stream) {
-  GatherParams p;
-  p.g = a;
-  p.image = FastDivisor(static_cast<uint32_t>(a.oh * a.ow));
-  p.row = FastDivisor(static_cast<uint32_t>(a.ow));
-  p.pixels = static_cast<int>(a.n * a.oh * a.ow);
-  p.row_tiles = static_cast<int>(ceil_div(p.pixels, GatherShape::kTileM));
-  p.segment = static_cast<int>(segment_bytes(a));
-  p.depth = static_cast<int>(ceil_div(a.kh * p.segment, 32) * 32);
-  p.pitch = p.depth + kChunk;
-  p.vector = vector_of(a);
+  const GatherParams p = gather_params(a);
   int error = cudaSuccess;
   dispatch_bool(a.input_signed, [&](auto is_signed) {
     constexpr bool kSigned = is_signed.value;

@@ -21,6 +21,22 @@ struct GatherParams {
   int vector;
 };
 
+inline int64_t segment_bytes(const FixedPointConvArgs& a) { return ceil_div(a.kw * a.c, 4) * 4; }
+
+inline GatherParams gather_params(const FixedPointConvArgs& a) {
+  GatherParams p;
+  p.g = a;
+  p.image = FastDivisor(static_cast<uint32_t>(a.oh * a.ow));
+  p.row = FastDivisor(static_cast<uint32_t>(a.ow));
+  p.pixels = static_cast<int>(a.n * a.oh * a.ow);
+  p.row_tiles = static_cast<int>(ceil_div(p.pixels, GatherShape::kTileM));
+  p.segment = static_cast<int>(segment_bytes(a));
+  p.depth = static_cast<int>(ceil_div(a.kh * p.segment, 32) * 32);
+  p.pitch = p.depth + kChunk;
+  p.vector = vector_of(a);
+  return p;
+}
+
 constexpr int gather_shared_bytes(int pitch) {
   return (GatherShape::kTileM + GatherShape::kTileN) * pitch + GatherShape::kRuleBytes;
 }

@@ -97,13 +97,7 @@ bool suits_mma(const FixedPointConvArgs& a) {
 int launch_mma(const FixedPointConvArgs& a, const char* tile, void* stream) {
   Device device;
   if (const int error = query(device)) return error;
-  MmaParams p;
-  p.g = a;
-  p.image = FastDivisor(static_cast<uint32_t>(a.oh * a.ow));
-  p.row = FastDivisor(static_cast<uint32_t>(a.ow));
-  p.pixels = static_cast<int>(a.n * a.oh * a.ow);
-  p.flat = a.kh * a.kw == 1 && a.stride_h * a.stride_w == 1 && a.padding_h + a.padding_w == 0;
-  p.vector = vector_of(a);
+  MmaParams p = mma_params(a);
   const Candidate* best = nullptr;
   double least = 1e299;
   const std::string_view asked = tile;

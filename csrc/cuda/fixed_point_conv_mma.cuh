@@ -31,6 +31,18 @@ struct MmaParams {
   int vector;
 };
 
+// What does not depend on the tile.
+inline MmaParams mma_params(const FixedPointConvArgs& a) {
+  MmaParams p;
+  p.g = a;
+  p.image = FastDivisor(static_cast<uint32_t>(a.oh * a.ow));
+  p.row = FastDivisor(static_cast<uint32_t>(a.ow));
+  p.pixels = static_cast<int>(a.n * a.oh * a.ow);
+  p.flat = a.kh * a.kw == 1 && a.stride_h * a.stride_w == 1 && a.padding_h + a.padding_w == 0;
+  p.vector = vector_of(a);
+  return p;
+}
+
 // Lays out shared memory, stages first, and gives its size.
 inline int lay_out(MmaParams& p, int pixel_bytes, int weight_bytes, int rule_bytes) {
   p.stage_bytes = pixel_bytes + (p.resident ? 0 : weight_bytes);

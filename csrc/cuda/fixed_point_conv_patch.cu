@@ -35,13 +35,7 @@ bool suits_patch(const FixedPointConvArgs& a) {
 }
 
 int launch_patch(const FixedPointConvArgs& a, void* stream) {
-  PatchParams p;
-  p.g = a;
-  const int64_t tile_rows = ceil_div(a.oh, kPatchRows), tile_columns = ceil_div(a.ow, kPatchColumns);
-  p.image = FastDivisor(static_cast<uint32_t>(tile_rows * tile_columns));
-  p.row = FastDivisor(static_cast<uint32_t>(tile_columns));
-  p.tiles = static_cast<int>(a.n * tile_rows * tile_columns);
-  p.vector = vector_of(a);
+  PatchParams p = patch_params(a);
   int error = cudaSuccess;
   dispatch_bool(a.input_signed, [&](auto is_signed) {
     const auto cuda_stream = static_cast<cudaStream_t>(stream);

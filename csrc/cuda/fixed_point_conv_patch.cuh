@@ -37,6 +37,17 @@ inline int lay_out_patch(PatchParams& p, int segments) {
   return p.rules + PatchShape::kRuleBytes;
 }
 
+inline PatchParams patch_params(const FixedPointConvArgs& a) {
+  PatchParams p;
+  p.g = a;
+  const int64_t tile_rows = ceil_div(a.oh, kPatchRows), tile_columns = ceil_div(a.ow, kPatchColumns);
+  p.image = FastDivisor(static_cast<uint32_t>(tile_rows * tile_columns));
+  p.row = FastDivisor(static_cast<uint32_t>(tile_columns));
+  p.tiles = static_cast<int>(a.n * tile_rows * tile_columns);
+  p.vector = vector_of(a);
+  return p;
+}
+
 // Four neighbouring pixels of a row, of which the first is x from its start; words: the row's first byte is `skew` bytes from there. Words without
 // a byte of the row are not read.
 template <int kC>

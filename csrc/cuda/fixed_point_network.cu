@@ -1,8 +1,6 @@
 #include "csrc/cuda/fixed_point_network.h"
 
-#include <cuda_runtime.h>
-
-#include <algorithm>
+#include "csrc/cuda/common.cuh"
 
 // A thread an element: these passes are a few percent of a network's time.
 
@@ -10,7 +8,6 @@ namespace quantrain::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMaxBlocks = 1 << 16;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) fixed_point_copy_kernel(const FixedPointCopyArgs args, int64_t numel) {
@@ -36,10 +33,6 @@ __global__ void __launch_bounds__(kThreads) fixed_point_sum_kernel(const FixedPo
     fixed_point_sum_element(args, i);
 }
 
-unsigned blocks(int64_t numel) {
-  return static_cast<unsigned>(std::min((numel + kThreads - 1) / kThreads, kMaxBlocks));
-}
-
 }  // namespace
 
 int fixed_point_copy(const FixedPointCopyArgs& args, void* stream) {
@@ -47,15 +40,15 @@ int fixed_point_copy(const FixedPointCopyArgs& args, void* stream) {
   if (numel == 0) return cudaSuccess;
   const auto on = static_cast<cudaStream_t>(stream);
   if (args.element_size == 1)
-    fixed_point_copy_kernel<uint8_t><<<blocks(numel), kThreads, 0, on>>>(args, numel);
+    fixed_point_copy_kernel<uint8_t><<<grid_for(numel, kThreads), kThreads, 0, on>>>(args, numel);
   else
-    fixed_point_copy_kernel<int32_t><<<blocks(numel), kThreads, 0, on>>>(args, numel);
+    fixed_point_copy_kernel<int32_t><<<grid_for(numel, kThreads), kThreads, 0, on>>>(args, numel);
   return cudaGetLastError();
 }
 
 int fixed_point_sum(const FixedPointSumArgs& args, void* stream) {
   if (args.numel == 0) return cudaSuccess;
-  fixed_point_sum_kernel<<<blocks(args.numel), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+  fixed_point_sum_kernel<<<grid_for(args.numel, kThreads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
   return cudaGetLastError();
 }
 

@@ -8,12 +8,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kSumSlices = 8;  // of the pixels of an image, one a row of the block
-constexpr int64_t kMaxBlocks = int64_t{1} << 30;
-
-unsigned blocks_for(int64_t threads) {
-  const int64_t blocks = ceil_div(threads, kThreads);
-  return static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
-}
 
 template <bool kSigned>
 __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
@@ -93,20 +87,15 @@ __global__ void __launch_bounds__(32 * kSumSlices)
   static_cast<int32_t*>(g.output)[image * g.c + mine] = sum;
 }
 
-__device__ __forceinline__ int32_t element(const void* x, DType type, int64_t index) {
-  if (type == DType::kUInt8) return static_cast<const uint8_t*>(x)[index];
-  if (type == DType::kInt8) return static_cast<const int8_t*>(x)[index];
-  return static_cast<const int32_t*>(x)[index];
-}
-
 __global__ void __launch_bounds__(kThreads) fixed_point_add_kernel(const FixedPointAddArgs g) {
   for (int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; index < g.numel;
        index += static_cast<int64_t>(gridDim.x) * kThreads) {
     int64_t channel = 0;
     if (g.a_fraction_length_stride | g.b_fraction_length_stride) channel = index / g.inner % g.channels;
-    g.output[index] = fixed_point_added(element(g.a, g.a_type, index), element(g.b, g.b_type, index),
-                                        g.a_fraction_length[channel * g.a_fraction_length_stride],
-                                        g.b_fraction_length[channel * g.b_fraction_length_stride]);
+    g.output[index] =
+        fixed_point_added(fixed_point_integer(g.a, g.a_type, index), fixed_point_integer(g.b, g.b_type, index),
+                          g.a_fraction_length[channel * g.a_fraction_length_stride],
+                          g.b_fraction_length[channel * g.b_fraction_length_stride]);
   }
 }
 
@@ -123,11 +112,11 @@ int fixed_point_max_pool2d(const FixedPointPoolArgs& a, void* stream) {
   dispatch_bool(a.input_signed, [&](auto is_signed) {
     constexpr bool kSigned = is_signed.value;
     if (aligned(16))
-      fixed_point_max_pool2d_kernel<kSigned, 4><<<blocks_for(total / 16), kThreads, 0, s>>>(a);
+      fixed_point_max_pool2d_kernel<kSigned, 4><<<grid_for(total / 16, kThreads), kThreads, 0, s>>>(a);
     else if (aligned(4))
-      fixed_point_max_pool2d_kernel<kSigned, 1><<<blocks_for(total / 4), kThreads, 0, s>>>(a);
+      fixed_point_max_pool2d_kernel<kSigned, 1><<<grid_for(total / 4, kThreads), kThreads, 0, s>>>(a);
     else
-      fixed_point_max_pool2d_kernel<kSigned, 0><<<blocks_for(total), kThreads, 0, s>>>(a);
+      fixed_point_max_pool2d_kernel<kSigned, 0><<<grid_for(total, kThreads), kThreads, 0, s>>>(a);
   });
   return cudaGetLastError();
 }
@@ -151,7 +140,7 @@ int fixed_point_sum_pool2d(const FixedPointPoolArgs& a, void* stream) {
 
 int fixed_point_add(const FixedPointAddArgs& a, void* stream) {
   if (a.numel == 0) return cudaSuccess;
-  fixed_point_add_kernel<<<blocks_for(a.numel), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(a);
+  fixed_point_add_kernel<<<grid_for(a.numel, kThreads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(a);
   return cudaGetLastError();
 }
 

@@ -140,14 +140,8 @@ def relative_differences(mine: list[float], other: list[float]) -> list[float]:
     return [abs(a - b) / abs(a) for a, b in zip(mine, other, strict=True)]
 
 
-@pytest.mark.parametrize("recipe", STEPS)
-def test_losses_and_checkpoints_pass_between_the_languages(recipe, baseline, data, folder, tmp_path):
-    batch_size, steps = 8, STEPS[recipe]
-    model = prepared(baseline, data, recipe, batch_size)
-    start = tmp_path / "prepared.safetensors"
-    qnn.save_checkpoint(start, model, Recipe.from_name(recipe))
-    torch.testing.assert_close(cpp_logits(start, folder, tmp_path / "l"), python_logits(model, data), rtol=0, atol=1e-5)
-
+def trained_alike(model, recipe, start, batch_size, steps, data, folder, tmp_path):
+    """Trains `model` here and its file `start` in C++, with equal losses; C++'s folder."""
     settings = TrainSettings(epochs=3, lr=0.02, batch_size=batch_size, max_steps=steps)
     mine = python_losses(model, data, recipe, settings, tmp_path / "py")
     out = tmp_path / "cpp"
@@ -156,6 +150,18 @@ def test_losses_and_checkpoints_pass_between_the_languages(recipe, baseline, dat
     theirs = step_losses(out / "metrics.jsonl", recipe)
     assert len(mine) == len(theirs) == steps
     assert max(relative_differences(mine, theirs)) <= 1e-4
+    return out
+
+
+@pytest.mark.parametrize("recipe", STEPS)
+def test_losses_and_checkpoints_pass_between_the_languages(recipe, baseline, data, folder, tmp_path):
+    batch_size, steps = 8, STEPS[recipe]
+    model = prepared(baseline, data, recipe, batch_size)
+    start = tmp_path / "prepared.safetensors"
+    qnn.save_checkpoint(start, model, Recipe.from_name(recipe))
+    torch.testing.assert_close(cpp_logits(start, folder, tmp_path / "l"), python_logits(model, data), rtol=0, atol=1e-5)
+
+    out = trained_alike(model, recipe, start, batch_size, steps, data, folder, tmp_path)
 
     # What C++ wrote, Python reads, trained and converted; the conversion gives the same predictions.
     trained = qnn.prepare(copy.deepcopy(baseline), Recipe.from_name(recipe))
@@ -182,14 +188,7 @@ def test_fixed_point_networks_pass_between_the_languages(recipe, baseline, data,
     qnn.save_checkpoint(start, model, Recipe.from_name(recipe))
     assert torch.equal(cpp_logits(start, folder, tmp_path / "l"), python_logits(model, data))
 
-    settings = TrainSettings(epochs=3, lr=0.02, batch_size=batch_size, max_steps=steps)
-    mine = python_losses(model, data, recipe, settings, tmp_path / "py")
-    out = tmp_path / "cpp"
-    common = ["--data", folder, "--output", out, "--epochs", 3, "--lr", 0.02, "--batch-size", batch_size]
-    run_example("--checkpoint", start, "--max-steps", steps, *common)
-    theirs = step_losses(out / "metrics.jsonl", recipe)
-    assert len(mine) == len(theirs) == steps
-    assert max(relative_differences(mine, theirs)) <= 1e-4
+    out = trained_alike(model, recipe, start, batch_size, steps, data, folder, tmp_path)
 
     # Python's trained model, evaluated and converted by C++: the same bits.
     trained = tmp_path / "trained.safetensors"

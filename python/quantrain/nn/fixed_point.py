@@ -19,7 +19,7 @@ from quantrain._C import Recipe
 from quantrain.fixed_point import fixed_point_fraction_length, fixed_point_quantize
 
 from .fixed_point_activation import FixedPointActivation, FixedPointPoolActivation, kWordLength
-from .layers import _own_copy
+from .layers import twin_of
 from .recipes import as_recipe
 
 __all__ = ["FixedPointActivation", "FixedPointAvgPool2d", "FixedPointConv2d", "FixedPointLinear"]
@@ -65,6 +65,28 @@ class FixedPointLayer(nn.Module):
     output_activation: FixedPointActivation | None
     weight_fraction_length: Tensor
 
+    @classmethod
+    def from_float(
+        cls,
+        module: nn.Conv2d | nn.Linear,
+        recipe: Recipe | str,
+        *,
+        bn: nn.BatchNorm2d | None = None,
+        input_activation: FixedPointActivation,
+        output_activation: FixedPointActivation | None = None,
+        owner: bool = True,
+        quantizes: bool | None = None,
+        name: str = "",
+    ) -> FixedPointLayer:
+        """The fixed-point twin of ``module`` and ``bn``: the same Parameter objects; takes over ``bn``.
+
+        Args:
+            owner: ``output_activation`` becomes the child ``activation``.
+        """
+        layer = twin_of(cls, module).train(module.training)
+        layer._set_up(recipe, bn, input_activation, output_activation, owner, quantizes, name)
+        return layer
+
     def _set_up(
         self,
         recipe: Recipe | str,
@@ -72,7 +94,7 @@ class FixedPointLayer(nn.Module):
         input_activation: FixedPointActivation,
         output_activation: FixedPointActivation | None,
         owner: bool,
-        quantizes: bool,
+        quantizes: bool | None,
         name: str,
     ) -> None:
         self.recipe = as_recipe(recipe)
@@ -90,7 +112,7 @@ class FixedPointLayer(nn.Module):
         # References, not children: the state belongs to the layer that makes the tensor.
         object.__setattr__(self, "input_activation", input_activation)
         object.__setattr__(self, "output_activation", output_activation)
-        self.quantizes = quantizes
+        self.quantizes = output_activation is not None if quantizes is None else quantizes
         self.method, self.hysteresis, self.double_forward = spec.fraction_length, spec.hysteresis, spec.double_forward
         per_channel = self.recipe.weight.granularity == "per_channel" and output_activation is not None
         self.axis = 0 if per_channel else None
@@ -176,7 +198,7 @@ class FixedPointLayer(nn.Module):
         dims = [0, *range(2, y.dim())]
         variance, mean = torch.var_mean(y.float(), dims, correction=0)
         sf = self.bn.weight * torch.rsqrt(variance + self.bn.eps)
-        factor, exponent = self.factor(sf)
+        factor, _ = self.factor(sf)
         ratio = factor / sf.reshape(self._rows())  # eta_in / eta_out
         weight = self._rounded(self.weight * factor) / ratio
         shift = mean if self.bias is None else mean - self.bias
@@ -198,7 +220,7 @@ class FixedPointLayer(nn.Module):
         codes = (effective * scale).round().clamp(-127, 127)
         input_length = self.input_activation.rounded_fraction_length()
         accumulator = input_length + fraction_length.flatten()
-        bias = self._folded_bias(sf, factor, exponent)
+        bias = self._folded_bias(sf, exponent)
         bound = codes.abs().double().flatten(1).sum(1) * self.input_activation.quant_max
         if bias is not None:
             bias = (bias.double() * torch.exp2(accumulator.double())).round()
@@ -206,7 +228,7 @@ class FixedPointLayer(nn.Module):
             bound = bound + bias.abs()
         return Folded(codes / scale, codes, bias, fraction_length, accumulator, exponent, bound)
 
-    def _folded_bias(self, sf: Tensor | None, factor: Tensor, exponent: Tensor | None) -> Tensor | None:
+    def _folded_bias(self, sf: Tensor | None, exponent: Tensor | None) -> Tensor | None:
         bias = self.bias
         if self.bn is not None:
             shift = self.bn.running_mean if bias is None else self.bn.running_mean - bias
@@ -297,32 +319,7 @@ class FixedPointConv2d(FixedPointLayer, nn.Conv2d):
         if reason := no_integer_convolution(self):
             raise ValueError(f"FixedPointConv2d: {reason}")
         output = activation if activation is not None else output_activation
-        quantizes = output is not None if quantizes is None else quantizes
         self._set_up(recipe, bn, input_activation, output, activation is not None, quantizes, "")
-
-    @classmethod
-    def from_float(
-        cls,
-        conv: nn.Conv2d,
-        recipe: Recipe | str,
-        *,
-        bn: nn.BatchNorm2d | None = None,
-        input_activation: FixedPointActivation,
-        output_activation: FixedPointActivation | None = None,
-        owner: bool = True,
-        quantizes: bool | None = None,
-        name: str = "",
-    ) -> FixedPointConv2d:
-        """The fixed-point twin of ``conv`` and ``bn``: the same Parameter objects; takes over ``bn``.
-
-        Args:
-            owner: ``output_activation`` becomes the child ``activation``.
-        """
-        layer = _twin(cls, conv)
-        owner = owner and output_activation is not None
-        quantizes = output_activation is not None if quantizes is None else quantizes
-        layer._set_up(recipe, bn, input_activation, output_activation, owner, quantizes, name)
-        return layer
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.conv2d(x, weight, bias, self.stride, self.padding, 1, self.groups)
@@ -364,10 +361,7 @@ class FixedPointLinear(FixedPointLayer, nn.Linear):
     ):
         super().__init__(in_features, out_features, bias, device, dtype)
         output = activation if activation is not None else output_activation
-        quantizes = output is not None if quantizes is None else quantizes
         self._set_up(recipe, bn, input_activation, output, activation is not None, quantizes, "")
-
-    from_float = FixedPointConv2d.__dict__["from_float"]
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -433,12 +427,6 @@ class FixedPointAvgPool2d(nn.Module):
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.activation.pixels = (int(self.size[0]), int(self.size[1]))
-
-
-def _twin(cls: type[FixedPointLayer], module: nn.Module) -> FixedPointLayer:
-    layer = cls.__new__(cls)
-    layer.__dict__.update({key: _own_copy(value) for key, value in module.__dict__.items()})
-    return layer.train(module.training)
 
 
 def no_integer_convolution(conv: nn.Conv2d) -> str:

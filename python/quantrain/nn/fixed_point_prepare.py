@@ -80,7 +80,6 @@ class FixedPointAdd(nn.Module):
     def __init__(self, output_activation: FixedPointActivation):
         super().__init__()
         object.__setattr__(self, "output_activation", output_activation)
-        self.calibrating = False
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return self.output_activation(a + b, False)

@@ -157,8 +157,7 @@ class _Reader:
             self.fail(node, f"{type(module).__name__} has no integer form")
 
     def product(self, node: fx.Node, module: nn.Module) -> None:
-        twins = (nn.Conv2d, nn.Linear)
-        if type(module) not in twins:
+        if type(module) not in (nn.Conv2d, nn.Linear):
             self.fail(node, f"{type(module).__name__}, a subclass, has no integer form")
         convolution = isinstance(module, nn.Conv2d)
         if convolution and (reason := no_integer_convolution(module)):

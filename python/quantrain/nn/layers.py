@@ -48,8 +48,7 @@ class QuantLayer(nn.Module):
             recipe: a Recipe or the name of one.
             name: the path that error messages use.
         """
-        layer = cls.__new__(cls)
-        layer.__dict__.update({key: _own_copy(value) for key, value in module.__dict__.items()})
+        layer = twin_of(cls, module)
         layer._add_fake_quants(recipe, name)
         return layer.train(module.training)
 
@@ -106,6 +105,13 @@ class QuantLayer(nn.Module):
 
     def quantized_output(self, y: Tensor) -> Tensor:
         return y if self.output_fake_quant is None else self.output_fake_quant(y)
+
+
+def twin_of(cls: type[nn.Module], module: nn.Module) -> nn.Module:
+    """An object of ``cls``, without its constructor, that has ``module``'s attributes and its Parameter objects."""
+    layer = cls.__new__(cls)
+    layer.__dict__.update({key: _own_copy(value) for key, value in module.__dict__.items()})
+    return layer
 
 
 def _own_copy(value: object) -> object:

@@ -82,17 +82,11 @@ void run_blocks(unsigned columns, unsigned rows, int threads, const std::functio
 // Both places of the weights, and one tile a block or several.
 template <typename Engine, typename Tile>
 void run_mma(const FixedPointConvArgs& a) {
-  MmaParams p;
-  p.g = a;
-  p.image = FastDivisor(static_cast<uint32_t>(a.oh * a.ow));
-  p.row = FastDivisor(static_cast<uint32_t>(a.ow));
-  p.pixels = static_cast<int>(a.n * a.oh * a.ow);
+  MmaParams p = mma_params(a);
   p.column_tiles = static_cast<int>(ceil_div(a.o, Tile::kTileN));
   p.row_tiles = static_cast<int>(ceil_div(p.pixels, Tile::kTileM));
   p.steps = static_cast<int>(ceil_div(a.kh * a.kw * a.c, Tile::kDepth));
   p.stages = Tile::kStages;
-  p.flat = a.kh * a.kw == 1 && a.stride_h * a.stride_w == 1 && a.padding_h + a.padding_w == 0;
-  p.vector = vector_of(a);
   const auto shared = [&](bool resident) {
     p.resident = resident;
     return lay_out(p, Tile::kTileM * Tile::kDepth, Tile::kTileN * Tile::kDepth, Tile::kRuleBytes);
@@ -108,16 +102,7 @@ void run_mma(const FixedPointConvArgs& a) {
 
 template <int kWords>
 void run_gather(const FixedPointConvArgs& a) {
-  GatherParams p;
-  p.g = a;
-  p.image = FastDivisor(static_cast<uint32_t>(a.oh * a.ow));
-  p.row = FastDivisor(static_cast<uint32_t>(a.ow));
-  p.pixels = static_cast<int>(a.n * a.oh * a.ow);
-  p.row_tiles = static_cast<int>(ceil_div(p.pixels, GatherShape::kTileM));
-  p.segment = static_cast<int>(ceil_div(a.kw * a.c, 4) * 4);
-  p.depth = static_cast<int>(ceil_div(a.kh * p.segment, 32) * 32);
-  p.pitch = p.depth + kChunk;
-  p.vector = vector_of(a);
+  const GatherParams p = gather_params(a);
   const auto columns = static_cast<unsigned>(ceil_div(a.o, GatherShape::kTileN));
   run_blocks(std::min(2u, static_cast<unsigned>(p.row_tiles)), columns, GatherShape::kThreads, [&] {
     a.input_signed ? fixed_point_conv_gather_kernel<kWords, true>(p) : fixed_point_conv_gather_kernel<kWords, false>(p);
@@ -126,13 +111,7 @@ void run_gather(const FixedPointConvArgs& a) {
 
 template <int kC, int kSegments>
 void run_patch(const FixedPointConvArgs& a) {
-  PatchParams p;
-  p.g = a;
-  const int64_t tile_rows = ceil_div(a.oh, kPatchRows), tile_columns = ceil_div(a.ow, kPatchColumns);
-  p.image = FastDivisor(static_cast<uint32_t>(tile_rows * tile_columns));
-  p.row = FastDivisor(static_cast<uint32_t>(tile_columns));
-  p.tiles = static_cast<int>(a.n * tile_rows * tile_columns);
-  p.vector = vector_of(a);
+  PatchParams p = patch_params(a);
   lay_out_patch(p, kSegments);
   const auto columns = static_cast<unsigned>(ceil_div(a.o, PatchShape::kTileN));
   run_blocks(std::min(2u, static_cast<unsigned>(p.tiles)), columns, PatchShape::kThreads, [&] {
