@@ -227,6 +227,20 @@ void check_layers(const std::string& path, const Header& header, const torch::nn
   }
 }
 
+// Codes had the name "weight" in older files; a float tensor of that name is left to be refused.
+void name_codes(std::map<std::string, at::Tensor>& tensors, const torch::nn::Module& module) {
+  for (const auto& item : state_of(module)) {
+    const std::string& codes = item.first;
+    constexpr std::string_view kCodes = "weight_codes";
+    if (codes.size() < kCodes.size() || codes.compare(codes.size() - kCodes.size(), kCodes.size(), kCodes) != 0)
+      continue;
+    const auto old = tensors.find(codes.substr(0, codes.size() - std::string_view("_codes").size()));
+    if (old == tensors.end() || tensors.count(codes) || old->second.is_floating_point()) continue;
+    tensors[codes] = old->second;
+    tensors.erase(old);
+  }
+}
+
 SafeTensors read_tensors(const std::string& path, std::ifstream& file, const Header& header) {
   SafeTensors content;
   content.metadata = header.metadata;
@@ -318,7 +332,9 @@ CheckpointInfo load_checkpoint(const std::string& path, torch::nn::Module& modul
          info.converted ? "a converted one (call convert(module, false) first)" : "one that is not");
   }
   check_layers(path, header, module);
-  load_tensors(read_tensors(path, file, header).tensors, module, path);
+  SafeTensors content = read_tensors(path, file, header);
+  name_codes(content.tensors, module);
+  load_tensors(content.tensors, module, path);
   return info;
 }
 

@@ -54,14 +54,14 @@ at::Tensor Int8LinearImpl::forward(const at::Tensor& input) {
                                   recipe().backend == "simulate"};
   std::optional<at::Tensor> codes, scale;
   if (cache_weight_ && at::GradMode::is_enabled() && !capturing(weight)) {
-    const WeightCodes& kept = weight_codes();
+    const WeightCodes& kept = kept_codes();
     codes = kept.codes;
     scale = kept.scale;
   }
   return quantized_output(watched(quantrain::int8_linear(input, weight, defined_or_none(bias), options, codes, scale)));
 }
 
-const Int8LinearImpl::WeightCodes& Int8LinearImpl::weight_codes() {
+const Int8LinearImpl::WeightCodes& Int8LinearImpl::kept_codes() {
   if (!kept_.codes.defined() || kept_.data != weight.const_data_ptr() || kept_.version != weight._version()) {
     Int8Codes rows = quantrain::int8_quantize_rows(weight.detach());
     kept_ = {std::move(rows.codes), std::move(rows.scale), weight.const_data_ptr(),

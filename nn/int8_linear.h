@@ -49,7 +49,7 @@ class QUANTRAIN_API Int8LinearImpl : public QuantModule {
     uint32_t version = 0;
   };
 
-  const WeightCodes& weight_codes();
+  const WeightCodes& kept_codes();
 
   bool cache_weight_ = false;
   WeightCodes kept_;

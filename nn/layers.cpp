@@ -139,8 +139,10 @@ at::Tensor QuantModule::unpacked(const at::Tensor& codes) const {
   return quantrain::unpack_int4(codes, detail::row_size(weight_shape_), recipe_.weight->symmetric).reshape(shape);
 }
 
-at::Tensor QuantModule::dequantized_weight(at::ScalarType dtype) const {
-  return quantrain::dequantize(unpacked(weight), weight_scale, defined_or_none(weight_zero_point), dtype);
+at::Tensor QuantModule::dequantized_weight(std::optional<at::ScalarType> dtype) const {
+  TORCH_CHECK_VALUE(converted_, "dequantized_weight: expected a converted ", name(), ", got one with a float weight");
+  return quantrain::dequantize(unpacked(weight_codes), weight_scale, defined_or_none(weight_zero_point),
+                               dtype.value_or(float_dtype()));
 }
 
 at::Tensor QuantModule::integer_product(const at::Tensor& input) const {
@@ -154,7 +156,7 @@ at::Tensor QuantModule::integer_product(const at::Tensor& input) const {
     scale = input_fake_quant->scale;
     codes = quantrain::quantize(input, scale, std::nullopt, spec.quant_min(), spec.quant_max(), at::kChar);
   }
-  return quantrain::int8_mm(codes, weight, scale, weight_scale, defined_or_none(bias), output_type(input));
+  return quantrain::int8_mm(codes, weight_codes, scale, weight_scale, defined_or_none(bias), output_type(input));
 }
 
 void QuantModule::check_convertible(bool check_observed) {
@@ -211,7 +213,8 @@ void QuantModule::store_codes(bool check_observed) {
   }
   float_dtype_ = weight.scalar_type();
   parameters_.erase("weight");
-  weight = register_buffer("weight", codes);
+  weight = at::Tensor();
+  weight_codes = register_buffer("weight_codes", codes);
   weight_scale = register_buffer("weight_scale", scale.detach().clone());
   if (!spec.symmetric) {
     weight_zero_point = register_buffer("weight_zero_point", zero_point.clone());
@@ -219,11 +222,20 @@ void QuantModule::store_codes(bool check_observed) {
 }
 
 void QuantModule::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {
-  converted_ ? torch::nn::Module::to(device, non_blocking) : torch::nn::Module::to(device, dtype, non_blocking);
+  if (converted_) {
+    to(device, non_blocking);
+    to(dtype, non_blocking);
+  } else {
+    torch::nn::Module::to(device, dtype, non_blocking);
+  }
 }
 
 void QuantModule::to(torch::Dtype dtype, bool non_blocking) {
-  if (!converted_) torch::nn::Module::to(dtype, non_blocking);
+  if (!converted_) {
+    torch::nn::Module::to(dtype, non_blocking);
+  } else if (at::isFloatingType(dtype)) {
+    float_dtype_ = dtype;
+  }
 }
 
 void QuantModule::to(torch::Device device, bool non_blocking) { torch::nn::Module::to(device, non_blocking); }
@@ -373,7 +385,7 @@ at::Tensor QuantEmbeddingImpl::forward(const at::Tensor& indices) {
     return quantized_output(quantized_rows(indices));
   }
   const at::Tensor zero_point = scale_rows_of(weight_zero_point, indices);
-  return quantized_output(quantrain::dequantize(unpacked(rows_of(weight, indices)),
+  return quantized_output(quantrain::dequantize(unpacked(rows_of(weight_codes, indices)),
                                                 scale_rows_of(weight_scale, indices), defined_or_none(zero_point),
                                                 float_dtype()));
 }

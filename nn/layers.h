@@ -1,9 +1,10 @@
 // Quantised layers: torch::nn layers whose weight, input and output pass a FakeQuantize, and convert in place to stored integers.
 //
 // Life of a layer: declare it with a Recipe, calibrate and train it, then convert(). Before, `weight` and `bias` are parameters and
-// the children weight_fake_quant, input_fake_quant and output_fake_quant are those the recipe has. After, `weight` is a buffer of
-// integer codes (int8 symmetric, uint8 affine; at most 4 bits: uint8, two codes a byte along each flattened row), with buffers
-// `weight_scale` (float32), `weight_zero_point` (int32, affine only) and `bias`; the forward pass dequantises and computes as before,
+// the children weight_fake_quant, input_fake_quant and output_fake_quant are those the recipe has. After, `weight` is undefined and
+// `weight_codes` a buffer of integers (int8 symmetric, uint8 affine; at most 4 bits: uint8, two codes a byte along each flattened row),
+// with buffers `weight_scale` (float32), `weight_zero_point` (int32, affine only) and `bias`; dequantized_weight() is the float weight
+// that they stand for. The forward pass dequantises and computes as before,
 // so its output equals the fake-quantised layer's in evaluation mode bit for bit. Under a recipe with backend "int8" (Linear layers only)
 // a converted layer multiplies integers instead (int8_mm): the same codes, the output within float32 rounding of the sum. It has no gradient,
 // and a NaN that meets a stored input scale becomes 0. The names are those of the Python layers.
@@ -12,6 +13,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <ostream>
 #include <string>
 #include <utility>
@@ -46,6 +48,10 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
   // Replaces the float weight by its codes, in place, and sets evaluation mode. check_observed = false makes a skeleton to load a converted checkpoint into.
   void convert_(bool check_observed = true);
 
+  // Converted: (codes - zero_point) * scale in weight_shape(); without `dtype` in the type of the float weight, or that of to() since.
+  // Computed at each call. ValueError before conversion, where `weight` is the float weight.
+  at::Tensor dequantized_weight(std::optional<at::ScalarType> dtype = std::nullopt) const;
+
   // As torch::nn::Module::to; codes, scales and a converted bias keep their dtypes.
   void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;
   void to(torch::Dtype dtype, bool non_blocking = false) override;
@@ -61,8 +67,9 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
   using OutputHook = std::function<void(const at::Tensor& output, bool exact_backward)>;
   void set_output_hook(OutputHook hook) { output_hook_ = std::move(hook); }
 
-  at::Tensor weight;             // float [O, ...], a parameter; converted: codes, a buffer
+  at::Tensor weight;             // float [O, ...], a parameter; converted: undefined
   at::Tensor bias;               // [O] or undefined
+  at::Tensor weight_codes;       // converted only: a buffer
   at::Tensor weight_scale;       // converted only: [1], [O, 1, ...] or [O, K / group_size]
   at::Tensor weight_zero_point;  // converted and affine only: as weight_scale
   FakeQuantize weight_fake_quant{nullptr};
@@ -80,7 +87,6 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
 
   void reset_weight_and_bias(bool has_bias);  // torch.nn.Linear's initial distribution
   at::Tensor quantized_weight(const at::Tensor& float_weight);
-  at::Tensor dequantized_weight(at::ScalarType dtype) const;
   at::Tensor quantized_input(const at::Tensor& input);
   at::Tensor quantized_output(const at::Tensor& output);
   bool multiplies_integers() const {
@@ -97,7 +103,7 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
   at::Tensor unpacked(const at::Tensor& codes) const;  // [rows, ...] packed or not -> [rows, weight_shape[1:]]
   at::ScalarType float_dtype() const {
     return converted_ ? float_dtype_ : weight.scalar_type();
-  }  // converted: the dtype it had
+  }  // converted: the dtype it had, or that of to() since
 
  private:
   void store_codes(bool check_observed);

@@ -249,6 +249,32 @@ TEST_CASE("a converted checkpoint of other bits or shapes raises", "[checkpoint]
   CHECK(unchanged(net, before));
 }
 
+TEST_CASE("a converted file whose codes are called weight, as they once were, loads", "[checkpoint]") {
+  torch::manual_seed(16);
+  const TemporaryFolder folder;
+  const std::string path = folder.file("a.safetensors");
+  const Recipe recipe = Recipe::from_name(GENERATE(as<std::string>{}, "qat-w8a8", "qat-w4a8"));
+  Net net = trained_net(recipe);
+  convert(*net);
+  save_checkpoint(path, *net, recipe);
+  SafeTensors content = read_safetensors(path);
+  for (const char* layer : {"conv", "head"}) {
+    const std::string name = std::string(layer) + ".weight";
+    content.tensors[name] = content.tensors.at(name + "_codes");
+    content.tensors.erase(name + "_codes");
+  }
+  write_safetensors(path, content);
+  Net other(recipe);
+  convert(*other, /*check_observed=*/false);
+  load_checkpoint(path, *other);
+  const at::Tensor x = at::randn({4, 2, 7, 7});
+  CHECK(same_bits(logits(other, x), logits(net, x)));
+
+  content.tensors["head.weight"] = at::zeros({3, 6});  // a float weight is no code
+  write_safetensors(path, content);
+  CHECK_THAT(value_error([&] { load_checkpoint(path, *other); }), Contains("got none for 'head.weight_codes'"));
+}
+
 TEST_CASE("half-precision tensors load into a float32 module", "[checkpoint]") {
   const TemporaryFolder folder;
   const Recipe recipe = Recipe::from_name("qat-w8a8-token");

@@ -120,7 +120,7 @@ void check_converted(at::Device device, const std::string& name) {
   const at::Tensor before = forward(x).detach();
   qnn::convert(*module);
   CHECK(module->converted());
-  CHECK(module->weight.scalar_type() == at::kChar);
+  CHECK(module->weight_codes.scalar_type() == at::kChar);
   const at::Tensor after = forward(x);
   CHECK(support::largest_difference(after, before) < 1e-5);
   if (recipe.int8) CHECK(support::same_bits(after, before));

@@ -56,7 +56,9 @@ void check_conversion(Layer& layer, const at::Tensor& input) {
   layer->convert_();
   CHECK(same_bits(layer->forward(input), before));
   CHECK(layer->parameters().empty());
-  CHECK(layer->named_buffers().contains("weight"));
+  CHECK(layer->named_buffers().contains("weight_codes"));
+  CHECK_FALSE(layer->named_buffers().contains("weight"));
+  CHECK_FALSE(layer->weight.defined());
   CHECK(layer->named_buffers().contains("weight_scale"));
 }
 
@@ -197,7 +199,7 @@ TEST_CASE("converted weights are int8, uint8, or two codes a byte", "[layers]") 
     QuantLinear layer(7, 3, recipe);
     calibrate(layer, at::randn({4, 7}));
     layer->convert_();
-    return layer->weight;
+    return layer->weight_codes;
   };
   const at::Tensor int8 = weight_of(Recipe::from_name("qat-w8a8"));
   CHECK(int8.scalar_type() == at::kChar);
@@ -206,6 +208,21 @@ TEST_CASE("converted weights are int8, uint8, or two codes a byte", "[layers]") 
   const at::Tensor packed = weight_of(Recipe::from_name("qat-w4a8"));
   CHECK(packed.scalar_type() == at::kByte);
   CHECK(packed.sizes().vec() == std::vector<int64_t>{3, 4});
+}
+
+TEST_CASE("dequantized_weight is the weight that a converted layer stands for, in the layer's type", "[layers]") {
+  for (const char* name : {"qat-w8a8-token", "qat-w4a8"}) {
+    QuantLinear layer(7, 3, Recipe::from_name(name));
+    calibrate(layer, at::randn({4, 7}));
+    CHECK_THAT(value_error([&] { (void)layer->dequantized_weight(); }), Contains("expected a converted QuantLinear"));
+    layer->eval();
+    const at::Tensor rounded = layer->weight_fake_quant->forward(layer->weight.detach());
+    layer->convert_();
+    CHECK(same_bits(layer->dequantized_weight(), rounded));
+    layer->to(at::kHalf);
+    CHECK(same_bits(layer->dequantized_weight(), rounded.to(at::kHalf)));
+    CHECK(layer->dequantized_weight(at::kFloat).scalar_type() == at::kFloat);
+  }
 }
 
 TEST_CASE("a model with a layer that cannot convert is left as it was", "[layers]") {
@@ -290,8 +307,9 @@ TEST_CASE("layers run in bfloat16, prepared and converted", "[layers]") {
   CHECK(layer->input_fake_quant->scale.scalar_type() == at::kFloat);
   check_conversion(layer, x);
   layer->to(at::kHalf);
-  CHECK(layer->weight.scalar_type() == at::kChar);
+  CHECK(layer->weight_codes.scalar_type() == at::kChar);
   CHECK(layer->weight_scale.scalar_type() == at::kFloat);
+  CHECK(layer->dequantized_weight().scalar_type() == at::kHalf);
 }
 
 TEST_CASE("NaN in the input is seen in the output", "[layers]") {

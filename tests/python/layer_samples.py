@@ -1,6 +1,7 @@
 """One list of layers and inputs that every test of the quantised layers draws from."""
 
 import torch
+from torch import nn
 
 import quantrain.nn as qnn
 from quantrain import QuantSpec, Recipe
@@ -69,9 +70,56 @@ def odd_embedding(recipe):
     return qnn.QuantEmbedding(6, 5, recipe=recipe), torch.tensor([0, 5, 5], dtype=torch.int32)
 
 
+class Conv1D(nn.Module):
+    """As transformers.pytorch_utils.Conv1D: a linear layer that holds its weight as [in, out]."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf) / 4), nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x):
+        y = torch.addmm(self.bias, x.reshape(-1, x.size(-1)), self.weight)
+        return y.reshape(*x.shape[:-1], self.nf)
+
+
+def transposed_linear(recipe):
+    return qnn.QuantTransposedLinear.from_float(Conv1D(5, 8), recipe), torch.randn(2, 3, 8)
+
+
+def conv1d(recipe):
+    return qnn.QuantConv1d(4, 6, 5, stride=2, padding=1, dilation=2, groups=2, recipe=recipe), torch.randn(3, 4, 19)
+
+
+def reflecting_conv1d(recipe):
+    layer = qnn.QuantConv1d(4, 6, 3, padding="same", padding_mode="reflect", bias=False, recipe=recipe)
+    return layer, torch.randn(3, 4, 7)
+
+
+def without_gradients(recipe):
+    return qnn.changed_recipe(qnn.as_recipe(recipe), {"grad_input": None, "grad_weight": None})
+
+
+def conv_transpose(recipe):
+    recipe = without_gradients(recipe)
+    return qnn.QuantConvTranspose2d(4, 3, 3, stride=2, padding=1, bias=False, recipe=recipe), torch.randn(2, 4, 5, 6)
+
+
+def grouped_conv_transpose(recipe):
+    layer = qnn.QuantConvTranspose2d(
+        4, 6, (3, 2), stride=2, output_padding=1, groups=2, dilation=(2, 1), recipe=without_gradients(recipe)
+    )
+    return layer, torch.randn(2, 4, 5, 6)
+
+
 BUILDERS = [
     linear,
     odd_linear,
+    transposed_linear,
+    conv1d,
+    reflecting_conv1d,
+    conv_transpose,
+    grouped_conv_transpose,
     conv,
     grouped_conv,
     depthwise_conv,

@@ -14,6 +14,7 @@ import quantrain
 import quantrain.nn as qnn
 from quantrain.finetune.data import DEBIAN_FOLDER, load_image_data
 from quantrain.finetune.models import resnet20
+from quantrain.nn.fixed_point_prepare import layers_of
 
 BUILDERS = {
     "resnet-mean": ResNet,
@@ -83,7 +84,7 @@ def test_not_inplace_leaves_the_model_alone():
 
 def test_identity_chain_shares_one_activation():
     model, _ = trained(ResNet)
-    layers = qnn.prepare(model, "f8net").layers()
+    layers = layers_of(qnn.prepare(model, "f8net"))
     shared = layers["conv1"].activation
     assert layers["layer1.0.conv2"].output_activation is shared and layers["layer1.1.conv2"].output_activation is shared
     assert layers["layer1.0.conv2"].activation is None
@@ -95,7 +96,7 @@ def test_identity_chain_shares_one_activation():
 
 
 def test_option_a_chain_runs_through_the_stages():
-    layers = qnn.prepare(resnet20(), "f8net").layers()
+    layers = layers_of(qnn.prepare(resnet20(), "f8net"))
     assert all(
         layers[f"layer{i}.{j}.conv2"].output_activation is layers["conv1"].activation
         for i in (1, 2, 3)
@@ -106,7 +107,7 @@ def test_option_a_chain_runs_through_the_stages():
 def test_linear_bottlenecks_are_signed_and_relu6_bounds_alpha():
     models = pytest.importorskip("torchvision.models")
     model = qnn.prepare(models.mobilenet_v2(num_classes=5), "f8net")
-    layers = model.layers()
+    layers = layers_of(model)
     assert layers["features.1.conv.1"].activation.signed
     assert not layers["features.0.0"].activation.signed
     assert layers["features.0.0"].activation.max_alpha == 6.0

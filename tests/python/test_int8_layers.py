@@ -427,7 +427,7 @@ def test_a_converted_layer_multiplies_what_was_simulated(recipe, shape, device):
     converted = quantrain.convert(copy.deepcopy(prepared.eval()))
     module = converted[0]
     assert type(module) is qnn.QuantizedInt8Linear and isinstance(module, qnn.QuantizedLinear)
-    assert module.weight.dtype == torch.int8 and list(module.weight_scale.shape) == [40, 1]
+    assert module.weight_codes.dtype == torch.int8 and list(module.weight_scale.shape) == [40, 1]
     rounded = module.input_fake_quant(x)
     simulated = F.linear(rounded, module.dequantized_weight(), module.bias)
     limit = bound(rounded, module.dequantized_weight(), 24) + 2.0**-22 * module.bias.abs()
@@ -450,7 +450,7 @@ def test_converted_layers_under_autocast_and_in_half_precision():
     assert model(x.half()).dtype == torch.float16 and model(x.bfloat16()).dtype == torch.bfloat16
     torch.testing.assert_close(model(x.bfloat16()).float(), model(x), rtol=0.05, atol=0.05)
     model.to(torch.bfloat16)
-    assert model.weight_scale.dtype == torch.float32 and model.weight.dtype == torch.int8
+    assert model.weight_scale.dtype == torch.float32 and model.weight_codes.dtype == torch.int8
     x[3, 4] = math.nan
     assert model(x)[3].isnan().all() and model(x)[4].isfinite().all()
 

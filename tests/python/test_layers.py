@@ -42,13 +42,13 @@ def test_converted_equals_fake_quantised_for_every_weight_spec(
     layer.eval()
     converted = qnn.convert(layer, inplace=False)
     assert torch.equal(converted(x), layer(x))
-    assert converted.weight.dtype == (torch.int8 if bits > 4 and symmetric else torch.uint8)
+    assert converted.weight_codes.dtype == (torch.int8 if bits > 4 and symmetric else torch.uint8)
     assert (converted.weight_zero_point is None) == symmetric
-    row = layer.weight[0].numel()
+    rows = layer.rows(layer.weight)
     if bits <= 4:
-        assert converted.weight.shape == (layer.weight.shape[0], (row + 1) // 2)
+        assert converted.weight_codes.shape == (rows.shape[0], (rows[0].numel() + 1) // 2)
     low, high = layer.weight_fake_quant.quant_min, layer.weight_fake_quant.quant_max
-    assert converted.codes().shape == layer.weight.shape
+    assert converted.codes().shape == rows.shape
     assert low <= converted.codes().min() and converted.codes().max() <= high
 
 

@@ -85,7 +85,9 @@ def test_a_residual_network_is_swapped_folded_and_keeps_its_parameters():
     assert result is model
     kinds = types(model)
     for conv, bn in [("conv1", "bn1"), ("layer1.0.conv1", "layer1.0.bn1"), ("layer1.1.conv2", "layer1.1.bn2")]:
-        assert kinds[conv] == "QuantConvBn2d" and kinds[bn] == "Identity" and kinds[conv + ".bn"] == "BatchNorm2d"
+        assert (
+            kinds[conv] == "QuantConvBn2d" and kinds[bn] == "FoldedBatchNorm2d" and kinds[conv + ".bn"] == "BatchNorm2d"
+        )
     assert kinds["linear"] == "QuantLinear"
     assert {id(parameter) for parameter in model.parameters()} == before
     assert model.quantization_summary.left_float == {}
@@ -178,7 +180,7 @@ def test_example_inputs_trace_what_fx_cannot():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         quantrain.prepare(model, "qat-w4a4", example_inputs=(images(),))
-    assert types(model)["conv"] == "QuantConvBn2d" and types(model)["bn"] == "Identity"
+    assert types(model)["conv"] == "QuantConvBn2d" and types(model)["bn"] == "FoldedBatchNorm2d"
     assert [row["weight"][:4] for row in model.quantization_summary.rows] == ["int8", "int8"]
     qnn.calibrate(model, [images()])
     model.eval()

@@ -2,7 +2,9 @@
 
 from .calibrate import calibrate, calibration, enable_fake_quant, enable_gradient_quant, enable_observer
 from .checkpoint import load_checkpoint, save_checkpoint
-from .conv_bn import QuantConvBn2d
+from .conv_bn import FoldedBatchNorm2d, QuantConvBn2d
+from .convert import convert
+from .convolutions import QuantConv1d, QuantConvTranspose2d
 from .dynamic import fake_quantize_per_token, quantize_per_token
 from .fake_quantize import FakeQuantize
 from .fixed_point import FixedPointAvgPool2d, FixedPointConv2d, FixedPointLinear
@@ -12,8 +14,8 @@ from .fixed_point_network import FixedPointModel
 from .fixed_point_onnx import export_onnx
 from .fixed_point_prepare import FixedPointPrepared
 from .gradient_probe import GradientProbe, ProbeTable
-from .int8_linear import Int8Linear, enable_weight_cache
-from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear
+from .int8_linear import Int8Linear, Int8TransposedLinear, enable_weight_cache
+from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear, QuantTransposedLinear
 from .observers import (
     MinMaxObserver,
     MovingAverageMinMaxObserver,
@@ -23,8 +25,16 @@ from .observers import (
     make_observer,
 )
 from .pact import PACT, pact
-from .prepare import PrepareSummary, convert, prepare
-from .quantized import QuantizedConv2d, QuantizedEmbedding, QuantizedInt8Linear, QuantizedLayer, QuantizedLinear
+from .prepare import PrepareSummary, prepare
+from .quantized import (
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedConvTranspose2d,
+    QuantizedEmbedding,
+    QuantizedInt8Linear,
+    QuantizedLayer,
+    QuantizedLinear,
+)
 from .recipes import as_recipe, changed_recipe, gradient_arguments, weight_scale_shape
 from .report import ErrorTable, SizeTable, model_size, quantization_error
 from .tables import Table
@@ -39,8 +49,10 @@ __all__ = [
     "FixedPointLinear",
     "FixedPointModel",
     "FixedPointPrepared",
+    "FoldedBatchNorm2d",
     "GradientProbe",
     "Int8Linear",
+    "Int8TransposedLinear",
     "MSEObserver",
     "MinMaxObserver",
     "MovingAverageMinMaxObserver",
@@ -48,12 +60,17 @@ __all__ = [
     "PercentileObserver",
     "PrepareSummary",
     "ProbeTable",
+    "QuantConv1d",
     "QuantConv2d",
     "QuantConvBn2d",
+    "QuantConvTranspose2d",
     "QuantEmbedding",
     "QuantLayer",
     "QuantLinear",
+    "QuantTransposedLinear",
+    "QuantizedConv1d",
     "QuantizedConv2d",
+    "QuantizedConvTranspose2d",
     "QuantizedEmbedding",
     "QuantizedInt8Linear",
     "QuantizedLayer",

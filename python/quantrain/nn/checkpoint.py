@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from quantrain._C import Recipe
 
+from .convert import is_converted
 from .layers import QuantLayer
-from .prepare import is_converted
-from .quantized import QuantizedLayer
+from .quantized import QuantizedLayer, name_codes
 from .recipes import as_recipe
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
@@ -101,6 +101,7 @@ def load_checkpoint(path: str | os.PathLike, model: nn.Module) -> dict[str, str]
     path = Path(path)
     metadata, tensors = _read(path)
     _check_metadata(path, metadata, model)
+    name_codes(model, tensors)
     state = model.state_dict()
     _check_names(path, state, tensors)
     for name, tensor in tensors.items():

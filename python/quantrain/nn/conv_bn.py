@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,18 @@ from quantrain._C import Recipe
 
 from .layers import QuantConv2d
 
-__all__ = ["QuantConvBn2d"]
+__all__ = ["FoldedBatchNorm2d", "QuantConvBn2d"]
+
+
+@torch.library.custom_op("quantrain::_snapshot", mutates_args=())
+def _snapshot(buffer: Tensor) -> Tensor:
+    """A copy that a compiled backward pass may not make anew: torch.compile reads a clone() again, from the buffer as updated since."""
+    return buffer.clone()
+
+
+@_snapshot.register_fake
+def _(buffer: Tensor) -> Tensor:
+    return torch.empty_like(buffer)
 
 
 class QuantConvBn2d(QuantConv2d):
@@ -99,7 +111,10 @@ class QuantConvBn2d(QuantConv2d):
 
     def scale_factor(self) -> Tensor:
         """sf = bn.weight / sqrt(bn.running_var + eps), shape ``[O, 1, 1, 1]``; in training 0 is replaced by 1."""
-        sf = self.bn.weight / torch.sqrt(self.bn.running_var + self.bn.eps)
+        variance = self.bn.running_var
+        if self.training and torch.compiler.is_compiling():
+            variance = _snapshot(variance)
+        sf = self.bn.weight / torch.sqrt(variance + self.bn.eps)
         if self.training:
             sf = torch.where(sf == 0, torch.ones_like(sf), sf)
         return sf.reshape(-1, 1, 1, 1)
@@ -111,6 +126,11 @@ class QuantConvBn2d(QuantConv2d):
         shift = self.bn.running_mean if self.bias is None else self.bn.running_mean - self.bias
         return self.bn.bias - shift * self.scale_factor().flatten()
 
+    def to_float_pair(self) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+        """The convolution and the batch norm again, with the same Parameter objects."""
+        conv = self.to_float()
+        return conv, conv._modules.pop("bn")
+
     def forward(self, input: Tensor) -> Tensor:
         x = self.quantized_input(input)
         weight = self.quantized_weight()
@@ -120,3 +140,46 @@ class QuantConvBn2d(QuantConv2d):
         if self.bias is not None:
             y = y + self.bias.reshape(-1, 1, 1)
         return self.quantized_output(self.bn(y))
+
+
+class FoldedBatchNorm2d(nn.Identity):
+    """What stands where a batch norm was that :func:`prepare` folded: it passes its input on, and stands for that batch norm.
+
+    ``train()``, ``eval()`` and ``requires_grad_()`` reach the batch norm, and so do reading and setting its attributes (``weight``,
+    ``momentum``, ...): ``model.bn1.eval()`` freezes its statistics as before. It holds no parameters or buffers of its own.
+
+    >>> import quantrain
+    >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+    >>> _ = quantrain.nn.prepare(model, "qat-w8a8")
+    >>> _ = model[1].eval()
+    >>> model[0].bn.training
+    False
+    """
+
+    def __init__(self, bn: nn.BatchNorm2d):
+        super().__init__()
+        self.__dict__["folded"] = bn  # no child: the convolution's twin holds it
+        self.training = bn.training
+
+    def train(self, mode: bool = True) -> FoldedBatchNorm2d:
+        self.folded.train(mode)
+        return super().train(mode)
+
+    def requires_grad_(self, requires_grad: bool = True) -> FoldedBatchNorm2d:
+        self.folded.requires_grad_(requires_grad)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "folded" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["folded"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        folded = self.__dict__.get("folded")
+        if folded is not None and name not in self.__dict__ and hasattr(folded, name):
+            setattr(folded, name, value)
+        else:
+            super().__setattr__(name, value)

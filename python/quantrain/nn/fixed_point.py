@@ -469,5 +469,5 @@ def end_calibration(model: nn.Module, *, keep: bool) -> None:
             module.calibrating = False
             if keep:
                 module.reset_fraction_length()
-    if keep and hasattr(model, "update_summary"):
-        model.update_summary()
+    if keep and hasattr(model, "_update_summary"):
+        model._update_summary()

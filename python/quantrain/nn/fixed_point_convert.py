@@ -12,9 +12,10 @@ from .calibrate import evaluating
 from .fixed_point import FixedPointLayer, Folded
 from .fixed_point_activation import FixedPointActivation
 from .fixed_point_network import FixedPointModel
-from .fixed_point_prepare import FixedPointPrepared
+from .fixed_point_prepare import FixedPointPrepared, layers_of
 from .fixed_point_trace import PRODUCTS, Step, maker_of
 from .tables import Table
+from .weight_hooks import run_weight_hooks
 
 __all__ = ["audit", "fixed_point_graph", "simulated_codes"]
 
@@ -53,18 +54,19 @@ def fixed_point_graph(model: FixedPointPrepared) -> tuple[str, dict[str, Tensor]
         ValueError: as :func:`quantrain.nn.convert`.
     """
     with evaluating(model), torch.no_grad():
+        run_weight_hooks(model)
         return _Writer(model).write()
 
 
 class _Writer:
     def __init__(self, model: FixedPointPrepared):
         self.model = model
-        self.steps = {step.name: step for step in model.steps}
+        self.steps = {step.name: step for step in model._steps}
         self.tensors: dict[str, Tensor] = {}
         self.folded: dict[str, Folded] = {}
 
     def write(self) -> tuple[str, dict[str, Tensor]]:
-        steps = self.model.steps
+        steps = self.model._steps
         source = self.model.input_activation
         nodes = [self.node(step) for step in steps if step.op != "input"]
         last = nodes[-1]["name"]
@@ -73,7 +75,7 @@ class _Writer:
         graph = {
             "format": kFormat,
             "version": kVersion,
-            "recipe": next(iter(self.model.layers().values())).recipe.to_json(),
+            "recipe": next(iter(layers_of(self.model).values())).recipe.to_json(),
             "input": {
                 "name": "input",
                 "channels": self.channels(),
@@ -87,7 +89,7 @@ class _Writer:
         return json.dumps(graph, indent=1), self.tensors
 
     def channels(self) -> int:
-        for step in self.model.steps:
+        for step in self.model._steps:
             if step.op in PRODUCTS and maker_of(self.steps, step.inputs[0]).op == "input":
                 layer = self.model.get_submodule(step.module)
                 if step.op == "linear":
@@ -186,7 +188,7 @@ def simulated_codes(model: FixedPointPrepared, images: Tensor) -> dict[str, Tens
     Raises:
         ValueError: a value that is not an integer times the power of two it should be.
     """
-    steps = {step.name: step for step in model.steps}
+    steps = {step.name: step for step in model._steps}
     codes: dict[str, Tensor] = {}
 
     def watch(step: Step, value: Tensor) -> None:
@@ -207,5 +209,5 @@ def simulated_codes(model: FixedPointPrepared, images: Tensor) -> dict[str, Tens
         codes[step.name] = scaled.to(torch.int64)
 
     with evaluating(model):
-        model.run(images, watch)
+        model._run(images, watch)
     return codes

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from quantrain._C import FixedPointNetwork
+
 __all__ = ["export_onnx"]
 
 _OPSET, _IR_VERSION = 18, 8  # BitwiseAnd came with opset 18
@@ -40,7 +42,7 @@ def export_onnx(model: Any, path: str | os.PathLike, *, batch: int | str = "N", 
 
     Raises:
         ImportError: the package onnx is not installed (extra [onnx]).
-        ValueError: a graph of another format or version, or an op or a name that it does not have.
+        ValueError: another model (of floating point, or of a recipe that is not in fixed point); a graph of another format or version, or an op or a name that it does not have.
 
     Example:
         >>> graph = {
@@ -72,10 +74,21 @@ def _import_onnx():
 def _graph_and_tensors(model: Any) -> tuple[dict, dict[str, np.ndarray]]:
     if not isinstance(model, tuple):
         network = getattr(model, "network", model)
+        if not isinstance(network, FixedPointNetwork):
+            raise _not_a_network(type(model).__name__)
         model = (network.graph(), network.tensors())
+    if len(model) != 2:
+        raise _not_a_network(f"{len(model)} items")
     graph, tensors = model
     graph = json.loads(graph) if isinstance(graph, str) else graph
     return graph, {name: np.asarray(t.cpu() if hasattr(t, "cpu") else t) for name, t in tensors.items()}
+
+
+def _not_a_network(found: str) -> ValueError:
+    return ValueError(
+        "export_onnx: expected a FixedPointNetwork, a model that convert made of one prepared with a fixed-point recipe, or the "
+        f"pair (graph, tensors), got {found}"
+    )
 
 
 @dataclass

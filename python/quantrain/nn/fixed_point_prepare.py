@@ -30,23 +30,25 @@ class FixedPointPrepared(nn.Module):
 
     def __init__(self, steps: list[Step]):
         super().__init__()
-        self.steps = steps
+        self._steps = steps
+
+    # Names of children are the float model's, which may be any that nn.Module has not: what is added here begins with an underscore.
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.run(input)
+        return self._run(input)
 
-    def run(self, input: Tensor, watch: Callable[[Step, Tensor], None] | None = None) -> Tensor:
+    def _run(self, input: Tensor, watch: Callable[[Step, Tensor], None] | None = None) -> Tensor:
         """The forward pass; ``watch`` is called with every step and its output."""
         if self.input_activation.calibrating:
-            for activation in self.activations():
+            for activation in activations_of(self):
                 activation.restart_calibration()
         values: dict[str, Tensor] = {}
-        for step in self.steps:
+        for step in self._steps:
             operands = [input] if step.op == "input" else [values[name] for name in step.inputs]
             values[step.name] = self._run_step(step, operands)
             if watch is not None:
                 watch(step, values[step.name])
-        return values[self.steps[-1].name]
+        return values[self._steps[-1].name]
 
     def _run_step(self, step: Step, operands: list[Tensor]) -> Tensor:
         if step.op == "max_pool2d":
@@ -59,19 +61,21 @@ class FixedPointPrepared(nn.Module):
             return operands[0].flatten(1)
         return self.get_submodule(step.module)(*operands)
 
-    def activations(self) -> list[FixedPointActivation]:
-        """Every activation, in order of registration."""
-        return [module for module in self.modules() if isinstance(module, FixedPointActivation)]
-
-    def update_summary(self) -> None:
+    def _update_summary(self) -> None:
         """Brings the fraction lengths in ``quantization_summary`` up to date."""
         summary = getattr(self, "quantization_summary", None)
         if summary is not None:
             summary.rows = [dict(row) for row in summary_rows(self)]
 
-    def layers(self) -> dict[str, FixedPointLayer]:
-        """Every convolution and linear layer by its path."""
-        return {name: module for name, module in self.named_modules() if isinstance(module, FixedPointLayer)}
+
+def activations_of(prepared: FixedPointPrepared) -> list[FixedPointActivation]:
+    """Every activation, in order of registration."""
+    return [module for module in prepared.modules() if isinstance(module, FixedPointActivation)]
+
+
+def layers_of(prepared: FixedPointPrepared) -> dict[str, FixedPointLayer]:
+    """Every convolution and linear layer by its path."""
+    return {name: module for name, module in prepared.named_modules() if isinstance(module, FixedPointLayer)}
 
 
 class FixedPointAdd(nn.Module):
@@ -93,6 +97,10 @@ def prepare_fixed_point(model: nn.Module, recipe: Recipe) -> FixedPointPrepared:
             unchanged.
     """
     steps = read_steps(model)
+    if "input_activation" in model._modules:
+        raise ValueError(
+            "prepare: expected a model without a child 'input_activation' (that quantises the images), got one"
+        )
     return _build(model, recipe, steps)
 
 
@@ -175,7 +183,7 @@ def _register(root: nn.Module, path: str, module: nn.Module) -> None:
 def summary_rows(prepared: FixedPointPrepared) -> list[Mapping[str, Any]]:
     """Rows of PrepareSummary: what each layer's tensors are, with the fraction lengths as they are now."""
     rows = []
-    for name, layer in prepared.layers().items():
+    for name, layer in layers_of(prepared).items():
         lengths = layer.weight_fraction_length.flatten().tolist()
         low, high = min(lengths), max(lengths)
         output = layer.output_activation

@@ -12,6 +12,8 @@ from typing import Any
 from torch import fx, nn
 
 from .fixed_point import no_integer_convolution
+from .graph import symbolic_graph
+from .weight_hooks import unknown_weight
 
 __all__ = ["PASSES", "PRODUCTS", "Sharing", "Step", "maker_of", "read_steps"]
 
@@ -42,9 +44,34 @@ PRODUCTS = ("conv2d", "linear")
 
 
 def read_steps(model: nn.Module) -> list[Step]:
-    """The operations of a float model in an order of evaluation, batch norms, activations and additions in their place."""
+    """The operations of a float model in an order of evaluation, batch norms, activations and additions in their place.
+
+    They are read in the mode that the model is in. The network has one graph, so another graph in the other mode is an error.
+    """
+    steps = _steps_of(model, model.training)
     try:
-        graph = fx.symbolic_trace(model).graph
+        other = _steps_of(model, not model.training)
+    except ValueError:  # a model that is not made for the other mode
+        return steps
+    if other != steps:
+        raise ValueError(
+            "prepare: expected a model of the same layers in training and in evaluation (fixed point makes one network), got "
+            f"{_difference(steps, other)} in one mode only"
+        )
+    return steps
+
+
+def _difference(steps: list[Step], other: list[Step]) -> str:
+    by_name = [
+        s for s in (*steps, *other) if (s.name in {t.name for t in steps}) != (s.name in {t.name for t in other})
+    ]
+    one = next(s for s in (*by_name, *steps, *other) if s not in steps or s not in other)
+    return f"'{one.name}' ({one.op} of {', '.join(one.inputs) or 'the input'})"
+
+
+def _steps_of(model: nn.Module, training: bool) -> list[Step]:
+    try:
+        graph = symbolic_graph(model, training)
     except Exception as error:  # any Python in forward may raise anything on a proxy
         raise ValueError(
             f"prepare: expected a model that torch.fx can trace (fixed point needs its graph), got {type(error).__name__}: "
@@ -160,6 +187,8 @@ class _Reader:
         if type(module) not in (nn.Conv2d, nn.Linear):
             self.fail(node, f"{type(module).__name__}, a subclass, has no integer form")
         convolution = isinstance(module, nn.Conv2d)
+        if reason := unknown_weight(module):
+            self.fail(node, f"{reason}, which has no integer form")
         if convolution and (reason := no_integer_convolution(module)):
             self.fail(node, reason)
         if id(module) in self.called:

@@ -1,55 +1,143 @@
-"""Which convolutions feed which batch norms, read from a traced model."""
+"""What calls what in a float model, read by tracing a copy: which convolutions feed which batch norms, which layers are bypassed."""
 
 from __future__ import annotations
 
+import copy
+import random
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
 
-__all__ = ["ModelGraph", "trace_model"]
+from .weight_hooks import run_weight_hooks
+
+__all__ = ["ModelGraph", "symbolic_graph", "trace_model"]
 
 
 @dataclass
 class ModelGraph:
-    """What tracing found.
+    """What tracing found, in training and in evaluation.
 
-    pairs: convolution name -> name of the batch norm that is its only user, both called once.
-    order: names of the called modules, first call first; empty where the model was not traced.
+    pairs: convolution name -> name of the batch norm that is its only user in both modes, both called once.
+    order: names of the called modules, first call first: those of training, then those that evaluation alone calls; empty where
+        the model was not traced.
+    bypassed: names of modules that are never called while a function reads their weight.
     error: why tracing failed, or "".
     """
 
     pairs: dict[str, str] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
+    bypassed: set[str] = field(default_factory=set)
     error: str = ""
 
 
 def trace_model(model: nn.Module, example_inputs: tuple | None = None) -> ModelGraph:
-    """Traces ``model`` with torch.fx, else (given ``example_inputs``) with torch.export; never raises for the model's sake.
+    """Traces a copy of ``model`` with torch.fx, else (given ``example_inputs``) with torch.export; never raises for the model's sake.
+
+    Both modes are traced; where only one can be, that one counts.
 
     Args:
-        model: a float model; not changed.
+        model: a float model; it and the random states are left as they are.
         example_inputs: positional arguments of one call; lets a model whose control flow torch.fx cannot follow be traced.
     """
+    found, errors = [], []
+    for training in (True, False):
+        try:
+            found.append(_traced(model, training, example_inputs))
+        except Exception as error:  # any Python in forward may raise anything on a proxy
+            errors.append(_first_line(error))
+    if not found:
+        return ModelGraph(error=errors[0])
+    first, last = found[0], found[-1]
+    pairs = {conv: bn for conv, bn in first.pairs.items() if last.pairs.get(conv) == bn}
+    for one, other in ((first, last), (last, first)):  # a mode that calls neither has no say
+        pairs |= {c: b for c, b in one.pairs.items() if c not in other.order and b not in other.order}
+    order = list(dict.fromkeys(first.order + last.order))
+    return ModelGraph(pairs, order, (first.bypassed | last.bypassed) - set(order))
+
+
+def symbolic_graph(model: nn.Module, training: bool | None = None) -> fx.Graph:
+    """The graph that torch.fx reads from a copy of ``model``, in a given mode; raises what the model's forward raises on proxies."""
+    with _undisturbed(model) as replica:
+        if training is not None:
+            replica.train(training)
+        graph = fx.Tracer().trace(replica)
+        graph.owning_module = model  # without it dead code cannot be found
+        return graph
+
+
+def _traced(model: nn.Module, training: bool, example_inputs: tuple | None) -> ModelGraph:
     try:
-        graph = fx.symbolic_trace(model).graph
-    except Exception as error:  # any Python in forward may raise anything on a proxy
+        graph = symbolic_graph(model, training)
+    except Exception:
         if example_inputs is None:
-            return ModelGraph(error=_first_line(error))
+            raise
     else:
         return _collect(model, graph.nodes, lambda node: str(node.target) if node.op == "call_module" else "")
-    try:
-        program = torch.export.export(model, example_inputs, strict=False)
-    except Exception as error:
-        return ModelGraph(error=_first_line(error))
+    with _undisturbed(model) as replica:
+        program = torch.export.export(replica.train(training), example_inputs, strict=False)
     return _collect(model, program.graph.nodes, _exported_module)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[nn.Module]:
+    """A copy of ``model`` to run, which shares its Parameters alone; the random states are afterwards what they were.
+
+    A model that cannot be copied is lent itself, its attributes and buffers restored afterwards.
+    """
+    devices = sorted({t.device.index for t in model.parameters() if t.is_cuda})
+    states = random.getstate(), (sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None)
+    try:
+        with torch.random.fork_rng(devices):
+            try:
+                replica = copied(model, share_parameters=True)
+            except Exception:  # what a model holds may refuse to be copied: locks, open files, generators
+                with _restored(model):
+                    yield model
+            else:
+                yield replica
+    finally:
+        random.setstate(states[0])
+        if states[1] is not None:
+            sys.modules["numpy"].random.set_state(states[1])
+
+
+def copied(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
+    """A deep copy; weights that hooks compute are computed anew first, as a tensor with a gradient's history refuses to be copied."""
+    run_weight_hooks(model)
+    memo = {id(p): p for p in model.parameters()} if share_parameters else {}
+    return copy.deepcopy(model, memo)
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module's attributes, containers and buffers hold what they held."""
+    saved = []
+    for module in model.modules():
+        attributes = {k: (v, copy.copy(v)) for k, v in module.__dict__.items() if isinstance(v, (dict, list, set))}
+        buffers = [(buffer, buffer.clone()) for buffer in module._buffers.values() if buffer is not None]
+        saved.append((module, dict(module.__dict__), attributes, buffers))
+    try:
+        yield
+    finally:
+        for module, attributes, containers, buffers in saved:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for container, content in containers.values():
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
+            with torch.no_grad():
+                for buffer, content in buffers:
+                    buffer.copy_(content)
 
 
 def _exported_module(node: fx.Node) -> str:
     """The module whose convolution or batch norm an exported node is, "" for other nodes."""
-    known = ("conv2d", "convolution", "batch_norm", "linear", "embedding")
+    known = ("conv", "convolution", "batch_norm", "linear", "embedding")
     if node.op != "call_function" or not any(word in str(node.target) for word in known):
         return ""
     stack = node.meta.get("nn_module_stack") or {}
@@ -57,6 +145,7 @@ def _exported_module(node: fx.Node) -> str:
 
 
 def _collect(model: nn.Module, nodes: Iterable[fx.Node], module_of: Callable[[fx.Node], str]) -> ModelGraph:
+    nodes = list(nodes)
     modules = dict(model.named_modules(remove_duplicate=False))
     called = [(node, name) for node in nodes if (name := module_of(node)) in modules and name]
     calls = Counter(id(modules[name]) for _, name in called)
@@ -70,6 +159,10 @@ def _collect(model: nn.Module, nodes: Iterable[fx.Node], module_of: Callable[[fx
         bn = modules.get(user)
         if type(bn) is nn.BatchNorm2d and calls[id(bn)] == 1 and bn.affine and bn.track_running_stats:
             graph.pairs[name] = user
+    read = (str(node.target).rpartition(".") for node in nodes if node.op == "get_attr" and node.users)
+    graph.bypassed = {
+        owner for owner, _, name in read if owner and name == "weight" and calls[id(modules.get(owner))] == 0
+    }
     return graph
 
 

@@ -11,9 +11,9 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from quantrain._C import Recipe
 
-from .layers import QuantLayer
+from .layers import QuantLayer, Transposed
 
-__all__ = ["Int8Linear", "enable_weight_cache"]
+__all__ = ["Int8Layer", "Int8Linear", "Int8TransposedLinear", "enable_weight_cache"]
 
 
 class _Steps:
@@ -34,7 +34,60 @@ class _Steps:
         cls.count += 1
 
 
-class Int8Linear(QuantLayer, nn.Linear):
+class Int8Layer(QuantLayer):
+    """The forward pass of :class:`Int8Linear`, whichever way round the weight is held."""
+
+    cache_weight: bool = False
+    _kept: tuple[Tensor, tuple[int, int, int], Tensor, Tensor] | None = None  # weight, its state, codes, scale
+
+    def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
+        super()._add_fake_quants(recipe, name)
+        spec = self.recipe.int8
+        if spec is None:
+            raise ValueError(f"{type(self).__name__}: expected a recipe with int8, got {self.recipe.name!r}")
+        self.int8_arguments = {
+            "output": spec.output,
+            "grad_input": spec.grad_input,
+            "grad_weight": spec.grad_weight,
+            "weight_scheme": spec.weight_scheme,
+            "simulate": self.recipe.backend == "simulate",
+        }
+
+    @property
+    def quantises_gradients(self) -> bool:
+        return self.gradient_quant_enabled
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (self.input_fake_quant.fake_quant_enabled and self.weight_fake_quant.fake_quant_enabled):
+            return self.quantized_output(self.watched(F.linear(input, self.weight_to_quantize(), self.bias)))
+        arguments = self.int8_arguments
+        if not self.gradient_quant_enabled:
+            arguments = {**arguments, "grad_input": "none", "grad_weight": "none"}
+        if self.cache_weight and not torch.compiler.is_compiling():
+            arguments = {**arguments, **self._weight_codes()}
+        y = torch.ops.quantrain.int8_linear(input, self.weight_to_quantize(), self.bias, **arguments)
+        return self.quantized_output(self.watched(y))
+
+    def _weight_codes(self) -> dict[str, Tensor]:
+        """The weight's codes and scale, kept or made now; none where they could be stale later."""
+        weight = self.weight
+        if not torch.is_grad_enabled() or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return {}
+        state = (weight._version, weight.data_ptr(), _Steps.counted())
+        if self._kept is None or self._kept[0] is not weight or self._kept[1] != state:
+            with torch.no_grad():
+                self._kept = (weight, state, *torch.ops.quantrain.int8_quantize_rows(self.weight_to_quantize()))
+        return {"weight_codes": self._kept[2], "weight_scale": self._kept[3]}
+
+    def _apply(self, fn, recurse=True):
+        self._kept = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+
+class Int8Linear(Int8Layer, nn.Linear):
     """y = x W^T + bias by :func:`quantrain.int8_linear`: output, grad_input and grad_weight each in int8 or floating point.
 
     Input and weight are rounded to int8, one scale a row each; for the gradients dY is rounded stochastically, so that their mean is the
@@ -65,9 +118,6 @@ class Int8Linear(QuantLayer, nn.Linear):
     torch.Size([32, 64])
     """
 
-    cache_weight: bool = False
-    _kept: tuple[Tensor, tuple[int, int, int], Tensor, Tensor] | None = None  # weight, its state, codes, scale
-
     def __init__(
         self,
         in_features: int,
@@ -81,58 +131,19 @@ class Int8Linear(QuantLayer, nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self._add_fake_quants(recipe)
 
-    def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
-        super()._add_fake_quants(recipe, name)
-        spec = self.recipe.int8
-        if spec is None:
-            raise ValueError(f"Int8Linear: expected a recipe with int8, got {self.recipe.name!r}")
-        self.int8_arguments = {
-            "output": spec.output,
-            "grad_input": spec.grad_input,
-            "grad_weight": spec.grad_weight,
-            "weight_scheme": spec.weight_scheme,
-            "simulate": self.recipe.backend == "simulate",
-        }
 
-    @property
-    def quantises_gradients(self) -> bool:
-        return self.gradient_quant_enabled
+class Int8TransposedLinear(Transposed, Int8Layer):
+    """:class:`Int8Linear` with a weight ``[in_features, out_features]``: the twin of ``transformers.pytorch_utils.Conv1D``.
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not (self.input_fake_quant.fake_quant_enabled and self.weight_fake_quant.fake_quant_enabled):
-            return self.quantized_output(self.watched(F.linear(input, self.weight, self.bias)))
-        arguments = self.int8_arguments
-        if not self.gradient_quant_enabled:
-            arguments = {**arguments, "grad_input": "none", "grad_weight": "none"}
-        if self.cache_weight and not torch.compiler.is_compiling():
-            arguments = {**arguments, **self._weight_codes()}
-        y = torch.ops.quantrain.int8_linear(input, self.weight, self.bias, **arguments)
-        return self.quantized_output(self.watched(y))
-
-    def _weight_codes(self) -> dict[str, Tensor]:
-        """The weight's codes and scale, kept or made now; none where they could be stale later."""
-        weight = self.weight
-        if not torch.is_grad_enabled() or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return {}
-        state = (weight._version, weight.data_ptr(), _Steps.counted())
-        if self._kept is None or self._kept[0] is not weight or self._kept[1] != state:
-            with torch.no_grad():
-                self._kept = (weight, state, *torch.ops.quantrain.int8_quantize_rows(weight))
-        return {"weight_codes": self._kept[2], "weight_scale": self._kept[3]}
-
-    def _apply(self, fn, recurse=True):
-        self._kept = None
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+    Made by ``from_float``; it is no ``nn.Linear``, whose weight is the other way round.
+    """
 
 
 def enable_weight_cache(model: nn.Module, enabled: bool = True) -> None:
-    """Sets ``cache_weight`` of every :class:`Int8Linear` in ``model``; off, what was kept is dropped.
+    """Sets ``cache_weight`` of every :class:`Int8Linear` and :class:`Int8TransposedLinear` in ``model``; off, what was kept is dropped.
 
     >>> enable_weight_cache(nn.Sequential(Int8Linear(4, 2)))
     """
     for module in model.modules():
-        if isinstance(module, Int8Linear):
+        if isinstance(module, Int8Layer):
             module.cache_weight, module._kept = enabled, None

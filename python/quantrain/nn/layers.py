@@ -1,4 +1,4 @@
-"""Layers for quantisation-aware training: nn.Linear, nn.Conv2d and nn.Embedding with fake-quantised tensors.
+"""Layers for quantisation-aware training: nn.Linear, nn.Conv2d and nn.Embedding with fake-quantised tensors (convolutions.py: the rest).
 
 Each is its float layer (same parameters, same names, same state dict plus scales) with up to three children:
 ``weight_fake_quant``, ``input_fake_quant`` and ``output_fake_quant``, those that the recipe has a spec for. Where the recipe has
@@ -19,8 +19,9 @@ from quantrain.gradient_quant_layers import fqt_conv2d, fqt_linear
 
 from .fake_quantize import FakeQuantize
 from .recipes import as_recipe, gradient_arguments, weight_scale_shape
+from .weight_hooks import run_weight_hooks
 
-__all__ = ["QuantConv2d", "QuantEmbedding", "QuantLayer", "QuantLinear"]
+__all__ = ["QuantConv2d", "QuantEmbedding", "QuantLayer", "QuantLinear", "QuantTransposedLinear"]
 
 
 class QuantLayer(nn.Module):
@@ -34,6 +35,7 @@ class QuantLayer(nn.Module):
 
     token_dims = 1  # trailing dimensions of an input that a per_token scale covers
     gradient_quant_enabled = True
+    called = False  # whether a forward pass, not counting compiled ones, came by
     # Called with the layer and the result of its product, before batch norm and output_fake_quant; see GradientProbe.
     output_hook: Callable[[QuantLayer, Tensor], None] | None = None
     # Arguments of fqt_linear or fqt_conv2d; None where the recipe quantises no gradient, and for layers that are no product.
@@ -48,9 +50,25 @@ class QuantLayer(nn.Module):
             recipe: a Recipe or the name of one.
             name: the path that error messages use.
         """
+        run_weight_hooks(module)
         layer = twin_of(cls, module)
         layer._add_fake_quants(recipe, name)
         return layer.train(module.training)
+
+    def to_float(self) -> nn.Module:
+        """The float layer again, of the class that ``from_float`` took, with the same Parameter objects."""
+        layer = twin_of(self.float_class(), self)
+        for child in ("weight_fake_quant", "input_fake_quant", "output_fake_quant"):
+            layer._modules.pop(child, None)
+        for attribute in ("recipe", "called", "gradient_quant_enabled", "gradient_arguments", "output_hook"):
+            layer.__dict__.pop(attribute, None)
+        return layer
+
+    @classmethod
+    def float_class(cls) -> type[nn.Module]:
+        return next(
+            base for base in cls.__mro__ if base.__module__.startswith("torch.nn.modules") and base is not nn.Module
+        )
 
     def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
         self.recipe = as_recipe(recipe)
@@ -62,7 +80,9 @@ class QuantLayer(nn.Module):
         device = self.weight.device
         for tensor in ("weight", "input", "output"):
             spec = getattr(self.recipe, tensor)
-            scale_shape = weight_scale_shape(spec, self.weight.shape) if spec and tensor == "weight" else (1,)
+            scale_shape = (
+                weight_scale_shape(spec, self.rows(self.weight).shape) if spec and tensor == "weight" else (1,)
+            )
             child = f"{tensor}_fake_quant"
             path = f"{name}.{child}" if name else child
             fake_quant = spec and FakeQuantize(spec, scale_shape, token_dims=self.token_dims, name=path, device=device)
@@ -83,14 +103,23 @@ class QuantLayer(nn.Module):
     def quantises_gradients(self) -> bool:
         return self.gradient_quant_enabled and self.gradient_arguments is not None
 
+    def _note_call(self) -> None:
+        if not self.called and not torch.compiler.is_compiling():
+            self.called = True
+
     def watched(self, y: Tensor) -> Tensor:
+        self._note_call()
         if self.output_hook is not None:
             self.output_hook(self, y)
         return y
 
+    def rows(self, weight: Tensor) -> Tensor:
+        """A weight of the layer as ``[O, ...]``, one row an output channel, where the layer holds it otherwise."""
+        return weight
+
     def weight_to_quantize(self) -> Tensor:
-        """The tensor that ``weight_fake_quant`` rounds (for a folded convolution, the folded weight)."""
-        return self.weight
+        """The tensor that ``weight_fake_quant`` rounds, ``[O, ...]`` (for a folded convolution, the folded weight)."""
+        return self.rows(self.weight)
 
     def bias_to_store(self) -> Tensor | None:
         """The bias that belongs to :meth:`weight_to_quantize`."""
@@ -119,7 +148,25 @@ def _own_copy(value: object) -> object:
     return copy.copy(value) if isinstance(value, (dict, list, set)) else value
 
 
-class QuantLinear(QuantLayer, nn.Linear):
+class _Linear(QuantLayer):
+    """The forward pass of linear layers."""
+
+    def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
+        super()._add_fake_quants(recipe, name)
+        if self.recipe.int8 is not None:
+            raise ValueError(
+                f"{type(self).__name__}: expected a recipe without int8 (Int8Linear trains with it), got {self.recipe.name!r}"
+            )
+        self.gradient_arguments = gradient_arguments(self.recipe, convolution=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, weight = self.quantized_input(input), self.quantized_weight()
+        if self.quantises_gradients:
+            return self.quantized_output(self.watched(fqt_linear(x, weight, self.bias, **self.gradient_arguments)))
+        return self.quantized_output(self.watched(F.linear(x, weight, self.bias)))
+
+
+class QuantLinear(_Linear, nn.Linear):
     """y = fq_out(fq_in(x) @ fq_w(weight)^T + bias), each fq a :class:`FakeQuantize` of the recipe or the identity.
 
     Args:
@@ -153,19 +200,47 @@ class QuantLinear(QuantLayer, nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self._add_fake_quants(recipe)
 
-    def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
-        super()._add_fake_quants(recipe, name)
-        if self.recipe.int8 is not None:
-            raise ValueError(
-                f"QuantLinear: expected a recipe without int8 (Int8Linear trains with it), got {self.recipe.name!r}"
-            )
-        self.gradient_arguments = gradient_arguments(self.recipe, convolution=False)
 
-    def forward(self, input: Tensor) -> Tensor:
-        x, weight = self.quantized_input(input), self.quantized_weight()
-        if self.quantises_gradients:
-            return self.quantized_output(self.watched(fqt_linear(x, weight, self.bias, **self.gradient_arguments)))
-        return self.quantized_output(self.watched(F.linear(x, weight, self.bias)))
+class Transposed(QuantLayer):
+    """What linear layers share that hold their weight as ``[in_features, out_features]``, as GPT-2's do (``Conv1D`` of transformers)."""
+
+    kept_class: type[nn.Module] | None = None  # what from_float took
+
+    @classmethod
+    def from_float(cls, module: nn.Module, recipe: Recipe | str, *, name: str = "") -> QuantLayer:
+        layer = super().from_float(module, recipe, name=name)
+        layer.kept_class = type(module)
+        return layer
+
+    def to_float(self) -> nn.Module:
+        layer = super().to_float()
+        layer.__dict__.pop("kept_class")
+        return layer
+
+    def float_class(self) -> type[nn.Module]:
+        return self.kept_class
+
+    def rows(self, weight: Tensor) -> Tensor:
+        return weight.t().contiguous()
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[1]
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class QuantTransposedLinear(Transposed, _Linear):
+    """:class:`QuantLinear` with a weight ``[in_features, out_features]``: the twin of ``transformers.pytorch_utils.Conv1D``.
+
+    Made by ``from_float``; it is no ``nn.Linear``, whose weight is the other way round. The scale is ``[out_features, 1]`` per
+    channel, and what it converts to stores codes ``[out_features, in_features]``, as every linear layer.
+    """
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
@@ -284,19 +359,29 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
         self._refuse_integer_products()
         self.input_fake_quant = None
 
+    def weight_to_quantize(self) -> Tensor:
+        """The table; where ``max_norm`` is set, with every row's norm limited as a look-up would leave it."""
+        if self.max_norm is None:
+            return self.weight
+        every = torch.arange(self.num_embeddings, device=self.weight.device)
+        with torch.no_grad():
+            return torch.embedding_renorm_(self.weight.detach().clone(), every, self.max_norm, self.norm_type)
+
     def forward(self, input: Tensor) -> Tensor:
+        self._note_call()
         rows = super().forward(input)
         if self.weight_fake_quant is not None:
             rows = self._quantized_rows(self.weight_fake_quant, input, rows)
         return self.quantized_output(rows)
 
     def _quantized_rows(self, fake_quant: FakeQuantize, index: Tensor, rows: Tensor) -> Tensor:
-        observed = fake_quant.observe(self.weight)
+        table = self.weight_to_quantize()
+        observed = fake_quant.observe(table)
         if not fake_quant.fake_quant_enabled:
             return rows
         if fake_quant.dynamic and len(fake_quant.scale_shape) > 1:
             return fake_quant.quantize_dequantize_dynamic(rows, (*rows.shape[:-1], fake_quant.scale_shape[1]))
-        scale, zero_point = observed if observed is not None else fake_quant.calculate_qparams(self.weight)
+        scale, zero_point = observed if observed is not None else fake_quant.calculate_qparams(table)
         return fake_quant.quantize_dequantize(rows, *gathered_qparams(index, scale, zero_point))
 
 

@@ -1,36 +1,43 @@
-"""prepare: float layers to quantisation-aware ones. convert: those to stored integers."""
+"""prepare: float layers to quantisation-aware ones."""
 
 from __future__ import annotations
 
-import copy
 import logging
+import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from quantrain._C import Recipe
 
-from .conv_bn import QuantConvBn2d
-from .fixed_point_convert import FixedPointModel, convert_fixed_point
+from .conv_bn import FoldedBatchNorm2d, QuantConvBn2d
+from .convolutions import QuantConv1d, QuantConvTranspose2d
 from .fixed_point_prepare import FixedPointPrepared, prepare_fixed_point, summary_rows
-from .graph import ModelGraph, trace_model
-from .int8_linear import Int8Linear
-from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear
-from .quantized import QuantizedLayer, check_convertible, quantized_layer
+from .graph import ModelGraph, copied, trace_model
+from .int8_linear import Int8Layer, Int8Linear, Int8TransposedLinear
+from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear, QuantTransposedLinear
+from .quantized import QuantizedLayer
 from .recipes import as_recipe, changed_recipe
 from .tables import Table
+from .weight_hooks import unknown_weight
 
-__all__ = ["PrepareSummary", "convert", "prepare"]
+__all__ = ["PrepareSummary", "matching", "prepare", "some", "swapped"]
 
 logger = logging.getLogger("quantrain")
 
 _TWINS: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Linear: QuantLinear,
+    nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
+    nn.ConvTranspose2d: QuantConvTranspose2d,
     nn.Embedding: QuantEmbedding,
 }
+_INT8_TWINS = {QuantLinear: Int8Linear, QuantTransposedLinear: Int8TransposedLinear}
+kWarnedShare = 0.1  # of the parameters left in floating point for want of a twin
 
 
 class PrepareSummary(Table):
@@ -58,13 +65,18 @@ def prepare(
     example_inputs: tuple | None = None,
     inplace: bool = True,
 ) -> nn.Module:
-    """Swaps every nn.Linear, nn.Conv2d and nn.Embedding for its quantised twin, at any depth, keeping the weights.
+    """Swaps every nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d and nn.Embedding, and transformers' Conv1D (a linear layer), for
+    its quantised twin, at any depth, keeping the weights.
 
     Parameters stay the same objects (tied weights stay tied, an optimiser made before stays valid) and a module that appears
     twice is swapped once. A convolution whose only user is an nn.BatchNorm2d (found by torch.fx, else by torch.export when
-    ``example_inputs`` are given) becomes a :class:`QuantConvBn2d` under the convolution's name, the batch norm an
-    nn.Identity; other batch norms stay in floating point. Subclasses of the three layers are left alone. Under a recipe of
-    integer products (``int8-training``, ``int8-static``) only nn.Linear is swapped, in the first for :class:`Int8Linear`.
+    ``example_inputs`` are given, in training and in evaluation) becomes a :class:`QuantConvBn2d` under the convolution's name, the batch
+    norm a :class:`FoldedBatchNorm2d` that stands for it; other batch norms stay in floating point. What is traced is a copy: the model's
+    buffers and attributes and the random states stay as they are. Subclasses of the layers are left alone, and so are layers whose
+    weight a parametrization computes and those that tracing shows to be read by a function and never called (``F.linear(x,
+    self.fc.weight)``). Weights of ``torch.nn.utils``' weight_norm, spectral_norm and prune hooks are computed in training as before.
+    Under a recipe of integer products (``int8-training``, ``int8-static``) only linear layers are swapped, in the first for
+    :class:`Int8Linear`.
 
     Under a recipe of fixed-point arithmetic (``f8net``, ``f8net-tiny``) the whole network becomes integers, so it is traced with
     torch.fx and rebuilt: a NEW module (:class:`FixedPointPrepared`) is returned, in the mode of ``model``, with the same Parameter
@@ -91,7 +103,8 @@ def prepare(
             torch.fx cannot trace, or an operation without integer form, named with its path. The model is then unchanged.
 
     Warns:
-        UserWarning: a model with batch norms that could not be traced.
+        UserWarning: a model with batch norms that could not be traced; more than a tenth of the parameters left in floating point
+            though neither ``skip`` nor the recipe says so (``quantization_summary.left_float`` has every module and why).
 
     >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     >>> print(prepare(model, "qat-w8a8").quantization_summary)
@@ -105,13 +118,14 @@ def prepare(
     if base.fixed_point is not None:
         return _prepare_fixed_point(model, base, overrides, skip, inplace)
     if not inplace:
-        model = copy.deepcopy(model)
-    layers = {name: module for name, module in model.named_modules() if type(module) in _TWINS}
+        model = copied(model)
+    known = _twins()
+    layers = {name: module for name, module in model.named_modules() if type(module) in known}
     if not layers:
         raise ValueError(_no_layers(model))
     batch_norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
-    skipped = {name for p in skip for name in _matching("skip", p, [*layers, *batch_norms], layers)}
-    matches = {pattern: _matching("overrides", pattern, layers, layers) for pattern in overrides}
+    skipped = {name for p in skip for name in matching("skip", p, [*layers, *batch_norms], layers)}
+    matches = {pattern: matching("overrides", pattern, layers, layers) for pattern in overrides}
 
     graph = trace_model(model, example_inputs)
     if graph.error and batch_norms:
@@ -120,8 +134,12 @@ def prepare(
             f"prepare: the model could not be traced, batch norms stay float ({graph.error}){hint}", stacklevel=2
         )
     names = [name for name in layers if name not in skipped]
+    unable = {name: reason for name in names if (reason := _unable(name, layers[name], graph))}
+    names = [name for name in names if name not in unable]
     recipes = _layer_recipes(base, names, _call_order(model, graph, names), overrides, matches)
     without = {name: reason for name in names if (reason := _no_effect(layers[name], recipes[name]))}
+    unable |= {name: reason for name in names if (reason := _no_twin(layers[name], recipes[name]))}
+    without |= unable
     names = [name for name in names if name not in without]
     if not names:
         raise ValueError(
@@ -132,63 +150,20 @@ def prepare(
     for name in names:
         pair = graph.pairs.get(name)
         if pair is None or pair in skipped:
-            twin = Int8Linear if recipes[name].int8 is not None else _TWINS[type(layers[name])]
+            twin = known[type(layers[name])]
+            twin = _INT8_TWINS[twin] if recipes[name].int8 is not None else twin
             twins[id(layers[name])] = twin.from_float(layers[name], recipes[name], name=name)
         else:
             bn = batch_norms[pair]
             twins[id(layers[name])] = QuantConvBn2d.from_float_pair(layers[name], bn, recipes[name], name=name)
-            twins[id(bn)] = nn.Identity().train(bn.training)
+            twins[id(bn)] = FoldedBatchNorm2d(bn)
     left = _left_float(model, twins, skipped, without, graph)
+    _warn_of_share(model, [name for name in left if name not in skipped and (name in unable or name not in without)])
     rows = [_summary_row(name, twins[id(layers[name])]) for name in names]
-    model = _swapped(model, twins)
+    model = swapped(model, twins)
     _leave_fast_path(model)
     model.quantization_summary = PrepareSummary(rows, left, base)
     logger.info("%s", model.quantization_summary)
-    return model
-
-
-def convert(model: nn.Module, *, inplace: bool = True, check_observed: bool = True) -> nn.Module:
-    """Swaps every prepared layer for one that stores integer codes: the same outputs as in evaluation, bit for bit.
-
-    Args:
-        model: a prepared (calibrated or trained) model.
-        inplace: False works on a deep copy.
-        check_observed: False converts a model whose ranges were never set: a skeleton for ``load_checkpoint``, whose outputs
-            mean nothing before.
-
-    Returns:
-        The model (a new module where ``model`` is itself a prepared layer). Of one in fixed point a new
-        :class:`FixedPointModel`, whose ``network`` is integers throughout; ``model`` stays as it is.
-
-    Raises:
-        ValueError: no prepared layer; in fixed point an accumulator that 32 bits may not hold; a layer without weight spec, with weights of more than 8 bits, or with a range that
-            was never observed. The model is then unchanged.
-
-    >>> import torch
-    >>> model = prepare(nn.Sequential(nn.Linear(4, 2)), "qat-w8a8-token")
-    >>> convert(model)[0].weight.dtype
-    torch.int8
-    """
-    if isinstance(model, FixedPointPrepared):
-        return _convert_fixed_point(model, check_observed)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
-    if not layers:
-        raise ValueError("convert: expected a prepared model, got one without quantised layers")
-    for name, layer in layers.items():
-        check_convertible(layer, name)
-        for fake_quant in (layer.weight_fake_quant, layer.input_fake_quant, layer.output_fake_quant):
-            if check_observed and fake_quant is not None and not fake_quant.ready:
-                raise ValueError(
-                    f"convert: expected observed ranges at '{fake_quant.name or name}', got none "
-                    "(calibrate or train first; check_observed=False makes a skeleton to load a checkpoint into)"
-                )
-    if not inplace:
-        return convert(copy.deepcopy(model), check_observed=check_observed)
-    twins = {id(layer): quantized_layer(layer, check_observed=check_observed) for layer in layers.values()}
-    summary = getattr(model, "quantization_summary", None)
-    model = _swapped(model, twins)
-    if summary is not None:
-        model.quantization_summary = summary
     return model
 
 
@@ -205,35 +180,27 @@ def _prepare_fixed_point(
         isinstance(m, (QuantLayer, QuantizedLayer)) for m in model.modules()
     ):
         raise ValueError("prepare: expected a float model, got one with layers that are quantised already")
-    prepared = prepare_fixed_point(model if inplace else copy.deepcopy(model), recipe)
+    prepared = prepare_fixed_point(model if inplace else copied(model), recipe)
     prepared.quantization_summary = PrepareSummary(summary_rows(prepared), {}, recipe)
     logger.info("%s", prepared.quantization_summary)
     return prepared
 
 
-def _convert_fixed_point(model: FixedPointPrepared, check_observed: bool) -> FixedPointModel:
-    if not check_observed:
-        raise ValueError(
-            "convert: expected check_observed=True for a fixed-point model, got False (FixedPointNetwork.load reads one from its file)"
-        )
-    summary = getattr(model, "quantization_summary", None)
-    converted = convert_fixed_point(model)
-    if summary is not None:
-        converted.quantization_summary = PrepareSummary(summary_rows(model), {}, summary.recipe)
-    return converted
+def _twins() -> dict[type[nn.Module], type[QuantLayer]]:
+    """The quantised twin of each class of float layers; that of transformers where the program has imported it."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    transposed = getattr(module, "Conv1D", None)
+    return _TWINS if transposed is None else _TWINS | {transposed: QuantTransposedLinear}
 
 
-def is_converted(model: nn.Module) -> bool:
-    """Whether ``model`` holds converted layers."""
-    return any(isinstance(module, (FixedPointModel, QuantizedLayer)) for module in model.modules())
-
-
-def _matching(argument: str, pattern: str, names: Iterable[str], layers: Mapping[str, nn.Module]) -> list[str]:
+def matching(
+    argument: str, pattern: str, names: Iterable[str], layers: Mapping[str, nn.Module], op: str = "prepare"
+) -> list[str]:
     found = [name for name in names if fnmatchcase(name, pattern)]
     if not found:
         first = ", ".join(repr(name) for name in list(layers)[:5])
         raise ValueError(
-            f"prepare: expected every pattern of {argument} to name a layer, got {pattern!r} "
+            f"{op}: expected every pattern of {argument} to name a layer, got {pattern!r} "
             f"(of {len(layers)} layers the first are {first})"
         )
     return found
@@ -244,7 +211,10 @@ def _no_layers(model: nn.Module) -> str:
     if prepared:
         return f"prepare: expected a float model, got one with {prepared} layers that are quantised already"
     first = ", ".join(f"{name!r} ({type(module).__name__})" for name, module in list(model.named_modules())[:5])
-    return f"prepare: expected a Linear, Conv2d or Embedding in the model, got none (first modules: {first})"
+    return (
+        "prepare: expected a Linear, Conv1d, Conv2d, ConvTranspose2d or Embedding in the model, got none "
+        f"(first modules: {first})"
+    )
 
 
 def _call_order(model: nn.Module, graph: ModelGraph, names: Sequence[str]) -> list[str]:
@@ -275,11 +245,54 @@ def _layer_recipes(
 
 def _no_effect(layer: nn.Module, recipe: Recipe) -> str:
     """Why the recipe means nothing for the layer, or "". An embedding has no input to quantise."""
-    if recipe.linear_only and not isinstance(layer, nn.Linear):
+    if recipe.linear_only and _twins()[type(layer)] not in _INT8_TWINS:
         return f"recipe {recipe.name or '(unnamed)'} is for Linear layers"
     if isinstance(layer, nn.Embedding) and recipe.weight is None and recipe.output is None:
         return "nothing to quantise under its recipe"
     return ""
+
+
+def _unable(name: str, layer: nn.Module, graph: ModelGraph) -> str:
+    """Why the layer cannot be quantised though its class has a twin, or ""."""
+    return "never called: a function reads its weight" if name in graph.bypassed else unknown_weight(layer)
+
+
+def _no_twin(layer: nn.Module, recipe: Recipe) -> str:
+    """Why the layer has no twin under this recipe though its class has one, or ""."""
+    if isinstance(layer, nn.ConvTranspose2d) and (recipe.grad_input or recipe.grad_weight):
+        return "gradients of ConvTranspose2d are not quantised"
+    return ""
+
+
+def _warn_of_share(model: nn.Module, left: Sequence[str]) -> None:
+    """A warning where more than a tenth of the parameters stay float because nothing of ours takes their modules."""
+    modules = dict(model.named_modules())
+    sizes = {id(p): p.numel() for p in model.parameters()}
+    kept: Counter[str] = Counter()
+    for name in left:
+        if all(p.dim() < 2 for p in _own_parameters(modules[name])):  # norms
+            continue
+        for parameter in _own_parameters(modules[name]):
+            kept[name] += sizes.pop(id(parameter), 0)
+    total = sum(sizes.values()) + kept.total()
+    if kept.total() > kWarnedShare * total:
+        largest = [f"{name!r} ({type(modules[name]).__name__})" for name, _ in kept.most_common()]
+        warnings.warn(
+            f"prepare: {100 * kept.total() / total:.0f} % of the parameters stay in floating point: {some(largest)} "
+            "(quantization_summary.left_float says why)",
+            stacklevel=3,
+        )
+
+
+def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Those of the module itself and of its parametrizations."""
+    own = list(module.parameters(recurse=False))
+    return own + (list(module.parametrizations.parameters()) if parametrize.is_parametrized(module) else [])
+
+
+def some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _left_float(
@@ -291,15 +304,16 @@ def _left_float(
 ) -> dict[str, str]:
     left = {}
     for name, module in model.named_modules():
-        if id(module) in twins or not any(True for _ in module.parameters(recurse=False)):
+        if id(module) in twins or isinstance(module, parametrize.ParametrizationList) or not _own_parameters(module):
             continue
         if name in skipped:
             left[name] = "skip"
         elif isinstance(module, nn.BatchNorm2d):
             left[name] = "model not traced" if graph.error else "not the only user of a quantised convolution"
-        elif isinstance(module, tuple(_TWINS)):
-            left[name] = without.get(name, f"{type(module).__name__} is a subclass")
-        elif any(p.dim() > 1 for p in module.parameters(recurse=False)):
+        elif isinstance(module, tuple(_twins())):
+            subclass = unknown_weight(module) or f"{type(module).__name__} is a subclass"
+            left[name] = without.get(name, subclass)
+        elif any(p.dim() > 1 for p in _own_parameters(module)):
             left[name] = f"{type(module).__name__} has no quantised twin"
     return left
 
@@ -318,7 +332,7 @@ def _summary_row(name: str, layer: QuantLayer) -> dict[str, str | None]:
             row[tensor] = f"{kind}{spec.bits} {granularity} ({source})"
     for tensor in ("grad_input", "grad_weight"):
         row[tensor] = _gradient_cell(layer.gradient_arguments or {}, tensor)
-        if isinstance(layer, Int8Linear):
+        if isinstance(layer, Int8Layer):
             mode = layer.int8_arguments[tensor]
             row[tensor] = {"auto": "int8 or float (auto)", "none": None}.get(mode, mode)
     return row
@@ -332,7 +346,7 @@ def _gradient_cell(arguments: Mapping[str, str | int | bool], tensor: str) -> st
     return f"{arguments[f'{tensor}_bits']} bits {arguments[tensor]}{rows}{zero}"
 
 
-def _swapped(model: nn.Module, twins: Mapping[int, nn.Module]) -> nn.Module:
+def swapped(model: nn.Module, twins: Mapping[int, nn.Module]) -> nn.Module:
     """``model`` with every module that has a twin (by identity) replaced, wherever it is registered."""
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
@@ -342,7 +356,12 @@ def _swapped(model: nn.Module, twins: Mapping[int, nn.Module]) -> nn.Module:
 
 
 def _leave_fast_path(model: nn.Module) -> None:
-    """nn.TransformerEncoderLayer's fused inference path reads ``linear1.weight`` itself, past the quantised layer."""
+    """nn.TransformerEncoderLayer's fused inference path reads ``linear1.weight`` itself, past the quantised layer.
+
+    The encoder hands its layers nested tensors for that path alone.
+    """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False

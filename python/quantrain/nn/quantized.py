@@ -3,28 +3,45 @@
 What the prepared layer computed in evaluation, its converted twin computes bit for bit: codes and scales come from the
 same formula, so the dequantised weight equals the fake-quantised one.
 
-Buffers: ``weight`` (int8 codes where symmetric, uint8 where affine; of 4 bits and fewer uint8, two codes a byte, packed
+Buffers: ``weight_codes`` (int8 where symmetric, uint8 where affine; of 4 bits and fewer uint8, two codes a byte, packed
 along the flattened row: ``[O, ceil(row / 2)]``), ``weight_scale`` (float32, the granularity is its shape),
-``weight_zero_point`` (int32, only where affine), ``bias`` (float32, only where the layer has one).
+``weight_zero_point`` (int32, only where affine), ``bias`` (float32, only where the layer has one). State dicts and pickles of
+before, where the codes were called ``weight``, load.
+
+``weight`` is no buffer: reading it gives the dequantised tensor in the layer's float type, because code of other libraries reads
+it from any layer (for its dtype, for a tied head, for a merge).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .calibrate import evaluating
+from .convolutions import QuantConv1d, QuantConvTranspose2d, transposed_from_rows
 from .fake_quantize import FakeQuantize
-from .int8_linear import Int8Linear
-from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear, gathered_qparams
+from .int8_linear import Int8Layer, Int8Linear, Int8TransposedLinear
+from .layers import (
+    QuantConv2d,
+    QuantEmbedding,
+    QuantLayer,
+    QuantLinear,
+    QuantTransposedLinear,
+    Transposed,
+    gathered_qparams,
+)
 from .observers import Float32State
+from .weight_hooks import run_weight_hooks
 
 __all__ = [
+    "QuantizedConv1d",
     "QuantizedConv2d",
+    "QuantizedConvTranspose2d",
     "QuantizedEmbedding",
     "QuantizedInt8Linear",
     "QuantizedLayer",
@@ -45,7 +62,7 @@ class QuantizedLayer(Float32State):
         check_observed: False lets a weight scale that was never set pass, as NaN, to be loaded later.
     """
 
-    weight: Tensor
+    weight_codes: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     bias: Tensor | None
@@ -54,6 +71,7 @@ class QuantizedLayer(Float32State):
 
     def __init__(self, layer: QuantLayer, *, check_observed: bool = True):
         super().__init__()
+        self.weight_dtype = layer.weight.dtype
         with evaluating(layer):
             self._store_weight(layer, check_observed)
         for child in ("input_fake_quant", "output_fake_quant"):
@@ -73,6 +91,7 @@ class QuantizedLayer(Float32State):
 
     @torch.no_grad()
     def _store_weight(self, layer: QuantLayer, check_observed: bool) -> None:
+        run_weight_hooks(layer)
         fake_quant, weight = check_convertible(layer), layer.weight_to_quantize()
         self.bits, self.signed = fake_quant.spec.bits, fake_quant.symmetric
         self.weight_shape = tuple(weight.shape)
@@ -90,24 +109,52 @@ class QuantizedLayer(Float32State):
         )
         if self.packed:
             codes = torch.ops.quantrain.pack_int4(codes.reshape(codes.shape[0], -1).contiguous())
-        self.register_buffer("weight", codes)
+        self.register_buffer("weight_codes", codes)
         self.register_buffer("weight_scale", scale.clone() if fake_quant.ready else torch.full_like(scale, math.nan))
         self.register_buffer("weight_zero_point", None if zero_point is None else zero_point.clone())
         bias = layer.bias_to_store()
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
 
     @property
+    def weight(self) -> Tensor:
+        """The float weight that the layer stands for, in the float layer's shape and of type ``weight_dtype``.
+
+        ``weight_dtype`` is the type that the float weight had, or what ``.to(dtype)`` set since. It is a new tensor at each reading:
+        nothing is kept, so that a model takes the memory of its codes, and a reading costs a pass over them.
+        """
+        return self._from_rows(self.dequantized_weight(self.weight_dtype))
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        """``[O, ...]``, as the codes are stored, in the float layer's shape."""
+        return rows
+
+    @property
     def packed(self) -> bool:
-        """Whether ``weight`` holds two codes a byte."""
+        """Whether ``weight_codes`` holds two codes a byte."""
         return self.bits <= kPackedBits
 
     def codes(self) -> Tensor:
-        """The integer codes in the weight's shape, int8 (symmetric) or uint8 (affine)."""
-        return self._unpacked(self.weight).reshape(self.weight_shape) if self.packed else self.weight
+        """The integer codes, one an element, in the shape ``weight_shape``: int8 (symmetric) or uint8 (affine)."""
+        return self._unpacked(self.weight_codes).reshape(self.weight_shape) if self.packed else self.weight_codes
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(codes - zero_point) * scale, in the weight's shape."""
+        """(codes - zero_point) * scale, in the shape ``weight_shape``."""
         return torch.ops.quantrain.dequantize(self.codes(), self.weight_scale, self.weight_zero_point, dtype=dtype)
+
+    def _apply(self, fn, recurse=True):
+        probe = torch.empty(0, dtype=self.weight_dtype, device=self.weight_codes.device)
+        super()._apply(fn, recurse)
+        self.weight_dtype = fn(probe).dtype
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        _name_codes(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _name_codes(self._buffers)
+        self.__dict__.setdefault("weight_dtype", self.__dict__.pop("output_dtype", torch.float32))
 
     def _unpacked(self, rows: Tensor) -> Tensor:
         return torch.ops.quantrain.unpack_int4(rows, size=math.prod(self.weight_shape[1:]), signed=self.signed)
@@ -132,13 +179,24 @@ class QuantizedLinear(QuantizedLayer):
     Gradient: to x only.
 
     >>> layer = QuantizedLinear.from_quant(QuantLinear(4, 2, recipe="qat-w8a8-token"))
-    >>> layer.weight.dtype, layer(torch.ones(3, 4)).shape
-    (torch.int8, torch.Size([3, 2]))
+    >>> layer.weight_codes.dtype, layer.weight.dtype, layer(torch.ones(3, 4)).shape
+    (torch.int8, torch.float32, torch.Size([3, 2]))
     """
 
-    def __init__(self, layer: QuantLinear | Int8Linear, *, check_observed: bool = True):
+    transposed = False  # whether the float layer's weight is [in_features, out_features]
+
+    def __init__(
+        self,
+        layer: QuantLinear | QuantTransposedLinear | Int8Linear | Int8TransposedLinear,
+        *,
+        check_observed: bool = True,
+    ):
         super().__init__(layer, check_observed=check_observed)
         self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.transposed = isinstance(layer, Transposed)
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        return rows.t() if self.transposed else rows
 
     def forward(self, input: Tensor) -> Tensor:
         x = self._quantized_input(input)
@@ -171,11 +229,34 @@ class QuantizedInt8Linear(QuantizedLinear):
         dtype = input.dtype
         if torch.is_autocast_enabled(input.device.type):
             dtype = torch.get_autocast_dtype(input.device.type)
-        y = torch.ops.quantrain.int8_mm(codes, self.weight, scale, self.weight_scale, self.bias, out_dtype=dtype)
+        y = torch.ops.quantrain.int8_mm(codes, self.weight_codes, scale, self.weight_scale, self.bias, out_dtype=dtype)
         return self._quantized_output(y)
 
 
-class QuantizedConv2d(QuantizedLayer):
+class QuantizedConv1d(QuantizedLayer):
+    """y = fq_out(conv1d(fq_in(x), (codes - zero_point) * scale) + bias) with stored codes ``[O, C / groups, k]``.
+
+    Shapes: x ``[B, C, L]`` or ``[C, L]``. Dtype: x's. Gradient: to x only.
+    """
+
+    convolution = staticmethod(F.conv1d)
+
+    def __init__(self, layer: QuantConv1d | QuantConv2d, *, check_observed: bool = True):
+        super().__init__(layer, check_observed=check_observed)
+        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+            setattr(self, name, getattr(layer, name))
+        self.padding_mode, self._reversed_padding = layer.padding_mode, layer._reversed_padding_repeated_twice
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, padding = self._quantized_input(input), self.padding
+        weight, bias = self.dequantized_weight(x.dtype), self._cast_bias(x)
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._reversed_padding, mode=self.padding_mode), 0
+        y = self.convolution(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+        return self._quantized_output(y)
+
+
+class QuantizedConv2d(QuantizedConv1d):
     """y = fq_out(conv2d(fq_in(x), (codes - zero_point) * scale) + bias) with stored codes ``[O, C / groups, kh, kw]``.
 
     Also what :class:`QuantConvBn2d` converts to, the batch norm folded into weight and bias.
@@ -183,22 +264,41 @@ class QuantizedConv2d(QuantizedLayer):
     Shapes: x ``[B, C, H, W]`` or ``[C, H, W]``. Dtype: x's. Gradient: to x only.
     """
 
-    def __init__(self, layer: QuantConv2d, *, check_observed: bool = True):
-        super().__init__(layer, check_observed=check_observed)
-        self.stride, self.padding, self.dilation, self.groups = (
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-        )
-        self.padding_mode, self._reversed_padding = layer.padding_mode, layer._reversed_padding_repeated_twice
+    convolution = staticmethod(F.conv2d)
 
-    def forward(self, input: Tensor) -> Tensor:
-        x, padding = self._quantized_input(input), self.padding
-        weight, bias = self.dequantized_weight(x.dtype), self._cast_bias(x)
-        if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._reversed_padding, mode=self.padding_mode), (0, 0)
-        return self._quantized_output(F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups))
+
+class QuantizedConvTranspose2d(QuantizedLayer):
+    """y = fq_out(conv_transpose2d(fq_in(x), (codes - zero_point) * scale) + bias) with stored codes ``[O, C / groups, kh, kw]``.
+
+    Shapes: x ``[B, C, H, W]`` or ``[C, H, W]``; ``weight`` reads as ``[C, O / groups, kh, kw]``. Dtype: x's. Gradient: to x only.
+    """
+
+    def __init__(self, layer: QuantConvTranspose2d, *, check_observed: bool = True):
+        super().__init__(layer, check_observed=check_observed)
+        names = (
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "output_padding",
+            "dilation",
+            "groups",
+        )
+        for name in names:
+            setattr(self, name, getattr(layer, name))
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        return transposed_from_rows(rows, self.groups)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        x = self._quantized_input(input)
+        weight, bias = self._from_rows(self.dequantized_weight(x.dtype)), self._cast_bias(x)
+        output_padding = nn.ConvTranspose2d._output_padding(
+            self, input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
+        )
+        y = F.conv_transpose2d(x, weight, bias, self.stride, self.padding, output_padding, self.groups, self.dilation)
+        return self._quantized_output(y)
 
 
 class QuantizedEmbedding(QuantizedLayer):
@@ -211,27 +311,37 @@ class QuantizedEmbedding(QuantizedLayer):
     def __init__(self, layer: QuantEmbedding, *, check_observed: bool = True):
         super().__init__(layer, check_observed=check_observed)
         self.num_embeddings, self.embedding_dim = layer.num_embeddings, layer.embedding_dim
-        self.output_dtype = layer.weight.dtype
-
-    def _apply(self, fn, recurse=True):
-        probe = torch.empty(0, dtype=self.output_dtype, device=self.weight.device)
-        super()._apply(fn, recurse)
-        self.output_dtype = fn(probe).dtype
-        return self
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = F.embedding(input, self.weight)
+        rows = F.embedding(input, self.weight_codes)
         codes = self._unpacked(rows) if self.packed else rows
         scale, zero_point = gathered_qparams(input, self.weight_scale, self.weight_zero_point)
-        return self._quantized_output(torch.ops.quantrain.dequantize(codes, scale, zero_point, dtype=self.output_dtype))
+        return self._quantized_output(torch.ops.quantrain.dequantize(codes, scale, zero_point, dtype=self.weight_dtype))
 
 
 _TWINS: Sequence[tuple[type[QuantLayer], type[QuantizedLayer]]] = (
     (QuantLinear, QuantizedLinear),
-    (Int8Linear, QuantizedLinear),
+    (QuantTransposedLinear, QuantizedLinear),
+    (Int8Layer, QuantizedLinear),
+    (QuantConv1d, QuantizedConv1d),
     (QuantConv2d, QuantizedConv2d),
+    (QuantConvTranspose2d, QuantizedConvTranspose2d),
     (QuantEmbedding, QuantizedEmbedding),
 )
+
+
+def _name_codes(tensors: MutableMapping[str, Any], prefix: str = "") -> None:
+    """Renames codes in ``tensors`` from ``weight``, their name in older files; a float ``weight`` is left to be refused."""
+    old, new = f"{prefix}weight", f"{prefix}weight_codes"
+    if new not in tensors and old in tensors and not tensors[old].is_floating_point():
+        tensors[new] = tensors.pop(old)
+
+
+def name_codes(model: nn.Module, tensors: MutableMapping[str, Any]) -> None:
+    """Gives the codes of ``model``'s converted layers in the state dict ``tensors`` the name that they have now."""
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, QuantizedLayer):
+            _name_codes(tensors, f"{name}." if name else "")
 
 
 def check_convertible(layer: QuantLayer, name: str = "") -> FakeQuantize:
@@ -250,13 +360,13 @@ def check_convertible(layer: QuantLayer, name: str = "") -> FakeQuantize:
 
 
 def quantized_layer(layer: nn.Module, *, check_observed: bool = True) -> QuantizedLayer:
-    """The converted twin of a prepared layer (QuantLinear, Int8Linear, QuantConv2d, QuantConvBn2d, QuantEmbedding).
+    """The converted twin of a prepared layer.
 
     Raises:
         TypeError: another module.
         ValueError: as :meth:`QuantizedLayer.from_quant`.
     """
-    if isinstance(layer, (QuantLinear, Int8Linear)) and layer.recipe.backend == "int8":
+    if isinstance(layer, (QuantLinear, QuantTransposedLinear, Int8Layer)) and layer.recipe.backend == "int8":
         return QuantizedInt8Linear(layer, check_observed=check_observed)
     for kind, twin in _TWINS:
         if isinstance(layer, kind):

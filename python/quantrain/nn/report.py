@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .calibrate import enable_fake_quant, evaluating, fake_quants, run_batch
 from .fake_quantize import FakeQuantize
-from .int8_linear import Int8Linear
+from .int8_linear import Int8Layer
 from .layers import QuantLayer
 from .observers import to_blocks
 from .quantized import QuantizedInt8Linear, QuantizedLayer, kPackedBits
@@ -87,7 +87,7 @@ def model_size(model: nn.Module) -> SizeTable:
         if whole:
             inside.update(id(child) for child in module.modules())
         tensors = [t for t in _tensors(module, recurse=whole) if id(t) not in seen]
-        fresh_weight = not whole or id(module.weight) not in seen
+        fresh_weight = not isinstance(module, QuantLayer) or id(module.weight) not in seen
         seen.update(id(t) for t in tensors)
         if tensors:
             rows.append(_size_row(name, module, tensors, fresh_weight))
@@ -252,7 +252,7 @@ def _quantized_pass(
     handles = []
     for name, layer in layers.items():
         handles.append(layer.register_forward_hook(lambda m, args, y, name=name: on_output(m, args, y, name)))
-        if isinstance(layer, (Int8Linear, QuantizedInt8Linear)):  # rounds its input itself
+        if isinstance(layer, (Int8Layer, QuantizedInt8Linear)):  # rounds its input itself
             hook = layer.register_forward_pre_hook
             handles.append(
                 hook(lambda m, args, name=name: on_input(m.input_fake_quant, args, m.input_fake_quant(args[0]), name))

@@ -1,0 +1,166 @@
+"""convert: prepared layers to those that store integer codes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from .conv_bn import FoldedBatchNorm2d, QuantConvBn2d
+from .fixed_point_convert import FixedPointModel, convert_fixed_point
+from .fixed_point_prepare import FixedPointPrepared, summary_rows
+from .graph import copied
+from .layers import QuantEmbedding, QuantLayer
+from .prepare import PrepareSummary, matching, some, swapped
+from .quantized import QuantizedLayer, check_convertible, quantized_layer
+
+__all__ = ["convert", "is_converted"]
+
+
+def convert(
+    model: nn.Module, *, skip: Iterable[str] = (), inplace: bool = True, check_observed: bool = True
+) -> nn.Module:
+    """Swaps every prepared layer for one that stores integer codes: the same outputs as in evaluation, bit for bit.
+
+    Where some layers have their ranges and others were never reached (experts without a token, auxiliary heads that evaluation does
+    not call, layers whose weight a function reads), the others become float layers again, under their float names, with a warning
+    that names them; ``quantization_summary.left_float`` lists them from then on.
+
+    Args:
+        model: a prepared (calibrated or trained) model.
+        skip: patterns of layer names (fnmatch) to make float layers again. A file of a model with layers left float loads into
+            ``convert(prepare(model, recipe), skip=[those names], check_observed=False)``.
+        inplace: False works on a deep copy.
+        check_observed: False converts a model whose ranges were never set: a skeleton for ``load_checkpoint``, whose outputs
+            mean nothing before.
+
+    Returns:
+        The model (a new module where ``model`` is itself a prepared layer). Of one in fixed point a new
+        :class:`FixedPointModel`, whose ``network`` is integers throughout; ``model`` stays as it is.
+
+    Raises:
+        ValueError: no prepared layer; in fixed point an accumulator that 32 bits may not hold; a layer without weight spec or with
+            weights of more than 8 bits; no layer that needs ranges has them; a pattern of ``skip`` that names no layer. The model is
+            then unchanged.
+
+    Warns:
+        UserWarning: layers left in floating point because no range of theirs was observed, and embeddings that were never called while
+            other layers were; other layers that were never called.
+
+    >>> import quantrain.nn as qnn
+    >>> model = qnn.prepare(nn.Sequential(nn.Linear(4, 2)), "qat-w8a8-token")
+    >>> convert(model)[0].weight_codes.dtype
+    torch.int8
+    """
+    skip = list(skip)
+    if isinstance(model, FixedPointPrepared):
+        if skip:
+            raise ValueError(f"convert: expected no skip for a network of integers throughout, got {skip}")
+        return _convert_fixed_point(model, check_observed)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
+    if not layers:
+        raise ValueError("convert: expected a prepared model, got one without quantised layers")
+    skipped = {name for pattern in skip for name in matching("skip", pattern, layers, layers, "convert")}
+    for name, layer in layers.items():
+        if name not in skipped:
+            check_convertible(layer, name)
+    unseen = _unseen(layers, skipped) if check_observed else {}
+    left = dict.fromkeys(skipped, "skip of convert") | dict.fromkeys(unseen, "no range of it was observed")
+    uncalled = _uncalled(layers)
+    left |= {name: "never called: a function may read its weight" for name in uncalled if _is_table(layers[name])}
+    if not inplace:
+        return convert(copied(model), skip=skip, check_observed=check_observed)
+    if unreached := [repr(name) for name in left if name not in skipped]:
+        warnings.warn(
+            f"convert: {len(unreached)} of {len(layers)} layers stay in floating point, as no batch reached them: {some(unreached)}",
+            stacklevel=2,
+        )
+    if uncalled := [name for name in uncalled if name not in left]:
+        warnings.warn(
+            f"convert: {len(uncalled)} of {len(layers)} layers were not called since they were prepared or loaded: "
+            f"{some(map(repr, uncalled))}. If a function reads their weight, it was not rounded before and is now; "
+            "convert(model, skip=[...]) leaves them in floating point",
+            stacklevel=2,
+        )
+    twins = {
+        id(layer): quantized_layer(layer, check_observed=check_observed)
+        for name, layer in layers.items()
+        if name not in left
+    }
+    twins |= _float_twins(model, {name: layers[name] for name in left})
+    summary = getattr(model, "quantization_summary", None)
+    model = swapped(model, twins)
+    if summary is not None:
+        rows = [row for row in summary.rows if row["layer"] not in left]
+        model.quantization_summary = PrepareSummary(rows, summary.left_float | left, summary.recipe)
+    return model
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether ``model`` holds converted layers."""
+    return any(isinstance(module, (FixedPointModel, QuantizedLayer)) for module in model.modules())
+
+
+def _uncalled(layers: Mapping[str, QuantLayer]) -> list[str]:
+    """Layers that were never called, nor one that shares their weight, where others were."""
+    called = {id(layer.weight) for layer in layers.values() if layer.called}
+    return [name for name, layer in layers.items() if called and id(layer.weight) not in called]
+
+
+def _is_table(layer: QuantLayer) -> bool:
+    """Whether the layer has no other use than to be called or read whole: an embedding, unlike an expert that waits for its tokens."""
+    return isinstance(layer, QuantEmbedding)
+
+
+def _unseen(layers: Mapping[str, QuantLayer], skipped: set[str]) -> dict[str, str]:
+    """Layers with a range that was never observed -> the range's name; an error where no layer that needs one has it."""
+    unseen, seen = {}, False
+    for name, layer in layers.items():
+        quants = [
+            fq for fq in (layer.weight_fake_quant, layer.input_fake_quant, layer.output_fake_quant) if fq is not None
+        ]
+        missing = [fq for fq in quants if not fq.ready]
+        if missing and name not in skipped:
+            unseen[name] = missing[0].name or name
+        elif any(not fq.dynamic for fq in quants):
+            seen = True
+    if unseen and not seen:
+        raise ValueError(
+            f"convert: expected observed ranges at '{next(iter(unseen.values()))}', got none "
+            "(calibrate or train first; check_observed=False makes a skeleton to load a checkpoint into)"
+        )
+    return unseen
+
+
+def _float_twins(model: nn.Module, layers: Mapping[str, QuantLayer]) -> dict[int, nn.Module]:
+    """What takes the place of prepared layers that stay float, and of the placeholders of their batch norms and of all others'."""
+    twins: dict[int, nn.Module] = {}
+    unfolded: dict[int, nn.BatchNorm2d] = {}
+    for layer in layers.values():
+        if isinstance(layer, QuantConvBn2d):
+            twins[id(layer)], bn = layer.to_float_pair()
+            unfolded[id(bn)] = bn
+        else:
+            twins[id(layer)] = layer.to_float()
+    for module in model.modules():
+        if isinstance(module, FoldedBatchNorm2d):
+            bn = unfolded.pop(id(module.folded), None)
+            twins[id(module)] = nn.Identity().train(module.training) if bn is None else bn
+    if unfolded:  # a QuantConvBn2d that prepare did not make has no place for its batch norm
+        for name, layer in layers.items():
+            if isinstance(layer, QuantConvBn2d) and id(layer.bn) in unfolded:
+                raise ValueError(f"convert: '{name}': expected observed ranges of a QuantConvBn2d, got none")
+    return twins
+
+
+def _convert_fixed_point(model: FixedPointPrepared, check_observed: bool) -> FixedPointModel:
+    if not check_observed:
+        raise ValueError(
+            "convert: expected check_observed=True for a fixed-point model, got False (FixedPointNetwork.load reads one from its file)"
+        )
+    summary = getattr(model, "quantization_summary", None)
+    converted = convert_fixed_point(model)
+    if summary is not None:
+        converted.quantization_summary = PrepareSummary(summary_rows(model), {}, summary.recipe)
+    return converted
