@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Where there is a GPU: runs every pytest test marked cuda, every Catch2 test tagged [cuda] and every benchmarks/bench_*.py, and
-# writes benchmarks/results/<gpu>-<date>.txt. Fails where a test or a benchmark fails; the file is written all the same.
+# Where there is a GPU: runs every pytest test marked cuda, every Catch2 test tagged [cuda], two minutes of drawn cases (tests/fuzz, CPU
+# against CUDA) and every benchmarks/bench_*.py, and writes benchmarks/results/<gpu>-<date>.txt. Fails where one of them fails; the file is
+# written all the same.
 # Usage: scripts/gpu_check.sh [--build-only]
 #   --build-only   only makes build/gpu (needs nvcc, no GPU), to be carried to the machine with the GPU
 # It uses build/gpu where that is, else the quantrain of .venv where that has CUDA, else it makes build/gpu.
-# Environment: PYTHON (an interpreter with torch 2.11; default .venv's, else python3), RESULTS (folder of the result file)
+# Environment: PYTHON (an interpreter with torch 2.11; default .venv's, else python3), RESULTS (folder of the result file),
+# FUZZ_SEED (of the drawn cases; default the time, told in the file), FUZZ_SECONDS (default 120)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -96,6 +98,8 @@ report() {
   for test in build/gpu/tests/cpp/*; do
     if [ -f "$test" ] && [ -x "$test" ]; then LD_LIBRARY_PATH="$library_path" record "$test" "[cuda]"; fi
   done
+  LD_LIBRARY_PATH="$library_path" record "$python" tests/fuzz/run.py --device cuda --seconds "${FUZZ_SECONDS:-120}" \
+    --seed "${FUZZ_SEED:-$(date +%s)}" --workers "$(nproc)"
   for bench in benchmarks/bench_*.py; do
     LD_LIBRARY_PATH="$library_path" record "$python" "$bench" --device cuda
   done

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up with the C++ tests and examples, then runs every test: ctest, then pytest. Fails where either fails.
+# Sets up with the C++ tests and examples, then runs every test: ctest, then pytest with a minute of drawn cases. Fails where either fails.
 # Usage: scripts/test.sh [arguments of pytest]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,7 +14,7 @@ fi
 echo "test: ctest in build/package"
 failed=0
 ctest --test-dir build/package --output-on-failure --no-tests=error || failed=1
-echo "test: pytest in tests/python"
-python -m pytest tests/python "$@" || failed=1 # exit 5, nothing collected, is a failure too
+echo "test: pytest in tests/python and tests/fuzz"
+python -m pytest tests/python tests/fuzz "$@" || failed=1 # exit 5, nothing collected, is a failure too
 [ "$failed" = 0 ] || echo "test: there are failures, see above"
 exit "$failed"

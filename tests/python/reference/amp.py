@@ -31,3 +31,20 @@ def neighbours(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         nearest.double() < master.double(), torch.nextafter(nearest, nearest.new_tensor(torch.inf)), nearest
     )
     return down.double(), up.double()
+
+
+def round_stochastic(master: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 rounded for the given 32-bit words (int64): up in magnitude where dropped part and draw reach a step."""
+    value = master.double()
+    mantissa, least, drawn = {torch.float16: (10, -14, 13), torch.bfloat16: (7, -126, 16)}[dtype]
+    exponent = (torch.frexp(value.abs())[1].double() - 1).clamp(min=least)
+    step = torch.exp2(exponent - mantissa)
+    whole = torch.floor(value.abs() / step)
+    part = value.abs() / step - whole
+    up = part + (words >> (32 - drawn)).double() * 2.0**-drawn >= 1
+    if dtype == torch.float16:  # below the normal halves all 24 bits of a uniform number are compared
+        up = torch.where(value.abs() < 2.0**-14, (words >> 8).double() * 2.0**-24 < part, up)
+    rounded = torch.copysign((whole + up) * step, value)
+    largest = torch.finfo(dtype).max
+    at_end = ~value.isfinite() | (rounded.abs() > largest) | ((value.abs() >= largest) & (dtype == torch.float16))
+    return torch.where(at_end, master.to(dtype), rounded.to(dtype))

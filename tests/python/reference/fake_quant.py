@@ -3,6 +3,7 @@
 import math
 
 import torch
+from reference.gradient_quant import philox4x32_10
 
 
 def expand(parameter, input):
@@ -36,8 +37,8 @@ def inside(input, scale, zero_point=None, quant_min=-128, quant_max=127):
 
 def sum_to_scale(values, scale):
     """Sums a value an element over each group, in float64."""
-    if scale.numel() == 1:
-        return values.double().sum().reshape(scale.shape)
+    if scale.numel() == 1 or values.numel() == 0:
+        return values.double().sum().expand(scale.shape)
     split = [n for d in range(values.dim()) for n in (scale.shape[d], values.shape[d] // scale.shape[d])]
     return values.double().reshape(split).sum(dim=list(range(1, 2 * values.dim(), 2)))
 
@@ -97,3 +98,70 @@ def mse_ratio_errors(input, scale_shape, quant_min, quant_max, symmetric, steps)
         y = fake_quantize(rows.float(), scale, None if symmetric else zero_point, quant_min, quant_max)
         errors.append((y.double() - rows.double()).square().sum(1))
     return torch.stack(errors)
+
+
+# ---- codes ----
+
+
+def codes(code, zero_point, quant_min, quant_max, dtype):
+    """Unclamped float32 codes as they are stored: NaN is the code nearest to the zero point."""
+    zero = 0.0 if zero_point is None else expand(zero_point, code).float().clamp(quant_min, quant_max)
+    return torch.where(code.isnan(), zero, code.clamp(quant_min, quant_max)).to(dtype)
+
+
+def uniforms(seed, offset, like):
+    """float32 in [0, 1) of 24 bits for a dense tensor: element i in memory takes word i % 4 of block i / 4."""
+    result = torch.empty_strided(like.shape, like.stride())
+    n = result.numel()
+    words = philox4x32_10(seed, offset, range((n + 3) // 4)).reshape(-1)[:n]
+    result.as_strided((n,), (1,)).copy_(torch.from_numpy(words.astype("int64")).bitwise_right_shift_(8)).mul_(2.0**-24)
+    return result
+
+
+def stochastic_codes(input, scale, zero_point, quant_min, quant_max, dtype, uniform):
+    """Up with probability equal to the fraction, for the given uniforms."""
+    value = input.float() * (1.0 / expand(scale, input).float())
+    low = value.floor()
+    rounded = low + (uniform < value - low).float() + expand(zero_point, input).float()
+    return codes(rounded, zero_point, quant_min, quant_max, dtype)
+
+
+def pack_int4(codes):
+    """uint8 [..., ceil(K / 2)]: element 2i in the low half of byte i."""
+    nibbles = torch.nn.functional.pad(codes.int() & 15, (0, codes.shape[-1] % 2))
+    return (nibbles[..., ::2] | nibbles[..., 1::2] << 4).to(torch.uint8)
+
+
+def unpack_int4(packed, size, signed):
+    nibbles = torch.stack((packed.int() & 15, packed.int() >> 4), -1).flatten(-2)[..., :size]
+    return ((nibbles ^ 8) - 8).to(torch.int8) if signed else nibbles.to(torch.uint8)
+
+
+# ---- ranges, in the operators' own float32 ----
+
+FLOAT32 = torch.finfo(torch.float32)
+
+
+def min_max(input, scale_shape):
+    rows = groups(input.float(), scale_shape)
+    return rows.amin(1).reshape(scale_shape), rows.amax(1).reshape(scale_shape)
+
+
+def qparams_from_range(low, high, quant_min, quant_max, symmetric):
+    """(scale, zero_point). A range that is not finite: scale NaN, zero point 0."""
+    bad = ~(low.isfinite() & high.isfinite())
+    if symmetric:
+        straddles = quant_min < 0 < quant_max
+        steps = min(-quant_min, quant_max) if straddles else max(abs(quant_min), abs(quant_max))
+        width = torch.maximum(low.abs(), high.abs())
+    else:
+        low, high, steps = low.clamp(max=0), high.clamp(min=0), quant_max - quant_min
+        width = (2 * (0.5 * high - 0.5 * low)).clamp(
+            max=FLOAT32.max
+        )  # by halves: the difference of the ends may overflow
+    scale = torch.where(width > 0, (width / steps).clamp(min=FLOAT32.tiny), torch.ones_like(width))
+    zero_point = torch.zeros_like(scale)
+    if not symmetric:
+        zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
+    scale, zero_point = scale.masked_fill(bad, torch.nan), zero_point.masked_fill(bad, 0)
+    return scale, zero_point.int()

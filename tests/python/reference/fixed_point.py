@@ -66,6 +66,60 @@ def _fraction_length(row, word_length, signed, method, longest):
     return min(max(math.floor(math.log2(constant(method, word_length, signed) / statistic)), 0), longest)
 
 
+NEAR = 1e-9  # in octaves: so close to a threshold the order of a sum in float64 decides
+
+
+def with_previous(row, length, previous, hysteresis, word_length, signed, method):
+    """What a row may have: `length` (fraction_length's), or `previous` (or None), kept within `hysteresis` octaves."""
+    longest = word_length - signed
+    if row.numel() == 0:
+        return {longest} if previous is None or hysteresis == 0.0 else {longest, previous}
+    if not torch.isfinite(row).all():
+        return {0}
+    if method == "mse":
+        errors = squared_errors(row, word_length, signed)
+        least = min(errors)
+        room = 2.0**-40 * row.square().sum().item()
+        answers = {f for f in range(longest + 1) if errors[f] <= least * (1 + 2.0**-30) + room}
+        if hysteresis == 0.0 and previous in answers:
+            return answers  # of equal errors the longer fraction, or the previous one
+        kept, lost = (
+            previous is not None and _keeps(errors[previous], least, h, room)
+            for h in (hysteresis + NEAR, hysteresis - NEAR)
+        )
+    else:
+        if method == "rms":
+            statistic = row.square().mean().sqrt().item()
+        else:
+            statistic = row.std().item() if row.numel() > 1 else 0.0
+        octaves = math.log2(constant(method, word_length, signed) / statistic) if statistic > 0 else math.inf
+        # A difference of sums of squares keeps 2^-53 of them.
+        near = (
+            NEAR if method == "rms" or statistic == 0 else NEAR + 2.0**-46 * row.square().mean().item() / statistic**2
+        )
+        if statistic == 0 or near > 1:
+            return set(range(length if near <= 1 or statistic > 0 else 0, longest + 1)) | ({previous} - {None})
+        answers = {min(max(math.floor(octaves + e), 0), longest) for e in (-near, 0.0, near)}
+        kept, lost = (
+            previous is not None and _within(previous, octaves, h, longest)
+            for h in (hysteresis + near, hysteresis - near)
+        )
+    return ({previous} if lost else answers | {previous}) if kept else answers
+
+
+def _keeps(error, least, hysteresis, room):
+    return math.sqrt(error + room) <= math.sqrt(least + room) * 2.0**hysteresis or error <= least + room
+
+
+def _within(previous, octaves, hysteresis, longest):
+    """No more than `hysteresis` octaves past the threshold that separates `previous` from the answer."""
+    answer = min(max(math.floor(octaves), 0), longest)
+    if previous == answer:
+        return True
+    past = previous - octaves if previous > answer else octaves - (previous + 1)
+    return past <= hysteresis
+
+
 def squared_errors(row, word_length, signed):
     lengths = range(word_length - signed + 1)
     quantized = [quantize(row.double(), torch.tensor([f]), word_length, signed) for f in lengths]

@@ -17,6 +17,8 @@ def flatten(x):
 
 def row_scale(x):
     """float32 [..., 1]: absmax / 127; 1 for an all-zero row, NaN where the row holds NaN or Inf."""
+    if x.shape[-1] == 0:
+        return torch.ones(*x.shape[:-1], 1)
     absmax = x.float().abs().amax(-1, keepdim=True)
     scale = (absmax / LARGEST_CODE).clamp(min=torch.finfo(torch.float32).tiny)
     scale = torch.where(absmax > 0, scale, torch.ones_like(scale))
@@ -79,7 +81,7 @@ def mm(a, b, a_scale=None, b_scale=None, bias=None, out_dtype=torch.float32, acc
     if b_scale is not None:
         value = value * b_scale.flatten()
     if a_scale is not None:
-        value = value * (a_scale if a_scale.numel() == 1 else a_scale.reshape(*a.shape[:-1], 1))
+        value = value * (a_scale.reshape(()) if a_scale.numel() == 1 else a_scale.reshape(*a.shape[:-1], 1))
     if bias is not None:
         value = value + bias.float()
     if accumulator is not None:

@@ -1,0 +1,112 @@
+"""Drawn tests of the fake_quant family: ranges, and quantisation under a range of the input's own."""
+
+import torch
+from draw import NAN, Draw, check, close, drawn, same, same_bits
+from fake_quant import strides_kept
+from reference import fake_quant as reference
+
+ops = torch.ops.quantrain
+
+
+def operands(d: Draw):
+    """(input of at least one element, scale shape, quant_min, quant_max, symmetric)."""
+    shape = d.shape(empty=0)
+    quant_min, quant_max = d.range()
+    x, scale_shape, symmetric = d.tensor(shape, d.dtype()), d.scale_shape(shape), d.chance(0.5)
+    d.notes |= {"input": x, "scale_shape": scale_shape, "range": (quant_min, quant_max), "symmetric": symmetric}
+    if not x.isfinite().all():
+        d.tags.add("not finite")
+    return x, scale_shape, quant_min, quant_max, symmetric
+
+
+@drawn("_min_max")
+def min_max(d: Draw):
+    x, scale_shape, *_ = operands(d)
+    d.tags.clear()
+    expected = reference.min_max(x, scale_shape)
+    for device in d.devices:
+        for found, one, name in zip(ops._min_max(d.on(device, x), scale_shape), expected, ("min", "max"), strict=True):
+            same(found, one, f"_min_max's {name} on {device}")
+
+
+@drawn("choose_qparams", "_qparams_from_range")
+def choose_qparams(d: Draw):
+    x, scale_shape, low, high, symmetric = operands(d)
+    keywords = {"quant_min": low, "quant_max": high, "symmetric": symmetric}
+    ends = reference.min_max(x, scale_shape)
+    expected = reference.qparams_from_range(*ends, low, high, symmetric)
+    kept = []
+    for device in d.devices:
+        found = ops.choose_qparams(d.on(device, x), scale_shape, **keywords)
+        from_range = ops._qparams_from_range(*(d.on(device, end) for end in ends), **keywords)
+        for name, one, other, wanted in zip(("scale", "zero_point"), found, from_range, expected, strict=True):
+            same(one, wanted, f"choose_qparams' {name} on {device}")
+            same(other, wanted, f"_qparams_from_range's {name} on {device}")
+        kept.append(found)
+    for found, cpu in zip(kept[-1], kept[0], strict=True):
+        same_bits(found, cpu, "choose_qparams on CPU and CUDA")
+
+
+@drawn("fake_quantize_dynamic")
+def fake_quantize_dynamic(d: Draw):
+    x, scale_shape, low, high, symmetric = operands(d)
+    keywords = {"quant_min": low, "quant_max": high, "symmetric": symmetric}
+    scale, zero_point = reference.qparams_from_range(*reference.min_max(x, scale_shape), low, high, symmetric)
+    expected = reference.fake_quantize(x, scale, zero_point, low, high)
+    inside = reference.inside(x, scale, zero_point, low, high)
+    g = d.tensor(x.shape, x.dtype, "normal")
+    grad = torch.where(inside, g, torch.zeros((), dtype=g.dtype))
+    kept = []
+    for device in d.devices:
+        cx, cg = d.on(device, x), d.on(device, g)
+        plain = ops.fake_quantize_dynamic(cx, scale_shape, **keywords)
+        same(plain, expected, f"fake_quantize_dynamic on {device}")
+        strides_kept(plain, x, f"fake_quantize_dynamic on {device}")
+        leaf = cx.detach().requires_grad_()
+        y = ops.fake_quantize_dynamic(leaf, scale_shape, **keywords)
+        same(y.detach(), expected, f"fake_quantize_dynamic with a gradient on {device}")
+        (found,) = torch.autograd.grad(y, leaf, cg)
+        same(found, grad, f"fake_quantize_dynamic's gradient on {device}")
+        kept.append((plain, found))
+    for found, cpu in zip(kept[-1], kept[0], strict=True):
+        same_bits(found, cpu, "fake_quantize_dynamic on CPU and CUDA")
+
+
+@drawn("_mse_range")
+def mse_range(d: Draw):
+    """The errors of all ratios in float64: the chosen ratio has the least, but for the rounding of a float32 sum."""
+    x, scale_shape, low, high, symmetric = operands(d)
+    steps = d.choice((1, 2, 5, 9, 16))
+    least, most = reference.min_max(x, scale_shape)
+    errors = reference.mse_ratio_errors(x, scale_shape, low, high, symmetric, steps)
+    size = reference.groups(x, scale_shape).double().square().sum(1)
+    groups = torch.arange(errors.shape[1])
+    keywords = {"quant_min": low, "quant_max": high, "symmetric": symmetric, "steps": steps}
+    for device in d.devices:
+        found = [t.cpu() for t in ops._mse_range(d.on(device, x), scale_shape, **keywords)]
+        end = torch.where(most.abs() > least.abs(), most, least).flatten()
+        chosen = torch.where(most.abs() > least.abs(), *(found[1], found[0])).flatten()
+        k = torch.where(end == 0, 1.0, (chosen / end * steps).round()).nan_to_num(1.0).clamp(1, steps)
+        ratio = (k / steps).reshape(scale_shape)
+        finite = (least.isfinite() & most.isfinite()).reshape(scale_shape)
+        for name, one, extreme in zip(("min", "max"), found, (least, most), strict=True):
+            check(
+                one.shape == extreme.shape and one.dtype == torch.float32, f"_mse_range's {name}: expected scale_shape"
+            )
+            same(
+                torch.where(finite, one, 0), torch.where(finite, extreme * ratio, 0), f"_mse_range's {name} on {device}"
+            )
+            check(bool((one.isfinite() | ~finite).all()), f"_mse_range's {name} on {device}: expected a finite end")
+            nan = least.isnan()
+            same(torch.where(nan, one, 0), torch.where(nan, NAN, torch.zeros_like(one)), f"_mse_range's {name} of NaN")
+        taken, best = errors[(k.long() - 1), groups], errors.amin(0)
+        room = 2.0**-20 * best + 2.0**-40 * size + 1e-36
+        fair = finite.flatten() & (
+            errors.amax(0) < 1e37
+        )  # a float32 sum of squares beyond it is infinite for every ratio
+        close(
+            torch.where(fair, taken, 0.0),
+            torch.where(fair, best, 0.0),
+            torch.where(fair, room, 0.0),
+            f"_mse_range's error on {device}",
+        )

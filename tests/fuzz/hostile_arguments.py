@@ -1,0 +1,346 @@
+"""Small arguments that each operator takes, by name: what hostile.py spoils. The schema's defaults fill in the rest."""
+
+import torch
+from draw import Draw
+
+FLOAT_KINDS = ("normal", "normal", "special", "zero")
+
+
+def floats(d: Draw, shape, dtype=None):
+    return d.tensor(shape, dtype or d.dtype(), d.choice(FLOAT_KINDS))
+
+
+def parameters(d: Draw, shape):
+    """(scale, zero_point or None) of some granularity."""
+    scale_shape = d.scale_shape(shape)
+    point = d.integers(scale_shape, -8, 7, torch.int32) if d.chance(0.5) else None
+    return d.scale(scale_shape, -8, 7), point
+
+
+def small(d: Draw, low=0):
+    return d.shape(low=low, high=4, cap=200)
+
+
+def fake(d: Draw):
+    shape = small(d)
+    scale, zero_point = parameters(d, shape)
+    return {"input": floats(d, shape), "scale": scale, "zero_point": zero_point, "quant_min": -8, "quant_max": 7}
+
+
+def fake_mask(d):
+    return fake(d) | {"check_values": d.chance(0.7)}
+
+
+def fake_backward(d):
+    x = floats(d, small(d))
+    x = torch.empty_like(x).copy_(x)
+    mask = torch.randint(
+        0, 256, ((x.numel() + 7) // 8,), dtype=torch.uint8, generator=torch.Generator().manual_seed(d.randrange(99))
+    )
+    return {"grad_output": floats(d, list(x.shape), x.dtype), "mask": mask, "stride": list(x.stride())}
+
+
+def learnable_backward(d):
+    arguments = fake(d)
+    return arguments | {
+        "grad_output": floats(d, list(arguments["input"].shape), arguments["input"].dtype),
+        "grad_factor": 0.5,
+    }
+
+
+def ranged(d):
+    shape = small(d)
+    return {
+        "input": floats(d, shape),
+        "scale_shape": d.scale_shape(shape),
+        "quant_min": -8,
+        "quant_max": 7,
+        "symmetric": d.chance(0.5),
+    }
+
+
+def mse(d):
+    return ranged(d) | {"steps": d.choice((1, 3, 10))}
+
+
+def range_ends(d):
+    shape = small(d)
+    return {
+        "min": floats(d, shape, torch.float32),
+        "max": floats(d, shape, torch.float32),
+        "quant_min": -8,
+        "quant_max": 7,
+        "symmetric": d.chance(0.5),
+    }
+
+
+def quantize(d):
+    return fake(d) | {
+        "dtype": d.choice((torch.int8, torch.int16, torch.int32)),
+        "seed": 1,
+        "offset": 2,
+        "stochastic": d.chance(0.3),
+    }
+
+
+def dequantize(d):
+    shape = small(d)
+    scale, zero_point = parameters(d, shape)
+    codes = d.integers(shape, 0, 100, d.choice((torch.int8, torch.uint8, torch.int16, torch.int32)))
+    return {"input": codes, "scale": scale, "zero_point": zero_point, "dtype": d.dtype()}
+
+
+def pack(d):
+    return {"input": d.integers(small(d, 1), 0, 7, d.choice((torch.int8, torch.uint8)))}
+
+
+def unpack(d):
+    packed = d.integers(small(d, 1), 0, 255, torch.uint8)
+    return {"input": packed, "size": 2 * packed.shape[-1], "signed": d.chance(0.5)}
+
+
+def fixed(d):
+    shape = small(d)
+    return {
+        "input": floats(d, shape),
+        "fraction_length": d.integers(d.scale_shape(shape), 0, 7, torch.int32),
+        "word_length": 8,
+        "signed": True,
+    }
+
+
+def fraction_length(d):
+    return {"input": floats(d, small(d, 1)), "axis": d.choice((None, 0, -1)), "method": d.choice(("std", "rms", "mse"))}
+
+
+def requantize(d):
+    shape = small(d)
+    lengths = d.integers(d.scale_shape(shape), 0, 31, torch.int32)
+    return {
+        "accumulator": d.integers(shape, -(2**30), 2**30, torch.int32),
+        "accumulator_fraction_length": lengths,
+        "fraction_length": 4,
+    }
+
+
+def image(d, channels):
+    dtype = d.choice((torch.uint8, torch.int8))
+    return d.integers([d.randint(1, 2), channels, d.randint(3, 9), d.randint(3, 9)], 0, 100, dtype)
+
+
+def convolution(d):
+    groups = d.choice((1, 1, 1, 2, 4))
+    channels, kernel = groups * d.randint(1, 5), [d.randint(1, 3), d.randint(1, 3)]
+    weight = d.integers([groups * d.randint(1, 4), channels // groups, *kernel], -127, 127, torch.int8)
+    bias = d.integers([weight.shape[0]], -99, 99, torch.int32) if d.chance(0.5) else None
+    return {
+        **{"input": image(d, channels), "weight": weight, "bias": bias, "groups": groups},
+        **{"stride": [d.randint(1, 3), d.randint(1, 3)], "padding": [d.randint(0, 2), d.randint(0, 2)]},
+        **{"shift": d.integers([1], 0, 12, torch.int32), "signed": d.chance(0.5)},
+    }
+
+
+def linear_codes(d):
+    k, o = d.randint(1, 40), d.randint(1, 20)
+    x = d.integers([*small(d)[:2], k], 0, 100, d.choice((torch.uint8, torch.int8)))
+    return {"input": x, "weight": d.integers([o, k], -127, 127, torch.int8)}
+
+
+def add(d):
+    shape = small(d)
+    types = [d.choice((torch.uint8, torch.int8, torch.int32)) for _ in range(2)]
+    lengths = {f"{n}_fraction_length": d.integers([1], 0, 12, torch.int32) for n in "ab"}
+    return {"a": d.integers(shape, 0, 99, types[0]), "b": d.integers(shape, 0, 99, types[1]), **lengths}
+
+
+def pool(d):
+    return {"input": image(d, d.randint(1, 9)), "kernel_size": [2, 3], "stride": [2, 1], "padding": [1, 1]}
+
+
+def gradient(d):
+    return {
+        **{"grad": floats(d, d.shape(low=1, high=4, cap=200)), "bits": d.randint(2, 8), "seed": 3, "offset": 4},
+        **{
+            "quantizer": d.choice(("per_tensor", "per_sample", "per_channel", "householder")),
+            "rows": d.choice(("sample", "token")),
+        },
+        **{"max_group": d.choice((3, 7, 128, 256)), "preserve_zero": d.chance(0.2), "stochastic": d.chance(0.3)},
+    }
+
+
+def plan(d):
+    """(codes, scale, offset, order, reflector) of a real reflection."""
+    arguments = gradient(d)
+    grad = d.tensor(d.shape(low=2, high=2, cap=300, empty=0), torch.float32, "normal")
+    codes = torch.ops.quantrain.quantize_gradient_codes.seeded
+    return codes(grad, arguments["bits"], arguments["quantizer"], max_group=arguments["max_group"], seed=1, offset=2)
+
+
+def dequantize_gradient(d):
+    return dict(zip(("codes", "scale", "offset", "order", "reflector"), plan(d), strict=True)) | {"dtype": d.dtype()}
+
+
+def reflect(d):
+    codes, _, _, order, reflector = plan(d)
+    return {
+        "input": floats(d, list(codes.shape), torch.float32),
+        "order": order,
+        "reflector": reflector,
+        "inverse": d.chance(0.5),
+    }
+
+
+def fqt(d):
+    names = ("none", "per_tensor", "per_sample", "per_channel", "householder")
+    return {
+        f"grad_{side}{field}": value
+        for side in ("input", "weight")
+        for field, value in (("", d.choice(names)), ("_bits", d.randint(2, 8)))
+    }
+
+
+def fqt_linear(d):
+    dtype, k, o = d.dtype(), d.randint(1, 20), d.randint(1, 20)
+    x = floats(d, [*small(d)[:2], k], dtype)
+    return fqt(d) | {
+        "input": x,
+        "weight": floats(d, [o, k], dtype),
+        "bias": floats(d, [o], dtype) if d.chance(0.5) else None,
+    }
+
+
+def fqt_conv2d(d):
+    dtype, groups = d.dtype(), d.choice((1, 1, 2))
+    channels, o = groups * d.randint(1, 4), groups * d.randint(1, 4)
+    x = floats(d, [d.randint(1, 2), channels, d.randint(3, 7), d.randint(3, 7)], dtype)
+    weight = floats(d, [o, channels // groups, d.randint(1, 3), d.randint(1, 3)], dtype)
+    geometry = {"stride": [d.randint(1, 2)] * 2, "padding": [d.randint(0, 2)] * 2, "dilation": [1, 1], "groups": groups}
+    return fqt(d) | {"input": x, "weight": weight, **geometry}
+
+
+def fqt_conv2d_padding(d):
+    return fqt_conv2d(d) | {"padding": d.choice(("same", "valid")), "stride": [1, 1]}
+
+
+def matrix(d):
+    x = floats(d, d.shape(low=1, high=4, cap=300))
+    columns = x.shape[-1]
+    rows = x.numel() // columns if columns else 1
+    factors = {
+        name: d.scale([n], -8, 7) for name, n in (("column_factor", columns), ("row_factor", rows)) if d.chance(0.5)
+    }
+    return {"input": x, "seed": 1, "offset": 2, "stochastic": d.chance(0.3), **factors}
+
+
+def codes(d):
+    return {"codes": d.integers(d.shape(low=2, high=2, cap=300), -127, 127, torch.int8)}
+
+
+def weight_transpose(d):
+    weight = d.integers([d.randint(1, 20), d.randint(1, 20)], -127, 127, torch.int8)
+    if d.chance(0.5):
+        weight = floats(d, list(weight.shape))
+    return {
+        "weight": weight,
+        "scale": d.scale([weight.shape[0], 1], -8, 7),
+        "scheme": d.choice(("auto", "fold", "columns")),
+    }
+
+
+def product(d):
+    m, n, k = d.randint(1, 20), d.randint(1, 20), d.randint(1, 40)
+    a, b = d.integers([m, k], -127, 127, torch.int8), d.integers([n, k], -127, 127, torch.int8)
+    bias = floats(d, [n]) if d.chance(0.5) else None
+    result = {
+        "a": a,
+        "b": b,
+        "a_scale": d.scale([m, 1], -8, 7),
+        "b_scale": d.scale([n], -8, 7),
+        "bias": bias,
+        "out_dtype": d.dtype(),
+    }
+    return result | {"accumulator": torch.zeros(m, n, dtype=d.dtype()), "kernel": "auto", "swizzle": 1, "splits": 0}
+
+
+def int8_linear(d):
+    arguments = fqt_linear(d)
+    modes = {name: d.choice(("int8", "none", "auto")) for name in ("output", "grad_input", "grad_weight")}
+    return (
+        {name: arguments[name] for name in ("input", "weight", "bias")}
+        | modes
+        | {"simulate": d.chance(0.2), "weight_scheme": "auto"}
+    )
+
+
+def norm(d):
+    x = floats(d, d.shape(low=1, high=3, cap=300, empty=0))
+    dtype = d.choice((x.dtype, torch.float32))
+    weight, bias = (floats(d, [x.shape[-1]], dtype) if d.chance(0.5) else None for _ in range(2))
+    return {
+        "input": x,
+        "residual": floats(d, list(x.shape), x.dtype),
+        "weight": weight,
+        "bias": bias,
+        "eps": 1e-5,
+        "post_norm": d.chance(0.5),
+    }
+
+
+def activation(d):
+    x = floats(d, d.shape(low=1, high=3, cap=300, empty=0))
+    return {"input": x, "gate": x, "up": floats(d, list(x.shape), x.dtype), "approximate": d.choice(("none", "tanh"))}
+
+
+def grads(d):
+    tensors = [floats(d, small(d)) for _ in range(d.randint(1, 4))]
+    tensors = [torch.empty_like(t).copy_(t) for t in tensors]
+    return {
+        "grads": tensors,
+        "scale": torch.tensor(8.0),
+        "norm": torch.tensor(3.0) if d.chance(0.5) else None,
+        "max_norm": d.choice((None, 1.0)),
+    }
+
+
+def rounding(d):
+    masters = [floats(d, small(d), torch.float32) for _ in range(d.randint(1, 4))]
+    masters = [torch.empty_like(t).copy_(t) for t in masters]
+    parameters = [torch.zeros_like(t, dtype=d.choice((torch.float16, torch.bfloat16))) for t in masters]
+    return {"parameters": parameters, "masters": masters, "seed": 1, "offset": 2}
+
+
+ARGUMENTS = {
+    **dict.fromkeys(("fake_quantize", "fake_quantize_learnable"), fake),
+    "_fake_quantize_mask": fake_mask,
+    "_fake_quantize_backward": fake_backward,
+    "_fake_quantize_learnable_backward": learnable_backward,
+    **dict.fromkeys(("fake_quantize_dynamic", "choose_qparams", "_min_max"), ranged),
+    "_mse_range": mse,
+    "_qparams_from_range": range_ends,
+    "quantize": quantize,
+    "dequantize": dequantize,
+    "pack_int4": pack,
+    "unpack_int4": unpack,
+    **dict.fromkeys(("fixed_point_quantize", "_fixed_point_quantize_mask"), fixed),
+    "fixed_point_fraction_length": fraction_length,
+    "fixed_point_requantize": requantize,
+    **dict.fromkeys(("fixed_point_conv2d", "fixed_point_conv2d_requantize"), convolution),
+    "fixed_point_linear": linear_codes,
+    "fixed_point_add": add,
+    **dict.fromkeys(("fixed_point_max_pool2d", "fixed_point_sum_pool2d"), pool),
+    **dict.fromkeys(("quantize_gradient", "quantize_gradient_codes"), gradient),
+    "dequantize_gradient": dequantize_gradient,
+    "_reflect_rows": reflect,
+    "fqt_linear": fqt_linear,
+    "fqt_conv2d": fqt_conv2d,
+    "fqt_conv2d.padding": fqt_conv2d_padding,
+    **dict.fromkeys(("int8_quantize_rows", "int8_quantize_columns", "int8_quantize_rows_and_columns"), matrix),
+    "int8_transpose": codes,
+    "int8_weight_transpose": weight_transpose,
+    **dict.fromkeys(("int8_mm", "int8_mm_accumulate_", "_int8_mm_by_kernel"), product),
+    "int8_linear": int8_linear,
+    **dict.fromkeys(("int8_layer_norm", "int8_rms_norm", "int8_add_layer_norm", "int8_add_rms_norm"), norm),
+    **dict.fromkeys(("int8_gelu", "int8_silu_mul"), activation),
+    **dict.fromkeys(("_amp_check_norm", "_amp_scale_"), grads),
+    "_amp_round_stochastic_": rounding,
+}
