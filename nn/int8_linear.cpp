@@ -6,6 +6,7 @@
 #include <ATen/ops/linear.h>
 #include <c10/util/Exception.h>
 
+#include "nn/layer_arguments.h"
 #include "quantrain/ops/int8.h"
 #include "quantrain/ops/int8_linear.h"
 
@@ -14,11 +15,10 @@
 #endif
 
 namespace quantrain::nn {
-namespace {
 
-std::optional<at::Tensor> defined_or_none(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
-}
+using detail::defined_or_none;
+
+namespace {
 
 // Whether work is recorded for replays, in which a kept tensor would be stale.
 bool capturing([[maybe_unused]] const at::Tensor& tensor) {

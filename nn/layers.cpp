@@ -20,6 +20,7 @@
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
+#include "nn/layer_arguments.h"
 #include "nn/parameters.h"
 #include "quantrain/nn/fixed_point_layers.h"
 #include "quantrain/ops/fake_quant.h"
@@ -27,6 +28,11 @@
 #include "quantrain/ops/int8.h"
 
 namespace quantrain::nn {
+
+using detail::defined_or_none;
+using detail::gradient_quantizer;
+using detail::without_integer_products;
+
 namespace {
 
 constexpr int64_t kPackedBits = 4;  // codes of at most this many bits are stored two a byte
@@ -44,18 +50,6 @@ std::vector<int64_t> weight_scale_shape(const QuantSpec& spec, const std::vector
   return scale_shape;
 }
 
-std::optional<at::Tensor> defined_or_none(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
-}
-
-// The recipe's spec of grad_input or grad_weight as fqt_linear and fqt_conv2d take it.
-GradientQuantizer gradient_quantizer(const Recipe& recipe, const std::string& tensor, bool convolution) {
-  const std::optional<GradientSpec>& spec = tensor == "grad_input" ? recipe.grad_input : recipe.grad_weight;
-  if (!spec) return {};
-  const GradientSpec resolved = spec->resolved(tensor, convolution);
-  return {resolved.quantizer, resolved.bits, resolved.rows, resolved.preserve_zero, resolved.max_group};
-}
-
 std::vector<int64_t> conv_weight_shape(const std::string& name, const torch::nn::Conv2dOptions& options) {
   const int64_t groups = options.groups();
   TORCH_CHECK_VALUE(groups > 0 && options.in_channels() % groups == 0 && options.out_channels() % groups == 0, name,
@@ -65,12 +59,6 @@ std::vector<int64_t> conv_weight_shape(const std::string& name, const torch::nn:
                     ": expected padding_mode zeros, got another");
   const at::ArrayRef<int64_t> kernel = *options.kernel_size();
   return {options.out_channels(), options.in_channels() / groups, kernel[0], kernel[1]};
-}
-
-const Recipe& without_integer_products(const std::string& name, const Recipe& recipe) {
-  TORCH_CHECK_VALUE(!recipe.linear_only(), name,
-                    ": expected a recipe without integer products, which Linear layers have, got '", recipe.name, "'");
-  return recipe;
 }
 
 // What a linear layer of this input gives: under autocast its type.

@@ -6,6 +6,7 @@
 #include "quantrain/amp/grad_scaler.h"
 #include "quantrain/amp/master_weights.h"
 #include "quantrain/nn/checkpoint.h"
+#include "quantrain/nn/convolutions.h"
 #include "quantrain/nn/fixed_point_layers.h"
 #include "quantrain/nn/fixed_point_model.h"
 #include "quantrain/nn/fixed_point_network.h"

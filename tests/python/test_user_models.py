@@ -208,6 +208,9 @@ def test_the_place_of_a_folded_batch_norm_stands_for_it():
     assert model[1].weight is bn.weight and model[1].running_var is bn.running_var
     model[1].momentum = 0.5
     assert model[0].bn.momentum == 0.5
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    synchronised[1].eval()
+    assert type(synchronised[0].bn) is nn.SyncBatchNorm and not synchronised[0].bn.training
     model[1].requires_grad_(False)
     assert not bn.weight.requires_grad
     assert not list(model[1].parameters()) and not model[1].state_dict()
@@ -428,6 +431,15 @@ def test_gradients_of_conv_transpose2d_cannot_be_quantised_and_prepare_says_so()
     assert "gradients of ConvTranspose2d" in model.quantization_summary.left_float["0"]
     with pytest.raises(ValueError, match="expected a recipe without grad_input"):
         qnn.QuantConvTranspose2d(3, 4, 2, recipe="fqt-bhq5")
+
+
+@pytest.mark.parametrize("recipe", ["qat-w8a8", "qat-w4a8"])
+def test_model_size_foretells_the_bytes_of_converted_layers(recipe):
+    layers = (nn.ConvTranspose2d(6, 4, 3), nn.Conv1d(3, 5, 3), Conv1D(6, 3), nn.Linear(5, 3))
+    model = qnn.prepare(nn.Sequential(*layers), recipe)
+    model[2] = qnn.QuantTransposedLinear.from_float(model[2], recipe)
+    expected = qnn.model_size(model).total["converted_bytes"]
+    assert qnn.model_size(qnn.convert(model, check_observed=False)).total["bytes"] == expected
 
 
 def test_conv_transpose2d_takes_an_output_size():

@@ -156,10 +156,15 @@ class FoldedBatchNorm2d(nn.Identity):
     False
     """
 
-    def __init__(self, bn: nn.BatchNorm2d):
+    def __init__(self, layer: QuantConvBn2d):
         super().__init__()
-        self.__dict__["folded"] = bn  # no child: the convolution's twin holds it
-        self.training = bn.training
+        self.__dict__["_layer"] = layer  # no child: it has its own place in the model
+        self.training = layer.bn.training
+
+    @property
+    def folded(self) -> nn.Module:
+        """The batch norm, which may have been replaced since (``SyncBatchNorm.convert_sync_batchnorm``)."""
+        return self.__dict__["_layer"].bn
 
     def train(self, mode: bool = True) -> FoldedBatchNorm2d:
         self.folded.train(mode)
@@ -173,13 +178,12 @@ class FoldedBatchNorm2d(nn.Identity):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("__") or "folded" not in self.__dict__:
+            if name.startswith("_") or "_layer" not in self.__dict__:
                 raise
-            return getattr(self.__dict__["folded"], name)
+            return getattr(self.folded, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        folded = self.__dict__.get("folded")
-        if folded is not None and name not in self.__dict__ and hasattr(folded, name):
-            setattr(folded, name, value)
+        if "_layer" in self.__dict__ and name not in self.__dict__ and hasattr(self.folded, name):
+            setattr(self.folded, name, value)
         else:
             super().__setattr__(name, value)

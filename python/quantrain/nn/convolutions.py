@@ -66,14 +66,18 @@ class QuantConv1d(QuantLayer, nn.Conv1d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.quantises_gradients:
-            return self.watched(super()._conv_forward(input, weight, bias))
+            return self._watched_image(super()._conv_forward(input, weight, bias).unsqueeze(-2))
         padding = self.padding if isinstance(self.padding, str) else (0, *self.padding)
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         image, kernel = input.unsqueeze(-2), weight.unsqueeze(-2)
         stride, dilation = (1, *self.stride), (1, *self.dilation)
         y = fqt_conv2d(image, kernel, bias, stride, padding, dilation, self.groups, **self.gradient_arguments)
-        return self.watched(y.squeeze(-2))
+        return self._watched_image(y)
+
+    def _watched_image(self, y: Tensor) -> Tensor:
+        """As an image a hook sees which rows are samples."""
+        return self.watched(y).squeeze(-2)
 
     def forward(self, input: Tensor) -> Tensor:
         return self.quantized_output(

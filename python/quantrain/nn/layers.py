@@ -104,7 +104,7 @@ class QuantLayer(nn.Module):
         return self.gradient_quant_enabled and self.gradient_arguments is not None
 
     def _note_call(self) -> None:
-        if not self.called and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not self.called:
             self.called = True
 
     def watched(self, y: Tensor) -> Tensor:

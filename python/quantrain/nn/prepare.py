@@ -155,8 +155,8 @@ def prepare(
             twins[id(layers[name])] = twin.from_float(layers[name], recipes[name], name=name)
         else:
             bn = batch_norms[pair]
-            twins[id(layers[name])] = QuantConvBn2d.from_float_pair(layers[name], bn, recipes[name], name=name)
-            twins[id(bn)] = FoldedBatchNorm2d(bn)
+            twin = QuantConvBn2d.from_float_pair(layers[name], bn, recipes[name], name=name)
+            twins[id(layers[name])], twins[id(bn)] = twin, FoldedBatchNorm2d(twin)
     left = _left_float(model, twins, skipped, without, graph)
     _warn_of_share(model, [name for name in left if name not in skipped and (name in unable or name not in without)])
     rows = [_summary_row(name, twins[id(layers[name])]) for name in names]

@@ -121,7 +121,7 @@ def _size_row(name: str, module: nn.Module, tensors: list[Tensor], fresh_weight:
 def _converted_bytes(layer: QuantLayer, fresh_weight: bool) -> int:
     """What the layer's twin will hold; a tied weight is stored by each layer that quantises it."""
     weight, spec = layer.weight, layer.weight_fake_quant.spec
-    channels = weight.shape[0]
+    channels = layer.rows(weight).shape[0]
     row = weight.numel() // max(channels, 1)
     codes = channels * ((row + 1) // 2) if spec.bits <= kPackedBits else weight.numel()
     scales = math.prod(layer.weight_fake_quant.scale_shape) * (4 if spec.symmetric else 8)

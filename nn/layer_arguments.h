@@ -1,0 +1,33 @@
+// What the layers make of a recipe and of optional tensors before they call an operator. Private to the library.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include "quantrain/nn/recipe.h"
+#include "quantrain/ops/gradient_quant_layers.h"
+
+namespace quantrain::nn::detail {
+
+inline std::optional<at::Tensor> defined_or_none(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+}
+
+// The recipe's spec of grad_input or grad_weight as fqt_linear and fqt_conv2d take it.
+inline GradientQuantizer gradient_quantizer(const Recipe& recipe, const std::string& tensor, bool convolution) {
+  const std::optional<GradientSpec>& spec = tensor == "grad_input" ? recipe.grad_input : recipe.grad_weight;
+  if (!spec) return {};
+  const GradientSpec resolved = spec->resolved(tensor, convolution);
+  return {resolved.quantizer, resolved.bits, resolved.rows, resolved.preserve_zero, resolved.max_group};
+}
+
+inline const Recipe& without_integer_products(const std::string& name, const Recipe& recipe) {
+  TORCH_CHECK_VALUE(!recipe.linear_only(), name,
+                    ": expected a recipe without integer products, which Linear layers have, got '", recipe.name, "'");
+  return recipe;
+}
+
+}  // namespace quantrain::nn::detail
