@@ -174,16 +174,19 @@ def test_a_second_user_in_one_mode_keeps_the_batch_norm(mode, training):
     assert model.training is False
 
 
+class Auxiliary(nn.Module):
+    """With a convolution and a batch norm that evaluation does not call."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.body(x)
+        return self.bn(self.conv(x)) if self.training else x
+
+
 def test_a_batch_norm_that_one_mode_alone_calls_is_folded():
-    class Auxiliary(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
-
-        def forward(self, x):
-            x = self.body(x)
-            return self.bn(self.conv(x)) if self.training else x
-
     model = qnn.prepare(Auxiliary(), "qat-w8a8")
     assert type(model.conv) is qnn.QuantConvBn2d
 
@@ -318,15 +321,6 @@ def test_convert_warns_of_layers_that_were_never_called_where_nothing_is_observe
 
 
 def test_a_convolution_and_its_batch_norm_become_float_again():
-    class Auxiliary(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
-
-        def forward(self, x):
-            x = self.body(x)
-            return self.bn(self.conv(x)) if self.training else x
-
     model, x = Auxiliary(), torch.randn(2, 3, 5, 5)
     names, parameters = set(model.state_dict()), {id(p) for p in model.conv.parameters()}
     calibrated(model, x)
