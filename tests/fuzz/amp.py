@@ -3,7 +3,7 @@
 import math
 
 import torch
-from draw import FLOATS, Draw, check, close, drawn, in_memory, same, same_bits
+from draw import FLOATS, Draw, check, close, drawn, in_memory, same
 from reference import amp as reference
 from reference.gradient_quant import philox4x32_10
 
@@ -78,7 +78,6 @@ def amp_scale(d: Draw):
         if norm is None or max_norm is None
         else min(1.0, float(torch.tensor(max_norm) / (torch.tensor(norm) + 1e-6)))
     )
-    kept = []
     for device in d.devices:
         mine = copies(d, device, grads)
         norms = None if norm is None else torch.tensor(norm, device=device)
@@ -99,9 +98,6 @@ def amp_scale(d: Draw):
                 bool((found.cpu().isnan() == old.isnan())[fair | old.isnan()].all()),
                 f"_amp_scale_ on {device}: expected NaN where NaN was",
             )
-        kept.append(mine)
-    for found, cpu in zip(kept[-1], kept[0], strict=True):
-        same_bits(found, cpu, "_amp_scale_ on CPU and CUDA")
 
 
 @drawn("_amp_round_stochastic_", "_amp_round_stochastic_.seeded")

@@ -6,7 +6,7 @@ from draw import Draw, check, close, drawn, same
 
 ops = torch.ops.quantrain
 QUANTIZERS = ("none", "none", "per_tensor", "per_sample", "per_channel", "householder")
-EPSILON = {torch.float64: 2.0**-50, torch.float32: 2.0**-21, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
+EPSILON = {torch.float64: 2.0**-48, torch.float32: 2.0**-19, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
 
 
 def quantizers(d: Draw, dtype, rows):

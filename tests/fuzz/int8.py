@@ -102,6 +102,8 @@ def int8_mm(d: Draw):
     a_scale = d.scale(d.choice(([m], [m, 1], [1])), -8, 7) if d.chance(0.7) else None
     b_scale = d.scale(d.choice(([n], [n, 1], [1])), -8, 7) if d.chance(0.7) else None
     bias = d.tensor([n], d.choice((*FLOATS, torch.float64)), "normal") if d.chance(0.5) else None
+    if n == 1 and b.stride(0) != k:
+        d.tags.add("one row of another stride")
     if d.chance(0.1) and a_scale is not None and m:
         a_scale = a_scale.clone(memory_format=torch.contiguous_format)
         if k == 0:

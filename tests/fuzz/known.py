@@ -39,6 +39,12 @@ def _no_columns():
     return not bool(ops.int8_mm(codes, codes, torch.tensor([NAN])).isnan())
 
 
+def _one_row():
+    a = torch.ones(1, 16, dtype=torch.int8)
+    found = {ops.int8_mm(a, a[0].expand(1, 16)).item() for _ in range(5)}
+    return found != {16.0}
+
+
 def _silu_far():
     codes, scale = ops.int8_silu_mul(torch.tensor([[-3.3e38]]), torch.ones(1, 1))
     return bool(codes * scale != 0)
@@ -135,6 +141,9 @@ raise SystemExit(1)
 
 
 FAULTS = [
+    Fault("int8_mm", "one row of another stride", "oneDNN reads past a b [1, K] of stride 0", _one_row),
+    Fault("hostile.int8_mm", "against contiguous", "likewise", _one_row),
+    Fault("hostile.int8_mm", "under vmap", "likewise", _one_row),
     Fault("choose_qparams", "not finite", "an infinity gives scale Inf, NaN a zero point that is not 0", _range_of_inf),
     Fault("fake_quantize_dynamic", "not finite", "an infinity does not make its block NaN", _block_of_inf),
     Fault("int8_mm", "NaN without columns", "a NaN scale is lost where K is 0", _no_columns),

@@ -144,6 +144,8 @@ class Worker:
                 return True
 
     def run(self):
+        # The oracles of products are float32 and better: no TF32.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         end = time.monotonic() + 1e9 if self.arguments.seconds is None else self.arguments.end
         live = list(self.names)
         first = self.number * 7 % max(len(live), 1)  # workers start at different operators

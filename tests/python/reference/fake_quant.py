@@ -93,8 +93,8 @@ def mse_ratio_errors(input, scale_shape, quant_min, quant_max, symmetric, steps)
     low, high = rows.float().amin(1, keepdim=True), rows.float().amax(1, keepdim=True)
     errors = []
     for k in range(steps):
-        ends = torch.cat([low, high], dim=1) * ((k + 1) / steps)
-        scale, zero_point = choose_qparams(ends, [rows.shape[0], 1], quant_min, quant_max, symmetric)
+        ratio = (k + 1) / steps  # the ends in float32: at a tie the last bit of a scale decides a code
+        scale, zero_point = qparams_from_range(low * ratio, high * ratio, quant_min, quant_max, symmetric)
         y = fake_quantize(rows.float(), scale, None if symmetric else zero_point, quant_min, quant_max)
         errors.append((y.double() - rows.double()).square().sum(1))
     return torch.stack(errors)
