@@ -283,7 +283,10 @@ def no_layers() -> nn.Module:
 
 def test_recipe_that_names_no_layer_is_refused(tmp_path, capsys):
     assert main(arguments(tmp_path, "--model", "test_finetune:no_layers", "--recipes", "ptq-w8a8")) == 2
-    assert "prepare: expected a Linear, Conv1d, Conv2d, ConvTranspose2d or Embedding in the model, got none" in capsys.readouterr().err
+    assert (
+        "prepare: expected a Linear, Conv1d, Conv2d, ConvTranspose2d or Embedding in the model, got none"
+        in capsys.readouterr().err
+    )
 
 
 def test_device_that_is_not_there_is_named(tmp_path, capsys):
