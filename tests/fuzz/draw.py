@@ -257,7 +257,7 @@ def same(found, expected, what):
 
 
 def same_bits(found, expected, what):
-    """CPU and CUDA, where the same bits are claimed: as everywhere in the tests, but for the sign of zero and a NaN's payload."""
+    """CPU and CUDA, where the same bits are claimed: but for the sign of zero and a NaN's payload, as in all tests."""
     same(found.cpu(), expected, what)
 
 

@@ -1,5 +1,7 @@
 """Drawn tests of the fake_quant family: simulated values, gradients and codes."""
 
+import functools
+
 import torch
 from draw import FLOATS, Draw, check, close, drawn, in_memory, same, same_bits
 from reference import fake_quant as reference
@@ -30,6 +32,20 @@ def strides_kept(found, x, what):
     check(found.stride() == expected, lambda: f"{what}: expected strides {expected}, got {found.stride()}")
 
 
+def straight_through(d: Draw, run, x, g, expected, grad, what):
+    """The gradient of run(x) for g: `grad`. Sometimes the second derivative too: linear in g, with the same mask."""
+    leaf, twice = x.detach().requires_grad_(), d.chance(0.2)
+    y = run(leaf)
+    same(y.detach(), expected, f"{what} with a gradient")
+    given = g.detach().requires_grad_(twice)
+    (found,) = torch.autograd.grad(y, leaf, given, create_graph=twice)
+    same(found.detach(), grad, f"{what}: gradient")
+    if twice:
+        (again,) = torch.autograd.grad(found, given, g)
+        same(again, grad, f"{what}: second derivative")
+    return found.detach()
+
+
 @drawn("fake_quantize", "_fake_quantize_mask", "_fake_quantize_backward")
 def fake_quantize(d: Draw):
     x, scale, zero_point, low, high = operands(d)
@@ -43,11 +59,8 @@ def fake_quantize(d: Draw):
         plain = ops.fake_quantize(cx, cs, cz, quant_min=low, quant_max=high)
         same(plain, expected, f"fake_quantize on {device}")
         strides_kept(plain, x, f"fake_quantize on {device}")
-        leaf = cx.detach().requires_grad_()
-        y = ops.fake_quantize(leaf, cs, cz, quant_min=low, quant_max=high)
-        same(y.detach(), expected, f"fake_quantize with a gradient on {device}")
-        (found,) = torch.autograd.grad(y, leaf, cg)
-        same(found, grad, f"fake_quantize's gradient on {device}")
+        run = functools.partial(ops.fake_quantize, scale=cs, zero_point=cz, quant_min=low, quant_max=high)
+        found = straight_through(d, run, cx, cg, expected, grad, f"fake_quantize on {device}")
         if d.device == "cpu" and d.chance(0.3) or device != "cpu":
             _mask(cx, cs, cz, low, high, expected, inside, g, cg, grad, device)
         keep.append((plain, found))
@@ -91,8 +104,10 @@ def fake_quantize_learnable(d: Draw):
         y = ops.fake_quantize_learnable(leaf, leaf_scale, cz, quant_min=low, quant_max=high, grad_factor=factor)
         same(y.detach(), expected, f"fake_quantize_learnable on {device}")
         strides_kept(y, x, f"fake_quantize_learnable on {device}")
-        found = torch.autograd.grad(y, leaves, cg)
+        found = torch.autograd.grad(y, leaves, cg, retain_graph=True)
         same(found[0], grad, f"fake_quantize_learnable's gradient on {device}")
+        if d.chance(0.1):
+            second_derivative(d, y, leaf, cg, grad, device)
         # float32 sums of differences of numbers up to the largest code: an error of 2^-24 of it in each.
         count = max(1, x.numel() // max(1, scale.numel()))
         codes = max(abs(low), abs(high)) + 1
@@ -105,6 +120,23 @@ def fake_quantize_learnable(d: Draw):
             )
             room = 2.0**-24 * (count + 4) * size + 1e-30
             _sums(found[2], grad_point, room, f"fake_quantize_learnable's gradient of the zero point on {device}")
+
+
+def second_derivative(d, y, leaf, g, grad, device):
+    """Right, or refused; never silently missing."""
+    d.tags.add("second derivative")
+    given = g.detach().requires_grad_()
+    (found,) = torch.autograd.grad(y, leaf, given, create_graph=True)
+    check(
+        found.requires_grad,
+        f"fake_quantize_learnable on {device}: expected a second derivative or an error, got neither",
+    )
+    try:
+        (again,) = torch.autograd.grad(found, given, g, allow_unused=True)
+    except NotImplementedError:
+        return
+    check(again is not None, f"fake_quantize_learnable on {device}: the second derivative is silently missing")
+    same(again, grad, f"fake_quantize_learnable's second derivative on {device}")
 
 
 def _sums(found, expected, room, what):
@@ -136,11 +168,30 @@ def quantize(d: Draw):
         same(found, nearest, f"quantize on {device}")
         check(found.stride() == torch.empty_like(x).stride(), f"quantize on {device}: expected the input's strides")
         keep.append(found)
+        if d.chance(0.2):
+            stochastic(cx, cs, cz, low, high, dtype, device)
         if drawn_codes is not None:
             random = ops.quantize.seeded(
                 cx, cs, cz, quant_min=low, quant_max=high, dtype=dtype, seed=seed, offset=offset
             )
             same(random, drawn_codes, f"quantize.seeded(seed={seed}, offset={offset}) on {device}")
+
+
+def stochastic(x, scale, zero_point, low, high, dtype, device):
+    """Of the device's generator: a code next to the value, and the same codes again from the same seed."""
+    codes = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        codes.append(
+            ops.quantize(x, scale, zero_point, quant_min=low, quant_max=high, dtype=dtype, stochastic=True).cpu()
+        )
+    same(codes[1], codes[0], f"quantize on {device}: the same seed")
+    x, scale, zero_point = (None if t is None else t.cpu() for t in (x, scale, zero_point))
+    value = x.float() * (1.0 / reference.expand(scale, x).float())
+    point = reference.expand(zero_point, x).float()
+    ends = [reference.codes(end + point, zero_point, low, high, torch.int32) for end in (value.floor(), value.ceil())]
+    right = ((codes[0].int() == ends[0]) | (codes[0].int() == ends[1])).all()
+    check(bool(right), f"quantize on {device}, stochastic: expected a code next to the value")
 
 
 def _holds(dtype, low, high):

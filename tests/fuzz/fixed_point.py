@@ -1,8 +1,10 @@
 """Drawn tests of the fixed_point family: quantisation, its strict gradient, fraction lengths and shifts."""
 
+import functools
+
 import torch
 from draw import Draw, check, drawn, in_memory, same, same_bits
-from fake_quant import bits_of, strides_kept
+from fake_quant import bits_of, straight_through, strides_kept
 from reference import fixed_point as reference
 
 ops = torch.ops.quantrain
@@ -24,11 +26,8 @@ def fixed_point_quantize(d: Draw):
         plain = ops.fixed_point_quantize(cx, cl, **keywords)
         same(plain, expected, f"fixed_point_quantize on {device}")
         strides_kept(plain, x, f"fixed_point_quantize on {device}")
-        leaf = cx.detach().requires_grad_()
-        y = ops.fixed_point_quantize(leaf, cl, **keywords)
-        (found,) = torch.autograd.grad(y, leaf, cg)
-        same(y.detach(), expected, f"fixed_point_quantize with a gradient on {device}")
-        same(found, grad, f"fixed_point_quantize's gradient on {device}")
+        run = functools.partial(ops.fixed_point_quantize, fraction_length=cl, **keywords)
+        found = straight_through(d, run, cx, cg, expected, grad, f"fixed_point_quantize on {device}")
         if device != "cpu" or d.device == "cpu" and d.chance(0.3):
             output, mask = ops._fixed_point_quantize_mask(cx, cl, word_length, signed)
             same(output, expected, f"_fixed_point_quantize_mask on {device}")

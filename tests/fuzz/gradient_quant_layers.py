@@ -111,8 +111,8 @@ def fqt_conv2d(d: Draw):
     for device in d.devices:
         leaves = leaves_of(d, device, (x, weight, bias))
         y = operator(*leaves, *where, **keywords)
-        # Against PyTorch's convolution of the same tensors: of a weight in strides (9, 1, 3, 3), say, its own gradient is
-        # wrong on the CPU (2.11).
+        # Against PyTorch's convolution of the same tensors: of a weight in strides (9, 1, 3, 3), say, its own gradient
+        # is wrong on the CPU (2.11).
         mirror = leaves_of(d, device, (x, weight, bias))
         plain = F.conv2d(*mirror, *where)
         count = weight[0].numel()

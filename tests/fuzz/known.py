@@ -39,6 +39,17 @@ def _no_columns():
     return not bool(ops.int8_mm(codes, codes, torch.tensor([NAN])).isnan())
 
 
+def _second_derivative():
+    x, g = torch.tensor([0.3, 500.0], requires_grad=True), torch.ones(2, requires_grad=True)
+    y = ops.fake_quantize_learnable(x, torch.ones(1, requires_grad=True))
+    try:
+        (found,) = torch.autograd.grad(y, x, g, create_graph=True)
+        (again,) = torch.autograd.grad(found, g, torch.ones(2), allow_unused=True)
+    except NotImplementedError:
+        return False
+    return again is None or again.tolist() != [1.0, 0.0]
+
+
 def _one_row():
     a, row = torch.arange(128, dtype=torch.int8).view(2, 64), torch.arange(1, 65, dtype=torch.int8)
     expected = (a.double() @ row.double()).tolist()
@@ -141,6 +152,10 @@ raise SystemExit(1)
 
 
 FAULTS = [
+    Fault(
+        "hostile.fake_quantize_dynamic", "Meta refuses", "an empty input with a gradient is not checked", _empty_dynamic
+    ),
+    Fault("fake_quantize_learnable", "second derivative", "it is silently missing", _second_derivative),
     Fault("int8_mm", "one row of another stride", "oneDNN reads past a b [1, K] of stride 0", _one_row),
     Fault("hostile.int8_mm", "against contiguous", "likewise", _one_row),
     Fault("hostile.int8_mm", "under vmap", "likewise", _one_row),
