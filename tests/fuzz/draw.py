@@ -225,6 +225,11 @@ def in_memory(dense):
     return dense.as_strided((dense.numel(),), (1,))
 
 
+def named(dtype):
+    """What the operators without ScalarType arguments take."""
+    return str(dtype).removeprefix("torch.")
+
+
 # ---- comparisons ----
 
 

@@ -3,7 +3,7 @@
 import functools
 
 import torch
-from draw import FLOATS, Draw, check, close, drawn, in_memory, same, same_bits
+from draw import FLOATS, Draw, check, close, drawn, in_memory, named, same, same_bits
 from reference import fake_quant as reference
 
 ops = torch.ops.quantrain
@@ -151,7 +151,7 @@ def _sums(found, expected, room, what):
     )
 
 
-@drawn("quantize", "quantize.seeded")
+@drawn("quantize", "quantize.nearest", "quantize.seeded")
 def quantize(d: Draw):
     x, scale, zero_point, low, high = operands(d)
     types = [t for t in (torch.int8, torch.uint8, torch.int16, torch.int32) if _holds(t, low, high)]
@@ -168,6 +168,9 @@ def quantize(d: Draw):
         same(found, nearest, f"quantize on {device}")
         check(found.stride() == torch.empty_like(x).stride(), f"quantize on {device}: expected the input's strides")
         keep.append(found)
+        if hasattr(ops.quantize, "nearest"):
+            again = ops.quantize.nearest(cx, cs, cz, quant_min=low, quant_max=high, dtype=named(dtype))
+            same(again, nearest, f"quantize.nearest on {device}")
         if d.chance(0.2):
             stochastic(cx, cs, cz, low, high, dtype, device)
         if drawn_codes is not None:
@@ -199,7 +202,7 @@ def _holds(dtype, low, high):
     return info.min <= low and high <= info.max
 
 
-@drawn("dequantize")
+@drawn("dequantize", "dequantize.typed")
 def dequantize(d: Draw):
     code_type = d.choice((torch.int8, torch.uint8, torch.int16, torch.int32))
     x, scale, zero_point, low, high = operands(d, code_type)
@@ -211,6 +214,8 @@ def dequantize(d: Draw):
         cx, cs, cz = (d.on(device, t) for t in (x, scale, zero_point))
         found = ops.dequantize(cx, cs, cz, dtype=out)
         same(found, expected, f"dequantize on {device}")
+        if hasattr(ops.dequantize, "typed"):
+            same(ops.dequantize.typed(cx, cs, cz, dtype=named(out)), expected, f"dequantize.typed on {device}")
         check(found.stride() == torch.empty_like(x).stride(), f"dequantize on {device}: expected the input's strides")
 
 

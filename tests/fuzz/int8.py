@@ -1,7 +1,7 @@
 """Drawn tests of the int8 family: codes of rows and columns, transposes and products."""
 
 import torch
-from draw import FLOATS, Draw, check, drawn, same, same_bits
+from draw import FLOATS, Draw, check, drawn, named, same, same_bits
 from reference import int8 as reference
 
 ops = torch.ops.quantrain
@@ -17,10 +17,10 @@ def matrix(d: Draw):
     return x, column_factor, row_factor
 
 
-@drawn(
-    *("int8_quantize_rows", "int8_quantize_rows.seeded", "int8_quantize_columns", "int8_quantize_columns.seeded"),
-    *("int8_quantize_rows_and_columns", "int8_quantize_rows_and_columns.seeded"),
-)
+NAMES = ("int8_quantize_rows", "int8_quantize_columns", "int8_quantize_rows_and_columns")
+
+
+@drawn(*NAMES, *(f"{name}.{overload}" for name in NAMES for overload in ("nearest", "seeded")))
 def int8_quantize(d: Draw):
     x, column_factor, row_factor = matrix(d)
     seed, offset = (
@@ -31,6 +31,8 @@ def int8_quantize(d: Draw):
     rows = reference.quantize_rows(x, column_factor, seed, offset)
     columns = reference.quantize_columns(x, row_factor, seed, offset)
     overload = "default" if seed is None else "seeded"
+    if seed is None and hasattr(ops.int8_quantize_rows, "nearest") and d.chance(0.5):
+        overload = "nearest"
     by_rows, by_columns, both = (
         getattr(getattr(ops, f"int8_quantize_{name}"), overload) for name in ("rows", "columns", "rows_and_columns")
     )
@@ -93,7 +95,7 @@ def int8_transpose(d: Draw):
             same_bits(one, cpu, "int8_weight_transpose on CPU and CUDA")
 
 
-@drawn("int8_mm", "int8_mm_accumulate_")
+@drawn("int8_mm", "int8_mm.typed", "int8_mm_accumulate_")
 def int8_mm(d: Draw):
     rows = d.shape(high=3, cap=d.choice((1, 20, 150)))
     k, n = d.choice((0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 200, d.size(), d.size())), d.size()
@@ -119,6 +121,9 @@ def int8_mm(d: Draw):
         ca, cb, sa, sb, cbias = (d.on(device, t) for t in (a, b, a_scale, b_scale, bias))
         found = ops.int8_mm(ca, cb, sa, sb, cbias, out_dtype=out_dtype)
         same(found, expected, f"int8_mm on {device}")
+        if hasattr(ops.int8_mm, "typed"):
+            found = ops.int8_mm.typed(ca, cb, sa, sb, cbias, out_dtype=named(out_dtype))
+            same(found, expected, f"int8_mm.typed on {device}")
         check(found.is_contiguous(), f"int8_mm on {device}: expected a contiguous result")
         if d.chance(0.4):
             mine = (

@@ -226,7 +226,7 @@ CRASHES = {
     BEYOND: (
         "writes past a band's buffer",
         "for _ in range(6): ops.fixed_point_conv2d(torch.zeros(1, 64, 56, 56, dtype=torch.uint8), "
-        "torch.zeros(64, 64, 1, 1, dtype=torch.int8), stride=2, padding=1)\n"
+        "torch.zeros(64, 64, 1, 1, dtype=torch.int8), stride=[2, 2], padding=[1, 1])\n"
         "    raise ValueError('it: expected no crash')",
     ),
     "hostile._fake_quantize_backward": (

@@ -17,6 +17,10 @@ FAMILIES = (
     "amp",
 )
 
+# Operators that only serve a layer's Python: no drawn test, no hostile one, with the reason.
+PYTHON_ONLY = {
+    "_snapshot": "a clone for compiled batch norms, nn/conv_bn.py: tests/python/test_layers.py compiles them",
+}
 # Operators without a drawn test of values, with the reason. The hostile test draws arguments for them too.
 LEFT_OUT = {
     "_int8_mm_by_kernel": "int8_mm's kernels one by one: tests/python/int8_every_kernel.py goes through all",
@@ -29,7 +33,7 @@ def load():
 
 
 def schemas():
-    """Every operator's schema: {"name" or "name.overload": schema}."""
+    """Every operator's schema: {"name" or "name.overload": schema}, but for those of PYTHON_ONLY."""
     found = {}
     for schema in torch._C._jit_get_all_schemas():
         if schema.name.startswith("quantrain::"):
@@ -37,4 +41,4 @@ def schemas():
                 f".{schema.overload_name}" if schema.overload_name else ""
             )
             found[name] = schema
-    return dict(sorted(found.items()))
+    return {name: schema for name, schema in sorted(found.items()) if name not in PYTHON_ONLY}

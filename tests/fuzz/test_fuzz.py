@@ -55,8 +55,6 @@ def test_every_operator_is_drawn():
     covered = {name for _, covers in draw.DRAWN.values() for name in covers}
     missing = [name for name in modules.schemas() if name not in covered and name not in modules.LEFT_OUT]
     assert not missing, f"operators without a drawn test in tests/fuzz: {missing}"
-    unknown = [name for name in covered if name not in modules.schemas()]
-    assert not unknown, f"drawn tests of operators that do not exist: {unknown}"
 
 
 def test_every_operator_has_hostile_arguments():
