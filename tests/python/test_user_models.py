@@ -191,6 +191,21 @@ def test_a_batch_norm_that_one_mode_alone_calls_is_folded():
     assert type(model.conv) is qnn.QuantConvBn2d
 
 
+def test_a_model_that_one_mode_alone_can_run_is_read_in_that_mode():
+    class NeedsTargets(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x, targets=None):
+            if self.training:
+                x = x + len(targets)
+            return self.bn(self.conv(x))
+
+    model = qnn.prepare(NeedsTargets(), "qat-w8a8")
+    assert type(model.conv) is qnn.QuantConvBn2d
+
+
 # Folded batch norms
 
 
