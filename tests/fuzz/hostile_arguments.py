@@ -259,7 +259,7 @@ def product(d):
         "bias": bias,
         "out_dtype": d.dtype(),
     }
-    return result | {"accumulator": torch.zeros(m, n, dtype=d.dtype()), "kernel": "auto", "swizzle": 1, "splits": 0}
+    return result | {"accumulator": torch.zeros(m, n, dtype=d.dtype())}
 
 
 def int8_linear(d):
@@ -337,7 +337,7 @@ ARGUMENTS = {
     **dict.fromkeys(("int8_quantize_rows", "int8_quantize_columns", "int8_quantize_rows_and_columns"), matrix),
     "int8_transpose": codes,
     "int8_weight_transpose": weight_transpose,
-    **dict.fromkeys(("int8_mm", "int8_mm_accumulate_", "_int8_mm_by_kernel"), product),
+    **dict.fromkeys(("int8_mm", "int8_mm_accumulate_"), product),
     "int8_linear": int8_linear,
     **dict.fromkeys(("int8_layer_norm", "int8_rms_norm", "int8_add_layer_norm", "int8_add_rms_norm"), norm),
     **dict.fromkeys(("int8_gelu", "int8_silu_mul"), activation),

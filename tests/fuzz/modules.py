@@ -17,13 +17,10 @@ FAMILIES = (
     "amp",
 )
 
-# Operators that only serve a layer's Python: no drawn test, no hostile one, with the reason.
-PYTHON_ONLY = {
-    "_snapshot": "a clone for compiled batch norms, nn/conv_bn.py: tests/python/test_layers.py compiles them",
-}
-# Operators without a drawn test of values, with the reason. The hostile test draws arguments for them too.
+# Operators without a drawn and a hostile test, with the reason.
 LEFT_OUT = {
-    "_int8_mm_by_kernel": "int8_mm's kernels one by one: tests/python/int8_every_kernel.py goes through all",
+    "_int8_mm_by_kernel": "int8_mm's kernels one by one, for sweeps: tests/python/int8_every_kernel.py goes through all",
+    "_snapshot": "a clone for compiled batch norms, in Python: nn/conv_bn.py",
 }
 
 
@@ -33,7 +30,7 @@ def load():
 
 
 def schemas():
-    """Every operator's schema: {"name" or "name.overload": schema}, but for those of PYTHON_ONLY."""
+    """Every operator's schema: {"name" or "name.overload": schema}."""
     found = {}
     for schema in torch._C._jit_get_all_schemas():
         if schema.name.startswith("quantrain::"):
@@ -41,4 +38,4 @@ def schemas():
                 f".{schema.overload_name}" if schema.overload_name else ""
             )
             found[name] = schema
-    return {name: schema for name, schema in sorted(found.items()) if name not in PYTHON_ONLY}
+    return dict(sorted(found.items()))

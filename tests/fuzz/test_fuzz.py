@@ -58,7 +58,8 @@ def test_every_operator_is_drawn():
 
 
 def test_every_operator_has_hostile_arguments():
-    missing = [name for name in modules.schemas() if name not in ARGUMENTS and name.split(".")[0] not in ARGUMENTS]
+    names = [name for name in modules.schemas() if name not in modules.LEFT_OUT]
+    missing = [name for name in names if name not in ARGUMENTS and name.split(".")[0] not in ARGUMENTS]
     assert not missing, f"operators without an entry in tests/fuzz/hostile_arguments.py: {missing}"
 
 
