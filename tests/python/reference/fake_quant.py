@@ -105,7 +105,7 @@ def mse_ratio_errors(input, scale_shape, quant_min, quant_max, symmetric, steps)
 
 def codes(code, zero_point, quant_min, quant_max, dtype):
     """Unclamped float32 codes as they are stored: NaN is the code nearest to the zero point."""
-    zero = 0.0 if zero_point is None else expand(zero_point, code).float().clamp(quant_min, quant_max)
+    zero = expand(zero_point, code).float().clamp(quant_min, quant_max)
     return torch.where(code.isnan(), zero, code.clamp(quant_min, quant_max)).to(dtype)
 
 
