@@ -242,8 +242,8 @@ CRASHES = {
         "ops.fqt_conv2d.padding(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 2, 2), None, [], 'same')",
     ),
     "hostile.fixed_point_max_pool2d": (
-        "padding * 2 wraps",
-        "ops.fixed_point_max_pool2d(torch.ones(1, 1, 4, 4, dtype=torch.int8), [2, 2], [1, 1], [2**63 - 1, 1])",
+        "an image without pixels is read, and padding * 2 wraps",
+        "ops.fixed_point_max_pool2d(torch.empty(1, 4, 0, 3, dtype=torch.int8), [2, 3], [2, 7], [1, 1])",
     ),
     "hostile.fixed_point_conv2d": (
         "padding * 2 wraps",
