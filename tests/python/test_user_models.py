@@ -536,6 +536,8 @@ def test_convert_right_after_a_step_stores_the_weight_of_the_step(kind, recipe, 
         warnings.simplefilter("ignore")
         model = qnn.calibrate(qnn.prepare(model, recipe, inplace=inplace), [x])
     names = {name for name, _ in model.named_parameters()}
+    learned = [fq.scale for fq in model.modules() if isinstance(fq, qnn.FakeQuantize) and fq.learnable]
+    assert all(scale.requires_grad for scale in learned) and bool(learned) == (recipe == "qat-w4a4")
     step(model, x)
     with torch.no_grad():
         converted = qnn.convert(model, inplace=False).eval()
