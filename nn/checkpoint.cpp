@@ -19,6 +19,8 @@
 #include <c10/util/Exception.h>
 #include <nlohmann/json.hpp>
 
+#include "nn/labels.h"
+#include "quantrain/nn/fixed_point_layers.h"
 #include "quantrain/nn/layers.h"
 
 namespace quantrain::nn {
@@ -68,6 +70,9 @@ std::string listed(const std::set<std::string>& names) {
 }
 
 std::string shape_text(at::IntArrayRef shape) { return Json(shape.vec()).dump(); }
+
+// Whether files of earlier releases lack the tensor: the module's own value stays.
+bool may_lack(const std::string& name) { return name.ends_with("observer.frozen"); }
 
 uint64_t product(const std::string& path, const Entry& entry, uint64_t size) {
   for (const int64_t length : entry.shape) {
@@ -186,10 +191,96 @@ Json converted_layers(const torch::nn::Module& module) {
   return layers;
 }
 
+// Quantised layer -> its recipe.
+std::map<std::string, Recipe> layer_recipes(const torch::nn::Module& module) {
+  std::map<std::string, Recipe> recipes;
+  if (const auto* layer = dynamic_cast<const QuantModule*>(&module)) recipes[""] = layer->recipe();
+  for (const auto& item : module.named_modules("", /*include_self=*/false)) {
+    if (const auto* layer = dynamic_cast<const QuantModule*>(item.value().get())) recipes[item.key()] = layer->recipe();
+  }
+  return recipes;
+}
+
+std::string layer_recipes_text(const torch::nn::Module& module) {
+  Json recipes = Json::array();
+  Json of = Json::object();
+  std::vector<std::string> texts;
+  for (const auto& [name, recipe] : layer_recipes(module)) {
+    const std::string text = recipe.to_json();
+    const auto found = std::find(texts.begin(), texts.end(), text);
+    of[name] = found - texts.begin();
+    if (found != texts.end()) continue;
+    texts.push_back(text);
+    recipes.push_back(Json::parse(text));
+  }
+  return Json{{"recipes", recipes}, {"of", of}}.dump();
+}
+
+std::string format_of(const char* tensor, const QuantSpec& spec) {
+  return std::string(tensor) + (spec.symmetric ? " int" : " uint") + std::to_string(spec.bits) + " " +
+         spec.granularity + (spec.granularity == "per_group" ? " of " + std::to_string(spec.group_size) : "");
+}
+
+// What decides a layer's codes. with_input: false for an embedding, whose input is indices.
+std::string formats(const Recipe& recipe, bool with_input) {
+  std::string text;
+  const auto add = [&text](const char* tensor, const std::optional<QuantSpec>& spec) {
+    if (spec) text += (text.empty() ? "" : ", ") + format_of(tensor, *spec);
+  };
+  add("weight", recipe.weight);
+  if (with_input) add("input", recipe.input);
+  add("output", recipe.output);
+  return text;
+}
+
+bool made_with(const Recipe& layer, const Recipe& recipe) {
+  const bool with_input = layer.input.has_value();
+  const std::string ours = formats(layer, with_input);
+  return ours == formats(recipe, with_input) || ours == formats(recipe.edge(), with_input);
+}
+
+void check_recipe_of(const torch::nn::Module& module, const Recipe& recipe) {
+  std::map<std::string, Recipe> layers = layer_recipes(module);
+  for (const auto& item : module.named_modules()) {
+    if (const auto* layer = dynamic_cast<const FixedPointLayer*>(item.value().get()))
+      layers[item.key()] = layer->recipe();
+  }
+  TORCH_CHECK_VALUE(!layers.empty(), "save_checkpoint: expected no recipe for a float model, got '", recipe.name, "'");
+  for (const auto& item : layers) {
+    if (made_with(item.second, recipe)) return;
+  }
+  const auto& [name, layer] = *layers.begin();
+  TORCH_CHECK_VALUE(false, "save_checkpoint: expected the recipe of the module's layers ('", name,
+                    "': ", formats(layer, true), "), got '", recipe.name, "': ", formats(recipe, true));
+}
+
 std::string metadata_value(const std::string& path, const Header& header, const std::string& key) {
   const auto found = header.metadata.find(key);
   if (found == header.metadata.end()) fail(path, "metadata " + in_quotes(key) + " of a quantrain checkpoint", "none");
   return found->second;
+}
+
+std::map<std::string, Recipe> read_layer_recipes(const std::string& path, const std::string& text) {
+  const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+  const std::string rule = "recipes and the layers they are of in metadata layer_recipes";
+  if (!json.is_object() || !json.contains("recipes") || !json["recipes"].is_array() || !json.contains("of") ||
+      !json["of"].is_object()) {
+    fail(path, rule, in_quotes(text.substr(0, 40)));
+  }
+  std::vector<Recipe> recipes;
+  for (const Json& recipe : json["recipes"]) {
+    try {
+      recipes.push_back(Recipe::from_json(recipe.dump()));
+    } catch (const std::invalid_argument& error) {
+      fail(path, rule, error.what());
+    }
+  }
+  std::map<std::string, Recipe> layers;
+  for (const auto& [name, index] : json["of"].items()) {
+    if (!index.is_number_unsigned() || index.get<uint64_t>() >= recipes.size()) fail(path, rule, index.dump());
+    layers[name] = recipes[index.get<size_t>()];
+  }
+  return layers;
 }
 
 CheckpointInfo info_of(const std::string& path, const Header& header) {
@@ -210,7 +301,34 @@ CheckpointInfo info_of(const std::string& path, const Header& header) {
       fail(path, "a valid recipe in the metadata", error.what());
     }
   }
+  if (const auto found = header.metadata.find("layer_recipes"); found != header.metadata.end()) {
+    info.layers = read_layer_recipes(path, found->second);
+  }
   return info;
+}
+
+// What the file's layers were quantised to is what the module's are.
+void check_recipes(const std::string& path, const Header& header, const CheckpointInfo& info,
+                   const torch::nn::Module& module) {
+  const std::map<std::string, Recipe> ours = layer_recipes(module);
+  if (header.metadata.count("layer_recipes")) {
+    for (const auto& [name, recipe] : ours) {
+      const std::string want = formats(recipe, true);
+      const auto found = info.layers.find(name);
+      if (found == info.layers.end())
+        fail(path, "the layer " + in_quotes(name) + " with " + want, "a layer in floating point");
+      const std::string given = formats(found->second, recipe.input.has_value());
+      if (given != want) fail(path, "the layer " + in_quotes(name) + " with " + want, given);
+    }
+    return;
+  }
+  if (ours.empty() || !info.recipe) return;  // a file without layer_recipes: its recipe is that of some layer
+  for (const auto& item : ours) {
+    if (made_with(item.second, *info.recipe)) return;
+  }
+  const auto& [name, recipe] = *ours.begin();
+  fail(path, "the layer " + in_quotes(name) + " with " + formats(recipe, true),
+       formats(*info.recipe, true) + " (" + in_quotes(info.recipe->name) + ")");
 }
 
 void check_layers(const std::string& path, const Header& header, const torch::nn::Module& module) {
@@ -313,13 +431,15 @@ CheckpointInfo read_checkpoint_info(const std::string& path) {
 }
 
 void save_checkpoint(const std::string& path, const torch::nn::Module& module, const std::optional<Recipe>& recipe) {
+  if (recipe) check_recipe_of(module, *recipe);
   const Json layers = converted_layers(module);
   write_safetensors(path, {state_of(module),
                            {{"format", "quantrain"},
                             {"version", "1"},
                             {"recipe", recipe ? recipe->to_json() : ""},
                             {"converted", layers.empty() ? "false" : "true"},
-                            {"layers", layers.dump()}}});
+                            {"layers", layers.dump()},
+                            {"layer_recipes", layer_recipes_text(module)}}});
 }
 
 CheckpointInfo load_checkpoint(const std::string& path, torch::nn::Module& module) {
@@ -332,6 +452,8 @@ CheckpointInfo load_checkpoint(const std::string& path, torch::nn::Module& modul
          info.converted ? "a converted one (call convert(module, false) first)" : "one that is not");
   }
   check_layers(path, header, module);
+  check_recipes(path, header, info, module);
+  detail::label_layers(module);
   SafeTensors content = read_tensors(path, file, header);
   name_codes(content.tensors, module);
   load_tensors(content.tensors, module, path);
@@ -344,15 +466,15 @@ void load_tensors(const std::map<std::string, at::Tensor>& tensors, torch::nn::M
   std::set<std::string> missing;
   std::set<std::string> unexpected;
   for (const auto& item : state) {
-    if (!tensors.count(item.first)) missing.insert(item.first);
+    if (!tensors.count(item.first) && !may_lack(item.first)) missing.insert(item.first);
   }
   for (const auto& item : tensors) {
     if (!state.count(item.first)) unexpected.insert(item.first);
   }
   if (!missing.empty()) fail(source, "a tensor for every name of the module", "none for " + listed(missing));
   if (!unexpected.empty()) fail(source, "only names of the module", listed(unexpected));
-  for (const auto& [name, target] : state) {
-    const at::Tensor& given = tensors.at(name);
+  for (const auto& [name, given] : tensors) {
+    const at::Tensor& target = state.at(name);
     if (!given.sizes().equals(target.sizes())) {
       fail(source, "the tensor " + in_quotes(name) + " of shape " + shape_text(target.sizes()),
            shape_text(given.sizes()));
@@ -363,7 +485,49 @@ void load_tensors(const std::map<std::string, at::Tensor>& tensors, torch::nn::M
     }
   }
   const at::NoGradGuard no_grad;
-  for (const auto& [name, target] : state) at::Tensor(target).copy_(tensors.at(name));
+  for (const auto& [name, given] : tensors) at::Tensor(state.at(name)).copy_(given);
+  for (const auto& child : module.modules()) {
+    if (auto* fake_quantize = child->as<FakeQuantizeImpl>()) fake_quantize->state_changed();
+  }
+}
+
+void load_float(const std::string& path, torch::nn::Module& module,
+                const std::function<std::string(const std::string&)>& file_name) {
+  std::map<std::string, at::Tensor> given = read_safetensors(path).tensors;
+  std::set<std::string> own;  // names that a float model does not have
+  for (const auto& item : module.named_modules()) {
+    const std::string prefix = item.key().empty() ? "" : item.key() + ".";
+    const torch::nn::Module& child = *item.value();
+    const auto* layer = dynamic_cast<const QuantModule*>(&child);
+    if (layer && layer->converted()) {
+      fail(path, "a module that is not converted, to load float weights into",
+           "a converted layer " + in_quotes(item.key()));
+    }
+    const bool whole = child.as<FakeQuantizeImpl>() || child.as<FixedPointAvgPool2dImpl>() ||
+                       dynamic_cast<const FixedPointActivationImpl*>(&child);
+    if (whole) {
+      for (const auto& tensor : child.named_parameters()) own.insert(prefix + tensor.key());
+      for (const auto& tensor : child.named_buffers()) own.insert(prefix + tensor.key());
+    } else if (dynamic_cast<const FixedPointLayer*>(&child)) {
+      own.insert(prefix + "weight_fraction_length");
+    }
+  }
+  std::map<std::string, at::Tensor> tensors;
+  std::set<std::string> missing;
+  for (const auto& [name, tensor] : state_of(module)) {
+    if (own.count(name)) {
+      tensors[name] = tensor;
+      continue;
+    }
+    const std::string in_file = file_name ? file_name(name) : name;
+    if (auto node = given.extract(in_file))
+      tensors[name] = node.mapped();
+    else
+      missing.insert(name == in_file ? name : in_file + " (" + name + ")");
+  }
+  if (!missing.empty()) fail(path, "a tensor for every weight of the module", "none for " + listed(missing));
+  tensors.merge(given);  // names that the module does not know, for load_tensors to refuse
+  load_tensors(tensors, module, path);
 }
 
 }  // namespace quantrain::nn

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include <torch/nn/options/conv.h>
@@ -16,12 +17,14 @@ namespace quantrain::nn {
 // 1-D convolution on quantised input and weight; stride, padding ("same" and "valid" too), dilation and groups as torch::nn::Conv1d;
 // zero padding only (ValueError otherwise). Input [N, C, L]; weight [O, C / groups, k]. Where the recipe has grad_input or grad_weight,
 // its gradients are those of an image of one row (fqt_conv2d). ValueError for a recipe of integer products.
-class QUANTRAIN_API QuantConv1dImpl : public QuantModule {
+class QUANTRAIN_API QuantConv1dImpl : public Copied<QuantConv1dImpl, QuantModule> {
  public:
   QuantConv1dImpl(const torch::nn::Conv1dOptions& options, const Recipe& recipe);
   at::Tensor forward(const at::Tensor& input);
 
  private:
+  friend Copied<QuantConv1dImpl, QuantModule>;
+  std::shared_ptr<QuantConv1dImpl> fresh() const { return std::make_shared<QuantConv1dImpl>(options_, recipe()); }
   // [N, O, 1, L]
   at::Tensor convolve(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const;
 
@@ -33,7 +36,7 @@ TORCH_MODULE(QuantConv1d);
 // torch::nn::ConvTranspose2d. Input [N, C, H, W]; `weight` is [C, O / groups, kh, kw], while scales, codes and weight_shape() are those of
 // the weight seen as [O, C / groups, kh, kw], one scale an output channel. ValueError for a recipe of integer products, or one that
 // quantises gradients.
-class QUANTRAIN_API QuantConvTranspose2dImpl : public QuantModule {
+class QUANTRAIN_API QuantConvTranspose2dImpl : public Copied<QuantConvTranspose2dImpl, QuantModule> {
  public:
   QuantConvTranspose2dImpl(const torch::nn::ConvTranspose2dOptions& options, const Recipe& recipe);
   at::Tensor forward(const at::Tensor& input);
@@ -42,6 +45,10 @@ class QUANTRAIN_API QuantConvTranspose2dImpl : public QuantModule {
   at::Tensor float_weight() const override;
 
  private:
+  friend Copied<QuantConvTranspose2dImpl, QuantModule>;
+  std::shared_ptr<QuantConvTranspose2dImpl> fresh() const {
+    return std::make_shared<QuantConvTranspose2dImpl>(options_, recipe());
+  }
   at::Tensor swapped(const at::Tensor& weight) const;  // [C, O / groups, ...] <-> [O, C / groups, ...]
 
   torch::nn::ConvTranspose2dOptions options_;

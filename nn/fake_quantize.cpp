@@ -11,8 +11,13 @@
 #include <ATen/ops/clamp_min.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/isfinite.h>
+#include <ATen/ops/logical_and.h>
+#include <ATen/ops/logical_not.h>
+#include <ATen/ops/logical_or.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
+#include <torch/csrc/autograd/graph_task.h>
 
 #include "quantrain/nn/fixed_point_layers.h"
 #include "quantrain/ops/fake_quant.h"
@@ -29,7 +34,7 @@ std::optional<at::Tensor> defined_or_none(const at::Tensor& tensor) {
 }  // namespace
 
 FakeQuantizeImpl::FakeQuantizeImpl(const QuantSpec& spec, std::vector<int64_t> scale_shape)
-    : FixedDtypeModule("FakeQuantize"), spec_(spec), scale_shape_(std::move(scale_shape)) {
+    : Copied("FakeQuantize"), spec_(spec), scale_shape_(std::move(scale_shape)) {
   spec_.validate();
   if (dynamic()) {
     return;
@@ -45,8 +50,23 @@ FakeQuantizeImpl::FakeQuantizeImpl(const QuantSpec& spec, std::vector<int64_t> s
   observer = register_module("observer", Observer(spec_, scale_shape_));
 }
 
-at::Tensor FakeQuantizeImpl::forward(const at::Tensor& input) {
-  observe(input);
+std::shared_ptr<FakeQuantizeImpl> FakeQuantizeImpl::fresh() const {
+  auto copy = std::make_shared<FakeQuantizeImpl>(spec_, scale_shape_);
+  if (!observer) copy->freeze();
+  return copy;
+}
+
+void FakeQuantizeImpl::copy_switches(const FakeQuantizeImpl& other) {
+  fake_quant_enabled_ = other.fake_quant_enabled_;
+  calibrating_ = other.calibrating_;
+  of_weight_ = other.of_weight_;
+  label_ = other.label_;
+  state_changed();
+  if (!observer) observer_enabled_ = other.observer_enabled_;
+}
+
+at::Tensor FakeQuantizeImpl::forward(const at::Tensor& input, const at::Tensor& zero) {
+  const at::Tensor scale_now = observe(input, zero);
   if (!fake_quant_enabled_) {
     return input;
   }
@@ -54,8 +74,11 @@ at::Tensor FakeQuantizeImpl::forward(const at::Tensor& input) {
     return quantrain::fake_quantize_dynamic(input, scale_shape_of(input), spec_.quant_min(), spec_.quant_max(),
                                             spec_.symmetric);
   }
+  if (input.numel() == 0 && !has_scale()) {
+    return input;
+  }
   const auto [scale_in_force, zero_point_in_force] = calculate_qparams();
-  return quantize_dequantize(input, scale_in_force, zero_point_in_force);
+  return quantize_dequantize(input, scale_now.defined() ? scale_now : scale_in_force, zero_point_in_force);
 }
 
 bool FakeQuantizeImpl::has_scale() {
@@ -65,25 +88,92 @@ bool FakeQuantizeImpl::has_scale() {
   return has_scale_;
 }
 
-void FakeQuantizeImpl::observe(const at::Tensor& input) {
-  if (!observer || !observer_enabled_ || !(is_training() || calibrating_) || input.numel() == 0) {
-    return;
+void FakeQuantizeImpl::enable_observer(bool on) {
+  observer_enabled_ = on;
+  if (observer) {
+    const at::NoGradGuard no_grad;
+    observer->frozen.fill_(!on);
+    version_ = static_cast<uint32_t>(observer->frozen._version());
+  }
+}
+
+// Read anew only where the buffer was written, as loading does.
+bool FakeQuantizeImpl::observer_enabled() const {
+  if (observer && (!version_ || *version_ != observer->frozen._version())) {
+    observer_enabled_ = !observer->frozen.item<bool>();
+    version_ = static_cast<uint32_t>(observer->frozen._version());
+  }
+  return observer_enabled_;
+}
+
+bool FakeQuantizeImpl::sees_only_zeros() const { return observer && observer->only_zeros().all().item<bool>(); }
+
+void FakeQuantizeImpl::set_label(const std::string& path) {
+  label_ = "FakeQuantize '" + path + "'";
+  if (observer) observer->set_label("Observer '" + path + ".observer'");
+}
+
+void FakeQuantizeImpl::state_changed() {
+  has_scale_ = settled_ = follows_zeros_ = false;
+  version_.reset();
+}
+
+at::Tensor FakeQuantizeImpl::observe(const at::Tensor& input, const at::Tensor& zero) {
+  if (!observer || !(calibrating_ || (is_training() && observer_enabled())) || input.numel() == 0) {
+    return {};
+  }
+  if ((spec_.learnable && !calibrating_ && settled_) || in_backward()) {
+    return {};
   }
   const at::NoGradGuard no_grad;
-  observer->forward(input);
+  if (spec_.learnable && !calibrating_) {
+    observe_first(input, zero);
+    return {};
+  }
+  const bool waits = calibrating_ || !has_scale_ || !input.is_cuda();
+  const ObserverImpl::Range range = observer->measure(input, waits);
+  observer->update(range);
   const auto [observed_scale, observed_zero_point] = observer->calculate_qparams();
   scale.copy_(observed_scale);
   if (zero_point.defined()) {
     zero_point.copy_(observed_zero_point);
   }
-  if (spec_.learnable && !calibrating_ && has_scale()) {
-    observer_enabled_ = false;
+  if (waits || spec_.nan_policy != "raise") return {};
+  const at::Tensor nan = at::full({}, std::numeric_limits<float>::quiet_NaN(), scale.options());
+  return at::where(range.finite, observed_scale, nan);
+}
+
+at::Tensor FakeQuantizeImpl::unset() const {
+  return at::logical_or(at::logical_not(at::isfinite(scale.detach())), observer->only_zeros());
+}
+
+// Gives the blocks of a learnable scale that have no first value one.
+void FakeQuantizeImpl::observe_first(const at::Tensor& input, const at::Tensor& zero) {
+  const at::Tensor before = unset();
+  if (has_scale_ && !follows_zeros_ && !before.any().item<bool>()) {
+    settled_ = true;
+    return;
   }
+  const ObserverImpl::Range range = observer->measure(input);
+  at::Tensor zeros = observer->only_zeros();
+  if (zero.defined()) zeros = at::logical_or(zeros, at::logical_and(zero, before));
+  const at::Tensor sets = at::logical_and(range.finite, before);
+  observer->update({range.low, range.high, sets});
+  if (of_weight_) {  // what began as zeros stays marked as zeros: its scale follows
+    observer->min_val.masked_fill_(zeros, 0.0);
+    observer->max_val.masked_fill_(zeros, 0.0);
+  }
+  const auto [observed_scale, observed_zero_point] = observer->qparams_of(range.low, range.high);
+  // Past the version: an earlier call of the layer in this graph saved the scale, whose blocks in use stay as they are.
+  scale.variable_data().copy_(at::where(sets, observed_scale, scale));
+  if (zero_point.defined()) zero_point.variable_data().copy_(at::where(sets, observed_zero_point, zero_point));
+  settled_ = has_scale() && !unset().any().item<bool>();
+  follows_zeros_ = of_weight_ && has_scale_ && !settled_;
 }
 
 std::tuple<at::Tensor, at::Tensor> FakeQuantizeImpl::calculate_qparams(const std::optional<at::Tensor>& input) {
   if (dynamic()) {
-    TORCH_CHECK_VALUE(input, "FakeQuantize: expected an input to compute a dynamic scale from, got none");
+    TORCH_CHECK_VALUE(input, label_, ": expected an input to compute a dynamic scale from, got none");
     auto qparams = quantrain::choose_qparams(input->detach(), scale_shape_of(*input), spec_.quant_min(),
                                              spec_.quant_max(), spec_.symmetric);
     if (spec_.symmetric) {
@@ -91,7 +181,7 @@ std::tuple<at::Tensor, at::Tensor> FakeQuantizeImpl::calculate_qparams(const std
     }
     return qparams;
   }
-  TORCH_CHECK_VALUE(has_scale(), "FakeQuantize: expected a scale that was observed or loaded, got none");
+  TORCH_CHECK_VALUE(has_scale(), label_, ": expected a scale that was observed or loaded, got none");
   if (spec_.learnable) {
     scale.variable_data().clamp_min_(kSmallestScale);
   }
@@ -138,6 +228,8 @@ std::vector<int64_t> FakeQuantizeImpl::scale_shape_of(const at::Tensor& input) c
   }
   return shape;
 }
+
+bool in_backward() { return torch::autograd::get_current_graph_task_id() != -1; }
 
 void enable_observer(torch::nn::Module& module, bool on) {
   for (const auto& child : module.modules()) {

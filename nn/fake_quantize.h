@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -25,22 +26,32 @@ namespace quantrain::nn {
 //   and learnable        `scale` is a parameter: set by the observer, then trained by LSQ with the gradient factor
 //                        1 / sqrt(x.numel() / scale.numel() * quant_max); pulled up to 1e-8 where a step took it below
 //
-// It observes in training mode and under Calibration (layers.h), so evaluation never moves a range, and only while
-// observer_enabled. A learnable scale that was not calibrated observes its first training batch, then no more.
+// It observes under Calibration (layers.h) and in training until enable_observer(false) freezes the range. Evaluation never moves a range,
+// nor does a forward pass inside a backward pass (activation checkpointing). A learnable scale takes its first value from Calibration or
+// else the first training batch; from then on, and from a loaded scale, only the optimiser moves it.
+//
+// A block of zeros says nothing about its range. Its scale is 1 until the first block that is not zero sets it. Where it is learnable and a
+// weight's (set_of_weight: zero-initialised, so small at first and then growing), the scale follows that block's range from batch to
+// batch until enable_observer(false), and is learned from there.
+//
+// State: `scale`, `zero_point`, and of `observer` the range and `frozen`, whether the range was frozen.
 //
 // Input float32, float16, bfloat16 of any shape that `scale_shape` divides; output of the same dtype and shape. Scales stay float32.
-// NaN gives NaN. ValueError: no scale yet (neither observed nor loaded), a shape that does not divide, a NaN batch while observing.
-class QUANTRAIN_API FakeQuantizeImpl : public FixedDtypeModule {
+// NaN gives NaN. ValueError: no scale yet (neither observed nor loaded), a shape that does not divide, a NaN batch while observing. On CUDA a
+// range that follows training waits for no such check: there a block with NaN or infinity leaves the range as it was and gives NaN.
+class QUANTRAIN_API FakeQuantizeImpl : public Copied<FakeQuantizeImpl, FixedDtypeModule> {
  public:
   // scale_shape: {1} or the input's rank, each size dividing the input's; a size of -1 takes the input's own (dynamic only).
   // per_token with {1}: one scale for each index of all dimensions but the last.
   explicit FakeQuantizeImpl(const QuantSpec& spec, std::vector<int64_t> scale_shape = {1});
 
-  at::Tensor forward(const at::Tensor& input);
+  // zero: bool, broadcast to the scale: blocks of a learnable scale to take as zeros whatever the input holds. An empty input passes.
+  at::Tensor forward(const at::Tensor& input, const at::Tensor& zero = {});
 
-  void enable_observer(bool on = true) { observer_enabled_ = on; }
+  // Lets the range follow training, or freezes it. A learnable scale that has its first value is not observed again.
+  void enable_observer(bool on = true);
   void enable_fake_quant(bool on = true) { fake_quant_enabled_ = on; }
-  bool observer_enabled() const { return observer_enabled_; }
+  bool observer_enabled() const;
   bool fake_quant_enabled() const { return fake_quant_enabled_; }
 
   // While on, forward observes in evaluation mode too. Set by Calibration.
@@ -49,14 +60,30 @@ class QUANTRAIN_API FakeQuantizeImpl : public FixedDtypeModule {
   // Whether a scale is there: dynamic, observed or loaded. The first call that finds one waits for the device.
   bool has_scale();
 
-  // Takes the input's range into account where the rule above says so; what forward does first.
-  void observe(const at::Tensor& input);
+  // Takes the input's range into account where the rule above says so; what forward does first. The result is the scale for this input
+  // where it is not the stored one, else undefined.
+  at::Tensor observe(const at::Tensor& input, const at::Tensor& zero = {});
+
+  // Whether an observer saw tensors, and all of them zeros. Waits for the device.
+  bool sees_only_zeros() const;
+
+  void set_of_weight(bool on) { of_weight_ = on; }
+  bool of_weight() const { return of_weight_; }
+
+  // The path that error messages name, e.g. "layer1.0.conv1.input_fake_quant".
+  void set_label(const std::string& path);
+
+  // To be called where scale, zero_point or the observer's buffers were written from outside: what is known of them is looked at anew.
+  void state_changed();
 
   // The (scale, zero_point) in force; zero_point undefined where symmetric. `input` is needed for dynamic only.
   std::tuple<at::Tensor, at::Tensor> calculate_qparams(const std::optional<at::Tensor>& input = std::nullopt);
 
   // forward's second half with a scale of the caller's choice: rows of this module's, for an embedding.
   at::Tensor quantize_dequantize(const at::Tensor& input, const at::Tensor& scale, const at::Tensor& zero_point) const;
+
+  // Takes over the switches of another.
+  void copy_switches(const FakeQuantizeImpl& other);
 
   // Drops the observer, and makes a learnable scale a buffer: the state of a converted model.
   void freeze();
@@ -70,18 +97,33 @@ class QUANTRAIN_API FakeQuantizeImpl : public FixedDtypeModule {
   Observer observer{nullptr};
 
  private:
+  friend Copied<FakeQuantizeImpl, FixedDtypeModule>;
+  std::shared_ptr<FakeQuantizeImpl> fresh() const;
   std::vector<int64_t> scale_shape_of(const at::Tensor& input) const;
+  void observe_first(const at::Tensor& input, const at::Tensor& zero);
+  at::Tensor unset() const;  // bool: blocks of a learnable scale without a first value
 
   QuantSpec spec_;
   std::vector<int64_t> scale_shape_;
-  bool observer_enabled_ = true;
+  std::string label_ = "FakeQuantize";
+  mutable bool observer_enabled_ = true;
+  mutable std::optional<uint32_t>
+      version_;  // of observer->frozen when last read: no wait for the device at each forward
   bool fake_quant_enabled_ = true;
   bool calibrating_ = false;
-  bool has_scale_ = false;  // once seen, not checked again: no wait for the device at each forward
+  bool of_weight_ = false;
+  bool has_scale_ = false;  // once seen, not checked again
+  // Of a learnable scale: every block has its first value; some follow a weight that began as zeros. Both spare looking.
+  bool settled_ = false;
+  bool follows_zeros_ = false;
 };
 TORCH_MODULE(FakeQuantize);
 
-// Switches every FakeQuantize in the module, itself included.
+// Whether this is a forward pass inside a backward pass, as activation checkpointing makes them.
+QUANTRAIN_API bool in_backward();
+
+// Switches every FakeQuantize in the module, itself included. enable_observer(module, false) freezes the ranges, for the last part of
+// training; enable_fake_quant also switches fixed-point layers.
 QUANTRAIN_API void enable_observer(torch::nn::Module& module, bool on = true);
 QUANTRAIN_API void enable_fake_quant(torch::nn::Module& module, bool on = true);
 

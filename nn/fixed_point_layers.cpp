@@ -14,6 +14,7 @@
 #include <c10/util/Exception.h>
 
 #include "nn/parameters.h"
+#include "quantrain/nn/fake_quantize.h"
 #include "quantrain/ops/fake_quant.h"
 #include "quantrain/ops/fixed_point.h"
 
@@ -115,7 +116,7 @@ at::Tensor FixedPointActivationImpl::forward(const at::Tensor& input, bool first
     return options_.max_alpha == kInfinity ? x : at::clamp_max(x, options_.max_alpha);
   }
   if (!is_training()) return rounded_units(input);
-  if (first || !options_.clip) follow(input, first);
+  if ((first || !options_.clip) && !in_backward()) follow(input, first);
   return rounded_real(input);
 }
 
@@ -165,18 +166,29 @@ void FixedPointActivationImpl::calibrate(const at::Tensor& input) {
     TORCH_CHECK_VALUE(at::isfinite(input).all().item<bool>(),
                       "FixedPointActivation: expected a batch without NaN or infinity, got one that holds some");
     const auto [low, high] = quantrain::detail::mse_range(input, {1}, quant_min(), quant_max(), is_signed());
-    seen.low = seen.low.defined() ? seen.low + kAveraging * (low - seen.low) : low;
-    seen.high = seen.high.defined() ? seen.high + kAveraging * (high - seen.high) : high;
+    if (!seen.low.defined()) {
+      seen.low = low;
+      seen.high = high;
+    } else {  // as Observer: zeros change nothing, what follows zeros sets the range anew
+      const at::Tensor zero = at::logical_and(low == 0, high == 0);
+      const at::Tensor first = at::logical_and(seen.low == 0, seen.high == 0);
+      const at::Tensor new_low = at::where(first, low, seen.low + kAveraging * (low - seen.low));
+      const at::Tensor new_high = at::where(first, high, seen.high + kAveraging * (high - seen.high));
+      seen.low = at::where(zero, seen.low, new_low);
+      seen.high = at::where(zero, seen.high, new_high);
+    }
     seen.fraction_lengths.push_back(batch_fraction_length(input));
   } else {
     seen.inputs.push_back(input.detach());  // rounded at the end, when eta is known
   }
 }
 
-void FixedPointActivationImpl::end_calibration() {
+void FixedPointActivationImpl::end_calibration(bool keep) {
   const at::NoGradGuard no_grad;
   if (!calibrating_) return;
   calibrating_ = false;
+  reached_ = !seen_.empty();
+  if (!keep) seen_.clear();
   if (seen_.empty()) return;
   if (options_.clip && !(options_.fixed && options_.max_alpha < kInfinity)) {
     std::vector<at::Tensor> highest;
@@ -231,9 +243,11 @@ void FixedPointInputImpl::begin_calibration() {
   low_ = high_ = at::Tensor();
 }
 
-void FixedPointInputImpl::end_calibration() {
+void FixedPointInputImpl::end_calibration(bool keep) {
   const at::NoGradGuard no_grad;
-  FixedPointActivationImpl::end_calibration();
+  FixedPointActivationImpl::end_calibration(keep);
+  reached_ = low_.defined();
+  if (!keep) low_ = high_ = at::Tensor();
   if (!low_.defined()) return;
   const float low = low_.item<float>();
   const float largest = std::max(std::fabs(low), std::fabs(high_.item<float>()));
@@ -251,9 +265,9 @@ FixedPointPoolActivationImpl::FixedPointPoolActivationImpl(std::shared_ptr<Fixed
       source_(std::move(source)) {}
 
 // FL is that of units, whose eta is known once the source has its level.
-void FixedPointPoolActivationImpl::end_calibration() {
-  source_->end_calibration();
-  FixedPointActivationImpl::end_calibration();
+void FixedPointPoolActivationImpl::end_calibration(bool keep) {
+  source_->end_calibration(keep);
+  FixedPointActivationImpl::end_calibration(keep);
 }
 
 int64_t FixedPointPoolActivationImpl::shift() const {

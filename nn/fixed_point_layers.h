@@ -37,7 +37,7 @@ class QUANTRAIN_API FixedPointSwitch {
   void enable_fake_quant(bool on = true) { fake_quant_enabled_ = on; }
   bool fake_quant_enabled() const { return fake_quant_enabled_; }
   virtual void begin_calibration() {}
-  virtual void end_calibration() {}
+  virtual void end_calibration(bool /*keep*/) {}  // keep: takes over what was seen
 
  private:
   bool fake_quant_enabled_ = true;
@@ -79,7 +79,8 @@ class QUANTRAIN_API FixedPointActivationImpl : public FixedDtypeModule, public F
   int64_t quant_min() { return is_signed() ? -127 : 0; }
 
   void begin_calibration() override;
-  void end_calibration() override;
+  void end_calibration(bool keep) override;
+  bool reached() const { return reached_; }  // whether the last calibration showed it a tensor
 
   // A new batch: the next tensor is the first of those that share this activation.
   void restart_calibration() { calls_ = 0; }
@@ -91,6 +92,7 @@ class QUANTRAIN_API FixedPointActivationImpl : public FixedDtypeModule, public F
   at::Tensor level();
   at::Tensor rounded_real(const at::Tensor& input);
   bool calibrating() const { return calibrating_; }
+  bool reached_ = false;
   at::Tensor batch_fraction_length(const at::Tensor& real);
 
   FixedPointActivationOptions options_;
@@ -120,7 +122,7 @@ class QUANTRAIN_API FixedPointInputImpl : public FixedPointActivationImpl {
   at::Tensor forward(const at::Tensor& input, bool first = true) override;
   bool is_signed() override;
   void begin_calibration() override;
-  void end_calibration() override;
+  void end_calibration(bool keep) override;
 
  private:
   at::Tensor is_signed_;
@@ -136,7 +138,7 @@ class QUANTRAIN_API FixedPointPoolActivationImpl : public FixedPointActivationIm
   FixedPointPoolActivationImpl(std::shared_ptr<FixedPointActivationImpl> source, const std::string& method);
   at::Tensor eta() override;
   bool is_signed() override { return source_->is_signed(); }
-  void end_calibration() override;
+  void end_calibration(bool keep) override;
   int64_t shift() const;
 
   int64_t pixels = 0;
@@ -172,7 +174,11 @@ class QUANTRAIN_API FixedPointLayer : public torch::nn::Module, public FixedPoin
 
   // Chooses FL_w anew, whatever it was (hysteresis).
   void reset_fraction_length();
-  void end_calibration() override { reset_fraction_length(); }
+
+  const Recipe& recipe() const { return recipe_; }
+  void end_calibration(bool keep) override {
+    if (keep) reset_fraction_length();
+  }
 
   at::Tensor weight;
   at::Tensor bias;                           // [O] or undefined

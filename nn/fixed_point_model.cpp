@@ -44,7 +44,7 @@ int64_t whole(const at::Tensor& one) { return one.item<int64_t>(); }
 }  // namespace
 
 FixedPointGraphImpl::FixedPointGraphImpl(const Recipe& recipe, int64_t channels, bool signed_input)
-    : torch::nn::Module("FixedPointGraph"), recipe_(recipe) {
+    : Copied("FixedPointGraph"), recipe_(recipe) {
   recipe_.validate();
   TORCH_CHECK_VALUE(recipe_.fixed_point, "FixedPointGraph: expected a recipe with fixed_point, got '", recipe_.name,
                     "'");
@@ -68,13 +68,14 @@ const FixedPointGraphImpl::Node& FixedPointGraphImpl::node(const std::string& na
   return found;
 }
 
-FixedPointValue FixedPointGraphImpl::add(Node next) {
+FixedPointValue FixedPointGraphImpl::append(Node next, std::function<void(FixedPointGraphImpl&)> declaration) {
   for (const Node& other : nodes_) {
     TORCH_CHECK_VALUE(other.name != next.name, "FixedPointGraph: expected a name that is new, got '", next.name, "'");
   }
   const auto index = static_cast<int64_t>(nodes_.size());
   for (const int64_t input : next.inputs) nodes_[static_cast<size_t>(input)].last_reader = index;
   nodes_.push_back(std::move(next));
+  declarations_.push_back(std::move(declaration));
   return FixedPointValue(index);
 }
 
@@ -91,6 +92,14 @@ void FixedPointGraphImpl::place(const std::string& name, const std::shared_ptr<t
   TORCH_CHECK_VALUE(!folder->named_children().contains(parts.back()),
                     "FixedPointGraph: expected a name that is new, got '", name, "'");
   folder->register_module(parts.back(), module);
+}
+
+void FixedPointGraphImpl::check_units(const std::string& name, const Node& other, bool is_signed,
+                                      double max_alpha) const {
+  TORCH_CHECK_VALUE(other.op != "avg_pool2d" && other.activation != nodes_[0].activation, "FixedPointGraph: '", name,
+                    "': expected codes that a convolution made, got those of '", other.name, "'");
+  TORCH_CHECK_VALUE(other.activation->is_signed() == is_signed && other.max_alpha == max_alpha, "FixedPointGraph: '",
+                    name, "': expected the sum to be clipped as '", other.name, "' is, got another sign or max_alpha");
 }
 
 FixedPointActivation FixedPointGraphImpl::make_activation(const std::string& name,
@@ -114,6 +123,7 @@ FixedPointValue FixedPointGraphImpl::conv2d(const std::string& name, FixedPointV
   const Node& from = node(name, input);
   TORCH_CHECK_VALUE(from.channels == options.in_channels(), "FixedPointGraph: '", name, "': expected ", from.channels,
                     " input channels, got ", options.in_channels());
+  const auto declaration = [=](FixedPointGraphImpl& graph) { graph.conv2d(name, input, options, arguments); };
   Node next;
   next.name = name;
   next.op = "conv2d";
@@ -126,8 +136,9 @@ FixedPointValue FixedPointGraphImpl::conv2d(const std::string& name, FixedPointV
   if (arguments.shortcut) {
     TORCH_CHECK_VALUE(!arguments.relu && !arguments.residual, "FixedPointGraph: '", name,
                       "': expected a shortcut without relu and residual, got one of them");
+    TORCH_CHECK_VALUE(!arguments.like, "FixedPointGraph: '", name, "': expected a shortcut without like, got it");
     place(name, conv.ptr());
-    return add(std::move(next));  // connected by the sum that it ends in
+    return append(std::move(next), declaration);  // connected by the sum that it ends in
   }
   FixedPointActivation owned{nullptr};
   if (arguments.residual) {
@@ -140,13 +151,16 @@ FixedPointValue FixedPointGraphImpl::conv2d(const std::string& name, FixedPointV
     if (!other.shortcut) {
       TORCH_CHECK_VALUE(other.activation, "FixedPointGraph: '", name,
                         "': expected a residual of codes or a shortcut, got the logits of '", other.name, "'");
-      TORCH_CHECK_VALUE(other.op != "avg_pool2d" && other.activation != nodes_[0].activation, "FixedPointGraph: '",
-                        name, "': expected a residual that a convolution made, got '", other.name, "'");
-      TORCH_CHECK_VALUE(other.activation->is_signed() == !arguments.relu && other.max_alpha == arguments.max_alpha,
-                        "FixedPointGraph: '", name, "': expected the sum to be clipped as its residual '", other.name,
-                        "' is, got another sign or max_alpha");
+      check_units(name, other, !arguments.relu, arguments.max_alpha);
       next.activation = other.activation;
     }
+  }
+  if (arguments.like) {
+    const Node& other = node(name, *arguments.like);
+    TORCH_CHECK_VALUE(!next.activation || next.activation == other.activation, "FixedPointGraph: '", name,
+                      "': expected like to name codes in the units of the residual, got '", other.name, "'");
+    check_units(name, other, !arguments.relu, arguments.max_alpha);
+    next.activation = other.activation;
   }
   if (!next.activation) {
     owned = make_activation(name, arguments);
@@ -159,7 +173,7 @@ FixedPointValue FixedPointGraphImpl::conv2d(const std::string& name, FixedPointV
     shortcut.layer->connect(nodes_[static_cast<size_t>(shortcut.inputs[0])].activation, next.activation, nullptr,
                             /*rounds=*/false);
   }
-  return add(std::move(next));
+  return append(std::move(next), declaration);
 }
 
 FixedPointValue FixedPointGraphImpl::linear(const std::string& name, FixedPointValue input, int64_t features,
@@ -174,7 +188,7 @@ FixedPointValue FixedPointGraphImpl::linear(const std::string& name, FixedPointV
   next.layer = layer.ptr();
   place(name, layer.ptr());
   next.layer->connect(from.activation, nullptr, nullptr, /*rounds=*/false);
-  return add(std::move(next));
+  return append(std::move(next), [=](FixedPointGraphImpl& graph) { graph.linear(name, input, features, bias); });
 }
 
 FixedPointValue FixedPointGraphImpl::max_pool2d(const std::string& name, FixedPointValue input,
@@ -191,7 +205,8 @@ FixedPointValue FixedPointGraphImpl::max_pool2d(const std::string& name, FixedPo
   next.channels = from.channels;
   next.max_alpha = from.max_alpha;
   next.activation = from.activation;
-  return add(std::move(next));
+  return append(std::move(next),
+                [=](FixedPointGraphImpl& graph) { graph.max_pool2d(name, input, kernel, stride, padding); });
 }
 
 FixedPointValue FixedPointGraphImpl::avg_pool2d(const std::string& name, FixedPointValue input) {
@@ -205,7 +220,7 @@ FixedPointValue FixedPointGraphImpl::avg_pool2d(const std::string& name, FixedPo
   next.pool = pool.ptr();
   next.activation = pool->activation.ptr();
   place(name, pool.ptr());
-  return add(std::move(next));
+  return append(std::move(next), [=](FixedPointGraphImpl& graph) { graph.avg_pool2d(name, input); });
 }
 
 FixedPointValue FixedPointGraphImpl::slice_pad(const std::string& name, FixedPointValue input,
@@ -223,7 +238,34 @@ FixedPointValue FixedPointGraphImpl::slice_pad(const std::string& name, FixedPoi
   next.channels = from.channels + before + after;
   next.max_alpha = from.max_alpha;
   next.activation = from.activation;
-  return add(std::move(next));
+  return append(std::move(next),
+                [=](FixedPointGraphImpl& graph) { graph.slice_pad(name, input, stride, before, after); });
+}
+
+FixedPointValue FixedPointGraphImpl::add(const std::string& name, FixedPointValue a, FixedPointValue b) {
+  const Node& first = node(name, a);
+  const Node& second = node(name, b);
+  TORCH_CHECK_VALUE(first.channels == second.channels, "FixedPointGraph: '", name, "': expected two values of ",
+                    first.channels, " channels, got ", second.channels, " of '", second.name, "'");
+  check_units(name, first, first.activation->is_signed(), first.max_alpha);
+  TORCH_CHECK_VALUE(first.activation == second.activation, "FixedPointGraph: '", name,
+                    "': expected codes in the same units, got those of '", first.name, "' and '", second.name,
+                    "' (declare the later of their convolutions with like)");
+  Node next;
+  next.name = name;
+  next.op = "add";
+  next.inputs = {a.node_, b.node_};
+  next.channels = first.channels;
+  next.max_alpha = first.max_alpha;
+  next.activation = first.activation;
+  return append(std::move(next), [=](FixedPointGraphImpl& graph) { graph.add(name, a, b); });
+}
+
+// The declarations once more: activations are shared as they were.
+std::shared_ptr<FixedPointGraphImpl> FixedPointGraphImpl::fresh() const {
+  auto copy = std::make_shared<FixedPointGraphImpl>(recipe_, nodes_[0].channels);
+  for (const auto& declare : declarations_) declare(*copy);
+  return copy;
 }
 
 // ---- forward ---------------------------------------------------------------------------------------------------------------
@@ -235,6 +277,8 @@ at::Tensor FixedPointGraphImpl::run(const Node& node, const std::vector<at::Tens
     return node.layer->forward(x, node.inputs.size() > 1 ? values[static_cast<size_t>(node.inputs[1])] : at::Tensor());
   }
   if (node.op == "linear") return node.layer->forward(x.flatten(1));
+  if (node.op == "add")
+    return node.activation->forward(x + values[static_cast<size_t>(node.inputs[1])], /*first=*/false);
   if (node.op == "avg_pool2d") return node.pool->forward(x);
   if (node.op == "max_pool2d") return at::max_pool2d(x, node.kernel, node.stride, node.padding);
   const at::Tensor cut = x.slice(2, 0, std::nullopt, node.stride[0]).slice(3, 0, std::nullopt, node.stride[1]);
@@ -292,8 +336,11 @@ FixedPointProgram FixedPointGraphImpl::program() {
       TORCH_CHECK_VALUE(node.layer->input_activation, "convert: '", node.name,
                         "': expected a shortcut that a sum reads, got one without reader");
       const FixedPointFolded folded = node.layer->folded();
+      TORCH_CHECK_VALUE(folded.bound.isfinite().all().item<bool>(), "convert: '", node.name,
+                        "': expected finite weights, got NaN or Inf");
+      const at::Tensor bias = folded.bias_codes.defined() ? folded.bias_codes : at::zeros_like(folded.bound);
       result.tensors[node.name + ".weight"] = folded.codes.to(at::kChar).cpu();
-      if (folded.bias_codes.defined()) result.tensors[node.name + ".bias"] = folded.bias_codes.to(at::kInt).cpu();
+      result.tensors[node.name + ".bias"] = bias.to(at::kInt).cpu();
       if (node.op == "conv2d") {
         const auto& conv = static_cast<const FixedPointConv2dImpl&>(*node.layer);
         json["kernel"] = *conv.options().kernel_size();
@@ -324,6 +371,9 @@ FixedPointProgram FixedPointGraphImpl::program() {
                         "': expected a pool that has seen an image, got none (calibrate or evaluate first)");
       json["size"] = {size[0].item<int64_t>(), size[1].item<int64_t>()};
       json["shift"] = node.pool->activation->shift();
+      json["fraction_length"] = whole(node.activation->rounded_fraction_length());
+    } else if (node.op == "add") {
+      json["signed"] = node.activation->is_signed();
       json["fraction_length"] = whole(node.activation->rounded_fraction_length());
     } else if (node.op == "max_pool2d") {
       json["kernel"] = node.kernel;

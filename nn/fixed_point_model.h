@@ -12,6 +12,7 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <map>
 #include <memory>
@@ -42,6 +43,8 @@ struct FixedPointConvArguments {
   double max_alpha = std::numeric_limits<double>::infinity();  // with relu: 6 for a ReLU6
   std::optional<FixedPointValue> residual = std::nullopt;      // added before the ReLU: codes, or a shortcut
   bool shortcut = false;  // the output stays in 32 bits, for a residual; quantised there
+  std::optional<FixedPointValue> like =
+      std::nullopt;  // codes in the units of these, as FixedPointGraph::add() needs them
 };
 
 // A converted network: the graph's JSON text (version 1) and its tensors, "<layer>.weight" int8 and "<layer>.bias" int32, on CPU.
@@ -53,7 +56,7 @@ struct QUANTRAIN_API FixedPointProgram {
 // Layers in the order of their declaration; ValueError names the layer and the rule. A residual that is codes (an identity shortcut, or
 // slice and pad) shares its activation with the sum: one alpha and one FL along a chain of residual blocks. The sum must then have the same
 // sign and max_alpha.
-class QUANTRAIN_API FixedPointGraphImpl : public torch::nn::Module {
+class QUANTRAIN_API FixedPointGraphImpl : public Copied<FixedPointGraphImpl, torch::nn::Module> {
  public:
   FixedPointGraphImpl(const Recipe& recipe, int64_t channels, bool signed_input = false);
 
@@ -69,6 +72,9 @@ class QUANTRAIN_API FixedPointGraphImpl : public torch::nn::Module {
   // input[:, :, ::stride, ::stride] with `before` and `after` channels of zeros around its own.
   FixedPointValue slice_pad(const std::string& name, FixedPointValue input, std::array<int64_t, 2> stride,
                             int64_t before, int64_t after);
+  // The sum of two values of codes in the same units (of one chain of residual blocks, or declared with `like`), rounded to such codes:
+  // where no convolution can hold the addition as its residual. A ReLU behind it is in the codes where the operands have one.
+  FixedPointValue add(const std::string& name, FixedPointValue a, FixedPointValue b);
 
   // float32 [N, channels, H, W] -> logits of the last layer, float32.
   at::Tensor forward(const at::Tensor& images);
@@ -106,14 +112,18 @@ class QUANTRAIN_API FixedPointGraphImpl : public torch::nn::Module {
   };
 
   const Node& node(const std::string& name, FixedPointValue value, bool codes = true) const;
-  FixedPointValue add(Node node);
+  friend Copied<FixedPointGraphImpl, torch::nn::Module>;
+  std::shared_ptr<FixedPointGraphImpl> fresh() const;
+  FixedPointValue append(Node node, std::function<void(FixedPointGraphImpl&)> declaration);
   void place(const std::string& name, const std::shared_ptr<torch::nn::Module>& module);
   at::Tensor run(const Node& node, const std::vector<at::Tensor>& values, const at::Tensor& images);
   void restart_calibration();
+  void check_units(const std::string& name, const Node& other, bool is_signed, double max_alpha) const;
   FixedPointActivation make_activation(const std::string& name, const FixedPointConvArguments& arguments) const;
 
   Recipe recipe_;
   std::vector<Node> nodes_;
+  std::vector<std::function<void(FixedPointGraphImpl&)>> declarations_;  // of all but the input, for clone()
 };
 TORCH_MODULE(FixedPointGraph);
 

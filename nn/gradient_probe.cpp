@@ -139,7 +139,7 @@ struct GradientProbe::State {
     if (options.quantize) {
       const at::Tensor result = options.quantize(x, spec, number);
       QUANTRAIN_CHECK_VALUE(result.sizes() == x.sizes(), "GradientProbe: expected quantize to return {}, got {}",
-                            detail::shape_text(x), detail::shape_text(result));
+                            quantrain::detail::shape_text(x), quantrain::detail::shape_text(result));
       return result;
     }
     return quantrain::quantize_gradient_seeded(x, spec.bits, spec.quantizer, quant_options(spec, true), options.seed,

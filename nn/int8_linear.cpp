@@ -32,7 +32,7 @@ bool capturing([[maybe_unused]] const at::Tensor& tensor) {
 }  // namespace
 
 Int8LinearImpl::Int8LinearImpl(const torch::nn::LinearOptions& options, const Recipe& recipe)
-    : QuantModule("Int8Linear", recipe, {options.out_features(), options.in_features()}, {1}) {
+    : Copied("Int8Linear", recipe, {options.out_features(), options.in_features()}, {1}) {
   TORCH_CHECK_VALUE(recipe.int8, "Int8Linear: expected a recipe with int8, got '", recipe.name, "'");
   reset_weight_and_bias(options.bias());
 }

@@ -22,7 +22,7 @@ namespace quantrain::nn {
 // stored codes (backend "int8"), or dequantises them as QuantLinear does.
 //
 // ValueError: a recipe without int8.
-class QUANTRAIN_API Int8LinearImpl : public QuantModule {
+class QUANTRAIN_API Int8LinearImpl : public Copied<Int8LinearImpl, QuantModule> {
  public:
   Int8LinearImpl(int64_t in_features, int64_t out_features, const Recipe& recipe = Recipe::from_name("int8-training"))
       : Int8LinearImpl(torch::nn::LinearOptions(in_features, out_features), recipe) {}
@@ -42,6 +42,11 @@ class QUANTRAIN_API Int8LinearImpl : public QuantModule {
   void drop_float_children() override { kept_ = {}; }
 
  private:
+  friend Copied<Int8LinearImpl, QuantModule>;
+  std::shared_ptr<Int8LinearImpl> fresh() const {
+    return std::make_shared<Int8LinearImpl>(
+        torch::nn::LinearOptions(weight_shape()[1], weight_shape()[0]).bias(has_bias()), recipe());
+  }
   struct WeightCodes {
     at::Tensor codes;
     at::Tensor scale;

@@ -20,6 +20,7 @@
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
+#include "nn/labels.h"
 #include "nn/layer_arguments.h"
 #include "nn/parameters.h"
 #include "quantrain/nn/fixed_point_layers.h"
@@ -82,31 +83,76 @@ at::Tensor scale_rows_of(const at::Tensor& scale, const at::Tensor& indices) {
 
 QuantModule::QuantModule(std::string name, const Recipe& recipe, std::vector<int64_t> weight_shape,
                          std::vector<int64_t> token_shape)
-    : torch::nn::Module(std::move(name)), recipe_(recipe), weight_shape_(std::move(weight_shape)) {
+    : torch::nn::Module(std::move(name)),
+      recipe_(recipe),
+      weight_shape_(std::move(weight_shape)),
+      token_shape_(std::move(token_shape)) {
   recipe_.validate();
-  const auto activation_shape = [&token_shape](const QuantSpec& spec) {
-    return spec.granularity == "per_token" ? token_shape : std::vector<int64_t>{1};
+  make_fake_quants();
+}
+
+void QuantModule::make_fake_quants() {
+  const auto make = [this](const char* tensor, const std::optional<QuantSpec>& spec, FakeQuantize& member) {
+    const std::string key = std::string(tensor) + "_fake_quant";
+    if (member) unregister_module(key);
+    member = nullptr;
+    if (!spec) return;
+    const bool per_token = spec->granularity == "per_token";
+    member = FakeQuantize(*spec, key == "weight_fake_quant" ? weight_scale_shape(*spec, weight_shape_)
+                                 : per_token                ? token_shape_
+                                                            : std::vector<int64_t>{1});
+    member->set_of_weight(key == "weight_fake_quant");
+    member->train(is_training());
+    register_module(key, member);
   };
-  if (recipe_.weight) {
-    weight_fake_quant = register_module(
-        "weight_fake_quant", FakeQuantize(*recipe_.weight, weight_scale_shape(*recipe_.weight, weight_shape_)));
+  make("weight", recipe_.weight, weight_fake_quant);
+  make("input", recipe_.input, input_fake_quant);
+  make("output", recipe_.output, output_fake_quant);
+  set_label(label_);
+}
+
+void QuantModule::use_recipe(const Recipe& recipe) {
+  TORCH_CHECK_VALUE(!converted_, "use_recipe: expected a ", name(), " that is not converted, got a converted one");
+  TORCH_CHECK_VALUE(recipe.int8.has_value() == recipe_.int8.has_value() && recipe.backend == recipe_.backend,
+                    "use_recipe: expected a recipe of the same layers as '", recipe_.name, "', got '", recipe.name,
+                    "'");
+  for (const FakeQuantize& fake_quant : {weight_fake_quant, input_fake_quant, output_fake_quant}) {
+    TORCH_CHECK_VALUE(!fake_quant || fake_quant->dynamic() || !FakeQuantize(fake_quant)->has_scale(),
+                      "use_recipe: expected a ", name(), " before calibration and training, got one with a range");
   }
-  if (recipe_.input) {
-    input_fake_quant =
-        register_module("input_fake_quant", FakeQuantize(*recipe_.input, activation_shape(*recipe_.input)));
+  const bool without_input = !recipe_.input;  // an embedding
+  recipe_ = recipe;
+  recipe_.validate();
+  if (without_input) recipe_.input.reset();
+  const at::Device device = weight.device();
+  make_fake_quants();
+  for (FakeQuantize* fake_quant : {&weight_fake_quant, &input_fake_quant, &output_fake_quant}) {
+    if (*fake_quant) (*fake_quant)->to(device);
   }
-  if (recipe_.output) {
-    output_fake_quant =
-        register_module("output_fake_quant", FakeQuantize(*recipe_.output, activation_shape(*recipe_.output)));
-  }
+}
+
+void QuantModule::set_label(const std::string& label) {
+  label_ = label;
+  const std::string path = label.empty() ? "" : label + ".";
+  if (weight_fake_quant) weight_fake_quant->set_label(path + "weight_fake_quant");
+  if (input_fake_quant) input_fake_quant->set_label(path + "input_fake_quant");
+  if (output_fake_quant) output_fake_quant->set_label(path + "output_fake_quant");
+}
+
+void QuantModule::copy_switches(const QuantModule& other) {
+  gradient_quant_enabled_ = other.gradient_quant_enabled_;
+  if (other.converted_ && !converted_) convert_(/*check_observed=*/false);
+  float_dtype_ = other.float_dtype_;
+  set_label(other.label_);
 }
 
 void QuantModule::reset_weight_and_bias(bool has_bias) {
+  bias_ = has_bias;
   detail::register_weight_and_bias(*this, weight_shape_, has_bias, weight, bias);
 }
 
-at::Tensor QuantModule::quantized_weight(const at::Tensor& float_weight) {
-  return weight_fake_quant ? weight_fake_quant->forward(float_weight) : float_weight;
+at::Tensor QuantModule::quantized_weight(const at::Tensor& float_weight, const at::Tensor& zero) {
+  return weight_fake_quant ? weight_fake_quant->forward(float_weight, zero) : float_weight;
 }
 
 at::Tensor QuantModule::quantized_input(const at::Tensor& input) {
@@ -148,16 +194,20 @@ at::Tensor QuantModule::integer_product(const at::Tensor& input) const {
 }
 
 void QuantModule::check_convertible(bool check_observed) {
-  TORCH_CHECK_VALUE(!converted_, "convert: expected a ", name(), " that is not converted yet, got a converted one");
-  TORCH_CHECK_VALUE(recipe_.weight, "convert: expected a weight spec in the recipe of ", name(), ", got none in '",
+  const std::string who = label_.empty() ? name() : "layer '" + label_ + "' (" + name() + ")";
+  TORCH_CHECK_VALUE(!converted_, "convert: expected a ", who, " that is not converted yet, got a converted one");
+  TORCH_CHECK_VALUE(recipe_.weight, "convert: expected a weight spec in the recipe of ", who, ", got none in '",
                     recipe_.name, "'");
-  TORCH_CHECK_VALUE(recipe_.weight->bits <= 8, "convert: expected a ", name(), " with weight bits of at most 8, got ",
+  TORCH_CHECK_VALUE(recipe_.weight->bits <= 8, "convert: expected a ", who, " with weight bits of at most 8, got ",
                     recipe_.weight->bits);
+  if (!check_observed) return;
   for (FakeQuantize* fake_quant : {&weight_fake_quant, &input_fake_quant, &output_fake_quant}) {
-    TORCH_CHECK_VALUE(!check_observed || !*fake_quant || (*fake_quant)->has_scale(),
-                      "convert: expected every scale of ", name(),
+    TORCH_CHECK_VALUE(!*fake_quant || (*fake_quant)->has_scale(), "convert: expected every scale of ", who,
                       " to be observed or loaded, got none (calibrate, train or load a checkpoint first)");
   }
+  const at::NoGradGuard no_grad;
+  TORCH_CHECK_VALUE(float_weight().isfinite().all().item<bool>(), "convert: expected finite weights in ", who,
+                    ", got NaN or infinity");
 }
 
 void QuantModule::convert_(bool check_observed) {
@@ -229,15 +279,28 @@ void QuantModule::to(torch::Dtype dtype, bool non_blocking) {
 void QuantModule::to(torch::Device device, bool non_blocking) { torch::nn::Module::to(device, non_blocking); }
 
 void QuantModule::pretty_print(std::ostream& stream) const {
-  stream << "quantrain::nn::" << name() << "(weight " << at::IntArrayRef(weight_shape_) << ", recipe " << recipe_.name
-         << (converted_ ? ", converted)" : ")");
+  stream << "quantrain::nn::" << name() << "(weight " << at::IntArrayRef(weight_shape_);
+  const auto print = [&stream](const char* tensor, const std::optional<QuantSpec>& spec) {
+    if (!spec) return;
+    stream << tensor << (spec->symmetric ? "int" : "uint") << spec->bits << ' ' << spec->granularity << " ("
+           << spec->observer << (spec->learnable ? ", learned)" : ")");
+  };
+  print(" ", recipe_.weight);
+  print(", input ", recipe_.input);
+  print(", output ", recipe_.output);
+  stream << ", recipe " << recipe_.name << (converted_ ? ", converted)" : ")");
 }
 
 QuantLinearImpl::QuantLinearImpl(const torch::nn::LinearOptions& options, const Recipe& recipe)
-    : QuantModule("QuantLinear", recipe, {options.out_features(), options.in_features()}, {1}) {
+    : Copied("QuantLinear", recipe, {options.out_features(), options.in_features()}, {1}) {
   TORCH_CHECK_VALUE(!recipe.int8, "QuantLinear: expected a recipe without int8 (Int8Linear trains with it), got '",
                     recipe.name, "'");
   reset_weight_and_bias(options.bias());
+}
+
+std::shared_ptr<QuantLinearImpl> QuantLinearImpl::fresh() const {
+  return std::make_shared<QuantLinearImpl>(
+      torch::nn::LinearOptions(weight_shape()[1], weight_shape()[0]).bias(has_bias()), recipe());
 }
 
 at::Tensor QuantLinearImpl::forward(const at::Tensor& input) {
@@ -255,9 +318,13 @@ at::Tensor QuantLinearImpl::forward(const at::Tensor& input) {
 }
 
 QuantConv2dImpl::QuantConv2dImpl(const std::string& name, const torch::nn::Conv2dOptions& options, const Recipe& recipe)
-    : QuantModule(name, without_integer_products(name, recipe), conv_weight_shape(name, options), {-1, 1, 1, 1}),
+    : Copied(name, without_integer_products(name, recipe), conv_weight_shape(name, options), {-1, 1, 1, 1}),
       options_(options) {
   reset_weight_and_bias(options.bias());
+}
+
+std::shared_ptr<QuantConv2dImpl> QuantConv2dImpl::fresh() const {
+  return std::make_shared<QuantConv2dImpl>(options_, recipe());
 }
 
 at::Tensor QuantConv2dImpl::convolve(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const {
@@ -296,13 +363,17 @@ at::Tensor QuantConv2dImpl::forward(const at::Tensor& input) {
 
 QuantConvBn2dImpl::QuantConvBn2dImpl(const torch::nn::Conv2dOptions& options, const Recipe& recipe,
                                      const torch::nn::BatchNorm2dOptions& bn_options)
-    : QuantConv2dImpl("QuantConvBn2d", options, recipe) {
+    : Copied("QuantConvBn2d", options, recipe), bn_options_(bn_options) {
   TORCH_CHECK_VALUE(
       bn_options.num_features() == options.out_channels() && bn_options.affine() && bn_options.track_running_stats(),
       "QuantConvBn2d: expected an affine batch norm with running statistics over ", options.out_channels(),
       " channels, got ", bn_options.num_features(), " channels, affine ", bn_options.affine(), ", track_running_stats ",
       bn_options.track_running_stats());
   bn = register_module("bn", torch::nn::BatchNorm2d(bn_options));
+}
+
+std::shared_ptr<QuantConvBn2dImpl> QuantConvBn2dImpl::fresh() const {
+  return std::make_shared<QuantConvBn2dImpl>(options_, recipe(), bn_options_);
 }
 
 void QuantConvBn2dImpl::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {
@@ -338,7 +409,12 @@ at::Tensor QuantConvBn2dImpl::forward(const at::Tensor& input) {
     return QuantConv2dImpl::forward(input);
   }
   const at::Tensor x = quantized_input(input);
-  const at::Tensor folded = quantized_weight(float_weight());
+  at::Tensor zero;  // where gamma is 0 and counts as 1, the weight that will be folded is still 0
+  if (is_training() && weight_fake_quant && weight_fake_quant->spec().learnable) {
+    zero = bn->weight.detach() == 0;
+    zero = weight_fake_quant->scale.numel() > 1 ? zero.reshape({-1, 1, 1, 1}) : zero.all();
+  }
+  const at::Tensor folded = quantized_weight(float_weight(), zero);
   if (!is_training()) {
     return quantized_output(watched(convolve(x, folded, float_bias())));
   }
@@ -350,13 +426,13 @@ at::Tensor QuantConvBn2dImpl::forward(const at::Tensor& input) {
 }
 
 QuantEmbeddingImpl::QuantEmbeddingImpl(const torch::nn::EmbeddingOptions& options, const Recipe& recipe)
-    : QuantModule("QuantEmbedding",
-                  [&recipe] {
-                    Recipe without_input = without_integer_products("QuantEmbedding", recipe);
-                    without_input.input.reset();
-                    return without_input;
-                  }(),
-                  {options.num_embeddings(), options.embedding_dim()}, {1}),
+    : Copied("QuantEmbedding",
+             [&recipe] {
+               Recipe without_input = without_integer_products("QuantEmbedding", recipe);
+               without_input.input.reset();
+               return without_input;
+             }(),
+             {options.num_embeddings(), options.embedding_dim()}, {1}),
       padding_idx_(options.padding_idx().value_or(-1)) {
   TORCH_CHECK_VALUE(!options.max_norm() && !options.scale_grad_by_freq() && !options.sparse(),
                     "QuantEmbedding: expected no max_norm, scale_grad_by_freq or sparse, got one of them");
@@ -366,6 +442,12 @@ QuantEmbeddingImpl::QuantEmbeddingImpl(const torch::nn::EmbeddingOptions& option
     const at::NoGradGuard no_grad;
     weight[padding_idx_].fill_(0);
   }
+}
+
+std::shared_ptr<QuantEmbeddingImpl> QuantEmbeddingImpl::fresh() const {
+  torch::nn::EmbeddingOptions options(weight_shape()[0], weight_shape()[1]);
+  if (padding_idx_ >= 0) options.padding_idx(padding_idx_);
+  return std::make_shared<QuantEmbeddingImpl>(options, recipe());
 }
 
 at::Tensor QuantEmbeddingImpl::forward(const at::Tensor& indices) {
@@ -407,68 +489,72 @@ void enable_gradient_quant(torch::nn::Module& module, bool on) {
   }
 }
 
-void convert(torch::nn::Module& module, bool check_observed) {
+void use_edge_recipes(torch::nn::Module& module) {
   std::vector<QuantModule*> layers;
   for (const auto& child : module.modules()) {
+    if (auto* layer = dynamic_cast<QuantModule*>(child.get())) layers.push_back(layer);
+  }
+  TORCH_CHECK_VALUE(!layers.empty(), "use_edge_recipes: expected a module with a quantised layer, got none");
+  for (QuantModule* layer : {layers.front(), layers.back()}) {
+    if (layer->recipe().edge_bits > 0) layer->use_recipe(layer->recipe().edge());
+  }
+}
+
+namespace detail {
+
+void copy_state(const torch::nn::Module& from, torch::nn::Module& to, const std::optional<torch::Device>& device) {
+  const at::NoGradGuard no_grad;
+  const auto modules = from.modules();
+  for (size_t i = 0; i < modules.size(); ++i) {  // before the tensors: conversion makes parameters buffers
+    if (const auto* layer = dynamic_cast<const QuantModule*>(modules[i].get())) {
+      dynamic_cast<QuantModule&>(*to.modules()[i]).copy_switches(*layer);
+    }
+  }
+  const auto take = [&device](const at::Tensor& source, at::Tensor& target) {
+    target.set_data(source.detach().to(device.value_or(source.device()), source.scalar_type(), /*non_blocking=*/false,
+                                       /*copy=*/true));
+  };
+  const auto parameters = from.named_parameters();
+  for (auto& item : to.named_parameters()) {
+    take(parameters[item.key()], item.value());
+    item.value().set_requires_grad(parameters[item.key()].requires_grad());
+  }
+  const auto buffers = from.named_buffers();
+  for (auto& item : to.named_buffers()) take(buffers[item.key()], item.value());
+  const auto copies = to.modules();
+  for (size_t i = 0; i < modules.size(); ++i) {
+    if (auto* quantiser = copies[i]->as<FakeQuantizeImpl>()) {
+      quantiser->copy_switches(*modules[i]->as<FakeQuantizeImpl>());
+    }
+    if (const auto* fixed_point = dynamic_cast<const FixedPointSwitch*>(modules[i].get())) {
+      dynamic_cast<FixedPointSwitch&>(*copies[i]).enable_fake_quant(fixed_point->fake_quant_enabled());
+    }
+  }
+  for (size_t i = 0; i < modules.size(); ++i) copies[i]->train(modules[i]->is_training());
+}
+
+void label_layers(const torch::nn::Module& module) {
+  for (const auto& item : module.named_modules("", /*include_self=*/false)) {
+    if (auto* layer = dynamic_cast<QuantModule*>(item.value().get())) layer->set_label(item.key());
+  }
+}
+
+}  // namespace detail
+
+void convert(torch::nn::Module& module, bool check_observed) {
+  detail::label_layers(module);
+  std::vector<QuantModule*> layers;
+  bool any = false;
+  for (const auto& child : module.modules()) {
     auto* layer = dynamic_cast<QuantModule*>(child.get());
+    any = any || layer;
     if (layer && !layer->converted()) layers.push_back(layer);
   }
-  TORCH_CHECK_VALUE(!layers.empty(), "convert: expected a module with a quantised layer to convert, got none");
+  TORCH_CHECK_VALUE(any, "convert: expected a module with a quantised layer to convert, got none");
+  TORCH_CHECK_VALUE(!layers.empty(),
+                    "convert: expected a module with a layer that is not converted yet, got one converted already");
   for (QuantModule* layer : layers) layer->check_convertible(check_observed);
   for (QuantModule* layer : layers) layer->convert_(check_observed);
-}
-
-struct Calibration::Saved {
-  at::NoGradGuard no_grad;
-  std::vector<std::pair<std::shared_ptr<torch::nn::Module>, bool>> training;
-  std::vector<std::pair<std::shared_ptr<torch::nn::Module>, bool>> fake_quant_enabled;
-  std::vector<std::pair<std::shared_ptr<torch::nn::Module>, bool>> fixed_point;
-};
-
-namespace {
-
-// Activations first: the fraction lengths of weights follow their levels.
-void end_fixed_point_calibration(const std::vector<std::pair<std::shared_ptr<torch::nn::Module>, bool>>& saved) {
-  for (const bool activations : {true, false}) {
-    for (const auto& [child, enabled] : saved) {
-      if ((dynamic_cast<FixedPointActivationImpl*>(child.get()) != nullptr) != activations) continue;
-      auto* fixed_point = dynamic_cast<FixedPointSwitch*>(child.get());
-      fixed_point->enable_fake_quant(enabled);
-      fixed_point->end_calibration();
-    }
-  }
-}
-
-}  // namespace
-
-Calibration::Calibration(torch::nn::Module& module) : saved_(std::make_unique<Saved>()) {
-  for (const auto& child : module.modules()) {
-    saved_->training.emplace_back(child, child->is_training());
-    if (auto* fake_quant = child->as<FakeQuantizeImpl>()) {
-      saved_->fake_quant_enabled.emplace_back(child, fake_quant->fake_quant_enabled());
-      fake_quant->enable_fake_quant(false);
-      fake_quant->enable_observer(true);
-      fake_quant->set_calibrating(true);
-    }
-    if (auto* fixed_point = dynamic_cast<FixedPointSwitch*>(child.get())) {
-      saved_->fixed_point.emplace_back(child, fixed_point->fake_quant_enabled());
-      fixed_point->enable_fake_quant(false);
-      fixed_point->begin_calibration();
-    }
-  }
-  module.eval();
-}
-
-Calibration::~Calibration() {
-  for (const auto& [child, enabled] : saved_->fake_quant_enabled) {
-    auto* fake_quant = child->as<FakeQuantizeImpl>();
-    fake_quant->enable_fake_quant(enabled);
-    fake_quant->enable_observer(false);
-    fake_quant->set_calibrating(false);
-  }
-  end_fixed_point_calibration(saved_->fixed_point);
-  // Parents come before their children, whose own mode is set last.
-  for (const auto& [child, training] : saved_->training) child->train(training);
 }
 
 }  // namespace quantrain::nn

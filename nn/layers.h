@@ -35,6 +35,7 @@ namespace quantrain::nn {
 // What the layers share: the recipe, the fake-quantisers and the conversion. Inputs float32, float16 or bfloat16.
 class QUANTRAIN_API QuantModule : public torch::nn::Module {
  public:
+  bool has_bias() const { return bias_; }
   const Recipe& recipe() const { return recipe_; }
   bool converted() const { return converted_; }
   const std::vector<int64_t>& weight_shape() const {
@@ -42,8 +43,22 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
   }  // of the float weight; codes may be packed
 
   // Throws ValueError where this layer cannot convert: no weight spec, more than 8 weight bits, already converted, or (check_observed)
-  // a scale that was neither observed nor loaded.
+  // a scale that was neither observed nor loaded, or a weight with NaN or infinity. Names the layer by its path where Calibration,
+  // convert(module) or load_checkpoint has seen it in its model.
   void check_convertible(bool check_observed = true);
+
+  // Makes the layer's quantisers anew for another recipe, before anything is observed. ValueError: a range that was observed or loaded,
+  // a converted layer.
+  void use_recipe(const Recipe& recipe);
+
+  // Takes over the switches of another, which include whether it is converted: the skeleton of a clone.
+  void copy_switches(const QuantModule& other);
+
+  // The path that error messages name, e.g. "layer1.0.conv1"; the quantisers' begin with it.
+  void set_label(const std::string& label);
+
+  // The weight as conversion will store it, before quantisation: of a folded convolution the folded weight.
+  at::Tensor weight_to_quantize() const { return float_weight(); }
 
   // Replaces the float weight by its codes, in place, and sets evaluation mode. check_observed = false makes a skeleton to load a converted checkpoint into.
   void convert_(bool check_observed = true);
@@ -86,7 +101,7 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
   virtual void drop_float_children() {}
 
   void reset_weight_and_bias(bool has_bias);  // torch.nn.Linear's initial distribution
-  at::Tensor quantized_weight(const at::Tensor& float_weight);
+  at::Tensor quantized_weight(const at::Tensor& float_weight, const at::Tensor& zero = {});
   at::Tensor quantized_input(const at::Tensor& input);
   at::Tensor quantized_output(const at::Tensor& output);
   bool multiplies_integers() const {
@@ -107,10 +122,14 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
 
  private:
   void store_codes(bool check_observed);
+  void make_fake_quants();
 
   Recipe recipe_;
+  std::string label_;
   std::vector<int64_t> weight_shape_;
+  std::vector<int64_t> token_shape_;
   at::ScalarType float_dtype_ = at::kFloat;
+  bool bias_ = false;
   bool converted_ = false;
   bool gradient_quant_enabled_ = true;
   OutputHook output_hook_;
@@ -118,19 +137,23 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
 
 // y = x W^T + b on quantised x and W. Input [..., in_features], output [..., out_features]. ValueError for a recipe with int8, which
 // Int8Linear (int8_linear.h) takes. Where the recipe has grad_input or grad_weight, gradients are computed from the quantised gradient of y before output_fake_quant (fqt_linear); convolutions alike.
-class QUANTRAIN_API QuantLinearImpl : public QuantModule {
+class QUANTRAIN_API QuantLinearImpl : public Copied<QuantLinearImpl, QuantModule> {
  public:
   QuantLinearImpl(int64_t in_features, int64_t out_features, const Recipe& recipe)
       : QuantLinearImpl(torch::nn::LinearOptions(in_features, out_features), recipe) {}
   QuantLinearImpl(const torch::nn::LinearOptions& options, const Recipe& recipe);
   at::Tensor forward(const at::Tensor& input);
+
+ private:
+  friend Copied<QuantLinearImpl, QuantModule>;
+  std::shared_ptr<QuantLinearImpl> fresh() const;
 };
 TORCH_MODULE(QuantLinear);
 
 // 2-D convolution on quantised input and weight; stride, padding ("same" and "valid" too), dilation and groups as
 // torch::nn::Conv2d; zero padding only (ValueError otherwise). Input [N, C, H, W]. ValueError for a recipe of integer products, as
 // QuantEmbedding.
-class QUANTRAIN_API QuantConv2dImpl : public QuantModule {
+class QUANTRAIN_API QuantConv2dImpl : public Copied<QuantConv2dImpl, QuantModule> {
  public:
   QuantConv2dImpl(const torch::nn::Conv2dOptions& options, const Recipe& recipe)
       : QuantConv2dImpl("QuantConv2d", options, recipe) {}
@@ -141,9 +164,12 @@ class QUANTRAIN_API QuantConv2dImpl : public QuantModule {
   at::Tensor convolve(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const;
 
  private:
+  friend Copied<QuantConv2dImpl, QuantModule>;
+  std::shared_ptr<QuantConv2dImpl> fresh() const;
   at::Tensor convolve_quantising_gradients(const at::Tensor& input, const at::Tensor& weight,
                                            const at::Tensor& bias) const;
 
+ protected:
   torch::nn::Conv2dOptions options_;
 };
 TORCH_MODULE(QuantConv2d);
@@ -153,7 +179,7 @@ TORCH_MODULE(QuantConv2d);
 //   training    y = bn(conv(x, fake_quantize(W sf)) / sf + b)     (sf = 0 counts as 1)
 //   evaluation  y = conv(x, fake_quantize(W sf)) + bn.bias - (bn.running_mean - b) sf
 // Conversion stores the folded weight and bias and drops `bn`.
-class QUANTRAIN_API QuantConvBn2dImpl : public QuantConv2dImpl {
+class QUANTRAIN_API QuantConvBn2dImpl : public Copied<QuantConvBn2dImpl, QuantConv2dImpl> {
  public:
   QuantConvBn2dImpl(const torch::nn::Conv2dOptions& options, const Recipe& recipe)
       : QuantConvBn2dImpl(options, recipe, torch::nn::BatchNorm2dOptions(options.out_channels())) {}
@@ -174,13 +200,17 @@ class QUANTRAIN_API QuantConvBn2dImpl : public QuantConv2dImpl {
   void drop_float_children() override;
 
  private:
+  friend Copied<QuantConvBn2dImpl, QuantConv2dImpl>;
+  std::shared_ptr<QuantConvBn2dImpl> fresh() const;
   at::Tensor scale_factor() const;  // sf, [O, 1, 1, 1]
+
+  torch::nn::BatchNorm2dOptions bn_options_;
 };
 TORCH_MODULE(QuantConvBn2d);
 
 // Rows of a quantised table. indices int32 or int64 [...], output [..., embedding_dim]; equal to quantising the whole table and
 // looking up, at the cost of the rows alone. recipe.input does not apply: the input is indices.
-class QUANTRAIN_API QuantEmbeddingImpl : public QuantModule {
+class QUANTRAIN_API QuantEmbeddingImpl : public Copied<QuantEmbeddingImpl, QuantModule> {
  public:
   QuantEmbeddingImpl(int64_t num_embeddings, int64_t embedding_dim, const Recipe& recipe)
       : QuantEmbeddingImpl(torch::nn::EmbeddingOptions(num_embeddings, embedding_dim), recipe) {}
@@ -188,6 +218,8 @@ class QUANTRAIN_API QuantEmbeddingImpl : public QuantModule {
   at::Tensor forward(const at::Tensor& indices);
 
  private:
+  friend Copied<QuantEmbeddingImpl, QuantModule>;
+  std::shared_ptr<QuantEmbeddingImpl> fresh() const;
   at::Tensor quantized_rows(const at::Tensor& indices);
 
   int64_t padding_idx_;
@@ -197,12 +229,30 @@ TORCH_MODULE(QuantEmbedding);
 // QuantModule::enable_gradient_quant of every quantised layer in the module, itself included.
 QUANTRAIN_API void enable_gradient_quant(torch::nn::Module& module, bool on = true);
 
+// Gives the first and the last quantised layer of the module, in the order of registration, their recipe's edge() (Recipe::edge_bits), as
+// Python's prepare() does: one call after the model is built, in place of passing recipe.edge() to the two. Nothing changes where
+// edge_bits is 0. ValueError: no quantised layer; one of the two that has observed, loaded or stored something already.
+QUANTRAIN_API void use_edge_recipes(torch::nn::Module& module);
+
 // Converts every quantised layer in the module (held by a shared_ptr, as a module holder does), itself included. ValueError, with nothing changed, where the module has none or one
 // of them cannot convert (QuantModule::check_convertible).
 QUANTRAIN_API void convert(torch::nn::Module& module, bool check_observed = true);
 
-// While it lives, forward passes of `module` calibrate: evaluation mode, no gradients, observers on, nothing quantised. At its end
-// the modes are as before and every observer is off: training goes on with these ranges, or with learnable scales that start there.
+// What calibration did not reach, by the names of fake-quantisers ("fc.input_fake_quant") and fixed-point activations.
+struct QUANTRAIN_API CalibrationReport {
+  std::vector<std::string> unreached;   // no tensor came by: evaluation raises there
+  std::vector<std::string> only_zeros;  // tensors came by, but of zeros only: evaluation rounds others to whole numbers
+
+  bool empty() const { return unreached.empty() && only_zeros.empty(); }
+  std::string text() const;
+};
+
+// While it lives, forward passes of `module` calibrate: evaluation mode, no gradients, observers on, nothing quantised. Afterwards modes and
+// switches are what they were: in training the ranges go on following the tensors (learnable scales are the optimiser's) until
+// enable_observer(module, false) freezes them. Layers whose recipe is not for training (ptq-..., int8-static) have their ranges frozen at
+// the end, but for those that saw nothing or zeros only. Where an exception ends it, ranges and scales too are what they were.
+//
+// Calibrate a network whose batch norms have seen data: TORCH_WARN names one that has not, and at the end what was not reached.
 class QUANTRAIN_API Calibration {
  public:
   explicit Calibration(torch::nn::Module& module);
@@ -210,8 +260,13 @@ class QUANTRAIN_API Calibration {
   Calibration(const Calibration&) = delete;
   Calibration& operator=(const Calibration&) = delete;
 
+  // Ends the calibration now, before the object's own end, and says what it did not reach. Once.
+  CalibrationReport finish();
+
  private:
   struct Saved;
+  void end(bool keep);
+  CalibrationReport report() const;
   std::unique_ptr<Saved> saved_;
 };
 

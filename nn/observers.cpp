@@ -7,16 +7,21 @@
 #include <limits>
 #include <utility>
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/isinf.h>
 #include <ATen/ops/kthvalue.h>
 #include <ATen/ops/logical_and.h>
+#include <ATen/ops/logical_not.h>
+#include <ATen/ops/logical_or.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/minimum.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
+#include <torch/serialize/input-archive.h>
 
 #include "quantrain/ops/fake_quant.h"
 
@@ -55,6 +60,14 @@ std::tuple<at::Tensor, at::Tensor> percentile_range(const at::Tensor& input, con
 
 }  // namespace
 
+namespace detail {
+
+KeepRandomState::KeepRandomState() : state_(at::detail::getDefaultCPUGenerator().get_state()) {}
+
+KeepRandomState::~KeepRandomState() { at::Generator(at::detail::getDefaultCPUGenerator()).set_state(state_); }
+
+}  // namespace detail
+
 void FixedDtypeModule::to(torch::Device device, torch::Dtype /*dtype*/, bool non_blocking) {
   torch::nn::Module::to(device, non_blocking);
 }
@@ -64,41 +77,65 @@ void FixedDtypeModule::to(torch::Dtype /*dtype*/, bool /*non_blocking*/) {}
 void FixedDtypeModule::to(torch::Device device, bool non_blocking) { torch::nn::Module::to(device, non_blocking); }
 
 ObserverImpl::ObserverImpl(const QuantSpec& spec, std::vector<int64_t> scale_shape)
-    : FixedDtypeModule("Observer"), spec_(spec), scale_shape_(std::move(scale_shape)) {
+    : Copied("Observer"), spec_(spec), scale_shape_(std::move(scale_shape)) {
   spec_.validate();
   TORCH_CHECK_VALUE(spec_.observer != "dynamic", "Observer: expected an observer that stores a range, got 'dynamic'");
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   min_val = register_buffer("min_val", at::full(scale_shape_, kInfinity, at::kFloat));
   max_val = register_buffer("max_val", at::full(scale_shape_, -kInfinity, at::kFloat));
+  frozen = register_buffer("frozen", at::zeros({1}, at::kBool));
+}
+
+void ObserverImpl::load(torch::serialize::InputArchive& archive) {
+  archive.read("min_val", min_val, /*is_buffer=*/true);
+  archive.read("max_val", max_val, /*is_buffer=*/true);
+  archive.try_read("frozen", frozen, /*is_buffer=*/true);
 }
 
 void ObserverImpl::forward(const at::Tensor& input) {
+  if (input.numel() > 0) update(measure(input));
+}
+
+ObserverImpl::Range ObserverImpl::measure(const at::Tensor& input, bool check) const {
   const at::NoGradGuard no_grad;
-  if (input.numel() == 0) {
-    return;
-  }
   const at::Tensor x = input.detach();
   // A percentile can step over the NaN, so the check reads the whole input, by its minimum and maximum.
   const auto [low, high] = quantrain::detail::min_max(x, scale_shape_);
   const at::Tensor finite = at::logical_and(at::isfinite(low), at::isfinite(high));
-  if (spec_.nan_policy == "raise") {
-    TORCH_CHECK_VALUE(finite.all().item<bool>(),
-                      "Observer: expected a batch without NaN or infinity, got one that holds some ",
+  if (check && spec_.nan_policy == "raise") {
+    TORCH_CHECK_VALUE(finite.all().item<bool>(), label_,
+                      ": expected a batch without NaN or infinity, got one that holds some ",
                       "(nan_policy 'skip' passes over it)");
   }
   const auto [min, max] =
       spec_.observer == "percentile" || spec_.observer == "mse" ? batch_range(x) : std::make_tuple(low, high);
+  return {min, max, finite};
+}
+
+void ObserverImpl::update(const Range& range) {
+  const at::NoGradGuard no_grad;
+  const auto& [low, high, finite] = range;
+  const at::Tensor nothing = at::isinf(min_val);
+  const at::Tensor zero = at::logical_and(low == 0, high == 0);
+  const at::Tensor counts = at::logical_and(finite, at::logical_or(nothing, at::logical_not(zero)));
+  const at::Tensor first = at::logical_or(nothing, only_zeros());
   at::Tensor new_min;
   at::Tensor new_max;
   if (spec_.observer == "min_max") {
-    new_min = at::minimum(min_val, min);
-    new_max = at::maximum(max_val, max);
+    new_min = at::minimum(min_val, low);
+    new_max = at::maximum(max_val, high);
   } else {
-    new_min = at::where(at::isinf(min_val), min, min_val + spec_.averaging_constant * (min - min_val));
-    new_max = at::where(at::isinf(max_val), max, max_val + spec_.averaging_constant * (max - max_val));
+    new_min = min_val + spec_.averaging_constant * (low - min_val);
+    new_max = max_val + spec_.averaging_constant * (high - max_val);
   }
-  min_val.copy_(at::where(finite, new_min, min_val));
-  max_val.copy_(at::where(finite, new_max, max_val));
+  min_val.copy_(at::where(counts, at::where(first, low, new_min), min_val));
+  max_val.copy_(at::where(counts, at::where(first, high, new_max), max_val));
+}
+
+at::Tensor ObserverImpl::only_zeros() const { return at::logical_and(min_val == 0, max_val == 0); }
+
+at::Tensor ObserverImpl::unseen() const {
+  return at::logical_not(at::logical_and(at::isfinite(min_val), at::isfinite(max_val)));
 }
 
 std::tuple<at::Tensor, at::Tensor> ObserverImpl::batch_range(const at::Tensor& input) const {
@@ -108,13 +145,17 @@ std::tuple<at::Tensor, at::Tensor> ObserverImpl::batch_range(const at::Tensor& i
   return percentile_range(input, scale_shape_, spec_.percentile);
 }
 
+std::tuple<at::Tensor, at::Tensor> ObserverImpl::qparams_of(const at::Tensor& low, const at::Tensor& high) const {
+  const at::NoGradGuard no_grad;
+  return quantrain::detail::qparams_from_range(low, high, spec_.quant_min(), spec_.quant_max(), spec_.symmetric);
+}
+
 std::tuple<at::Tensor, at::Tensor> ObserverImpl::calculate_qparams() const {
   const at::NoGradGuard no_grad;
-  auto [scale, zero_point] =
-      quantrain::detail::qparams_from_range(min_val, max_val, spec_.quant_min(), spec_.quant_max(), spec_.symmetric);
-  const at::Tensor seen = at::logical_and(at::isfinite(min_val), at::isfinite(max_val));
-  scale = at::where(seen, scale, at::full({}, std::numeric_limits<float>::quiet_NaN(), scale.options()));
-  return {scale, at::where(seen, zero_point, at::full({}, 0, zero_point.options()))};
+  const auto [scale, zero_point] = qparams_of(min_val, max_val);
+  const at::Tensor nothing = unseen();
+  const at::Tensor nan = at::full({}, std::numeric_limits<float>::quiet_NaN(), scale.options());
+  return {at::where(nothing, nan, scale), at::where(nothing, at::zeros({}, zero_point.options()), zero_point)};
 }
 
 }  // namespace quantrain::nn

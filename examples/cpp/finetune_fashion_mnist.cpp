@@ -135,6 +135,7 @@ struct Training {
   int64_t batch_size;
   int64_t max_steps;  // 0: all
   int64_t seed;
+  double freeze = 0.75;  // the part of the steps after which ranges no longer follow the tensors
 };
 
 struct Evaluation {
@@ -168,6 +169,7 @@ int64_t train(Model& model, const ImageData& data, const Training& training, Met
   const auto total =
       std::max<int64_t>(1, static_cast<int64_t>(std::ceil(training.epochs * static_cast<double>(per_epoch))));
   const int64_t last = training.max_steps > 0 ? std::min(total, training.max_steps) : total;
+  const auto freeze_step = static_cast<int64_t>(std::ceil(training.freeze * static_cast<double>(total)));
   torch::optim::SGD optimizer = example::make_optimizer(*model);
   torch::manual_seed(
       static_cast<uint64_t>(training.seed));  // quantised gradients draw from here, as in the Python trainer
@@ -177,6 +179,7 @@ int64_t train(Model& model, const ImageData& data, const Training& training, Met
   at::Tensor order;
   model->train();
   for (int64_t step = 0; step < last; ++step) {
+    if (step == freeze_step) qnn::enable_observer(*model, false);
     const int64_t epoch = step / per_epoch;
     const int64_t place = step % per_epoch;
     if (place == 0) {
@@ -235,26 +238,6 @@ void save_float(const std::string& path, Model& model) {
   add(model->named_parameters());
   add(model->named_buffers());
   qnn::write_safetensors(path, content);
-}
-
-template <typename Model>
-void load_float(const std::string& path, Model& model) {
-  std::map<std::string, at::Tensor> given = qnn::read_safetensors(path).tensors;
-  std::map<std::string, at::Tensor> tensors;
-  const auto collect = [&](const auto& items) {
-    for (const auto& item : items) {
-      const std::string name = example::float_name(item.key());
-      if (name.empty()) {
-        tensors[item.key()] = item.value();  // a fake-quantiser's: the float model has none
-      } else if (auto node = given.extract(name)) {
-        tensors[item.key()] = node.mapped();
-      }
-    }
-  };
-  collect(model->named_parameters());
-  collect(model->named_buffers());
-  tensors.merge(given);  // names that the model does not know, for load_tensors to refuse
-  qnn::load_tensors(tensors, *model, path);
 }
 
 struct Job {
@@ -359,7 +342,7 @@ Training settings(const Job& job, const std::string& stage, const std::string& p
 template <typename Model>
 void prepare_from_float(const Job& job, Model& model, Metrics& metrics) {
   if (job.start) {
-    load_float(job.options.text("checkpoint", ""), model);
+    qnn::load_float(job.options.text("checkpoint", ""), *model, example::float_name);
   } else {
     qnn::enable_observer(*model, false);
     qnn::enable_fake_quant(*model, false);
@@ -370,6 +353,7 @@ void prepare_from_float(const Job& job, Model& model, Metrics& metrics) {
     std::printf("float32: accuracy %.2f %%\n", 100 * result.accuracy);
     save_float((job.output / "float32.safetensors").string(), model);
     qnn::enable_fake_quant(*model, true);
+    qnn::enable_observer(*model, true);
   }
   const Training training = settings(job, "", "", 0, 0);
   calibrate(model, job.data, training.batch_size, job.options.number<int64_t>("calibration-batches", 8), training.seed,
@@ -403,7 +387,6 @@ int run_job(const Job& job, Model model) {
   try {
     if (job.start && job.start->recipe) {
       qnn::load_checkpoint(job.options.text("checkpoint", ""), *model);
-      qnn::enable_observer(*model, false);
     } else {
       prepare_from_float(job, model, metrics);
     }

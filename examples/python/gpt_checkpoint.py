@@ -95,6 +95,7 @@ class Checkpoint:
         missing = [name for name in state if name not in self.tensors]
         if not self.recipe:
             missing = [name for name in missing if "_fake_quant." not in name]
+        missing = [name for name in missing if not name.endswith("observer.frozen")]  # of earlier releases
         if missing:
             raise ValueError(f"{self.path}: expected every tensor of the model, got no {missing[0]!r}")
         found = {name: self.tensors[name] for name in state if name in self.tensors}

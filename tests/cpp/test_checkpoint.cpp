@@ -210,10 +210,17 @@ TEST_CASE("a checkpoint of another model raises and changes nothing", "[checkpoi
   };
   save_checkpoint(path, *Net(recipe, /*width=*/8), recipe);
   refused("of shape [6]");
-  save_checkpoint(path, *Net(Recipe::from_name("qat-w8a8-token")), recipe);
-  refused("a tensor for every name of the module, got none for 'conv.input_fake_quant.observer.max_val'");
-  save_checkpoint(path, *Net(Recipe::from_name("qat-w4a4")), recipe);
-  refused("only names of the module, got 'conv.weight_fake_quant.observer.max_val'");
+  for (const char* other : {"qat-w8a8-token", "qat-w4a4"}) {
+    save_checkpoint(path, *Net(Recipe::from_name(other)), Recipe::from_name(other));
+    refused("expected the layer 'conv' with weight int8 per_channel, input uint8 per_tensor, got weight int");
+    SafeTensors unlabelled = read_safetensors(path);  // a file that does not say what its layers are
+    unlabelled.metadata.erase("layer_recipes");
+    unlabelled.metadata["recipe"] = "";
+    write_safetensors(path, unlabelled);
+    refused(other == std::string("qat-w4a4")
+                ? "only names of the module, got 'conv.weight_fake_quant.observer.frozen'"
+                : "a tensor for every name of the module, got none for 'conv.input_fake_quant.observer.max_val'");
+  }
 
   const std::map<std::string, std::string> metadata = {
       {"format", "quantrain"}, {"version", "1"}, {"recipe", ""}, {"converted", "false"}, {"layers", "{}"}};

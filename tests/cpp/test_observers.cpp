@@ -166,7 +166,6 @@ TEST_CASE("a learnable scale takes its first batch's range and is then trained",
   FakeQuantize fake_quant(spec);
   CHECK(fake_quant->named_parameters().contains("scale"));
   fake_quant->forward(at::tensor({-0.7f, 0.7f}));
-  CHECK_FALSE(fake_quant->observer_enabled());
   const at::Tensor x = at::tensor({0.33f, 2.0f, -0.41f}).requires_grad_();
   fake_quant->forward(x).sum().backward();
   CHECK(fake_quant->scale.item<float>() == Approx(0.1f));

@@ -82,6 +82,9 @@ def test_a_float_model_and_the_recipe_argument(tmp_path):
     fresh = network()
     assert quantrain.load_checkpoint(path, fresh)["recipe"] == ""
     assert all(torch.equal(fresh.state_dict()[key], value) for key, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="expected no recipe for a float model"):
+        quantrain.save_checkpoint(path, model, "qat-w4a4")
+    model, fresh = prepared("qat-w4a4"), quantrain.prepare(network(), "qat-w4a4")
     quantrain.save_checkpoint(path, model, "qat-w4a4")
     assert Recipe.from_json(quantrain.load_checkpoint(path, fresh)["recipe"]).name == "qat-w4a4"
 

@@ -239,7 +239,7 @@ def test_a_learned_scale_is_set_once_then_trained():
     fq(x).sum().backward()
     first = fq.scale.detach().clone()
     assert first.item() == pytest.approx(x.abs().max().item() / 7)
-    assert fq.scale.grad is not None and not fq.observer_enabled
+    assert fq.scale.grad is not None
     fq(10 * x)
     assert torch.equal(fq.scale.detach(), first)
 
@@ -307,8 +307,8 @@ def test_calibration_restores_and_survives_an_error():
         quantrain.nn.calibrate(model, [torch.full((2, 4), math.nan)])
     fq = model.input_fake_quant
     assert (model.training, fq.observer_enabled, fq.fake_quant_enabled, fq.calibrating) == (True, True, True, False)
-    qnn.calibrate(model, [torch.randn(2, 4)])
-    assert (model.training, fq.observer_enabled, fq.fake_quant_enabled, fq.calibrating) == (True, False, True, False)
+    qnn.calibrate(model, [torch.randn(2, 4)])  # the range goes on following training
+    assert (model.training, fq.observer_enabled, fq.fake_quant_enabled, fq.calibrating) == (True, True, True, False)
     with pytest.raises(ValueError, match="at least one batch"):
         qnn.calibrate(model, [])
     with pytest.raises(ValueError, match="prepared model"):

@@ -226,7 +226,6 @@ class Job:
         model = qnn.prepare(copy.deepcopy(self.baseline), recipe)
         if (self.folder / "state" / f"{name}.pt").is_file():
             qnn.load_checkpoint(path, model)
-            qnn.enable_observer(model, False)
             return model
         batches = [to_device(batch, self.device) for batch in self.calibration]
         qnn.calibrate(model, batches, forward=lambda module, batch: module(*batch[0]))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from quantrain import nn as qnn
 from quantrain.finetune.data import Batch
 from quantrain.finetune.metrics import Metrics
 from quantrain.finetune.progress import Progress
@@ -72,6 +73,7 @@ class TrainSettings:
         optimizer: ``"sgd"`` (Nesterov momentum 0.9) or ``"adamw"``.
         weight_decay: Applied to weights, not to biases, norms and quantiser scales.
         warmup: The part of the steps over which the learning rate rises.
+        freeze: The part of the steps after which the ranges of a quantised model no longer follow its tensors.
         precision: ``"float32"``, or ``"bf16"`` for autocast.
         seed: Seeds the order of the data.
         max_steps: Stop after this many steps of the schedule; None takes them all.
@@ -83,6 +85,7 @@ class TrainSettings:
     optimizer: str = "sgd"
     weight_decay: float = 5e-4
     warmup: float = 0.25
+    freeze: float = 0.75
     precision: str = "float32"
     seed: int = 0
     max_steps: int | None = None
@@ -90,6 +93,10 @@ class TrainSettings:
     def total_steps(self, train_size: int) -> int:
         """The length of the schedule in steps."""
         return max(1, math.ceil(self.epochs * math.ceil(train_size / self.batch_size)))
+
+    def freeze_step(self, train_size: int) -> int:
+        """The first step whose ranges are those of the step before."""
+        return math.ceil(self.freeze * self.total_steps(train_size))
 
 
 @dataclass
@@ -243,6 +250,8 @@ def train(
 ) -> TrainResult:
     """Train ``model`` in place, from the state file where an earlier run left one.
 
+    The ranges of a quantised model follow its tensors for the first ``settings.freeze`` of the steps.
+
     A line goes to ``metrics`` for each step, and one for the test set after each epoch but the last, which the caller
     evaluates in the form that it keeps.
 
@@ -252,6 +261,7 @@ def train(
     """
     total = settings.total_steps(data.train_size)
     last = total if settings.max_steps is None else min(total, settings.max_steps)
+    freeze_step = settings.freeze_step(data.train_size)
     per_epoch = math.ceil(data.train_size / settings.batch_size)
     optimizer = make_optimizer(model, settings)
     torch.manual_seed(settings.seed)  # dropout and quantised gradients draw from here, whatever ran before
@@ -268,6 +278,8 @@ def train(
         model.train()
         for step, epoch, batch in _batches(data, settings, first, last):
             begun = time.perf_counter()
+            if step == freeze_step:
+                qnn.enable_observer(model, False)
             rate = learning_rate(step, total, settings.lr, settings.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate

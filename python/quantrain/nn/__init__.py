@@ -1,7 +1,14 @@
 """Layers, observers and model transforms for quantised training: prepare -> train or calibrate -> convert."""
 
-from .calibrate import calibrate, calibration, enable_fake_quant, enable_gradient_quant, enable_observer
-from .checkpoint import load_checkpoint, save_checkpoint
+from .calibrate import (
+    CalibrationReport,
+    calibrate,
+    calibration,
+    enable_fake_quant,
+    enable_gradient_quant,
+    enable_observer,
+)
+from .checkpoint import CheckpointInfo, from_checkpoint, load_checkpoint, read_checkpoint_info, save_checkpoint
 from .conv_bn import FoldedBatchNorm2d, QuantConvBn2d
 from .convert import convert
 from .convolutions import QuantConv1d, QuantConvTranspose2d
@@ -41,6 +48,8 @@ from .tables import Table
 
 __all__ = [
     "PACT",
+    "CalibrationReport",
+    "CheckpointInfo",
     "ErrorTable",
     "FakeQuantize",
     "FixedPointActivation",
@@ -90,6 +99,7 @@ __all__ = [
     "export_onnx",
     "fake_quantize_per_token",
     "fixed_point_graph",
+    "from_checkpoint",
     "gradient_arguments",
     "load_checkpoint",
     "make_observer",
@@ -98,6 +108,7 @@ __all__ = [
     "prepare",
     "quantization_error",
     "quantize_per_token",
+    "read_checkpoint_info",
     "save_checkpoint",
     "simulated_codes",
     "weight_scale_shape",

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import itertools
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from .fake_quantize import FakeQuantize
-from .fixed_point import begin_calibration, end_calibration, has_fixed_point
+from .fixed_point import FixedPointAvgPool2d, FixedPointLayer, begin_calibration, end_calibration, has_fixed_point
+from .fixed_point_activation import FixedPointActivation
 from .layers import QuantLayer
 
-__all__ = ["calibrate", "calibration", "enable_fake_quant", "enable_gradient_quant", "enable_observer"]
+__all__ = [
+    "CalibrationReport",
+    "calibrate",
+    "calibration",
+    "enable_fake_quant",
+    "enable_gradient_quant",
+    "enable_observer",
+]
 
 
 def fake_quants(model: nn.Module) -> list[FakeQuantize]:
@@ -23,7 +36,9 @@ def fake_quants(model: nn.Module) -> list[FakeQuantize]:
 
 
 def enable_observer(model: nn.Module, enabled: bool = True) -> None:
-    """Turns every observer of ``model`` on or off; off freezes the ranges.
+    """Turns every observer of ``model`` on or off; off freezes the ranges, for the last part of training.
+
+    On, they follow training again; learned scales, which are the optimiser's once they have a first value, do not.
 
     >>> enable_observer(nn.Sequential(), False)
     """
@@ -36,8 +51,9 @@ def enable_fake_quant(model: nn.Module, enabled: bool = True) -> None:
 
     >>> enable_fake_quant(nn.Sequential(), False)
     """
-    for fake_quant in fake_quants(model):
-        fake_quant.enable_fake_quant(enabled)
+    for module in model.modules():
+        if isinstance(module, (FakeQuantize, FixedPointActivation, FixedPointLayer)):
+            module.enable_fake_quant(enabled)
 
 
 def enable_gradient_quant(model: nn.Module, enabled: bool = True) -> None:
@@ -62,13 +78,46 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = training
 
 
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What calibration did not reach, by the names of fake-quantisers (``layer.input_fake_quant``) and fixed-point activations.
+
+    Attributes:
+        unreached: No tensor came by: a layer that is not called as a module, an expert or a head that no batch used. Evaluation
+            raises there.
+        only_zeros: Tensors came by, but of zeros only. Evaluation keeps zeros as they are, and rounds others to whole numbers.
+    """
+
+    unreached: tuple[str, ...] = ()
+    only_zeros: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.unreached or self.only_zeros)
+
+    def __str__(self) -> str:
+        parts = []
+        for names, what in ((self.unreached, "never reached"), (self.only_zeros, "seen only as zeros")):
+            if names:
+                more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+                parts.append(f"{what}: {', '.join(names[:8])}{more}")
+        return "; ".join(parts) or "every range was seen"
+
+
 @contextmanager
 def calibration(model: nn.Module) -> Iterator[nn.Module]:
     """Within it, forward passes set ranges: eval mode, no gradients, observers on, fake-quantisation off.
 
-    Afterwards the modes are what they were, every observer is off and every fake-quantisation on, so that fine-tuning
-    starts from fixed ranges (or learned scales). ``enable_observer(model)`` lets moving averages go on in training.
-    If the block raises, the switches too are what they were.
+    Afterwards modes and switches are what they were: in training the ranges go on following the tensors (learned scales are
+    the optimiser's) until ``enable_observer(model, False)`` freezes them. Layers whose recipe is not for training
+    (``ptq-...``, ``int8-static``) have their ranges frozen here, but for those that saw nothing or zeros only. If the block
+    raises, ranges and scales too are what they were.
+
+    At the end ``model.calibration_report`` (:class:`CalibrationReport`) names what no batch reached. Under
+    ``torch.distributed`` the ranks then agree on the widest of their ranges: each must calibrate.
+
+    Warns:
+        UserWarning: a batch norm that has not seen a batch: the ranges behind it are those of an untrained network; a
+            fake-quantiser that was not reached or saw only zeros.
 
     >>> import quantrain.nn as qnn
     >>> model = qnn.QuantLinear(4, 2, recipe="qat-w8a8")
@@ -77,20 +126,89 @@ def calibration(model: nn.Module) -> Iterator[nn.Module]:
     >>> model.input_fake_quant.ready
     True
     """
+    _warn_of_fresh_batch_norms(model)
     quants = fake_quants(model)
-    switches = [(quant.observer_enabled, quant.fake_quant_enabled) for quant in quants]
+    before = [(q, q.fake_quant_enabled, {n: t.detach().clone() for n, t in q.state_dict().items()}) for q in quants]
     for quant in quants:
-        quant.observer_enabled, quant.fake_quant_enabled, quant.calibrating = True, False, True
+        quant.fake_quant_enabled, quant.calibrating = False, True
+    sizes = [(pool, pool.size.clone()) for pool in model.modules() if isinstance(pool, FixedPointAvgPool2d)]
     begin_calibration(model)
     done = False
     try:
         with evaluating(model), torch.no_grad():
             yield model
-        switches, done = [(False, True)] * len(quants), True
+            _observe_weights(model)
+            for quant in quants:
+                quant.agree()
+        done = True
     finally:
         end_calibration(model, keep=done)
-        for quant, (observing, quantizing) in zip(quants, switches, strict=True):
-            quant.observer_enabled, quant.fake_quant_enabled, quant.calibrating = observing, quantizing, False
+        for quant, quantizing, state in before:
+            quant.fake_quant_enabled, quant.calibrating = quantizing, False
+            if not done:
+                quant.load_state_dict(state)
+        for pool, size in sizes if not done else ():
+            pool.set_size(size)
+    _freeze_for_inference(model)
+    model.calibration_report = _report(model)
+    if model.calibration_report:
+        warnings.warn(f"calibrate: {model.calibration_report}", stacklevel=_outside())
+
+
+def _outside() -> int:
+    """``stacklevel`` of the first frame outside of this file and contextlib."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename in (__file__, contextlib.__file__):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _warn_of_fresh_batch_norms(model: nn.Module) -> None:
+    norms = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    fresh = [name for name, norm in norms if _is_fresh(norm)]
+    if fresh:
+        warnings.warn(
+            f"calibrate: {len(fresh)} batch norms have seen no batch (num_batches_tracked is 0; the first is '{fresh[0]}'): the "
+            "ranges seen now are those of an untrained network. Train a new network before, or leave calibrate out: the "
+            "ranges follow training until enable_observer(model, False)",
+            stacklevel=_outside(),
+        )
+
+
+def _is_fresh(norm: nn.Module) -> bool:
+    """Without a batch so far. Weights of older releases have statistics without a count, and are not."""
+    if norm.num_batches_tracked is None or int(norm.num_batches_tracked) > 0:
+        return False
+    return bool((norm.running_mean == 0).all()) and bool((norm.running_var == 1).all())
+
+
+def _observe_weights(model: nn.Module) -> None:
+    """A weight's range needs no batch: also where no batch reached the layer."""
+    for module in model.modules():
+        fake_quant = module.weight_fake_quant if isinstance(module, QuantLayer) else None
+        if fake_quant is not None and not fake_quant.ready:
+            fake_quant.observe(module.weight_to_quantize())
+
+
+def _freeze_for_inference(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, QuantLayer) and not module.recipe.training:
+            for fake_quant in fake_quants(module):
+                if fake_quant.ready and not (fake_quant.sees_only_zeros() and not fake_quant.of_weight):
+                    fake_quant.enable_observer(False)
+
+
+def _report(model: nn.Module) -> CalibrationReport:
+    unreached, zeros = [], []
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantize) and not module.of_weight:
+            if not module.ready:
+                unreached.append(name)
+            elif module.sees_only_zeros():
+                zeros.append(name)
+        elif isinstance(module, FixedPointActivation) and not module.reached:
+            unreached.append(name)
+    return CalibrationReport(tuple(unreached), tuple(zeros))
 
 
 def calibrate(
@@ -102,25 +220,32 @@ def calibrate(
 ) -> nn.Module:
     """Sets the ranges of a prepared model from ``batches``; see :func:`calibration` for the state before and after.
 
+    Calibrate a network whose batch norms have seen data. A new one needs no calibration: its ranges follow training.
+
     Args:
         model: a prepared model; its weights and batch-norm statistics stay as they are.
         batches: what ``forward`` takes, e.g. a DataLoader.
-        forward: called as ``forward(model, batch)``; by default ``model(batch)`` for a tensor, ``model(*batch)`` for a
-            tuple or list, ``model(**batch)`` for a mapping. For (image, label) pairs: ``lambda m, b: m(b[0])``.
+        forward: called as ``forward(model, batch)``; by default ``model(batch)`` for a tensor, ``model(**batch)`` for a
+            mapping, ``model(*batch)`` for a tuple or list. Of a batch of more items than ``model.forward`` has positional
+            parameters, as the pairs (images, labels) of a DataLoader, the first ones are used.
         max_batches: stop after so many.
 
     Returns:
-        The model.
+        The model, with the attribute ``calibration_report`` (:class:`CalibrationReport`).
 
     Raises:
         ValueError: a model without fake-quantisers or fixed-point activations, no batch at all, or a non-finite batch under ``nan_policy="raise"``.
 
+    Warns:
+        UserWarning: as :func:`calibration`.
+
     >>> import quantrain.nn as qnn
     >>> model = qnn.prepare(nn.Sequential(nn.Linear(4, 2)), "ptq-w8a8")
-    >>> _ = calibrate(model, [torch.randn(8, 4) for _ in range(3)])
+    >>> print(calibrate(model, [torch.randn(8, 4) for _ in range(3)]).calibration_report)
+    every range was seen
     """
     if not fake_quants(model) and not has_fixed_point(model):
-        raise ValueError("calibrate: expected a prepared model, got one without a FakeQuantize")
+        raise ValueError(_not_prepared(model))
     forward = forward or run_batch
     count = 0
     with calibration(model):
@@ -132,10 +257,27 @@ def calibrate(
     return model
 
 
+def _not_prepared(model: nn.Module) -> str:
+    buffers = any(name.endswith("weight_scale") for name, _ in model.named_buffers())
+    state = "one that is converted already" if buffers else "one without a FakeQuantize"
+    return f"calibrate: expected a prepared model, got {state}"
+
+
 def run_batch(model: nn.Module, batch: Any) -> Any:
-    """``model`` called with a tensor, a tuple or list of arguments, or a mapping of keyword arguments."""
+    """``model`` called with a tensor, a mapping of keyword arguments, or as many items of a tuple or list as it has arguments."""
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, (tuple, list)):
-        return model(*batch)
+        return model(*batch[: _most_arguments(model)])
     return model(batch)
+
+
+def _most_arguments(model: nn.Module) -> int | None:
+    """How many positional arguments ``model.forward`` takes; None: any number."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)

@@ -1,27 +1,32 @@
 """Checkpoints: one safetensors file, its tensors the model's state dict, its metadata what the numbers mean.
 
 Metadata: ``format`` "quantrain", ``version`` "1", ``recipe`` (Recipe JSON, "" for a float model), ``converted`` "true" or
-"false", ``layers`` (JSON: converted layer -> ``{"bits": b, "shape": [...]}`` of its weight before packing). The C++ library
-reads and writes the same files.
+"false", ``layers`` (JSON: converted layer -> ``{"bits": b, "shape": [...]}`` of its weight before packing), and
+``layer_recipes`` (JSON: ``{"recipes": [Recipe, ...], "of": {layer: index}}`` of every quantised layer). The C++ library reads and
+writes the same files.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from quantrain._C import Recipe
+from quantrain._C import QuantSpec, Recipe
 
-from .convert import is_converted
-from .layers import QuantLayer
-from .quantized import QuantizedLayer, name_codes
+from .convert import convert, is_converted
+from .fixed_point import FixedPointLayer
+from .layers import QuantEmbedding, QuantLayer
+from .prepare import prepare, quantisable
+from .quantized import QuantizedEmbedding, QuantizedLayer, name_codes
 from .recipes import as_recipe
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = ["CheckpointInfo", "from_checkpoint", "load_checkpoint", "read_checkpoint_info", "save_checkpoint"]
 
 _FORMAT, _VERSION = "quantrain", "1"
 
@@ -34,10 +39,10 @@ def save_checkpoint(path: str | os.PathLike, model: nn.Module, recipe: Recipe | 
     Args:
         path: the file; an existing one is replaced.
         model: any module whose state dict holds tensors only.
-        recipe: what the metadata says; by default the recipe ``prepare`` was given.
+        recipe: what the metadata says; by default the recipe ``prepare`` was given. It must be that of the model's layers.
 
     Raises:
-        ValueError: a state dict entry that is not a tensor.
+        ValueError: a state dict entry that is not a tensor; a recipe that no layer of the model was made with.
         ImportError: the package safetensors is not installed.
 
     >>> import tempfile, os
@@ -57,13 +62,18 @@ def save_checkpoint(path: str | os.PathLike, model: nn.Module, recipe: Recipe | 
         storage = value.untyped_storage().data_ptr()
         tensors[name] = value.clone() if storage in storages else value
         storages.add(storage)
-    recipe = _recipe_of(model) if recipe is None else as_recipe(recipe)
+    if recipe is None:
+        recipe = _recipe_of(model)
+    else:
+        recipe = as_recipe(recipe)
+        _check_recipe_of(model, recipe)
     metadata = {
         "format": _FORMAT,
         "version": _VERSION,
         "recipe": "" if recipe is None else recipe.to_json(),
         "converted": "true" if is_converted(model) else "false",
         "layers": json.dumps(_converted_layers(model)),
+        "layer_recipes": _layer_recipes_json(model),
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -87,7 +97,7 @@ def load_checkpoint(path: str | os.PathLike, model: nn.Module) -> dict[str, str]
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a truncated file, one that is not safetensors or not quantrain's, another version; missing or unexpected
+        ValueError: another recipe or other bits of a layer; a truncated file, one that is not safetensors or not quantrain's, another version; missing or unexpected
             tensors; another shape, dtype or number of bits. The message names the file, the rule and the value; the model is
             then unchanged.
         ImportError: the package safetensors is not installed.
@@ -111,8 +121,86 @@ def load_checkpoint(path: str | os.PathLike, model: nn.Module) -> dict[str, str]
         floating = tensor.is_floating_point() and want.is_floating_point()
         if tensor.dtype != want.dtype and not floating:
             _fail(path, f"{name!r} of dtype {want.dtype}", tensor.dtype)
-    model.load_state_dict(tensors)
+    model.load_state_dict({**{name: value for name, value in state.items() if _may_lack(name)}, **tensors})
     return metadata
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says about itself, without its tensors.
+
+    Attributes:
+        recipe: The model's recipe; None for a plain float model.
+        converted: Whether its layers hold integer codes.
+        layers: Every quantised layer's own recipe (edge bits and overrides in it); empty in files that do not say.
+    """
+
+    recipe: Recipe | None
+    converted: bool
+    layers: Mapping[str, Recipe] = field(default_factory=dict)
+
+
+def read_checkpoint_info(path: str | os.PathLike) -> CheckpointInfo:
+    """Reads a checkpoint's metadata.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a whole checkpoint of this version.
+
+    >>> import tempfile, os
+    >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
+    >>> save_checkpoint(path, nn.Linear(2, 1))
+    >>> read_checkpoint_info(path).recipe is None
+    True
+    """
+    path = Path(path)
+    metadata = _read_metadata(path)
+    _check_format(path, metadata)
+    text = metadata.get("recipe", "")
+    try:
+        recipe = Recipe.from_json(text) if text else None
+    except ValueError as error:
+        _fail(path, "a valid recipe in the metadata", error)
+    return CheckpointInfo(recipe, metadata.get("converted") == "true", _stored_layer_recipes(path, metadata) or {})
+
+
+def from_checkpoint(path: str | os.PathLike, model: nn.Module, *, example_inputs: tuple | None = None) -> nn.Module:
+    """The model that a checkpoint was written from: ``model`` prepared with the stored recipe, converted where the file is, and loaded.
+
+    Args:
+        path: a file of :func:`save_checkpoint` or of the C++ library.
+        model: the float model, whose own values do not matter. It becomes the result where ``prepare`` works in place.
+        example_inputs: as :func:`quantrain.nn.prepare` was given.
+
+    Returns:
+        The model in evaluation mode. ``train()`` goes on where a prepared checkpoint left off.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a model that is quantised already, and as :func:`load_checkpoint`.
+
+    >>> import tempfile, os
+    >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
+    >>> save_checkpoint(path, prepare(nn.Sequential(nn.Linear(4, 2)), "qat-w4a8", overrides={"0": {"weight": {"bits": 3}}}))
+    >>> from_checkpoint(path, nn.Sequential(nn.Linear(4, 2)))[0].recipe.weight.bits
+    3
+    """
+    info = read_checkpoint_info(path)
+    recipe = info.recipe
+    if recipe is None and info.layers:
+        recipe = Recipe.from_json(Counter(r.to_json() for r in info.layers.values()).most_common(1)[0][0])
+    if recipe is not None:
+        if recipe.fixed_point is not None or not info.layers:
+            model = prepare(model, recipe, example_inputs=example_inputs)
+        else:
+            known = quantisable(model)
+            skip = [name for name in known if name not in info.layers]
+            kept = {name: value for name, value in info.layers.items() if name in known}
+            model = prepare(model, recipe, overrides=kept, skip=skip, example_inputs=example_inputs)
+        if info.converted:
+            model = convert(model, check_observed=False)
+    load_checkpoint(path, model)
+    return model.eval()
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -130,11 +218,29 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         ) from error
 
 
-def _check_metadata(path: Path, metadata: dict[str, str], model: nn.Module) -> None:
+def _read_metadata(path: Path) -> dict[str, str]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"read_checkpoint_info: expected a checkpoint file, got none at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"read_checkpoint_info: {path}: expected a whole safetensors file, got {path.stat().st_size} bytes ({error})"
+        ) from error
+
+
+def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != _FORMAT:
         _fail(path, f"metadata with format {_FORMAT!r}", metadata.get("format"))
     if metadata.get("version") != _VERSION:
         _fail(path, f"version {_VERSION!r}", metadata.get("version"))
+
+
+def _check_metadata(path: Path, metadata: dict[str, str], model: nn.Module) -> None:
+    _check_format(path, metadata)
     converted = metadata.get("converted")
     if converted == "true" and not is_converted(model):
         _fail(path, "a float or prepared checkpoint for this model", "a converted one (convert the model first)")
@@ -147,13 +253,117 @@ def _check_metadata(path: Path, metadata: dict[str, str], model: nn.Module) -> N
     for name, want in _converted_layers(model).items():
         if name in layers and layers[name] != want:
             _fail(path, f"layer {name!r} with {want}", layers[name])
+    _check_recipes(path, metadata, model)
+
+
+def _check_recipes(path: Path, metadata: dict[str, str], model: nn.Module) -> None:
+    """What the file's layers were quantised to is what the model's are."""
+    ours, theirs = _layer_recipes(model), _stored_layer_recipes(path, metadata)
+    if theirs is not None:
+        for name, recipe in ours.items():
+            want = _formats(recipe)
+            if name not in theirs:
+                _fail(path, f"layer {name!r} with {_text(want)}", "a layer in floating point")
+            if (got := _formats(theirs[name], like=want)) != want:
+                _fail(path, f"layer {name!r} with {_text(want)}", _text(got))
+        return
+    if ours and metadata.get("recipe"):  # a file without layer_recipes: its recipe is that of some layer
+        stored = Recipe.from_json(metadata["recipe"])
+        summary = getattr(model, "quantization_summary", None)
+        if summary is not None and _formats(summary.recipe) == _formats(stored):
+            return
+        if not any(_made_with(recipe, stored) for recipe in ours.values()):
+            name, recipe = next(iter(ours.items()))
+            _fail(
+                path, f"layer {name!r} with {_text(_formats(recipe))}", f"{_text(_formats(stored))} ({stored.name!r})"
+            )
+
+
+def _stored_layer_recipes(path: Path, metadata: Mapping[str, str]) -> dict[str, Recipe] | None:
+    """Layer -> recipe as the file says; None where it does not."""
+    if "layer_recipes" not in metadata:
+        return None
+    try:
+        content = json.loads(metadata["layer_recipes"])
+        recipes = [Recipe.from_json(json.dumps(recipe)) for recipe in content["recipes"]]
+        return {name: recipes[index] for name, index in content["of"].items()}
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        _fail(path, "recipes and the layers they are of in metadata 'layer_recipes'", error)
+
+
+def _layer_recipes(model: nn.Module) -> dict[str, Recipe]:
+    """Quantised layer -> its recipe, without the input of an embedding, which is indices."""
+    recipes = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, (QuantLayer, QuantizedLayer)):
+            recipes[name] = layer.recipe
+            if isinstance(layer, (QuantEmbedding, QuantizedEmbedding)):
+                recipes[name] = Recipe.from_json(layer.recipe.to_json())
+                recipes[name].input = None
+    return recipes
+
+
+def _layer_recipes_json(model: nn.Module) -> str:
+    texts = {name: recipe.to_json() for name, recipe in _layer_recipes(model).items()}
+    distinct = list(dict.fromkeys(texts.values()))
+    of = {name: distinct.index(text) for name, text in texts.items()}
+    return json.dumps({"recipes": [json.loads(text) for text in distinct], "of": of})
+
+
+_Formats = dict[str, dict[str, int | bool | str]]
+
+
+def _formats(recipe: Recipe, like: _Formats | None = None) -> _Formats:
+    """Tensor -> what decides its codes; of ``like``'s tensors and the weight only where given and it has no input (an embedding)."""
+    result: _Formats = {}
+    for tensor in ("weight", "input", "output"):
+        spec: QuantSpec | None = getattr(recipe, tensor)
+        if spec is not None and not (tensor == "input" and like is not None and "input" not in like):
+            result[tensor] = {"bits": spec.bits, "symmetric": spec.symmetric, "granularity": spec.granularity}
+            if spec.granularity == "per_group":
+                result[tensor]["group_size"] = spec.group_size
+    return result
+
+
+def _text(formats: _Formats) -> str:
+    parts = []
+    for tensor, f in formats.items():
+        group = f" of {f['group_size']}" if "group_size" in f else ""
+        parts.append(f"{tensor} {'int' if f['symmetric'] else 'uint'}{f['bits']} {f['granularity']}{group}")
+    return ", ".join(parts)
+
+
+def _made_with(layer: Recipe, recipe: Recipe) -> bool:
+    want = _formats(layer)
+    return want in (_formats(recipe, like=want), _formats(recipe.edge(), like=want))
+
+
+def _check_recipe_of(model: nn.Module, recipe: Recipe) -> None:
+    layers = _layer_recipes(model)
+    layers |= {name: m.recipe for name, m in model.named_modules() if isinstance(m, FixedPointLayer)}
+    if not layers:
+        raise ValueError(f"save_checkpoint: expected no recipe for a float model, got {recipe.name!r}")
+    summary = getattr(model, "quantization_summary", None)
+    if summary is not None and _formats(summary.recipe) == _formats(recipe):
+        return
+    if not any(_made_with(layer, recipe) for layer in layers.values()):
+        name, layer = next(iter(layers.items()))
+        raise ValueError(
+            f"save_checkpoint: expected the recipe of the model's layers ({name!r}: {_text(_formats(layer))}), "
+            f"got {recipe.name!r}: {_text(_formats(recipe))}"
+        )
 
 
 def _check_names(path: Path, state: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    if missing := [name for name in state if name not in tensors]:
+    if missing := [name for name in state if name not in tensors and not _may_lack(name)]:
         _fail(path, f"every tensor of the model ({len(missing)} missing)", _first(missing, "no"))
     if unexpected := [name for name in tensors if name not in state]:
         _fail(path, f"only tensors of the model ({len(unexpected)} unexpected)", _first(unexpected, ""))
+
+
+def _may_lack(name: str) -> bool:
+    """Whether files of earlier releases lack the tensor: the model's own value stays."""
+    return name.endswith("observer.frozen")
 
 
 def _first(names: Sequence[str], prefix: str) -> str:

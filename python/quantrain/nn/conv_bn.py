@@ -122,6 +122,14 @@ class QuantConvBn2d(QuantConv2d):
     def weight_to_quantize(self) -> Tensor:
         return self.weight * self.scale_factor()
 
+    def quantized_weight(self) -> Tensor:
+        fake_quant, weight = self.weight_fake_quant, self.weight_to_quantize()
+        if fake_quant is None or not (fake_quant.learnable and self.training):
+            return weight if fake_quant is None else fake_quant(weight)
+        # Where gamma is 0 and counts as 1, the weight that will be folded is still 0.
+        zero = self.bn.weight.detach() == 0
+        return fake_quant(weight, zero=zero.reshape(-1, 1, 1, 1) if fake_quant.scale.numel() > 1 else zero.all())
+
     def bias_to_store(self) -> Tensor:
         shift = self.bn.running_mean if self.bias is None else self.bn.running_mean - self.bias
         return self.bn.bias - shift * self.scale_factor().flatten()

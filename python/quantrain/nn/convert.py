@@ -60,7 +60,8 @@ def convert(
         return _convert_fixed_point(model, check_observed)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
     if not layers:
-        raise ValueError("convert: expected a prepared model, got one without quantised layers")
+        state = "one that is converted already" if is_converted(model) else "one without quantised layers"
+        raise ValueError(f"convert: expected a prepared model, got {state}")
     skipped = {name for pattern in skip for name in matching("skip", pattern, layers, layers, "convert")}
     for name, layer in layers.items():
         if name not in skipped:

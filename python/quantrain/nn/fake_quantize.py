@@ -18,6 +18,23 @@ __all__ = ["FakeQuantize"]
 kMinScale = 1e-8  # a learned scale is kept at or above it: the ops need scale > 0
 
 
+def in_backward() -> bool:
+    """Whether this is a forward pass inside a backward pass: activation checkpointing computes anew, in either of its modes."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def agreed_range(low: Tensor, high: Tensor, finite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The range over all ranks of the default process group; what is not finite on a rank does not count there."""
+    distributed = torch.distributed
+    if torch.compiler.is_compiling() or not distributed.is_available() or not distributed.is_initialized():
+        return low, high, finite
+    if distributed.get_world_size() == 1:
+        return low, high, finite
+    ends = torch.where(finite, torch.stack([low, -high]), math.inf)
+    distributed.all_reduce(ends, distributed.ReduceOp.MIN)
+    return ends[0], -ends[1], torch.isfinite(ends).all(0)
+
+
 class FakeQuantize(Float32State):
     """Rounds a tensor to the codes of ``spec`` and back: ``y = (clamp(rint(x / scale) + zero_point) - zero_point) * scale``.
 
@@ -25,10 +42,15 @@ class FakeQuantize(Float32State):
 
     - ``spec.observer == "dynamic"``: from the tensor at every call (``choose_qparams``); nothing is stored.
     - otherwise from the buffer ``scale`` (and ``zero_point`` where affine), which the child ``observer`` sets while it
-      observes: ``observer_enabled`` and (``training`` or ``calibrating``). Evaluation never moves a range.
+      observes: in calibration, and in training until ``enable_observer(False)`` freezes the range. Evaluation never moves a
+      range, nor does a forward pass inside a backward pass (activation checkpointing).
     - ``spec.learnable``: ``scale`` is a Parameter trained by LSQ (Esser et al. 2020, arXiv:1902.08153, eq. 3) with gradient
       factor 1 / sqrt(elements a scale * quant_max). The observer only sets its first value: calibration, or else the first
-      training batch, after which the observer switches itself off.
+      training batch. From then on, and from a loaded scale, only the optimiser moves it.
+
+    A block of zeros says nothing about its range. Its scale is 1 until the first block that is not zero sets it. Where it is
+    learned and a weight's (``of_weight``: zero-initialised, so small at first and then growing), the scale follows that
+    block's range from batch to batch until ``enable_observer(False)``, and is learned from there.
 
     Args:
         spec: bits, symmetric, granularity, observer, ... (:class:`quantrain.QuantSpec`); copied.
@@ -39,7 +61,11 @@ class FakeQuantize(Float32State):
 
     Shapes and dtypes: any shape; float32, float16, bfloat16 in, the same out; scale float32 always, zero_point int32.
     Gradient: straight through where the unclamped code is in [quant_min, quant_max], else 0; LSQ's for a learnable scale.
-    NaN in gives NaN out; what an observer does with it is ``spec.nan_policy``.
+    NaN in gives NaN out; what an observer does with it is ``spec.nan_policy``. Under ``"raise"`` a range that follows training on
+    CUDA waits for no check: there a block with NaN or Inf leaves the range as it was and gives NaN, which a loss scaler sees.
+    Under ``torch.distributed`` the ranks agree on the first range of a learned activation scale (one all-reduce).
+
+    State: ``scale``, ``zero_point``, and of ``observer`` the range and ``frozen``, whether the range was frozen.
 
     Raises:
         ValueError: an invalid spec; a forward that needs a stored scale which was neither observed nor loaded; a non-finite
@@ -71,9 +97,11 @@ class FakeQuantize(Float32State):
         self.quant_min, self.quant_max = spec.quant_min(), spec.quant_max()
         self.symmetric, self.granularity = spec.symmetric, spec.granularity
         self.dynamic, self.learnable = spec.observer == "dynamic", spec.learnable
-        self.observer_enabled = self.fake_quant_enabled = True
-        self.calibrating = False
+        self.fake_quant_enabled, self._observing = True, True
+        self.calibrating, self.of_weight = False, False
         self._ready = self.dynamic
+        # Of a learned scale: every block has its first value; some follow a weight that began as zeros. Both spare looking.
+        self._settled = self._follows_zeros = False
         if not self.dynamic:
             scale = torch.full(self.scale_shape, math.nan, device=device)
             if self.learnable:
@@ -85,8 +113,11 @@ class FakeQuantize(Float32State):
         if self.symmetric or self.dynamic:
             self.zero_point = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        observed = self.observe(x)
+    def forward(self, x: Tensor, *, zero: Tensor | None = None) -> Tensor:
+        """``x`` fake-quantised; ``zero`` as :meth:`observe` takes it. An empty ``x`` passes."""
+        observed = self.observe(x, zero=zero)
+        if not self._ready and x.numel() == 0:
+            return x
         if not self.fake_quant_enabled:
             return x
         if self.dynamic:
@@ -94,25 +125,83 @@ class FakeQuantize(Float32State):
         scale, zero_point = observed if observed is not None else self.calculate_qparams()
         return self.quantize_dequantize(x, scale, zero_point)
 
-    def observe(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """Shows ``x`` to the observer if observing is on; returns the new (scale, zero_point) unless they are learned."""
-        if self.observer is None or not self.observer_enabled or not (self.training or self.calibrating):
+    def observe(self, x: Tensor, *, zero: Tensor | None = None) -> tuple[Tensor, Tensor | None] | None:
+        """Shows ``x`` to the observer if observing is on; returns the new (scale, zero_point) unless they are learned.
+
+        Args:
+            zero: bool, broadcast to the scale: blocks of a learned scale to take as zeros whatever ``x`` holds.
+        """
+        if x.numel() == 0 or not self._observes():
             return None
-        if x.numel() == 0:
-            return None
-        self.observer(x)
+        if self.learnable and not self.calibrating:
+            return self._observe_first(x, zero)
+        waits = self.calibrating or not self._ready or not x.is_cuda
+        low, high, finite = self.observer.measure(x, check=waits)
+        self.observer.update(low, high, finite)
         scale, zero_point = self.observer.calculate_qparams()
         self.scale.data.copy_(scale)
         if self.zero_point is not None:
             self.zero_point.copy_(zero_point)
-        if not self._ready:
-            self._ready = self._has_scale()
-        if not self._ready:
+        if not self.ready or self.learnable:
             return None
-        if self.learnable:
-            self.observer_enabled = self.calibrating
-            return None
+        if not waits and self.observer.nan_policy == "raise":
+            scale = torch.where(finite, scale, math.nan)
         return scale, (None if self.symmetric else zero_point)
+
+    def _observes(self) -> bool:
+        if self.observer is None or not (self.calibrating or (self.training and self._observing)):
+            return False
+        return (self.calibrating or not self._settled or not self.learnable) and not in_backward()
+
+    @torch.no_grad()
+    def _observe_first(self, x: Tensor, zero: Tensor | None) -> None:
+        """Gives the blocks of a learned scale that have no first value one."""
+        observer, unset, decides = self.observer, self._unset(), not torch.compiler.is_compiling()
+        if decides and self._ready and not self._follows_zeros and not bool(unset.any()):
+            self._settled = True
+            return
+        low, high, finite = observer.measure(x)
+        if not self.of_weight:
+            low, high, finite = agreed_range(low, high, finite)
+        zeros = observer.only_zeros() if zero is None else observer.only_zeros() | (zero & unset)
+        observer.update(low, high, finite & unset)
+        if self.of_weight:  # what began as zeros stays marked as zeros: its scale follows
+            observer.min_val.masked_fill_(zeros, 0.0)
+            observer.max_val.masked_fill_(zeros, 0.0)
+        scale, zero_point = observer.qparams_of(low, high)
+        # Through .data: an earlier call of the layer in this graph saved the scale, whose blocks in use stay as they are.
+        self.scale.data.copy_(torch.where(finite & unset, scale, self.scale))
+        if self.zero_point is not None:
+            self.zero_point.data.copy_(torch.where(finite & unset, zero_point, self.zero_point))
+        if decides:
+            self._ready = self._ready or self._has_scale()
+            self._settled = not bool(self._unset().any())
+            self._follows_zeros = self.of_weight and self._ready and not self._settled
+
+    def sees_only_zeros(self) -> bool:
+        """Whether an observer saw tensors, and all of them zeros."""
+        return self.observer is not None and bool(self.observer.only_zeros().all())
+
+    @torch.no_grad()
+    def agree(self) -> None:
+        """Under ``torch.distributed``: the range that calibration saw on all ranks together, and its scale."""
+        if self.observer is None:
+            return
+        observer = self.observer
+        low, high, seen = agreed_range(observer.min_val, observer.max_val, ~observer.unseen())
+        if low is observer.min_val:
+            return
+        observer.min_val.copy_(torch.where(seen, low, observer.min_val))
+        observer.max_val.copy_(torch.where(seen, high, observer.max_val))
+        scale, zero_point = observer.calculate_qparams()
+        self.scale.copy_(torch.where(seen, scale, self.scale))
+        if self.zero_point is not None:
+            self.zero_point.copy_(torch.where(seen, zero_point, self.zero_point))
+        self._ready = self._has_scale()
+
+    def _unset(self) -> Tensor:
+        """Blocks of a learned scale without a first value: never observed nor loaded, or seen only as zeros."""
+        return ~torch.isfinite(self.scale.detach()) | self.observer.only_zeros()
 
     def calculate_qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The ``(scale, zero_point)`` in force; zero_point is None where symmetric.
@@ -160,9 +249,20 @@ class FakeQuantize(Float32State):
             x, scale_shape, quant_min=self.quant_min, quant_max=self.quant_max, symmetric=self.symmetric
         )
 
+    @property
+    def observer_enabled(self) -> bool:
+        """Whether the range follows training; travels in the state dict as ``observer.frozen``."""
+        return self._observing
+
+    @observer_enabled.setter
+    def observer_enabled(self, enabled: bool) -> None:
+        self.enable_observer(enabled)
+
     def enable_observer(self, enabled: bool = True) -> None:
-        """Turns observing on or off (it also needs training mode or calibration)."""
-        self.observer_enabled = enabled
+        """Lets the range follow training, or freezes it; a learned scale that has its first value is not observed again."""
+        self._observing = enabled
+        if self.observer is not None:
+            self.observer.frozen.fill_(not enabled)
 
     def enable_fake_quant(self, enabled: bool = True) -> None:
         """Turns rounding on or off; off, the tensor passes unchanged."""
@@ -178,7 +278,7 @@ class FakeQuantize(Float32State):
     def frozen(self) -> FakeQuantize:
         """A copy for inference: no observer, a learned scale turned into a buffer of the same name. Same values."""
         result = copy.deepcopy(self)
-        result.observer, result.learnable, result.observer_enabled = None, False, False
+        result.observer, result.learnable, result._observing = None, False, False
         if self.learnable:
             del result.scale
             result.register_buffer("scale", self.scale.detach().clamp(min=kMinScale))
@@ -209,6 +309,9 @@ class FakeQuantize(Float32State):
     def _label(self) -> str:
         return f"FakeQuantize '{self.name}'" if self.name else "FakeQuantize"
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._ready = self.dynamic or self._has_scale()
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        if self.observer is not None:  # files written before the switch was part of the state keep the module's
+            frozen = state_dict.setdefault(f"{prefix}observer.frozen", self.observer.frozen)
+            self._observing = not bool(frozen)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._ready, self._settled, self._follows_zeros = self.dynamic or self._has_scale(), False, False

@@ -116,7 +116,7 @@ class FixedPointLayer(nn.Module):
         self.method, self.hysteresis, self.double_forward = spec.fraction_length, spec.hysteresis, spec.double_forward
         per_channel = self.recipe.weight.granularity == "per_channel" and output_activation is not None
         self.axis = 0 if per_channel else None
-        self.calibrating = False
+        self.calibrating, self.fake_quant_enabled = False, True
         shape = self._rows(self.weight.shape[0]) if per_channel else (1,)
         self.register_buffer("weight_fraction_length", torch.zeros(shape, dtype=torch.int32, device=self.weight.device))
         self.reset_fraction_length()
@@ -167,7 +167,7 @@ class FixedPointLayer(nn.Module):
         self.weight_fraction_length.copy_(self.choose_fraction_length(self.weight * factor, fresh=True))
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.calibrating:
+        if self.calibrating or not self.fake_quant_enabled:
             y = self._float_forward(input)
         elif self.training:
             y = self._double_forward(input) if self.double_forward and self.bn is not None else self._one_forward(input)
@@ -176,6 +176,10 @@ class FixedPointLayer(nn.Module):
         if residual is not None:
             y = y + residual
         return self._activated(y)
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        """Turns rounding on or off; off, this is the float layer (with batch norm, addition and activation)."""
+        self.fake_quant_enabled = enabled
 
     def _activated(self, y: Tensor) -> Tensor:
         return self.output_activation(y, self.activation is not None) if self.quantizes else y
@@ -420,13 +424,18 @@ class FixedPointAvgPool2d(nn.Module):
         if pixels != self.activation.pixels:
             self.activation.pixels = pixels
             self.size.copy_(torch.tensor(pixels))
-        if self.activation.calibrating or self.training:
+        if self.activation.computes_in_float or self.training:
             return self.activation(x.mean((2, 3), keepdim=self.keepdim))
         return self.activation(x.sum((2, 3), keepdim=self.keepdim) * 2.0**-self.activation.shift)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.activation.pixels = (int(self.size[0]), int(self.size[1]))
+        self.set_size(self.size)
+
+    def set_size(self, size: Tensor) -> None:
+        """Makes ``size`` (int64 ``[2]``) what was last seen."""
+        self.size.copy_(size)
+        self.activation.pixels = (int(size[0]), int(size[1]))
 
 
 def no_integer_convolution(conv: nn.Conv2d) -> str:

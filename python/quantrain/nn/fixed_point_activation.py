@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from quantrain.fixed_point import fixed_point_fraction_length, fixed_point_quantize
 
-from .fake_quantize import kMinScale
+from .fake_quantize import in_backward, kMinScale
 from .observers import Float32State, MSEObserver
 
 __all__ = ["FixedPointActivation", "FixedPointInput", "FixedPointPoolActivation"]
@@ -74,7 +74,8 @@ class FixedPointActivation(Float32State):
             raise ValueError(f"FixedPointActivation: expected alpha > 0, got {alpha}")
         self.signed, self.clip, self.method, self.fixed = signed, clip, method, fixed
         self.max_alpha, self.name = max_alpha, name
-        self.calibrating = False
+        self.calibrating, self.fake_quant_enabled = False, True
+        self.reached = False  # whether the last calibration showed it a tensor
         if clip:
             level = torch.full((1,), min(float(alpha), max_alpha), device=device)
             if fixed:
@@ -120,15 +121,25 @@ class FixedPointActivation(Float32State):
         Args:
             first: the tensor is the first of those that share this activation.
         """
-        if self.calibrating:
+        if self.computes_in_float:
             x = x if self.signed else torch.relu(x)
-            self._calibrate(x)
+            if self.calibrating and x.numel() > 0:
+                self._calibrate(x)
             return x if self.max_alpha == math.inf else x.clamp(max=self.max_alpha)
         if not self.training:
             return self.rounded_units(x)
-        if first or not self.clip:
+        if (first or not self.clip) and not in_backward():
             self._follow(x, first)
         return self.rounded_real(x)
+
+    @property
+    def computes_in_float(self) -> bool:
+        """Not rounding: in calibration, and where fake-quantisation is off."""
+        return self.calibrating or not self.fake_quant_enabled
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        """Turns rounding on or off; off, the activation is the ReLU (or nothing) that it stands for."""
+        self.fake_quant_enabled = enabled
 
     def rounded_real(self, x: Tensor) -> Tensor:
         if self.clip:
@@ -173,6 +184,7 @@ class FixedPointActivation(Float32State):
     @torch.no_grad()
     def end_calibration(self, keep: bool) -> None:
         """Sets level and FL from what was seen where ``keep``."""
+        self.reached = bool(self._observed)
         if keep and self._observed:
             if self.clip and not (self.fixed and self.max_alpha < math.inf):
                 highest = [torch.maximum(o.min_val.abs(), o.max_val.abs()) for o, _ in self._observed if o is not None]
@@ -212,8 +224,9 @@ class FixedPointInput(FixedPointActivation):
         self.register_buffer("is_signed", torch.zeros(1, dtype=torch.bool, device=device))
 
     def forward(self, x: Tensor, first: bool = True) -> Tensor:
-        if self.calibrating:
-            self._seen.append(torch.stack(x.detach().float().aminmax()))
+        if self.computes_in_float:
+            if self.calibrating and x.numel() > 0:
+                self._seen.append(torch.stack(x.detach().float().aminmax()))
             return x
         if self.training:
             return super().forward(x, first)
@@ -232,6 +245,7 @@ class FixedPointInput(FixedPointActivation):
 
     @torch.no_grad()
     def end_calibration(self, keep: bool) -> None:
+        self.reached = bool(self._seen)
         if keep and self._seen:
             low, high = torch.stack(self._seen).amin(0)[0], torch.stack(self._seen).amax(0)[1]
             self._set_signed(bool(low < 0))
@@ -274,6 +288,7 @@ class FixedPointPoolActivation(FixedPointActivation):
 
     @torch.no_grad()
     def end_calibration(self, keep: bool) -> None:
+        self.reached = bool(self._observed)
         if keep and self._observed:
             lengths = [self.batch_fraction_length(x) for x in self._observed]
             self.fraction_length.copy_(torch.stack(lengths).float().mean(0))

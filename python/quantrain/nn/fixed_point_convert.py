@@ -110,7 +110,8 @@ class _Writer:
         if step.op == "avg_pool2d":
             return node | self.pool(step)
         if step.op == "add":
-            return node | _output(self.model.get_submodule(step.module).output_activation)
+            made = _output(self.model.get_submodule(step.module).output_activation)
+            return node | {key: made[key] for key in ("signed", "fraction_length")}  # always codes
         return node
 
     def pool(self, step: Step) -> dict[str, Any]:

@@ -86,6 +86,10 @@ class QuantLayer(nn.Module):
             child = f"{tensor}_fake_quant"
             path = f"{name}.{child}" if name else child
             fake_quant = spec and FakeQuantize(spec, scale_shape, token_dims=self.token_dims, name=path, device=device)
+            if fake_quant and tensor == "weight":
+                fake_quant.of_weight = True
+            if fake_quant and not self.weight.requires_grad:  # a frozen layer's learned scales are frozen
+                fake_quant.requires_grad_(False)
             self.add_module(child, fake_quant)
 
     def _refuse_integer_products(self) -> None:

@@ -1,7 +1,9 @@
 """Observers: modules that watch batches and keep the range a scale is computed from.
 
 An observer holds two float32 buffers, ``min_val`` and ``max_val``, of the shape of the scale (DESIGN's rule: the rank of
-the observed tensor, each size dividing the tensor's; or one element). They start at +inf and -inf: nothing seen yet.
+the observed tensor, each size dividing the tensor's; or one element). They start at +inf and -inf: nothing seen yet. Both 0: only zeros
+seen, which says nothing about the range to come. A third buffer, ``frozen`` (bool ``[1]``), is where the switch of the
+:class:`FakeQuantize` around it travels in a state dict.
 """
 
 from __future__ import annotations
@@ -63,6 +65,9 @@ def to_blocks(x: Tensor, scale_shape: Sequence[int]) -> Tensor:
 class Observer(Float32State):
     """Base of the observers: checks a batch, updates the range, computes the scale.
 
+    A block of zeros sets the range of a block that saw nothing to [0, 0], and changes no other; the first block that is not
+    zero sets the range anew.
+
     Args:
         scale_shape: shape of the range and of the scale, e.g. ``(1,)`` per tensor, ``(O, 1, 1, 1)`` per output channel.
         quant_min, quant_max: smallest and largest code.
@@ -81,6 +86,7 @@ class Observer(Float32State):
 
     min_val: Tensor
     max_val: Tensor
+    frozen: Tensor
 
     def __init__(
         self,
@@ -102,26 +108,56 @@ class Observer(Float32State):
         self.name = name
         self.register_buffer("min_val", torch.full(self.scale_shape, math.inf, device=device))
         self.register_buffer("max_val", torch.full(self.scale_shape, -math.inf, device=device))
+        self.register_buffer("frozen", torch.zeros(1, dtype=torch.bool, device=device))
+
+    def forward(self, x: Tensor) -> None:
+        if x.numel() > 0:
+            self.update(*self.measure(x))
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> None:
-        if x.numel() == 0:
-            return
+    def measure(self, x: Tensor, *, check: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """The range of one batch, ``(low, high)``, and which blocks are finite; changes nothing.
+
+        Args:
+            check: raise on a non-finite batch, where ``nan_policy`` says so.
+        """
         x = x.detach()
         extremes = torch.ops.quantrain._min_max(x, self.scale_shape)
         finite = torch.isfinite(extremes[0]) & torch.isfinite(extremes[1])
-        if self.nan_policy == "raise":
+        if check and self.nan_policy == "raise":
             self._check(finite, x)
-        low, high = self.updated(*self.batch_range(x, *extremes))
-        self.min_val.copy_(torch.where(finite, low, self.min_val))
-        self.max_val.copy_(torch.where(finite, high, self.max_val))
+        return *self.batch_range(x, *extremes), finite
+
+    @torch.no_grad()
+    def update(self, low: Tensor, high: Tensor, finite: Tensor) -> None:
+        """Takes a batch's range into account, block by block."""
+        unseen, zero = torch.isinf(self.min_val), (low == 0) & (high == 0)
+        counts = finite & (unseen | ~zero)
+        new_low, new_high = self.updated(low, high)
+        first = unseen | self.only_zeros()
+        self.min_val.copy_(torch.where(counts, torch.where(first, low, new_low), self.min_val))
+        self.max_val.copy_(torch.where(counts, torch.where(first, high, new_high), self.max_val))
+
+    def only_zeros(self) -> Tensor:
+        """Blocks that were seen, but only as zeros: bool of ``scale_shape``."""
+        return (self.min_val == 0) & (self.max_val == 0)
+
+    def unseen(self) -> Tensor:
+        """Blocks that saw nothing yet: bool of ``scale_shape``."""
+        return ~(torch.isfinite(self.min_val) & torch.isfinite(self.max_val))
+
+    def qparams_of(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """``(scale, zero_point)`` of a range."""
+        return torch.ops.quantrain._qparams_from_range(
+            low, high, quant_min=self.quant_min, quant_max=self.quant_max, symmetric=self.symmetric
+        )
 
     def batch_range(self, x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """The range of one batch, given its extremes a block (``low``, ``high``, shape ``scale_shape``)."""
         return low, high
 
     def updated(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """What ``min_val``, ``max_val`` become after a batch with the range ``low``, ``high``."""
+        """What ``min_val``, ``max_val`` become after a batch with the range ``low``, ``high`` that is not the first."""
         raise NotImplementedError(f"{type(self).__name__} defines no range update")
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
@@ -131,11 +167,9 @@ class Observer(Float32State):
         have one sign only). Affine: the range is widened to hold 0, scale = (max - min) / (quant_max - quant_min) and
         zero_point = clamp(quant_min - rint(min / scale)). An all-zero block has scale 1; one that saw no batch, scale NaN.
         """
-        scale, zero_point = torch.ops.quantrain._qparams_from_range(
-            self.min_val, self.max_val, quant_min=self.quant_min, quant_max=self.quant_max, symmetric=self.symmetric
-        )
-        seen = torch.isfinite(self.min_val) & torch.isfinite(self.max_val)
-        return torch.where(seen, scale, math.nan), torch.where(seen, zero_point, 0)
+        scale, zero_point = self.qparams_of(self.min_val, self.max_val)
+        unseen = self.unseen()
+        return torch.where(unseen, math.nan, scale), torch.where(unseen, 0, zero_point)
 
     def reset(self) -> None:
         """Forget everything seen."""
@@ -190,11 +224,8 @@ class MovingAverageMinMaxObserver(Observer):
         self.averaging_constant = averaging_constant
 
     def updated(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        first, c = torch.isinf(self.min_val), self.averaging_constant
-        return (
-            torch.where(first, low, self.min_val + c * (low - self.min_val)),
-            torch.where(first, high, self.max_val + c * (high - self.max_val)),
-        )
+        c = self.averaging_constant
+        return self.min_val + c * (low - self.min_val), self.max_val + c * (high - self.max_val)
 
 
 class PercentileObserver(MovingAverageMinMaxObserver):

@@ -20,12 +20,13 @@ from .fixed_point_prepare import FixedPointPrepared, prepare_fixed_point, summar
 from .graph import ModelGraph, copied, trace_model
 from .int8_linear import Int8Layer, Int8Linear, Int8TransposedLinear
 from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear, QuantTransposedLinear
+from .new_parameters import new_parameters
 from .quantized import QuantizedLayer
 from .recipes import as_recipe, changed_recipe
 from .tables import Table
 from .weight_hooks import unknown_weight
 
-__all__ = ["PrepareSummary", "matching", "prepare", "some", "swapped"]
+__all__ = ["PrepareSummary", "matching", "prepare", "quantisable", "some", "swapped"]
 
 logger = logging.getLogger("quantrain")
 
@@ -43,7 +44,8 @@ kWarnedShare = 0.1  # of the parameters left in floating point for want of a twi
 class PrepareSummary(Table):
     """What ``prepare`` did: one row a quantised layer, and ``left_float``: name -> why a module stayed in floating point.
 
-    ``recipe`` is the model's recipe. The columns grad_input and grad_weight appear where a layer has one of them.
+    ``recipe`` is the model's recipe; ``new_parameters`` names the parameters that the float model does not have (learned scales,
+    clip levels). The columns grad_input and grad_weight appear where a layer has one of them.
     """
 
     def __init__(self, rows: Sequence[Mapping], left_float: Mapping[str, str], recipe: Recipe):
@@ -54,6 +56,7 @@ class PrepareSummary(Table):
         notes = [f"left float: {name} ({reason})" for name, reason in left_float.items()]
         super().__init__(columns, rows, title=f"recipe {recipe.name or '(unnamed)'}: {len(rows)} layers", notes=notes)
         self.left_float, self.recipe = dict(left_float), recipe
+        self.new_parameters: tuple[str, ...] = ()
 
 
 def prepare(
@@ -68,8 +71,9 @@ def prepare(
     """Swaps every nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d and nn.Embedding, and transformers' Conv1D (a linear layer), for
     its quantised twin, at any depth, keeping the weights.
 
-    Parameters stay the same objects (tied weights stay tied, an optimiser made before stays valid) and a module that appears
-    twice is swapped once. A convolution whose only user is an nn.BatchNorm2d (found by torch.fx, else by torch.export when
+    Parameters stay the same objects (tied weights stay tied, an optimiser made before keeps training them; one that lacks learned
+    scales, which are new, is warned of) and a module that appears twice is swapped once. Where a layer's weight is frozen
+    (``requires_grad`` False), so are its learned scales. A convolution whose only user is an nn.BatchNorm2d (found by torch.fx, else by torch.export when
     ``example_inputs`` are given, in training and in evaluation) becomes a :class:`QuantConvBn2d` under the convolution's name, the batch
     norm a :class:`FoldedBatchNorm2d` that stands for it; other batch norms stay in floating point. What is traced is a copy: the model's
     buffers and attributes and the random states stay as they are. Subclasses of the layers are left alone, and so are layers whose
@@ -105,6 +109,7 @@ def prepare(
     Warns:
         UserWarning: a model with batch norms that could not be traced; more than a tenth of the parameters left in floating point
             though neither ``skip`` nor the recipe says so (``quantization_summary.left_float`` has every module and why).
+            Also a model that was prepared before, and an optimiser made before that lacks new parameters.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     >>> print(prepare(model, "qat-w8a8").quantization_summary)
@@ -123,6 +128,9 @@ def prepare(
     layers = {name: module for name, module in model.named_modules() if type(module) in known}
     if not layers:
         raise ValueError(_no_layers(model))
+    if done := sum(isinstance(module, (QuantLayer, QuantizedLayer)) for module in model.modules()):
+        warnings.warn(f"prepare: {done} layers are quantised already and stay as they are", stacklevel=2)
+    parameters = list(model.parameters())
     batch_norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
     skipped = {name for p in skip for name in matching("skip", p, [*layers, *batch_norms], layers)}
     matches = {pattern: matching("overrides", pattern, layers, layers) for pattern in overrides}
@@ -163,8 +171,15 @@ def prepare(
     model = swapped(model, twins)
     _leave_fast_path(model)
     model.quantization_summary = PrepareSummary(rows, left, base)
+    model.quantization_summary.new_parameters = new_parameters(model, parameters)
     logger.info("%s", model.quantization_summary)
     return model
+
+
+def quantisable(model: nn.Module) -> list[str]:
+    """Names of the float layers that :func:`prepare` has twins of."""
+    twins = _twins()
+    return [name for name, module in model.named_modules() if type(module) in twins]
 
 
 def _prepare_fixed_point(
@@ -180,8 +195,11 @@ def _prepare_fixed_point(
         isinstance(m, (QuantLayer, QuantizedLayer)) for m in model.modules()
     ):
         raise ValueError("prepare: expected a float model, got one with layers that are quantised already")
-    prepared = prepare_fixed_point(model if inplace else copied(model), recipe)
+    model = model if inplace else copied(model)
+    known = list(model.parameters())
+    prepared = prepare_fixed_point(model, recipe)
     prepared.quantization_summary = PrepareSummary(summary_rows(prepared), {}, recipe)
+    prepared.quantization_summary.new_parameters = new_parameters(prepared, known)
     logger.info("%s", prepared.quantization_summary)
     return prepared
 

@@ -95,6 +95,8 @@ class QuantizedLayer(Float32State):
         fake_quant, weight = check_convertible(layer), layer.weight_to_quantize()
         self.bits, self.signed = fake_quant.spec.bits, fake_quant.symmetric
         self.weight_shape = tuple(weight.shape)
+        if check_observed and not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"convert: {type(layer).__name__}: expected finite weights, got NaN or Inf")
         if fake_quant.ready or check_observed:
             scale, zero_point = fake_quant.calculate_qparams(weight)
         else:
