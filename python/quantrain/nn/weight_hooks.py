@@ -19,7 +19,7 @@ _KNOWN = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 
 def run_weight_hooks(model: nn.Module) -> None:
-    """Computes every weight that a known hook computes, from the parameters as they are, without gradient.
+    """Computes every weight that a known hook computes, from the parameters as they are; a leaf, which may be copied.
 
     A spectral norm takes no step of its power iteration.
     """
@@ -31,6 +31,18 @@ def run_weight_hooks(model: nn.Module) -> None:
                     setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False))
                 else:
                     hook(module, ())
+            name = _computed(hook)
+            getattr(module, name).requires_grad_(module._parameters[_source(module, name)].requires_grad)
+
+
+def _computed(hook: object) -> str:
+    """The attribute that a known hook computes."""
+    return hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
+
+
+def _source(module: nn.Module, name: str) -> str:
+    """The parameter that it is computed from."""
+    return next(key for key in (f"{name}_v", f"{name}_orig") if key in module._parameters)
 
 
 def unknown_weight(module: nn.Module) -> str:
@@ -39,9 +51,5 @@ def unknown_weight(module: nn.Module) -> str:
         return "its weight is parametrized (torch.nn.utils.parametrize)"
     if isinstance(module._parameters.get("weight"), nn.Parameter):
         return ""
-    computed = {
-        getattr(h, "name", getattr(h, "_tensor_name", ""))
-        for h in module._forward_pre_hooks.values()
-        if isinstance(h, _KNOWN)
-    }
+    computed = {_computed(hook) for hook in module._forward_pre_hooks.values() if isinstance(hook, _KNOWN)}
     return "" if "weight" in computed else "its weight is computed by a hook, or is no parameter"
