@@ -308,6 +308,9 @@ def loaded(folder: Path, name: str, recipe: str) -> tuple[Tensor, Tensor]:
     model, batch = built(name)
     model = qnn.convert(qnn.prepare(model, recipe), skip=about["skip"], check_observed=False)
     qnn.load_checkpoint(folder / f"{name}.safetensors", model)
+    other = qnn.from_checkpoint(folder / f"{name}.safetensors", built(name)[0])
+    if not torch.equal(output_of(other, batch), output_of(model.eval(), batch)):
+        raise ValueError(f"{name}: from_checkpoint gives another model")
     return output_of(model.eval(), batch), torch.load(folder / f"{name}.pt")
 
 

@@ -65,7 +65,6 @@ def flow(name: str, recipe: str, folder: Path | None = None) -> torch.nn.Module:
             output_of(model, batch)  # batch norms have seen a batch
         qnn.prepare(model, recipe)
         qnn.calibrate(model, [batch])
-        qnn.enable_observer(model)  # auxiliary heads, which evaluation does not call, see their first batch in training
         model.train()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         for _ in range(2):
