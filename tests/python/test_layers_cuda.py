@@ -66,6 +66,18 @@ def test_a_nan_batch_raises_and_leaves_the_range():
     assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
 
 
+def test_a_range_that_follows_training_turns_inf_into_nan_and_stays():
+    layer, x = calibrated(linear, "qat-w8a8", device="cuda")
+    before = copy.deepcopy(layer.state_dict())
+    bad = x.clone()
+    bad[0, 0] = math.inf
+    assert layer(bad).isnan().all()  # without waiting for a check; a loss scaler skips the step
+    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+    assert layer(x).isfinite().all()
+    qnn.enable_observer(layer, False)
+    assert layer(bad).isfinite().all()  # a frozen range saturates
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_linear_compiles_without_a_graph_break(recipe):
     torch._dynamo.reset()
