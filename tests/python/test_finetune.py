@@ -102,6 +102,7 @@ class _Sources(html.parser.HTMLParser):
 def test_run_leaves_every_file(finished):
     names = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
     expected = {"config.json", "results.json", "metrics.jsonl", "report.html", "table.txt", "float32.safetensors"}
+    expected.add("files.json")
     for recipe in ("qat-w8a8", "qat-w4a4"):
         expected |= {f"{recipe}.{form}.safetensors" for form in ("prepared", "trained", "converted")}
     expected |= {f"ptq-w8a8.{form}.safetensors" for form in ("prepared", "converted")}

@@ -101,7 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--name", help="the run's name (default: made of model and data)")
     run.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="the folder of all runs (runs)")
     run.add_argument(
-        "--restart", action="store_true", help="delete what an earlier run of this name left, and begin again"
+        "--restart",
+        action="store_true",
+        help="delete the files that an earlier run of this name wrote, and begin again",
     )
     run.add_argument("--tensorboard", action="store_true", help="write TensorBoard events too")
     training = finetune.add_argument_group("training")
@@ -189,7 +191,10 @@ def make_config(arguments: argparse.Namespace) -> JobConfig:
 
 def finetune(arguments: argparse.Namespace, command: str) -> int:
     """Run the command ``finetune``, given on the command line as ``command``; the result is the exit status."""
-    config = make_config(arguments)
+    try:
+        config = make_config(arguments)
+    except ValueError as error:
+        return _failed("finetune", error)
     try:
         from quantrain.finetune.job import Job
         from quantrain.finetune.memory import keep_freed_memory

@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from quantrain.finetune.folder import check_name
+from quantrain.finetune.results import write_json
 from quantrain.finetune.trainer import TrainSettings
 
 BASELINE = "float32"
@@ -70,6 +72,9 @@ class JobConfig:
     quick: bool = False
     tensorboard: bool = False
 
+    def __post_init__(self) -> None:
+        check_name(self.name, "--name")
+
     @property
     def folder(self) -> Path:
         """The folder of this run's files."""
@@ -117,25 +122,29 @@ _RECIPE_DEFAULTS = {
 _QUICK_FACTOR = {"images": 0.2, "sst2": 1.0}
 
 
-def record_config(config: JobConfig) -> None:
-    """Write the run's config.json, or check that the one that is there asks for the same.
+def check_config(config: JobConfig) -> None:
+    """Make sure that the run's config.json, where there is one, asks for the same.
 
     Raises:
         ValueError: An earlier run of this name was asked for something else; nothing is changed.
     """
     path = config.folder / "config.json"
+    if not path.is_file():
+        return
     wanted = json.loads(json.dumps(config.to_json()))
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: expected the JSON of an earlier run, got {error}") from error
-        for field in fields(config):
-            key = field.name
-            if key not in _FREE_TO_CHANGE and found.get(key) != wanted[key]:
-                raise ValueError(
-                    f"{path}: expected {key} = {found.get(key)!r} as in the run that is resumed, got {wanted[key]!r}; "
-                    "take another --name, or --restart to begin again"
-                )
-    config.folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected the JSON of an earlier run, got {error}") from error
+    for field in fields(config):
+        key = field.name
+        if key not in _FREE_TO_CHANGE and found.get(key) != wanted[key]:
+            raise ValueError(
+                f"{path}: expected {key} = {found.get(key)!r} as in the run that is resumed, got {wanted[key]!r}; "
+                "take another --name, or --restart to begin again"
+            )
+
+
+def record_config(config: JobConfig) -> None:
+    """Write the run's config.json."""
+    write_json(config.folder / "config.json", config.to_json())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import platform
-import shutil
 import time
 from dataclasses import replace
 from datetime import date
@@ -16,8 +15,9 @@ from torch import nn
 import quantrain
 from quantrain import nn as qnn
 from quantrain.finetune import memory, minilm, plots
-from quantrain.finetune.config import BASELINE, JobConfig, record_config
+from quantrain.finetune.config import BASELINE, JobConfig, check_config, record_config
 from quantrain.finetune.data import Batch, calibration_batches, load_image_data
+from quantrain.finetune.folder import RUN_FILES, RunFolder, stage_files
 from quantrain.finetune.grids import input_grids, weight_grids
 from quantrain.finetune.metrics import Metrics
 from quantrain.finetune.models import load_model
@@ -26,9 +26,6 @@ from quantrain.finetune.results import AuditRow, LayerError, StageResult, read_r
 from quantrain.finetune.table import format_seconds, format_table
 from quantrain.finetune.text import load_text_data
 from quantrain.finetune.trainer import EVAL_BATCH, StopRequest, TrainResult, evaluate, to_device, train
-
-_OWN_FILES = ("config.json", "results.json", "metrics.jsonl", "report.html", "table.txt")
-_OWN_FOLDERS = ("plots", "state", "tensorboard")
 
 
 def load_data(config: JobConfig):
@@ -68,23 +65,13 @@ def find_device(name: str) -> torch.device:
         raise ValueError(f"--device: expected a device that this machine has, got {name!r} ({reason})") from error
 
 
-def delete_run(config: JobConfig) -> None:
-    """Delete the files that an earlier run of this name left; files that no run writes stay."""
-    for name in _OWN_FILES:
-        (config.folder / name).unlink(missing_ok=True)
-    for name in _OWN_FOLDERS:
-        shutil.rmtree(config.folder / name, ignore_errors=True)
-    for path in config.folder.glob("*.safetensors"):
-        path.unlink()
-
-
 class Job:
     """One run of a JobConfig, resumed from what its folder holds.
 
     Args:
         config: What to do.
         stop: Asked between steps whether the user wants to stop.
-        restart: Whether to delete what an earlier run of this name left.
+        restart: Whether to delete the files that an earlier run of this name recorded as its own.
         command: The command line, for the report.
 
     Raises:
@@ -103,17 +90,27 @@ class Job:
             torch.set_num_threads(config.threads)
         self.data = load_data(config)
         self.baseline = new_model(config, self.data).to(self.device)
-        if restart:
-            delete_run(config)
-        record_config(config)
         self.folder = config.folder
-        for name in ("plots", "state"):
-            (self.folder / name).mkdir(exist_ok=True)
-        self.metrics = Metrics(
-            self.folder / "metrics.jsonl", self.folder / "tensorboard" if config.tensorboard else None
-        )
+        self.metrics = self._open_folder(restart)
         self.results = read_results(self.folder)
         self.calibration = calibration_batches(self.data, config.batch_size, config.calibration_batches, config.seed)
+
+    def _open_folder(self, restart: bool) -> Metrics:
+        """Take the run's folder, or go on in it; nothing is changed where it is another's."""
+        files = RunFolder(self.folder)
+        names = [*RUN_FILES, *(name for stage in (BASELINE, *self.recipes) for name in stage_files(stage))]
+        files.check(names)
+        if restart:
+            files.delete()
+        else:
+            check_config(self.config)
+        files.claim(names)
+        record_config(self.config)
+        events = self.folder / "tensorboard"
+        before = set(events.glob("*"))
+        metrics = Metrics(self.folder / "metrics.jsonl", events if self.config.tensorboard else None)
+        files.claim(f"tensorboard/{path.name}" for path in set(events.glob("*")) - before)
+        return metrics
 
     def run(self) -> list[StageResult]:
         """Do what is not done yet, print and write the table and the report; the result is the table's rows.

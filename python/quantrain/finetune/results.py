@@ -107,7 +107,12 @@ def read_results(folder: Path) -> dict[str, StageResult]:
 
 
 def write_results(folder: Path, results: dict[str, StageResult]) -> None:
-    """Write results.json whole, then rename it into place."""
-    temporary = folder / "results.tmp"
-    temporary.write_text(json.dumps([asdict(result) for result in results.values()], indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "results.json")
+    """Write results.json, whole or not at all."""
+    write_json(folder / "results.json", [asdict(result) for result in results.values()])
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write ``content`` as JSON, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,124 @@
+"""The folder of a run: which files in it are the run's own, recorded before they are written, so that no other is replaced or deleted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from quantrain.finetune.results import read_results, write_json
+
+MANIFEST = "files.json"
+RUN_FILES = (
+    "config.json",
+    "results.json",
+    "metrics.jsonl",
+    "report.html",
+    "table.txt",
+    "plots/curves.png",
+    "plots/sqnr.png",
+)
+SUBFOLDERS = ("plots", "state", "tensorboard")
+
+
+def check_name(name: str, what: str) -> str:
+    """``name`` where it names one entry of a folder, that is, has no separator and is not ``.`` or ``..``.
+
+    Raises:
+        ValueError: It is anything else; the message begins with ``what``.
+
+    Example:
+        >>> check_name("resnet20-digits", "--name")
+        'resnet20-digits'
+    """
+    if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
+        raise ValueError(f"{what}: expected a name without / and \\ that is not empty, '.' or '..', got {name!r}")
+    return name
+
+
+def stage_files(stage: str) -> list[str]:
+    """The files that a run may write for ``stage``, relative to its folder."""
+    forms = ("", ".prepared", ".trained", ".converted")
+    names = [f"{stage}{form}.safetensors" for form in forms]
+    names += [f"{stage}.converted.json", f"{stage}.error.txt", f"state/{stage}.pt"]
+    return names + [f"plots/{stage}-{kind}.png" for kind in ("weights", "inputs")]
+
+
+class RunFolder:
+    """The files of one run, in ``files.json`` of its folder ``path``.
+
+    A run from before there was such a list owns what its config.json and results.json name.
+
+    Raises:
+        ValueError: files.json is damaged, or names something outside the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files = self._recorded()
+
+    def check(self, names: Iterable[str]) -> None:
+        """Make sure that the run may write the files ``names``.
+
+        Raises:
+            FileExistsError: One is there that no run recorded.
+        """
+        for name in names:
+            if name not in self.files and (self.path / name).exists():
+                raise FileExistsError(
+                    f"{self.path / name}: expected no such file or one that a run recorded in {MANIFEST}, got one of unknown "
+                    "origin, which the run would replace; take another --name, or move it away"
+                )
+
+    def claim(self, names: Iterable[str]) -> None:
+        """Record the files ``names`` as the run's own, before they are written; the folder is made where there is none."""
+        self.files |= set(names)
+        for name in ("plots", "state"):
+            (self.path / name).mkdir(parents=True, exist_ok=True)
+        write_json(self.path / MANIFEST, sorted(self.files))
+
+    def delete(self) -> None:
+        """Delete the recorded files, then those of the run's folders that are empty; everything else stays."""
+        for name in self.files:
+            self._inside(name).unlink(missing_ok=True)
+        (self.path / MANIFEST).unlink(missing_ok=True)
+        for name in SUBFOLDERS:
+            folder = self.path / name
+            if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+                folder.rmdir()
+        self.files = set()
+
+    def _inside(self, name: str) -> Path:
+        path = self.path / name
+        parts = PurePosixPath(name).parts
+        known = len(parts) == 1 or (len(parts) == 2 and parts[0] in SUBFOLDERS)
+        if not known or ".." in parts or parts[0] == "/":
+            raise ValueError(f"{self.path / MANIFEST}: expected names of files in the run's folder, got {name!r}")
+        if path.parent.resolve() != self.path.resolve() / path.parent.relative_to(self.path):
+            raise ValueError(f"{self.path / MANIFEST}: expected files in the run's folder, got {name!r} behind a link")
+        return path
+
+    def _recorded(self) -> set[str]:
+        path = self.path / MANIFEST
+        if not path.is_file():
+            return self._of_older_run()
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: expected the list of a run's files, got {error}") from error
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            raise ValueError(f"{path}: expected the list of a run's files, got {type(found).__name__}")
+        for name in found:
+            self._inside(name)
+        return set(found)
+
+    def _of_older_run(self) -> set[str]:
+        path = self.path / "config.json"
+        try:
+            stages = ["float32", *json.loads(path.read_text(encoding="utf-8"))["recipes"]]
+        except (OSError, ValueError, TypeError, KeyError):
+            return set()
+        stages = [stage for stage in dict.fromkeys([*stages, *read_results(self.path)]) if isinstance(stage, str)]
+        names = [name for stage in stages for name in stage_files(check_name(stage, str(path)))]
+        events = (self.path / "tensorboard").glob("events.out.tfevents.*")  # named by TensorBoard, so not in a list
+        return {*RUN_FILES, *names, *(f"tensorboard/{event.name}" for event in events)}
