@@ -439,7 +439,7 @@ def command(monkeypatch):
     from quantrain.finetune.cli import main
 
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    return lambda *words: main(["probe", *map(str, words)])
+    return lambda folder, *words: main(["probe", *map(str, (folder, "--model", "test_gradient_probe:tiny", *words))])
 
 
 def test_command_line_on_a_run(run_folder, command, capsys):
@@ -483,3 +483,37 @@ def test_command_line_errors(run_folder, command, capsys, words, message):
     assert command(*[word.format(run=run_folder) for word in words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("quantrain probe: error: ") and message in error
+
+
+EVIL = """
+import pathlib
+pathlib.Path(__file__).with_name("ran").touch()
+def model(num_classes=10): ...
+def dataset(): ...
+"""
+
+
+@pytest.mark.parametrize("option", ["model", "data"])
+@pytest.mark.parametrize("words", [[], ["--{option}", "test_gradient_probe:tiny"], ["--{option}", "resnet20"]])
+def test_a_folder_alone_makes_no_code_run(run_folder, capsys, tmp_path, monkeypatch, option, words):
+    from quantrain.finetune.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil_of_the_folder.py").write_text(EVIL)
+    found = {**json.loads((run_folder / "config.json").read_text()), "model": "resnet20"}
+    (tmp_path / "config.json").write_text(json.dumps({**found, option: f"evil_of_the_folder:{option}"}))
+    assert main(["probe", str(tmp_path), *(word.format(option=option) for word in words)]) == 2
+    error = capsys.readouterr().err
+    assert f"--{option}: expected" in error and f"'evil_of_the_folder:{option}'" in error
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_built_in_model_needs_no_option(run_folder, tmp_path, capsys):
+    from quantrain.finetune.cli import main
+    from quantrain.finetune.models import resnet20
+
+    qnn.save_checkpoint(tmp_path / "float32.safetensors", resnet20())
+    found = json.loads((run_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**found, "model": "resnet20"}))
+    assert main(["probe", str(tmp_path), "--batches", "2", "--batch-size", "4", "--draws", "4"]) == 0
+    assert "float32.safetensors: 2 batches of 4" in capsys.readouterr().out

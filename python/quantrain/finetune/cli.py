@@ -28,6 +28,7 @@ PROBE_EXAMPLES = """\
 examples:
   quantrain probe runs/resnet20-fashion-mnist                            the first recipe's checkpoint
   quantrain probe runs/resnet20-fashion-mnist --recipe fqt-bhq5          that recipe's
+  quantrain probe runs/tiny --model my_models:tiny                       a run of your own model
   quantrain probe runs/r/qat-w8a8.trained.safetensors --quantizers per_tensor:8,per_sample:5,householder:5
 """
 
@@ -148,6 +149,12 @@ def _add_probe(commands) -> None:
     whole, number = _positive(int), _positive(float)
     probe.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run's folder, or a checkpoint in it")
     probe.add_argument("--recipe", help="whose checkpoint; where there is none, float32 prepared with it")
+    for what in ("model", "data"):
+        probe.add_argument(
+            f"--{what}",
+            metavar="MODULE:FUNCTION",
+            help=f"the run's {what}, to be repeated where it is a function of yours: a run's folder alone makes no code run",
+        )
     probe.add_argument(
         "--quantizers",
         type=lambda text: tuple(text.split(",")),

@@ -82,6 +82,16 @@ def resnet20(num_classes: int = 10, in_channels: int = 1) -> ResNet20:
     return ResNet20(num_classes, in_channels)
 
 
+def names_code(name: str) -> bool:
+    """Whether ``name`` has the form ``module:function``.
+
+    Example:
+        >>> names_code("my_models:tiny"), names_code("resnet20")
+        (True, False)
+    """
+    return ":" in name
+
+
 def load_model(name: str, num_classes: int, in_channels: int) -> nn.Module:
     """The model that ``name`` means: ``resnet20``, or ``module:function`` for a function that returns an nn.Module.
 

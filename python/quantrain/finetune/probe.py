@@ -15,6 +15,7 @@ from quantrain import nn as qnn
 from quantrain.finetune.config import BASELINE, JobConfig
 from quantrain.finetune.data import calibration_batches
 from quantrain.finetune.job import find_device, load_data, new_model
+from quantrain.finetune.models import names_code
 from quantrain.finetune.trainer import to_device
 from quantrain.nn.gradient_probe import DEFAULT_QUANTIZERS
 
@@ -30,6 +31,8 @@ class ProbeSettings:
         batches: Training batches.
         draws: Of each gradient and quantizer.
         fraction: What quantisation may add to the batch variance.
+        model: The ``module:function`` of the run's model; needed where its config.json names one, since that is code that runs.
+        data: The ``module:function`` of the run's data, likewise.
         network: Repeats a layer and quantizer of measure_network on the last batch; 0 leaves it out.
         batch_size: Samples a batch; None takes the run's.
         out: The folder of probe.json and probe.png; None: ``probe`` in the run's folder.
@@ -44,6 +47,8 @@ class ProbeSettings:
     batches: int = 8
     draws: int = 8
     fraction: float = 0.1
+    model: str | None = None
+    data: str | None = None
     network: int = 0
     batch_size: int | None = None
     out: Path | None = None
@@ -69,6 +74,23 @@ def read_config(folder: Path) -> JobConfig:
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: expected the config.json of a run of quantrain finetune, got {error!r}") from error
     return replace(config, baseline=None)
+
+
+def check_named(settings: ProbeSettings, config: JobConfig) -> None:
+    """Make sure that code which the run's config.json names is named by the user too: a folder alone makes nothing run.
+
+    Raises:
+        ValueError: It is not, or the user names something else than the run.
+    """
+    for option in ("model", "data"):
+        found, named = getattr(config, option), getattr(settings, option)
+        if named is None and names_code(found):
+            raise ValueError(
+                f"--{option}: expected it to repeat {found!r}, code that the run's config.json names and that probe would "
+                "run, got none"
+            )
+        if named is not None and named != found:
+            raise ValueError(f"--{option}: expected {found!r} as in the run's config.json, got {named!r}")
 
 
 def find_checkpoint(target: Path, recipe: str | None, config: JobConfig) -> Path:
@@ -139,10 +161,11 @@ def run_probe(settings: ProbeSettings) -> qnn.GradientProbe:
 
     Raises:
         FileNotFoundError: No run, checkpoint or data where the settings say.
-        ValueError: A checkpoint, recipe, quantizer or number outside its rule.
+        ValueError: A checkpoint, recipe, quantizer or number outside its rule, or a model that the user did not name.
     """
     folder = settings.target if settings.target.is_dir() else settings.target.parent
     config = read_config(folder)
+    check_named(settings, config)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     data = load_data(config)
