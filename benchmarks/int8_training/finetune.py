@@ -16,7 +16,8 @@ from pathlib import Path
 from int8_bench.recipes import int8_recipe
 
 import quantrain.nn as qnn
-from quantrain.finetune.config import BASELINE, JobConfig
+from quantrain.finetune.config import JobConfig
+from quantrain.finetune.folder import BASELINE
 from quantrain.finetune.job import Job
 from quantrain.finetune.minilm import package_file
 from quantrain.finetune.results import StageResult

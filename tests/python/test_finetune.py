@@ -22,7 +22,7 @@ from quantrain import nn as qnn  # noqa: E402
 from quantrain.finetune import data as image_data  # noqa: E402
 from quantrain.finetune import grids, job, metrics, minilm, models, plots, table, trainer  # noqa: E402
 from quantrain.finetune.cli import build_parser, main, make_config  # noqa: E402
-from quantrain.finetune.config import BASELINE  # noqa: E402
+from quantrain.finetune.folder import BASELINE  # noqa: E402
 from quantrain.finetune.results import StageResult, read_results  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -270,7 +270,7 @@ def test_unknown_recipe_is_named(tmp_path, capsys):
         ("no_such_module:f", "expected an importable module, got 'no_such_module'"),
         ("test_finetune:no_such_function", "expected a function in test_finetune, got 'no_such_function'"),
         ("resnet99", "expected resnet20 or module:function, got 'resnet99'"),
-        ("test_finetune:not_a_model", "expected test_finetune:not_a_model to return a torch.nn.Module, got dict"),
+        ("test_finetune:not_a_model", "expected test_finetune:not_a_model() to return a torch.nn.Module, got dict"),
     ],
 )
 def test_bad_model_is_named(tmp_path, capsys, model, message):

@@ -12,7 +12,7 @@ from pathlib import Path
 from quantrain.finetune.config import IMAGE_RECIPES, TEXT_RECIPES, JobConfig
 from quantrain.finetune.trainer import Interrupted, StopRequest
 
-EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+EXIT_FAILED, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130  # failed: a recipe, or a plot or the report
 
 EXAMPLES = """\
 examples:
@@ -88,7 +88,27 @@ def build_parser() -> argparse.ArgumentParser:
     whole, number = _positive(int), _positive(float)
     what = finetune.add_argument_group("what to run")
     what.add_argument("--job", choices=sorted(_DEFAULTS), default="images", help="images (default), or MiniLM on sst2")
-    what.add_argument("--recipes", nargs="+", metavar="RECIPE", help="named recipes, run in this order")
+    what.add_argument(
+        "--recipes",
+        nargs="+",
+        metavar="RECIPE",
+        help="named recipes, or JSON files with what Recipe.to_json gives, run in this order",
+    )
+    what.add_argument(
+        "--override",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting of every recipe, e.g. weight.bits=6, input=null, edge_bits=0; may be repeated",
+    )
+    what.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="LAYER",
+        help="leave the layers of this name or pattern (conv1, 'layer1.*') in float32; may be repeated",
+    )
     what.add_argument("--model", metavar="MODEL", help="resnet20 (default) or module:function returning an nn.Module")
     what.add_argument(
         "--data",
@@ -189,7 +209,8 @@ def make_config(arguments: argparse.Namespace) -> JobConfig:
     for key, (normal, quick) in _DEFAULTS[arguments.job].items():
         if values[key] is None:
             values[key] = quick if arguments.quick else normal
-    values["recipes"] = tuple(dict.fromkeys(values["recipes"]))
+    for key in ("recipes", "overrides", "skip"):
+        values[key] = tuple(dict.fromkeys(values[key]))
     if values["name"] is None:
         parts = [values["model"].replace(":", "-"), Path(values["data"]).stem, *(["quick"] if arguments.quick else [])]
         values["name"] = "-".join(parts)
@@ -208,7 +229,8 @@ def finetune(arguments: argparse.Namespace, command: str) -> int:
 
         keep_freed_memory()
         with StopRequest().listening() as stop:
-            Job(config, stop, restart=arguments.restart, command=command).run()
+            job = Job(config, stop, restart=arguments.restart, command=command)
+            job.run()
     except Interrupted:
         print(
             f"\nstopped; what is done is in {config.folder}, and the same command goes on from there", file=sys.stderr
@@ -221,7 +243,7 @@ def finetune(arguments: argparse.Namespace, command: str) -> int:
         return _missing("finetune", error)
     except (ValueError, OSError) as error:
         return _failed("finetune", error)
-    return 0
+    return EXIT_FAILED if job.failures or job.problems else 0
 
 
 def probe(arguments: argparse.Namespace) -> int:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
+from quantrain import Recipe
 from quantrain.finetune.folder import check_name
 from quantrain.finetune.results import write_json
 from quantrain.finetune.trainer import TrainSettings
 
-BASELINE = "float32"
 IMAGE_RECIPES = ("qat-w8a8", "qat-w4a4", "ptq-w8a8")
 TEXT_RECIPES = ("qat-w8a8", "qat-w4a8")
 
-# What may differ between a run and the one that resumes it: where and how fast it runs, and which recipes it adds.
-_FREE_TO_CHANGE = {"recipes", "name", "runs", "device", "threads", "tensorboard"}
+# What may differ between a run and the one that resumes it: where and how fast it runs, and which recipes it adds (a recipe
+# that is done is compared itself).
+_FREE_TO_CHANGE = {"recipes", "overrides", "name", "runs", "device", "threads", "tensorboard"}
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class JobConfig:
         job: ``"images"`` or ``"sst2"``.
         model: ``"resnet20"``, ``"minilm"`` or ``"module:function"``.
         data: ``"fashion-mnist"``, ``"digits"``, ``"sst2"``, or a path.
-        recipes: Names of recipes, run in this order.
+        recipes: Names of recipes or JSON files with one, run in this order.
+        overrides: Settings that every recipe gets, such as ``"weight.bits=4"``.
+        skip: Patterns of layers that stay in float32 under every recipe.
         name: The run's name; its files go to ``runs / name``.
         runs: The folder of all runs.
         baseline: A float32 checkpoint to start from; None trains one.
@@ -53,6 +57,8 @@ class JobConfig:
     data: str
     recipes: tuple[str, ...]
     name: str
+    overrides: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
     runs: Path = Path("runs")
     baseline: Path | None = None
     epochs: float = 2.5
@@ -122,8 +128,8 @@ _RECIPE_DEFAULTS = {
 _QUICK_FACTOR = {"images": 0.2, "sst2": 1.0}
 
 
-def check_config(config: JobConfig) -> None:
-    """Make sure that the run's config.json, where there is one, asks for the same.
+def check_config(config: JobConfig, recipes: Mapping[str, Recipe]) -> None:
+    """Make sure that the run's config.json, where there is one, asks for the same, and means the same by the recipes' names.
 
     Raises:
         ValueError: An earlier run of this name was asked for something else; nothing is changed.
@@ -132,19 +138,39 @@ def check_config(config: JobConfig) -> None:
     if not path.is_file():
         return
     wanted = json.loads(json.dumps(config.to_json()))
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected the JSON of an earlier run, got {error}") from error
+    found = _read(path)
     for field in fields(config):
         key = field.name
-        if key not in _FREE_TO_CHANGE and found.get(key) != wanted[key]:
+        default = [] if field.default == () else None if field.default is MISSING else field.default
+        before = found.get(
+            key, default
+        )  # an older run's file lacks what was added since, which it did as the default says
+        if key not in _FREE_TO_CHANGE and before != wanted[key]:
             raise ValueError(
-                f"{path}: expected {key} = {found.get(key)!r} as in the run that is resumed, got {wanted[key]!r}; "
+                f"{path}: expected {key} = {before!r} as in the run that is resumed, got {wanted[key]!r}; "
+                "take another --name, or --restart to begin again"
+            )
+    for name, text in found.get("recipe_settings", {}).items():
+        if name in recipes and Recipe.from_json(text).to_json() != recipes[name].to_json():
+            raise ValueError(
+                f"{path}: expected the recipe {name} as in the run that is resumed, got one of other settings; "
                 "take another --name, or --restart to begin again"
             )
 
 
-def record_config(config: JobConfig) -> None:
-    """Write the run's config.json."""
-    write_json(config.folder / "config.json", config.to_json())
+def record_config(config: JobConfig, recipes: Mapping[str, Recipe]) -> None:
+    """Write the run's config.json: what it was asked for, and what each recipe's name means."""
+    path = config.folder / "config.json"
+    earlier = _read(path).get("recipe_settings", {}) if path.is_file() else {}
+    settings = {**earlier, **{name: recipe.to_json() for name, recipe in recipes.items()}}
+    write_json(path, {**config.to_json(), "recipes": list(recipes), "recipe_settings": settings})
+
+
+def _read(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected the JSON of an earlier run, got {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected the JSON of an earlier run, got {type(found).__name__}")
+    return found

@@ -108,6 +108,11 @@ class ImageData(LabelledData):
         """Number of channels of an image."""
         return self.train_images.shape[1]
 
+    @property
+    def model_arguments(self) -> dict[str, int]:
+        """What a model's function is told about the inputs."""
+        return {"in_channels": self.in_channels}
+
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images as float32 with the training set's mean 0 and standard deviation 1."""
         return images.float().div_(255).sub_(self.mean).div_(self.std)

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from quantrain.finetune.results import read_results, write_json
 
+BASELINE = "float32"
 MANIFEST = "files.json"
 RUN_FILES = (
     "config.json",
@@ -115,7 +116,7 @@ class RunFolder:
     def _of_older_run(self) -> set[str]:
         path = self.path / "config.json"
         try:
-            stages = ["float32", *json.loads(path.read_text(encoding="utf-8"))["recipes"]]
+            stages = [BASELINE, *json.loads(path.read_text(encoding="utf-8"))["recipes"]]
         except (OSError, ValueError, TypeError, KeyError):
             return set()
         stages = [stage for stage in dict.fromkeys([*stages, *read_results(self.path)]) if isinstance(stage, str)]

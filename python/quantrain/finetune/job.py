@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import platform
 import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -15,17 +19,21 @@ from torch import nn
 import quantrain
 from quantrain import nn as qnn
 from quantrain.finetune import memory, minilm, plots
-from quantrain.finetune.config import BASELINE, JobConfig, check_config, record_config
+from quantrain.finetune.config import JobConfig, check_config, record_config
 from quantrain.finetune.data import Batch, calibration_batches, load_image_data
-from quantrain.finetune.folder import RUN_FILES, RunFolder, stage_files
+from quantrain.finetune.folder import BASELINE, RUN_FILES, RunFolder, stage_files
 from quantrain.finetune.grids import input_grids, weight_grids
 from quantrain.finetune.metrics import Metrics
 from quantrain.finetune.models import load_model
+from quantrain.finetune.recipes import raise_all, resolve_recipes
+from quantrain.finetune.rehearsal import check_model, evaluation_seconds, reason_of, rehearse, rehearse_recipe
 from quantrain.finetune.report import write_report
-from quantrain.finetune.results import AuditRow, LayerError, StageResult, read_results, write_results
+from quantrain.finetune.results import AuditRow, FailedStage, LayerError, StageResult, read_results, write_results
 from quantrain.finetune.table import format_seconds, format_table
 from quantrain.finetune.text import load_text_data
-from quantrain.finetune.trainer import EVAL_BATCH, StopRequest, TrainResult, evaluate, to_device, train
+from quantrain.finetune.trainer import EVAL_BATCH, Interrupted, StopRequest, TrainResult, evaluate, to_device, train
+
+_TIMED_STEPS = 3  # of each stage of a quick run, before it starts: the first warms up
 
 
 def load_data(config: JobConfig):
@@ -46,10 +54,25 @@ def load_data(config: JobConfig):
 
 def new_model(config: JobConfig, data) -> nn.Module:
     """The job's float32 model with fresh (MiniLM: pretrained) weights drawn by the job's seed."""
+    return _called_model(config, data)[0]
+
+
+def _called_model(config: JobConfig, data) -> tuple[nn.Module, str]:
     torch.manual_seed(config.seed)
     if config.job == "sst2":
-        return minilm.sentence_classifier(data.num_classes)
-    return load_model(config.model, data.num_classes, data.in_channels)
+        return minilm.sentence_classifier(data.num_classes), "minilm"
+    return load_model(config.model, num_classes=data.num_classes, **data.model_arguments)
+
+
+def check_packages(config: JobConfig) -> None:
+    """Import what a run needs at its end, so that it fails now where that is not installed.
+
+    Raises:
+        ModuleNotFoundError: A package is missing.
+    """
+    packages = ["matplotlib", "safetensors", "tqdm", *(["tensorboard"] if config.tensorboard else [])]
+    for package in packages:
+        importlib.import_module(package)
 
 
 def find_device(name: str) -> torch.device:
@@ -75,8 +98,14 @@ class Job:
         command: The command line, for the report.
 
     Raises:
-        ValueError: An unknown recipe, a model or a device that does not exist, or a folder of another run.
+        ValueError: A recipe, a model or a device that does not exist, a model that does not fit the data, recipes that do not fit the
+            model (all are named), or a folder of another run. Nothing is written or deleted then.
         FileNotFoundError: Data or a baseline that is not there.
+        ModuleNotFoundError: A package that is missing.
+
+    Attributes:
+        failures: After ``run``: the recipes that failed, by name.
+        problems: What else went wrong without ending the run, such as a plot.
     """
 
     def __init__(
@@ -84,28 +113,82 @@ class Job:
     ) -> None:
         self.config, self.command = config, command
         self.stop = stop or StopRequest()
-        self.recipes = {name: quantrain.Recipe.from_name(name) for name in config.recipes}
+        self.folder = config.folder
+        self.recipes = resolve_recipes(config.recipes, config.overrides)
+        self.failures: dict[str, FailedStage] = {}
+        self.problems: list[str] = []
+        files = self._check_folder(restart)
+        self.results = {} if restart else read_results(self.folder)
+        check_packages(config)
         self.device = find_device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.data = load_data(config)
-        self.baseline = new_model(config, self.data).to(self.device)
-        self.folder = config.folder
-        self.metrics = self._open_folder(restart)
-        self.results = read_results(self.folder)
+        model, self.call = _called_model(config, self.data)
+        self.baseline = model.to(self.device)
+        self._check_models()
+        self.metrics = self._open_folder(files, restart)
         self.calibration = calibration_batches(self.data, config.batch_size, config.calibration_batches, config.seed)
 
-    def _open_folder(self, restart: bool) -> Metrics:
-        """Take the run's folder, or go on in it; nothing is changed where it is another's."""
+    def _file_names(self) -> list[str]:
+        return [*RUN_FILES, *(name for stage in (BASELINE, *self.recipes) for name in stage_files(stage))]
+
+    def _check_folder(self, restart: bool) -> RunFolder:
         files = RunFolder(self.folder)
-        names = [*RUN_FILES, *(name for stage in (BASELINE, *self.recipes) for name in stage_files(stage))]
-        files.check(names)
+        files.check(self._file_names())
+        if not restart:
+            check_config(self.config, self.recipes)
+        return files
+
+    def _check_models(self) -> None:
+        """Try the model on the data and every recipe that is not done on the model, and read the baseline's checkpoint."""
+        started = time.perf_counter()
+        config, steps = self.config, _TIMED_STEPS if self.config.quick else 1
+        check_model(self.baseline, self.call, self.data, self.device)
+        done = BASELINE in self.results
+        path = self.checkpoint(BASELINE) if done else config.baseline
+        if path is not None:
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: expected a float32 checkpoint, got no such file")
+            qnn.load_checkpoint(path, self.baseline)
+        pending = {name: recipe for name, recipe in self.recipes.items() if name not in self.results}
+        seconds, faults = 0.0, []
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            if path is None:
+                settings = config.baseline_settings()
+                step = rehearse(copy.deepcopy(self.baseline), self.data, settings, self.device, steps=steps)
+                seconds += step * settings.steps_to_take(self.data.train_size)
+            for name, recipe in pending.items():
+                settings = config.recipe_settings(recipe)
+                try:
+                    step = rehearse_recipe(
+                        self.baseline, recipe, config.skip, self.data, settings, self.device, steps=steps
+                    )
+                except Exception as error:
+                    faults.append(f"{name}: {reason_of(error)}")
+                else:
+                    taken = settings.steps_to_take(self.data.train_size) if recipe.training else 0
+                    seconds += step * (taken + config.calibration_batches)
+        raise_all(faults)
+        self._say(
+            f"model: {self.call}, tried with {len(pending)} recipes in {format_seconds(time.perf_counter() - started)}"
+        )
+        if config.quick:
+            evaluations = (not done) + 2 * len(
+                pending
+            )  # a converted model was seen to take up to twice the float one's time
+            seconds += evaluations * evaluation_seconds(self.baseline, self.data, self.device)
+            self._say(
+                f"training and evaluation will take about {format_seconds(seconds)} here (measured on {steps} steps of each)"
+            )
+        memory.give_back()
+
+    def _open_folder(self, files: RunFolder, restart: bool) -> Metrics:
+        """Take the run's folder, or go on in it."""
         if restart:
             files.delete()
-        else:
-            check_config(self.config)
-        files.claim(names)
-        record_config(self.config)
+        files.claim(self._file_names())
+        record_config(self.config, self.recipes)
         events = self.folder / "tensorboard"
         before = set(events.glob("*"))
         metrics = Metrics(self.folder / "metrics.jsonl", events if self.config.tensorboard else None)
@@ -124,8 +207,34 @@ class Job:
             if name in self.results:
                 self._say(f"{name}: done by an earlier run")
             else:
-                self._run_recipe(name)
+                self._try_recipe(name)
         return self._finish()
+
+    def _try_recipe(self, name: str) -> None:
+        """Run a recipe; where it fails, note why and let the others go on."""
+        started = time.perf_counter()
+        try:
+            self._run_recipe(name)
+        except Interrupted:
+            raise
+        except Exception as error:
+            failed = FailedStage(name, reason_of(error), time.perf_counter() - started)
+            self.failures[name] = failed
+            trace = self.folder / f"{name}.error.txt"
+            trace.write_text(traceback.format_exc(), encoding="utf-8")
+            self._say(f"{name}: failed after {format_seconds(failed.seconds)}: {failed.failed} (traceback: {trace})")
+            self._write_results()
+        else:
+            self.folder.joinpath(f"{name}.error.txt").unlink(missing_ok=True)
+
+    @contextmanager
+    def _not_fatal(self, what: str) -> Iterator[None]:
+        """Note an error in ``what`` and go on: results are kept already."""
+        try:
+            yield
+        except Exception as error:
+            self.problems.append(f"{what}: {reason_of(error)}")
+            self._say(f"{what}: not made: {reason_of(error)}")
 
     def checkpoint(self, stage: str, form: str = "") -> Path:
         """The path of a stage's checkpoint; ``form`` is prepared, trained or converted, or empty for the baseline."""
@@ -164,23 +273,28 @@ class Job:
     def _keep(self, result: StageResult, epochs: float) -> None:
         self.metrics.evaluation(result.stage, result.steps, epochs, result.accuracy, result.loss)
         self.results[result.stage] = result
-        write_results(self.folder, self.results)
+        self._write_results()
         (self.folder / "state" / f"{result.stage}.pt").unlink(missing_ok=True)
         self._say(f"{result.stage}: accuracy {100 * result.accuracy:.2f} % in {format_seconds(result.seconds)}")
+
+    def _rows(self) -> list[StageResult | FailedStage]:
+        """What the table shows: the baseline and this run's recipes as far as they are done."""
+        known = {**self.failures, **self.results}
+        return [known[stage] for stage in (BASELINE, *self.recipes) if stage in known]
+
+    def _write_results(self) -> None:
+        write_results(self.folder, [*self.results.values(), *self.failures.values()])
+        (self.folder / "table.txt").write_text(f"{self._title()}\n{format_table(self._rows())}\n", encoding="utf-8")
 
     def _run_baseline(self) -> None:
         path = self.checkpoint(BASELINE)
         if BASELINE in self.results:
-            qnn.load_checkpoint(path, self.baseline)
             self._say(f"{BASELINE}: done by an earlier run")
             return
         started = time.perf_counter()
         memory.reset_peak(self.device)
         trained = None
         if self.config.baseline is not None:
-            if not self.config.baseline.is_file():
-                raise FileNotFoundError(f"{self.config.baseline}: expected a float32 checkpoint, got no such file")
-            qnn.load_checkpoint(self.config.baseline, self.baseline)
             self._say(f"{BASELINE}: loaded from {self.config.baseline}")
         else:
             trained = self._train(self.baseline, BASELINE, self.config.baseline_settings())
@@ -206,21 +320,26 @@ class Job:
         else:
             converted.save(path)
         accuracy, loss = evaluate(converted, self.data, self.device, self.stop)
-        result = replace(
-            self._result(name, accuracy, loss, path, trained, started),
-            convert_difference=self._convert_difference(model, converted),
-        )
-        if recipe.fixed_point is None:
-            result = replace(result, layer_errors=self._layer_errors(model))
-            self._plot_grids(name, model)
-        else:  # no table of errors: tensors are rounded in units of their neighbours, which it does not know
-            result = replace(result, audit=tuple(AuditRow(**row) for row in converted.audit().rows))
+        result = self._result(name, accuracy, loss, path, trained, started)
         self._keep(result, settings.epochs if trained else 0)
+        with self._not_fatal(f"{name}: errors by layer"):
+            self.results[name] = replace(result, **self._details(recipe, model, converted))
+            self._write_results()
+        if recipe.fixed_point is None:
+            with self._not_fatal(f"{name}: histograms"):
+                self._plot_grids(name, model)
+
+    def _details(self, recipe, model: nn.Module, converted: nn.Module) -> dict:
+        details = {"convert_difference": self._convert_difference(model, converted)}
+        if recipe.fixed_point is None:
+            return {**details, "layer_errors": self._layer_errors(model)}
+        # no table of errors: tensors are rounded in units of their neighbours, which it does not know
+        return {**details, "audit": tuple(AuditRow(**row) for row in converted.audit().rows)}
 
     def _prepared(self, name: str, recipe) -> nn.Module:
         """The baseline prepared with the recipe and calibrated; an interrupted stage goes on from its own calibration."""
         path = self.checkpoint(name, "prepared")
-        model = qnn.prepare(copy.deepcopy(self.baseline), recipe)
+        model = qnn.prepare(copy.deepcopy(self.baseline), recipe, skip=self.config.skip)
         if (self.folder / "state" / f"{name}.pt").is_file():
             qnn.load_checkpoint(path, model)
             return model
@@ -255,12 +374,13 @@ class Job:
                 plots.plot_histograms(grids, name, color, self.folder / "plots" / f"{name}-{kind}.png")
 
     def _finish(self) -> list[StageResult]:
-        results = [self.results[stage] for stage in (BASELINE, *self.recipes)]
-        table = format_table(results)
+        results = [row for row in self._rows() if isinstance(row, StageResult)]
+        table = format_table(self._rows())
         self._say("\n" + self._title() + "\n" + table + "\n")
         facts = "\n".join(f"{name}: {value}" for name, value in self._facts(results))
         (self.folder / "table.txt").write_text(f"{self._title()}\n{table}\n\n{facts}\n", encoding="utf-8")
-        self._write_report(results)
+        with self._not_fatal("report.html"):
+            self._write_report(results)
         return results
 
     def _write_report(self, results: list[StageResult]) -> None:
@@ -276,7 +396,7 @@ class Job:
                 if path.is_file():
                     figures.append((f"{name}: what is rounded, and the grid it is rounded to", path))
         report = self.folder / "report.html"
-        write_report(report, self._title(), self._lead(results), results, figures, self._facts(results))
+        write_report(report, self._title(), self._lead(results), self._rows(), figures, self._facts(results))
         self._say(f"report: {report}")
 
     def _title(self) -> str:

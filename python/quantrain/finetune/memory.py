@@ -29,6 +29,14 @@ def keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def give_back() -> None:
+    """Give freed memory back to the system, so that the next stage's peak is its own; without glibc nothing happens."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        return
+
+
 def reset_peak(device: torch.device) -> None:
     """Start a new peak; where the kernel does not allow that (it writes /proc/self/clear_refs), the old one stays."""
     if device.type == "cuda":

@@ -82,6 +82,9 @@ def resnet20(num_classes: int = 10, in_channels: int = 1) -> ResNet20:
     return ResNet20(num_classes, in_channels)
 
 
+BUILT_IN = {"resnet20": resnet20}
+
+
 def names_code(name: str) -> bool:
     """Whether ``name`` has the form ``module:function``.
 
@@ -92,40 +95,54 @@ def names_code(name: str) -> bool:
     return ":" in name
 
 
-def load_model(name: str, num_classes: int, in_channels: int) -> nn.Module:
-    """The model that ``name`` means: ``resnet20``, or ``module:function`` for a function that returns an nn.Module.
+def load_model(name: str, **offered: int) -> tuple[nn.Module, str]:
+    """The model that ``name`` means, and the call that made it: ``resnet20``, or ``module:function`` for a function of the user.
 
-    The function is called with those of ``num_classes`` and ``in_channels`` that it has parameters for. Modules are
-    looked for in the current folder too.
+    Args:
+        name: A function is called with those of ``offered`` that it has parameters for; one with ``**kwargs`` gets ``num_classes``
+            too. Modules are looked for in the current folder as well.
+        offered: What the data says: ``num_classes``, and ``in_channels`` of images.
 
     Raises:
-        ValueError: ``name`` is neither, or the module has no such function, or it returns something else.
+        ValueError: ``name`` is neither, or the module has no such function, or it fails or returns something else.
     """
-    if name == "resnet20":
-        return resnet20(num_classes, in_channels)
+    function = BUILT_IN.get(name) or import_function(name, "--model", ", ".join(BUILT_IN))
+    known = inspect.signature(function).parameters.values()
+    taken = {parameter.name for parameter in known}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
+        taken.add("num_classes")
+    given = {key: value for key, value in offered.items() if key in taken}
+    call = f"{name}({', '.join(f'{key}={value}' for key, value in given.items())})"
+    try:
+        model = function(**given)
+    except Exception as error:
+        raise ValueError(
+            f"--model: expected {call} to return a torch.nn.Module, got {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--model: expected {call} to return a torch.nn.Module, got {type(model).__name__}")
+    return model, call
+
+
+def import_function(name: str, option: str, others: str):
+    """The function ``name``, of the form ``module:function``; ``others`` is what else ``option`` takes.
+
+    Raises:
+        ValueError: It is not of that form, the module cannot be imported, or it has no such function.
+    """
     module_name, colon, function_name = name.partition(":")
     if not colon or not module_name or not function_name:
-        raise ValueError(f"--model: expected resnet20 or module:function, got {name!r}")
-    function = _import_function(module_name, function_name)
-    known = inspect.signature(function).parameters
-    offered = {"num_classes": num_classes, "in_channels": in_channels}
-    model = function(**{key: value for key, value in offered.items() if key in known})
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"--model: expected {name} to return a torch.nn.Module, got {type(model).__name__}")
-    return model
-
-
-def _import_function(module_name: str, function_name: str):
+        raise ValueError(f"{option}: expected {others} or module:function, got {name!r}")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"--model: expected an importable module, got {module_name!r} ({error})") from error
+    except Exception as error:
+        raise ValueError(f"{option}: expected an importable module, got {module_name!r} ({error})") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(
-            f"--model: expected a function in {module_name}, got {function_name!r}, which it does not have"
+            f"{option}: expected a function in {module_name}, got {function_name!r}, which it does not have"
         )
     return function

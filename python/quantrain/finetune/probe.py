@@ -12,8 +12,9 @@ from torch.nn import functional
 
 import quantrain
 from quantrain import nn as qnn
-from quantrain.finetune.config import BASELINE, JobConfig
+from quantrain.finetune.config import JobConfig
 from quantrain.finetune.data import calibration_batches
+from quantrain.finetune.folder import BASELINE
 from quantrain.finetune.job import find_device, load_data, new_model
 from quantrain.finetune.models import names_code
 from quantrain.finetune.trainer import to_device
@@ -70,7 +71,8 @@ def read_config(folder: Path) -> JobConfig:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         known = {field.name: found[field.name] for field in fields(JobConfig) if field.name in found}
-        config = JobConfig(**{**known, "recipes": tuple(known["recipes"]), "runs": Path(known["runs"])})
+        known |= {key: tuple(known.get(key, ())) for key in ("recipes", "overrides", "skip")}
+        config = JobConfig(**{**known, "runs": Path(known["runs"])})
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: expected the config.json of a run of quantrain finetune, got {error!r}") from error
     return replace(config, baseline=None)
@@ -134,11 +136,11 @@ def load_probed_model(settings: ProbeSettings, config: JobConfig, data) -> tuple
     path = find_checkpoint(settings.target, settings.recipe, config)
     model, recipe = new_model(config, data), checkpoint_recipe(path)
     if recipe is not None:
-        model = qnn.prepare(model, recipe)
+        model = qnn.prepare(model, recipe, skip=config.skip)
     qnn.load_checkpoint(path, model)
     model = model.to(find_device(settings.device))
     if recipe is None and settings.recipe is not None:
-        model = qnn.prepare(model, settings.recipe)
+        model = qnn.prepare(model, settings.recipe, skip=config.skip)
         batches = calibration_batches(data, config.batch_size, config.calibration_batches, config.seed)
         moved = [to_device(batch, find_device(settings.device)) for batch in batches]
         qnn.calibrate(model, moved, forward=lambda module, batch: module(*batch[0]))

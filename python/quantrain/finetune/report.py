@@ -7,7 +7,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from quantrain.finetune.results import StageResult
+from quantrain.finetune.results import FailedStage, StageResult
 from quantrain.finetune.table import HEADER, rows
 
 _STYLE = """
@@ -20,6 +20,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 10
 th, td { text-align: right; padding: .4rem .7rem; border-bottom: 1px solid #e6e6e6; white-space: nowrap; }
 th { font-weight: 600; color: #555; border-bottom: 2px solid #bbb; }
 th:first-child, td:first-child { text-align: left; font-weight: 600; }
+td.failed { text-align: left; white-space: normal; color: #b00; }
 tr.base td { background: #f6f6f6; }
 img { max-width: 100%; height: auto; display: block; margin: .6rem 0 1.1rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; }
@@ -35,15 +36,14 @@ def data_uri(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
 
-def _table(results: Sequence[StageResult]) -> str:
-    return _html_table(HEADER, rows(results), first_is_base=True)
-
-
 def _html_table(header: Sequence[str], lines: Sequence[Sequence[str]], *, first_is_base: bool = False) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = []
     for number, line in enumerate(lines):
         cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in line)
+        if len(line) == 2 < len(header):  # a failed stage and why
+            reason = html.escape(line[1])
+            cells = f'<td>{html.escape(line[0])}</td><td class="failed" colspan="{len(header) - 1}">{reason}</td>'
         body.append(f'<tr class="base">{cells}</tr>' if number == 0 and first_is_base else f"<tr>{cells}</tr>")
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
@@ -86,7 +86,7 @@ def write_report(
     path: Path,
     title: str,
     lead: str,
-    results: Sequence[StageResult],
+    stages: Sequence[StageResult | FailedStage],
     figures: Sequence[tuple[str, Path]],
     facts: Sequence[tuple[str, str]],
 ) -> None:
@@ -96,11 +96,13 @@ def write_report(
         path: The file to write.
         title: Its heading.
         lead: One sentence under the heading.
-        results: The stages, the float32 baseline first.
+        stages: The table's rows, the float32 baseline first.
         figures: (heading, PNG file); figures with one heading stand under it together.
         facts: (name, value) pairs of how the run was made.
     """
-    parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="lead">{html.escape(lead)}</p>', _table(results)]
+    parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="lead">{html.escape(lead)}</p>']
+    parts.append(_html_table(HEADER, rows(stages), first_is_base=True))
+    results = [stage for stage in stages if isinstance(stage, StageResult)]
     parts.append(
         '<p class="note">Accuracy is that of the converted model, whose weights are stored as integers; "change" is in '
         "percentage points against float32. Weights on disk is the size of its safetensors file. Peak memory is that of the "

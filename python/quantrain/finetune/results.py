@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -80,8 +81,23 @@ class StageResult:
     audit: tuple[AuditRow, ...] = field(default=())
 
 
+@dataclass(frozen=True)
+class FailedStage:
+    """A stage that ended in an error; a second run tries it again.
+
+    Attributes:
+        stage: The recipe's name.
+        failed: Why.
+        seconds: Wall time until then.
+    """
+
+    stage: str
+    failed: str
+    seconds: float
+
+
 def read_results(folder: Path) -> dict[str, StageResult]:
-    """The finished stages by name, in the order they finished.
+    """The finished stages by name, in the order they finished; failed ones are left out.
 
     Raises:
         ValueError: results.json is not what write_results writes.
@@ -100,15 +116,16 @@ def read_results(folder: Path) -> dict[str, StageResult]:
                 }
             )
             for entry in entries
+            if "failed" not in entry
         ]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: expected the results of an earlier run, got {error}") from error
     return {result.stage: result for result in results}
 
 
-def write_results(folder: Path, results: dict[str, StageResult]) -> None:
+def write_results(folder: Path, results: Iterable[StageResult | FailedStage]) -> None:
     """Write results.json, whole or not at all."""
-    write_json(folder / "results.json", [asdict(result) for result in results.values()])
+    write_json(folder / "results.json", [asdict(result) for result in results])
 
 
 def write_json(path: Path, content: object) -> None:

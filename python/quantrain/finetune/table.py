@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantrain.finetune.results import StageResult
+from quantrain.finetune.results import FailedStage, StageResult
 
 HEADER = ("recipe", "accuracy", "change", "weights on disk", "peak memory", "step", "stage")
 
 
-def rows(results: Sequence[StageResult]) -> list[tuple[str, ...]]:
-    """The table's cells, a row a stage in the order of ``results``; the first is the float32 baseline."""
+def rows(results: Sequence[StageResult | FailedStage]) -> list[tuple[str, ...]]:
+    """The table's cells, a row a stage in the order of ``results``; the first is the float32 baseline.
+
+    The row of a failed stage has two cells, its name and the reason.
+    """
     return [_row(result, results[0]) for result in results]
 
 
-def _row(result: StageResult, baseline: StageResult) -> tuple[str, ...]:
+def _row(result: StageResult | FailedStage, baseline: StageResult) -> tuple[str, ...]:
+    if isinstance(result, FailedStage):
+        return (result.stage, f"failed: {result.failed}")
     change = 100 * (result.accuracy - baseline.accuracy)
     return (
         result.stage,
@@ -27,12 +32,15 @@ def _row(result: StageResult, baseline: StageResult) -> tuple[str, ...]:
     )
 
 
-def format_table(results: Sequence[StageResult]) -> str:
-    """The table as text, in columns two spaces apart; numbers are aligned right."""
+def format_table(results: Sequence[StageResult | FailedStage]) -> str:
+    """The table as text, in columns two spaces apart; numbers are aligned right, and a failed stage's reason follows its name."""
     cells = [HEADER, *rows(results)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(HEADER))]
+    widths = [max(len(row[0]) for row in cells)]
+    widths += [max(len(row[column]) for row in cells if len(row) > 2) for column in range(1, len(HEADER))]
     lines = [
-        "  ".join(
+        f"{row[0].ljust(widths[0])}  {row[1].splitlines()[0]}"
+        if len(row) == 2
+        else "  ".join(
             [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         )
         for row in cells

@@ -94,6 +94,11 @@ class TrainSettings:
         """The length of the schedule in steps."""
         return max(1, math.ceil(self.epochs * math.ceil(train_size / self.batch_size)))
 
+    def steps_to_take(self, train_size: int) -> int:
+        """How many of them are taken."""
+        total = self.total_steps(train_size)
+        return total if self.max_steps is None else min(total, self.max_steps)
+
     def freeze_step(self, train_size: int) -> int:
         """The first step whose ranges are those of the step before."""
         return math.ceil(self.freeze * self.total_steps(train_size))
@@ -260,7 +265,7 @@ def train(
         ValueError: The state file is damaged or another model's, or the loss is not finite.
     """
     total = settings.total_steps(data.train_size)
-    last = total if settings.max_steps is None else min(total, settings.max_steps)
+    last = settings.steps_to_take(data.train_size)
     freeze_step = settings.freeze_step(data.train_size)
     per_epoch = math.ceil(data.train_size / settings.batch_size)
     optimizer = make_optimizer(model, settings)
