@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quantrain.finetune.config import IMAGE_RECIPES, TEXT_RECIPES, JobConfig
+from quantrain.finetune.models import names_code
 from quantrain.finetune.trainer import Interrupted, StopRequest
 
 EXIT_FAILED, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130  # failed: a recipe, or a plot or the report
@@ -17,11 +18,12 @@ EXIT_FAILED, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130  # failed: a recipe, or a 
 EXAMPLES = """\
 examples:
   quantrain finetune                                   ResNet-20 on Fashion-MNIST: qat-w8a8, qat-w4a4, ptq-w8a8
-  quantrain finetune --quick                           the same in under three minutes, on less data
+  quantrain finetune --quick                           the same on less data; says first how long it takes here
   quantrain finetune --job sst2                        MiniLM-L6 on SST-2: qat-w8a8, qat-w4a8
   quantrain finetune --recipes qat-w4a8 ptq-w4a8       other recipes
   quantrain finetune --recipes qat-w8a8 fqt-bhq5       quantised gradients against exact ones
-  quantrain finetune --model my_models:tiny --data folder/with/idx/files --name tiny
+  quantrain finetune --data photos --image-size 32     your images in photos/<class>/, resized
+  quantrain finetune --model my_models:tiny --data my_data:load --name tiny
 """
 
 PROBE_EXAMPLES = """\
@@ -109,12 +111,20 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="LAYER",
         help="leave the layers of this name or pattern (conv1, 'layer1.*') in float32; may be repeated",
     )
-    what.add_argument("--model", metavar="MODEL", help="resnet20 (default) or module:function returning an nn.Module")
+    what.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="resnet20 (default), mlp (default for a csv file), or module:function returning an nn.Module",
+    )
     what.add_argument(
         "--data",
         metavar="DATA",
-        help="fashion-mnist (default), digits, a folder with four IDX files; for sst2 a folder with train.tsv and dev.tsv, "
-        "or a tsv file with the columns sentence and label",
+        help="fashion-mnist (default), digits, a folder of images (class/*.png, or train/class/*.png and test/class/*.png), a "
+        "folder with four IDX files, a csv file of numbers and a label, or module:function returning a training and a test "
+        "dataset; for sst2 a folder with train.tsv and dev.tsv, or a tsv or csv file with the columns sentence and label",
+    )
+    what.add_argument(
+        "--image-size", type=whole, metavar="PIXELS", help="resize a folder's images to so many pixels either way"
     )
     what.add_argument("--baseline", type=Path, metavar="FILE", help="load the float32 model from this checkpoint")
     what.add_argument("--quick", action="store_true", help="a short run: fewer steps, fewer samples")
@@ -206,13 +216,20 @@ def _add_probe(commands) -> None:
 def make_config(arguments: argparse.Namespace) -> JobConfig:
     """The job that parsed arguments ask for, defaults filled in."""
     values = {key: value for key, value in vars(arguments).items() if key not in ("command", "restart")}
+    if arguments.job == "images" and arguments.model is None and Path(arguments.data or "").suffix.lower() == ".csv":
+        values["model"] = "mlp"
     for key, (normal, quick) in _DEFAULTS[arguments.job].items():
         if values[key] is None:
             values[key] = quick if arguments.quick else normal
     for key in ("recipes", "overrides", "skip"):
         values[key] = tuple(dict.fromkeys(values[key]))
     if values["name"] is None:
-        parts = [values["model"].replace(":", "-"), Path(values["data"]).stem, *(["quick"] if arguments.quick else [])]
+        data = values["data"].replace(":", "-") if names_code(values["data"]) else Path(values["data"]).stem
+        parts = [
+            values["model"].replace(":", "-"),
+            data.replace("/", "-").replace("\\", "-"),
+            *(["quick"] if arguments.quick else []),
+        ]
         values["name"] = "-".join(parts)
     return JobConfig(**values)
 

@@ -26,8 +26,8 @@ class JobConfig:
 
     Attributes:
         job: ``"images"`` or ``"sst2"``.
-        model: ``"resnet20"``, ``"minilm"`` or ``"module:function"``.
-        data: ``"fashion-mnist"``, ``"digits"``, ``"sst2"``, or a path.
+        model: ``"resnet20"``, ``"mlp"``, ``"minilm"`` or ``"module:function"``.
+        data: ``"fashion-mnist"``, ``"digits"``, ``"sst2"``, a path, or ``"module:function"``.
         recipes: Names of recipes or JSON files with one, run in this order.
         overrides: Settings that every recipe gets, such as ``"weight.bits=4"``.
         skip: Patterns of layers that stay in float32 under every recipe.
@@ -41,6 +41,7 @@ class JobConfig:
         batch_size: Samples a training step.
         calibration_batches: Training batches that the observers see.
         holdout: Test on so many training samples, which are then not trained on, instead of the test set.
+        image_size: Images in subfolders are resized to so many pixels either way; None takes them as they are.
         train_rows: Use only so many training samples; None uses all.
         test_rows: Use only so many test samples; None uses all.
         max_steps: Stop each training stage after so many steps of its schedule; None takes them all.
@@ -68,6 +69,7 @@ class JobConfig:
     batch_size: int = 128
     calibration_batches: int = 8
     holdout: int | None = None
+    image_size: int | None = None
     train_rows: int | None = None
     test_rows: int | None = None
     max_steps: int | None = None

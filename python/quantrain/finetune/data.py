@@ -14,9 +14,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Batch = tuple[tuple[Tensor, ...], Tensor]  # the model's arguments, and labels [N]
 
@@ -59,6 +63,8 @@ class LabelledData:
     train_labels: Tensor
     test_labels: Tensor
 
+    _samples: ClassVar[str]  # "images" where the fields with the samples are train_images and test_images
+
     @property
     def train_size(self) -> int:
         """Number of training samples."""
@@ -74,15 +80,27 @@ class LabelledData:
         """Number of classes."""
         return len(self.classes)
 
-    def _first_held_out(self, rows: int) -> int:
-        """Where the last ``rows`` training samples begin.
+    def hold_out(self, rows: int) -> Self:
+        """The last ``rows`` training samples as the test set, and the rest as the training set.
 
         Raises:
             ValueError: They would leave nothing to train on.
         """
         if rows >= self.train_size:
             raise ValueError(f"holdout: expected fewer than the {self.train_size} training samples, got {rows}")
-        return self.train_size - rows
+        first, samples = self.train_size - rows, getattr(self, f"train_{self._samples}")
+        return self._of(samples[:first], self.train_labels[:first], samples[first:], self.train_labels[first:])
+
+    def subset(self, train_rows: int | None, test_rows: int | None) -> Self:
+        """The first ``train_rows`` and ``test_rows`` samples; None keeps them all."""
+        train, test = (getattr(self, f"{part}_{self._samples}") for part in ("train", "test"))
+        return self._of(
+            train[:train_rows], self.train_labels[:train_rows], test[:test_rows], self.test_labels[:test_rows]
+        )
+
+    def _of(self, train, train_labels: Tensor, test, test_labels: Tensor) -> Self:
+        samples = {f"train_{self._samples}": train, f"test_{self._samples}": test}
+        return replace(self, train_labels=train_labels, test_labels=test_labels, **samples)
 
 
 @dataclass(frozen=True)
@@ -102,6 +120,8 @@ class ImageData(LabelledData):
     mean: float
     std: float
     flip: bool
+
+    _samples = "images"
 
     @property
     def in_channels(self) -> int:
@@ -134,27 +154,6 @@ class ImageData(LabelledData):
         """The test set in order."""
         for images, labels in zip(self.test_images.split(batch_size), self.test_labels.split(batch_size), strict=True):
             yield (self.normalize(images),), labels
-
-    def hold_out(self, rows: int) -> ImageData:
-        """The last ``rows`` training samples as the test set, and the rest as the training set."""
-        first = self._first_held_out(rows)
-        return replace(
-            self,
-            train_images=self.train_images[:first],
-            train_labels=self.train_labels[:first],
-            test_images=self.train_images[first:],
-            test_labels=self.train_labels[first:],
-        )
-
-    def subset(self, train_rows: int | None, test_rows: int | None) -> ImageData:
-        """The first ``train_rows`` and ``test_rows`` samples; None keeps them all."""
-        return replace(
-            self,
-            train_images=self.train_images[:train_rows],
-            train_labels=self.train_labels[:train_rows],
-            test_images=self.test_images[:test_rows],
-            test_labels=self.test_labels[:test_rows],
-        )
 
 
 def calibration_batches(data, batch_size: int, count: int, seed: int) -> list[Batch]:
@@ -209,7 +208,10 @@ def load_idx_folder(folder: Path) -> ImageData:
         ValueError: A file is damaged, or images and labels differ in number.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: expected a folder with {', '.join(IDX_FILES.values())}, got none")
+        raise FileNotFoundError(
+            f"{folder}: expected a folder with {', '.join(IDX_FILES.values())}, or with images in a subfolder for each class, or "
+            "a csv file, got none"
+        )
     tensors = {}
     for key, stem in IDX_FILES.items():
         path = _idx_path(folder, stem)
@@ -227,7 +229,7 @@ def load_idx_folder(folder: Path) -> ImageData:
         tensors[f"{part}_labels"] = labels.long()
     classes = int(tensors["train_labels"].max()) + 1
     is_fashion = "fashion" in str(folder).lower() and classes == len(FASHION_CLASSES)
-    mean, std = (0.2860, 0.3530) if is_fashion else _pixel_statistics(tensors["train_images"])
+    mean, std = (0.2860, 0.3530) if is_fashion else pixel_statistics(tensors["train_images"])
     return ImageData(
         name="Fashion-MNIST" if is_fashion else folder.name,
         source=str(folder),
@@ -239,7 +241,8 @@ def load_idx_folder(folder: Path) -> ImageData:
     )
 
 
-def _pixel_statistics(images: Tensor) -> tuple[float, float]:
+def pixel_statistics(images: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation of uint8 images on the scale 0 to 1."""
     pixels = images.double() / 255
     return float(pixels.mean()), max(float(pixels.std()), 1e-3)
 
@@ -261,7 +264,7 @@ def load_digits_data() -> ImageData:
     labels = torch.from_numpy(digits.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     train, test = order[:1437], order[1437:]
-    mean, std = _pixel_statistics(images[train])
+    mean, std = pixel_statistics(images[train])
     return ImageData(
         name="digits (scikit-learn)",
         source="sklearn.datasets.load_digits",
@@ -335,15 +338,29 @@ def load_fashion_mnist(download: bool = True) -> ImageData:
     return load_digits_data()
 
 
-def load_image_data(name: str) -> ImageData:
-    """``fashion-mnist``, ``digits``, or the path of a folder with four IDX files.
+def load_image_data(name: str, image_size: int | None = None) -> LabelledData:
+    """``fashion-mnist``, ``digits``, a folder with four IDX files or with images in a subfolder for each class, numbers in a csv
+    file (or a folder with train.csv and test.csv), or ``module:function``.
+
+    Args:
+        name: One of these.
+        image_size: Images in subfolders are resized to so many pixels either way.
 
     Raises:
         FileNotFoundError: The named folder or one of its files is missing.
-        ValueError: A file is damaged.
+        ValueError: A file is damaged, the function returns something else, or a size is given for other data.
     """
-    if name == "fashion-mnist":
-        return load_fashion_mnist()
-    if name == "digits":
-        return load_digits_data()
-    return load_idx_folder(Path(name))
+    from quantrain.finetune import own_data  # which builds on this module
+
+    path, known = Path(name), {"fashion-mnist": load_fashion_mnist, "digits": load_digits_data}
+    if name not in known and own_data.is_image_folder(path):
+        return own_data.load_image_folder(path, image_size)
+    if image_size is not None:
+        raise ValueError(f"--image-size: expected --data with a folder of images to resize, got {name!r}")
+    if name in known:
+        return known[name]()
+    if ":" in name and not path.exists():
+        return own_data.load_function_data(name)
+    if path.suffix.lower() == ".csv" or (path / "train.csv").is_file():
+        return own_data.load_csv_data(path)
+    return load_idx_folder(path)

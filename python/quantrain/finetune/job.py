@@ -46,7 +46,7 @@ def load_data(config: JobConfig):
     if config.job == "sst2":
         data = load_text_data(config.data, minilm.load_tokenizer())
     else:
-        data = load_image_data(config.data)
+        data = load_image_data(config.data, config.image_size)
     if config.holdout is not None:
         data = data.hold_out(config.holdout)
     return data.subset(config.train_rows, config.test_rows)

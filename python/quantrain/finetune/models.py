@@ -82,7 +82,23 @@ def resnet20(num_classes: int = 10, in_channels: int = 1) -> ResNet20:
     return ResNet20(num_classes, in_channels)
 
 
-BUILT_IN = {"resnet20": resnet20}
+def mlp(num_classes: int, in_features: int, hidden: int = 64) -> nn.Sequential:
+    """Three linear layers with ReLU between them, for rows of ``in_features`` numbers.
+
+    Example:
+        >>> mlp(3, 4)(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
+    """
+    return nn.Sequential(
+        nn.Linear(in_features, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, num_classes),
+    )
+
+
+BUILT_IN = {"resnet20": resnet20, "mlp": mlp}
 
 
 def names_code(name: str) -> bool:
@@ -101,7 +117,7 @@ def load_model(name: str, **offered: int) -> tuple[nn.Module, str]:
     Args:
         name: A function is called with those of ``offered`` that it has parameters for; one with ``**kwargs`` gets ``num_classes``
             too. Modules are looked for in the current folder as well.
-        offered: What the data says: ``num_classes``, and ``in_channels`` of images.
+        offered: What the data says: ``num_classes``, and ``in_channels`` of images or ``in_features`` of rows of numbers.
 
     Raises:
         ValueError: ``name`` is neither, or the module has no such function, or it fails or returns something else.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantrain.finetune.data import Batch, LabelledData
+from quantrain.finetune.own_data import held_out_rows, index_labels, read_csv
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class TextData(LabelledData):
     train_ids: Sequence[list[int]]
     test_ids: Sequence[list[int]]
 
+    _samples = "ids"
+
     def train_batch(self, indices: Tensor, generator: torch.Generator | None) -> Batch:
         """The training sentences at ``indices``, padded to the longest of them; ``generator`` is not drawn from."""
         return pad([self.train_ids[index] for index in indices.tolist()]), self.train_labels[indices]
@@ -38,17 +41,6 @@ class TextData(LabelledData):
         for start in range(0, self.test_size, batch_size):
             chosen = order[start : start + batch_size]
             yield pad([self.test_ids[index] for index in chosen]), self.test_labels[chosen]
-
-    def hold_out(self, rows: int) -> TextData:
-        """The last ``rows`` training sentences as the test set, and the rest as the training set."""
-        first = self._first_held_out(rows)
-        return replace(
-            self,
-            train_ids=self.train_ids[:first],
-            train_labels=self.train_labels[:first],
-            test_ids=self.train_ids[first:],
-            test_labels=self.train_labels[first:],
-        )
 
     def subset(self, train_rows: int | None, test_rows: int | None) -> TextData:
         """``train_rows`` training sentences drawn by a fixed seed and the first ``test_rows``; None keeps them all."""
@@ -99,31 +91,49 @@ def read_tsv(path: Path) -> tuple[list[str], list[int]]:
     return sentences, labels
 
 
-def load_text_data(name: str, tokenizer) -> TextData:
-    """``sst2`` (``$QUANTRAIN_DATA/sst2``), the path of a folder with train.tsv and dev.tsv, or of one tsv file.
+def read_sentences(path: Path) -> tuple[list[str], list[str]]:
+    """The sentences and labels in a csv file with the columns ``sentence`` (or ``text``) and ``label``.
 
-    Of a single file every tenth row, in the order of a fixed seed, is held out as the test set.
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A column is missing, or a row is not of that form.
+    """
+    header, rows = read_csv(path)
+    column = next((name for name in ("sentence", "text") if name in header), None)
+    if column is None:
+        raise ValueError(f"{path}: expected a column named sentence or text, got the columns {', '.join(header)[:80]}")
+    place, label = header.index(column), header.index("label")
+    return [row[place].strip() for row in rows], [row[label].strip() for row in rows]
+
+
+def load_text_data(name: str, tokenizer) -> TextData:
+    """``sst2`` (``$QUANTRAIN_DATA/sst2``), the path of a folder with train.tsv and dev.tsv, or of one tsv or csv file.
+
+    Of a single file every tenth row, in the order of a fixed seed, is held out as the test set. A csv file has the columns
+    ``sentence`` (or ``text``) and ``label``, whose values may be any text.
 
     Raises:
         FileNotFoundError: $QUANTRAIN_DATA is not set, or a file is missing; the message names it.
-        ValueError: A file is not of the form that read_tsv takes.
+        ValueError: A file is not of the form that read_tsv or read_sentences takes.
     """
     path = _sst2_folder() if name == "sst2" else Path(name)
-    if path.is_file():
-        sentences, labels = read_tsv(path)
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
-        test_rows, train_rows = order[::10], [row for place, row in enumerate(order) if place % 10]
-        if not train_rows:
-            raise ValueError(f"{path}: expected at least two rows, got {len(labels)}")
-        train = [sentences[row] for row in train_rows], [labels[row] for row in train_rows]
-        test = [sentences[row] for row in test_rows], [labels[row] for row in test_rows]
+    names: tuple[str, ...] | None = None
+    if path.is_file() or path.suffix == ".csv":
+        sentences, labels = read_sentences(path) if path.suffix == ".csv" else read_tsv(path)
+        train, test = (
+            ([sentences[row] for row in rows], [labels[row] for row in rows])
+            for rows in held_out_rows(len(labels), str(path))
+        )
     else:
         train, test = read_tsv(path / "train.tsv"), read_tsv(path / "dev.tsv")
+    if path.suffix == ".csv":
+        names, *places = index_labels(str(path), train[1], test[1])
+        train, test = (train[0], places[0].tolist()), (test[0], places[1].tolist())
     classes = max(max(train[1]), max(test[1])) + 1
     return TextData(
         name="SST-2" if name == "sst2" else path.stem,
         source=str(path),
-        classes=("negative", "positive") if classes == 2 else tuple(str(label) for label in range(classes)),
+        classes=names or (("negative", "positive") if classes == 2 else tuple(str(label) for label in range(classes))),
         train_ids=[encoding.ids for encoding in tokenizer.encode_batch(train[0])],
         train_labels=torch.tensor(train[1]),
         test_ids=[encoding.ids for encoding in tokenizer.encode_batch(test[0])],
