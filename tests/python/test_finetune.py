@@ -20,7 +20,7 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra [dat
 import quantrain  # noqa: E402
 from quantrain import nn as qnn  # noqa: E402
 from quantrain.finetune import data as image_data  # noqa: E402
-from quantrain.finetune import grids, job, metrics, minilm, models, plots, table, trainer  # noqa: E402
+from quantrain.finetune import grids, job, metrics, minilm, models, plots, recipe_text, table, trainer  # noqa: E402
 from quantrain.finetune.cli import build_parser, main, make_config  # noqa: E402
 from quantrain.finetune.folder import BASELINE  # noqa: E402
 from quantrain.finetune.results import StageResult, read_results  # noqa: E402
@@ -123,6 +123,7 @@ def test_results_are_sound(finished):
     assert results[BASELINE].accuracy > 0.8
     for name in ("qat-w8a8", "ptq-w8a8"):
         assert results[name].accuracy > results[BASELINE].accuracy - 0.05
+    assert all(0 < result.latency_seconds < 10 for result in results.values())
     sizes = [(finished / f"{name}.converted.safetensors").stat().st_size for name in ("qat-w8a8", "qat-w4a4")]
     assert [results[name].weight_bytes for name in ("qat-w8a8", "qat-w4a4")] == sizes
     assert results["qat-w8a8"].weight_bytes < results[BASELINE].weight_bytes
@@ -149,8 +150,12 @@ def test_report_stands_alone(finished):
     parser.feed(page)
     assert len(parser.sources) == 8
     assert all(source.startswith("data:image/png;base64,") for source in parser.sources)
-    assert parser.cells == 4 * len(table.HEADER)
+    assert parser.cells == 4 * len(table.HEADER) + 3 * 6  # no column of outputs and gradients: all are float32
     assert "http" not in page.replace("http-equiv", "")
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert "color-scheme: light dark" in page and "@media (prefers-color-scheme: dark)" in page
+    assert "<td>4 bits, a scale per output channel, learned</td>" in page and "calibrated only" in page
+    assert "granularity" not in page  # no raw JSON
 
 
 def test_converted_checkpoint_gives_the_accuracy_of_the_table(finished):
@@ -358,15 +363,50 @@ def test_bad_arguments_end_with_usage(bad, capsys):
 
 def test_table_aligns_and_subtracts():
     rows = [
-        StageResult("float32", 0.92, 0.2, 1_100_000, 600_000_000, 10, 0.131, 61.4),
+        StageResult("float32", 0.92, 0.2, 1_100_000, 600_000_000, 10, 0.131, 61.4, latency_seconds=0.00216),
         StageResult("qat-w4a4", 0.9135, 0.3, 151_300, 2_610_000_000, 0, None, 185.2),
     ]
     assert table.format_table(rows).splitlines() == [
-        "recipe    accuracy  change  weights on disk  peak memory         step       stage",
-        "--------  --------  ------  ---------------  -----------  -----------  ----------",
-        "float32    92.00 %                  1.10 MB       600 MB       131 ms  1 min 01 s",
-        "qat-w4a4   91.35 %   -0.65         151.3 kB      2610 MB  no training  3 min 05 s",
+        "model     accuracy  change  size on disk  latency  peak memory  training step  total time",
+        "--------  --------  ------  ------------  -------  -----------  -------------  ----------",
+        "float32    92.00 %               1.10 MB   2.2 ms       600 MB         131 ms  1 min 01 s",
+        "qat-w4a4   91.35 %   -0.65      151.3 kB               2610 MB    no training  3 min 05 s",
     ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.000234, "0.23 ms"),
+        (0.00994, "9.9 ms"),
+        (0.0123, "12 ms"),
+        (0.9996, "1.0 s"),
+        (9.96, "10 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (72, "1 min 12 s"),
+        (3599.7, "1 h 00 min"),
+        (7510, "2 h 05 min"),
+    ],
+)
+def test_times_are_in_units_that_suit_them(seconds, text):
+    assert table.format_seconds(seconds) == text
+
+
+def test_recipes_are_described_in_words():
+    names = ("qat-w4a4", "ptq-w4a8", "fqt-bhq5", "int8-training", "f8net")
+    header, rows = recipe_text.recipe_table({name: quantrain.Recipe.from_name(name) for name in names})
+    assert "outputs of layers" not in header  # float32 under all of these
+    found = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    assert found["qat-w4a4"]["first and last layer"] == "8 bits" and found["qat-w4a4"]["training"] == "fine-tuned"
+    assert found["ptq-w4a8"]["weights"] == "4 bits, a scale per 32 weights, range of least squared error"
+    assert found["ptq-w4a8"]["training"] == "calibrated only" and found["ptq-w4a8"]["gradients"] == "float32"
+    assert found["fqt-bhq5"]["gradients"].startswith("grad_input from 5 bits householder")
+    assert [found[name]["arithmetic"] for name in names[2:]] == [
+        "rounded, computed in floating point", "int8 products", "integers throughout",
+    ]  # fmt: skip
+    for name in quantrain.Recipe.names():
+        assert all(recipe_text.recipe_table({name: quantrain.Recipe.from_name(name)})[1][0])
 
 
 def test_grids_are_in_units_of_codes():

@@ -25,13 +25,23 @@ from quantrain.finetune.folder import BASELINE, RUN_FILES, RunFolder, stage_file
 from quantrain.finetune.grids import input_grids, weight_grids
 from quantrain.finetune.metrics import Metrics
 from quantrain.finetune.models import load_model
+from quantrain.finetune.recipe_text import recipe_line, recipe_table
 from quantrain.finetune.recipes import raise_all, resolve_recipes
 from quantrain.finetune.rehearsal import check_model, evaluation_seconds, reason_of, rehearse, rehearse_recipe
 from quantrain.finetune.report import write_report
 from quantrain.finetune.results import AuditRow, FailedStage, LayerError, StageResult, read_results, write_results
 from quantrain.finetune.table import format_seconds, format_table
 from quantrain.finetune.text import load_text_data
-from quantrain.finetune.trainer import EVAL_BATCH, Interrupted, StopRequest, TrainResult, evaluate, to_device, train
+from quantrain.finetune.trainer import (
+    EVAL_BATCH,
+    Interrupted,
+    StopRequest,
+    TrainResult,
+    evaluate,
+    latency_seconds,
+    to_device,
+    train,
+)
 
 _TIMED_STEPS = 3  # of each stage of a quick run, before it starts: the first warms up
 
@@ -302,6 +312,10 @@ class Job:
         qnn.save_checkpoint(path, self.baseline)
         result = self._result(BASELINE, accuracy, loss, path, trained, started)
         self._keep(result, self.config.epochs if trained else 0)
+        with self._not_fatal(f"{BASELINE}: latency"):
+            latency = latency_seconds(self.baseline, self.data, self.device)
+            self.results[BASELINE] = replace(result, latency_seconds=latency)
+            self._write_results()
 
     def _run_recipe(self, name: str) -> None:
         recipe = self.recipes[name]
@@ -322,7 +336,7 @@ class Job:
         accuracy, loss = evaluate(converted, self.data, self.device, self.stop)
         result = self._result(name, accuracy, loss, path, trained, started)
         self._keep(result, settings.epochs if trained else 0)
-        with self._not_fatal(f"{name}: errors by layer"):
+        with self._not_fatal(f"{name}: latency and errors by layer"):
             self.results[name] = replace(result, **self._details(recipe, model, converted))
             self._write_results()
         if recipe.fixed_point is None:
@@ -330,7 +344,10 @@ class Job:
                 self._plot_grids(name, model)
 
     def _details(self, recipe, model: nn.Module, converted: nn.Module) -> dict:
-        details = {"convert_difference": self._convert_difference(model, converted)}
+        details = {
+            "convert_difference": self._convert_difference(model, converted),
+            "latency_seconds": latency_seconds(converted, self.data, self.device),
+        }
         if recipe.fixed_point is None:
             return {**details, "layer_errors": self._layer_errors(model)}
         # no table of errors: tensors are rounded in units of their neighbours, which it does not know
@@ -377,7 +394,8 @@ class Job:
         results = [row for row in self._rows() if isinstance(row, StageResult)]
         table = format_table(self._rows())
         self._say("\n" + self._title() + "\n" + table + "\n")
-        facts = "\n".join(f"{name}: {value}" for name, value in self._facts(results))
+        lines = [*self._facts(results), *((f"recipe {name}", recipe_line(r)) for name, r in self.recipes.items())]
+        facts = "\n".join(f"{name}: {value}" for name, value in lines)
         (self.folder / "table.txt").write_text(f"{self._title()}\n{table}\n\n{facts}\n", encoding="utf-8")
         with self._not_fatal("report.html"):
             self._write_report(results)
@@ -385,18 +403,24 @@ class Job:
 
     def _write_report(self, results: list[StageResult]) -> None:
         folder = self.folder / "plots"
-        figures = [("Loss and accuracy", folder / "curves.png")]
+        figures = [("Loss and accuracy", "", folder / "curves.png")]
         plots.plot_curves(self.metrics.read(), results, folder / "curves.png")
         if any(result.layer_errors for result in results):
             plots.plot_sqnr(results, folder / "sqnr.png")
-            figures.append(("Signal to quantisation noise by layer", folder / "sqnr.png"))
+            note = (
+                "How much larger each layer's numbers are than what rounding changes in them (signal to quantisation noise): "
+                "20 dB is a tenth, 40 dB a hundredth. A layer far left of the others is where a few more bits help most."
+            )
+            figures.append(("What rounding changes, by layer", note, folder / "sqnr.png"))
         for name in self.recipes:
             for kind in ("weights", "inputs"):
                 path = folder / f"{name}-{kind}.png"
                 if path.is_file():
-                    figures.append((f"{name}: what is rounded, and the grid it is rounded to", path))
+                    note = "Each grey line is a value that the quantised model can hold; what lies past the ends is cut off."
+                    figures.append((f"{name}: what is rounded, and the grid it is rounded to", note, path))
         report = self.folder / "report.html"
-        write_report(report, self._title(), self._lead(results), self._rows(), figures, self._facts(results))
+        recipes = recipe_table(self.recipes)
+        write_report(report, self._title(), self._lead(results), self._rows(), recipes, figures, self._facts(results))
         self._say(f"report: {report}")
 
     def _title(self) -> str:
@@ -406,8 +430,8 @@ class Job:
     def _lead(self, results: list[StageResult]) -> str:
         total = format_seconds(sum(result.seconds for result in results))
         return (
-            f"A float32 model and {len(results) - 1} quantised ones, each prepared, calibrated, fine-tuned where its recipe "
-            f"trains, converted to integer weights and evaluated on {self.data.test_size} test samples, in {total}."
+            f"A model in ordinary 32-bit floating point (float32), and what becomes of it in few bits: {len(results) - 1} quantised "
+            f"models, each made from it by a recipe and tested on the same {self.data.test_size} samples. The whole run took {total}."
         )
 
     def _facts(self, results: list[StageResult]) -> list[tuple[str, str]]:
@@ -433,34 +457,7 @@ class Job:
         ]
         if self.command:
             facts.append(("command", self.command))
-        for name, recipe in self.recipes.items():
-            gradients = gradient_text(recipe)
-            facts += [(f"gradients of {name}", gradients)] if gradients else []
-            facts.append((f"recipe {name}", recipe.to_json()))
         return facts
-
-
-def gradient_text(recipe: quantrain.Recipe) -> str:
-    """How a recipe quantises gradients, for the report; "" where it does not.
-
-    Example:
-        >>> gradient_text(quantrain.Recipe.from_name("fqt-bhq5-paper"))
-        'grad_input from 5 bits householder; grad_weight from 8 bits per_channel (all stochastic, rows: sample)'
-    """
-    if recipe.int8 is not None:
-        modes = f"grad_input {recipe.int8.grad_input}; grad_weight {recipe.int8.grad_weight}"
-        return f"{modes} (int8 products, stochastic, rows: token)"
-    parts, rows = [], []
-    for tensor in ("grad_input", "grad_weight"):
-        spec = getattr(recipe, tensor)
-        if spec is None:
-            continue
-        kinds = [spec.resolved(tensor, convolution=convolution) for convolution in (False, True)]
-        names = list(dict.fromkeys(kind.quantizer for kind in kinds))
-        quantizers = names[0] if len(names) == 1 else f"{names[0]} (linear), {names[1]} (convolution)"
-        parts.append(f"{tensor} from {spec.bits} bits {quantizers}")
-        rows += ["token (linear), sample (convolution)" if spec.rows == "auto" else spec.rows]
-    return f"{'; '.join(parts)} (all stochastic, rows: {'; '.join(dict.fromkeys(rows))})" if parts else ""
 
 
 def _cpu_name() -> str:

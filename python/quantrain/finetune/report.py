@@ -11,24 +11,51 @@ from quantrain.finetune.results import FailedStage, StageResult
 from quantrain.finetune.table import HEADER, rows
 
 _STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #222; max-width: 1080px; margin: 2.5rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.7rem; margin: 0 0 .3rem; }
-h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; border-bottom: 1px solid #ddd; padding-bottom: .25rem; }
-p.lead { color: #555; margin: 0 0 1.4rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { text-align: right; padding: .4rem .7rem; border-bottom: 1px solid #e6e6e6; white-space: nowrap; }
-th { font-weight: 600; color: #555; border-bottom: 2px solid #bbb; }
-th:first-child, td:first-child { text-align: left; font-weight: 600; }
-td.failed { text-align: left; white-space: normal; color: #b00; }
-tr.base td { background: #f6f6f6; }
-img { max-width: 100%; height: auto; display: block; margin: .6rem 0 1.1rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; }
-dt { color: #666; } dd { margin: 0; overflow-wrap: anywhere; }
-code, pre { font-family: "DejaVu Sans Mono", ui-monospace, monospace; font-size: .9em; }
+:root {
+  color-scheme: light dark;
+  --page: #fff; --ink: #222; --soft: #595959; --line: #e2e2e2; --rule: #b5b5b5; --base: #f5f5f5; --bad: #b00020;
+}
+@media (prefers-color-scheme: dark) {
+  :root { --page: #16181c; --ink: #e4e4e4; --soft: #a8adb5; --line: #30343b; --rule: #565c66; --base: #1f2228; --bad: #ff8a80; }
+}
+* { box-sizing: border-box; }
+body {
+  font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: var(--ink); background: var(--page);
+  max-width: 1080px; margin: 2.5rem auto; padding: 0 1.2rem;
+}
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .3rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; border-bottom: 1px solid var(--line); padding-bottom: .25rem; }
+p.lead { color: var(--soft); margin: 0 0 1.4rem; }
 .wide { overflow-x: auto; }
-.note { color: #555; font-size: .92em; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
+th, td { text-align: right; padding: .4rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { font-weight: 600; color: var(--soft); border-bottom: 2px solid var(--rule); }
+th:first-child, td:first-child { text-align: left; font-weight: 600; }
+table.words th, table.words td { text-align: left; vertical-align: top; white-space: normal; min-width: 6.5rem; }
+table.words td:first-child { white-space: nowrap; }
+td.failed { text-align: left; white-space: normal; color: var(--bad); }
+tr.base td { background: var(--base); }
+img { max-width: 100%; height: auto; display: block; margin: .6rem 0 1.1rem; background: #fff; border-radius: 6px; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; }
+dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+dl.columns { font-size: .92em; }
+.note { color: var(--soft); font-size: .92em; }
+@media (max-width: 640px) {
+  body { margin: 1.2rem auto; padding: 0 .8rem; }
+  th, td { padding: .35rem .5rem; }
+  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .4rem; }
+}
 """
+
+_COLUMNS = (
+    ("accuracy", "share of the test samples that the model gets right; of a quantised model, as it is stored"),
+    ("change", "difference to float32 in percentage points"),
+    ("size on disk", "size of the model's file"),
+    ("latency", "time of the model for one sample on this machine, run by PyTorch"),
+    ("peak memory", "most memory that the process held while this model was made (on a GPU: allocated there)"),
+    ("training step", "time of one training step (median)"),
+    ("total time", "time for making and testing this model"),
+)
 
 
 def data_uri(path: Path) -> str:
@@ -36,8 +63,10 @@ def data_uri(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
 
-def _html_table(header: Sequence[str], lines: Sequence[Sequence[str]], *, first_is_base: bool = False) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+def _html_table(
+    header: Sequence[str], lines: Sequence[Sequence[str]], *, first_is_base: bool = False, words: bool = False
+) -> str:
+    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
     body = []
     for number, line in enumerate(lines):
         cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in line)
@@ -45,7 +74,8 @@ def _html_table(header: Sequence[str], lines: Sequence[Sequence[str]], *, first_
             reason = html.escape(line[1])
             cells = f'<td>{html.escape(line[0])}</td><td class="failed" colspan="{len(header) - 1}">{reason}</td>'
         body.append(f'<tr class="base">{cells}</tr>' if number == 0 and first_is_base else f"<tr>{cells}</tr>")
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    kind = ' class="words"' if words else ""
+    return f'<div class="wide"><table{kind}><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
 def _convert_note(results: Sequence[StageResult]) -> str:
@@ -53,7 +83,7 @@ def _convert_note(results: Sequence[StageResult]) -> str:
     if not measured:
         return ""
     parts = ", ".join(f"{result.stage} {result.convert_difference:.2g}" for result in measured)
-    return f"Largest difference of a logit between the fake-quantised and the converted model on one batch: {parts}."
+    return f"Largest difference of an output between the model as it was trained and as it is stored, on one batch: {parts}."
 
 
 _AUDIT_HEADER = ("layer", "kind", "operations", "operands", "sums", "result", "largest sum")
@@ -82,12 +112,18 @@ def _audits(results: Sequence[StageResult]) -> str:
     return "".join(parts)
 
 
+def _definitions(entries: Sequence[tuple[str, str]], kind: str = "facts") -> str:
+    items = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in entries)
+    return f'<dl class="{kind}">{items}</dl>'
+
+
 def write_report(
     path: Path,
     title: str,
     lead: str,
     stages: Sequence[StageResult | FailedStage],
-    figures: Sequence[tuple[str, Path]],
+    recipes: tuple[Sequence[str], Sequence[Sequence[str]]],
+    figures: Sequence[tuple[str, str, Path]],
     facts: Sequence[tuple[str, str]],
 ) -> None:
     """Write the report.
@@ -97,28 +133,30 @@ def write_report(
         title: Its heading.
         lead: One sentence under the heading.
         stages: The table's rows, the float32 baseline first.
-        figures: (heading, PNG file); figures with one heading stand under it together.
+        recipes: What each recipe does: a header and rows.
+        figures: (heading, explanation, PNG file); figures with one heading stand under it together.
         facts: (name, value) pairs of how the run was made.
     """
     parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="lead">{html.escape(lead)}</p>']
     parts.append(_html_table(HEADER, rows(stages), first_is_base=True))
     results = [stage for stage in stages if isinstance(stage, StageResult)]
+    parts.append(_definitions(_COLUMNS, "columns"))
+    parts.append(f"<h2>The recipes</h2>{_html_table(*recipes, words=True)}")
     parts.append(
-        '<p class="note">Accuracy is that of the converted model, whose weights are stored as integers; "change" is in '
-        "percentage points against float32. Weights on disk is the size of its safetensors file. Peak memory is that of the "
-        f"whole process during the stage. {html.escape(_convert_note(results))}</p>"
+        f'<p class="note">All settings are in config.json beside this file. {html.escape(_convert_note(results))}</p>'
     )
     last_heading = None
-    for heading, figure in figures:
+    for heading, note, figure in figures:
         if heading != last_heading:
             parts.append(f"<h2>{html.escape(heading)}</h2>")
+            parts.append(f'<p class="note">{html.escape(note)}</p>' if note else "")
             last_heading = heading
-        parts.append(f'<img src="{data_uri(figure)}" alt="{html.escape(figure.stem)}">')
+        parts.append(f'<img src="{data_uri(figure)}" alt="{html.escape(f"{heading} ({figure.stem})")}">')
     parts.append(_audits(results))
-    entries = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts)
-    parts.append(f"<h2>How it was made</h2><dl>{entries}</dl>")
+    parts.append(f"<h2>How it was made</h2>{_definitions(facts)}")
     page = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
     path.write_text(page, encoding="utf-8")

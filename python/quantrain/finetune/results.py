@@ -65,6 +65,7 @@ class StageResult:
         convert_difference: Largest difference of a logit between the fake-quantised and the converted model on one
             batch; None for the baseline.
         layer_errors: Per layer and tensor, of the fake-quantised model on one training batch.
+        latency_seconds: Median time of the model for one test sample; None where it was not measured.
         audit: The operations of a converted model that is integer-only (recipes in fixed point); empty for others.
     """
 
@@ -79,6 +80,7 @@ class StageResult:
     convert_difference: float | None = None
     layer_errors: tuple[LayerError, ...] = field(default=())
     audit: tuple[AuditRow, ...] = field(default=())
+    latency_seconds: float | None = None
 
 
 @dataclass(frozen=True)

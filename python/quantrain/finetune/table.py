@@ -1,4 +1,4 @@
-"""The one table of a run: recipe, accuracy, change against float32, weight bytes, peak memory, time a step."""
+"""The one table of a run: model, accuracy, change against float32, size, latency, peak memory, times."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from quantrain.finetune.results import FailedStage, StageResult
 
-HEADER = ("recipe", "accuracy", "change", "weights on disk", "peak memory", "step", "stage")
+HEADER = ("model", "accuracy", "change", "size on disk", "latency", "peak memory", "training step", "total time")
 
 
 def rows(results: Sequence[StageResult | FailedStage]) -> list[tuple[str, ...]]:
@@ -26,8 +26,9 @@ def _row(result: StageResult | FailedStage, baseline: StageResult) -> tuple[str,
         f"{100 * result.accuracy:.2f} %",
         "" if result is baseline else f"{change:+.2f}",
         format_bytes(result.weight_bytes),
+        format_seconds(result.latency_seconds) if result.latency_seconds is not None else "",
         format_bytes(result.peak_memory_bytes),
-        f"{1000 * result.step_seconds:.0f} ms" if result.step_seconds is not None else "no training",
+        format_seconds(result.step_seconds) if result.step_seconds is not None else "no training",
         format_seconds(result.seconds),
     )
 
@@ -57,6 +58,19 @@ def format_bytes(count: int) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """``seconds`` as ``58 s`` or ``3 min 05 s``."""
+    """``seconds`` in the unit that suits them.
+
+    Example:
+        >>> [format_seconds(value) for value in (0.00042, 0.131, 7.24, 58, 185.2, 7500)]
+        ['0.42 ms', '131 ms', '7.2 s', '58 s', '3 min 05 s', '2 h 05 min']
+    """
+    if seconds < 0.9995:
+        milliseconds = 1000 * seconds
+        return f"{milliseconds:.0f} ms" if milliseconds >= 9.95 else f"{milliseconds:.2g} ms"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
     whole = round(seconds)
-    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 60:
+        return f"{whole} s"
+    minutes = round(seconds / 60)
+    return f"{whole // 60} min {whole % 60:02d} s" if whole < 3600 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -174,6 +174,20 @@ def evaluate(model: nn.Module, data, device: torch.device, stop: StopRequest | N
     return correct / data.test_size, loss / data.test_size
 
 
+@torch.inference_mode()
+def latency_seconds(model: nn.Module, data, device: torch.device, *, runs: int = 20, limit: float = 2.0) -> float:
+    """The median time of ``model`` in eval mode for one test sample, of up to ``runs`` runs in ``limit`` seconds."""
+    inputs, _ = to_device(next(data.test_batches(1)), device)
+    model.eval()
+    float(model(*inputs).sum())  # warms up; the sum waits for a GPU
+    times: list[float] = []
+    while len(times) < runs and sum(times) < limit:
+        begun = time.perf_counter()
+        float(model(*inputs).sum())
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
 class _State:
     """The state file of a stage in training: written whole, then renamed, so that it is never half a file."""
 

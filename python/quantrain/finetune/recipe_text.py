@@ -1,0 +1,102 @@
+"""Recipes in words, for reports: how many bits, how fine the scales, where the ranges come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from quantrain import QuantSpec, Recipe
+
+RECIPE_HEADER = (
+    "recipe",
+    "weights",
+    "inputs of layers",
+    "outputs of layers",
+    "first and last layer",
+    "gradients",
+    "training",
+    "arithmetic",
+)
+_FLOAT = "float32"
+_SAME = "as the others"
+_UNCHANGED = {"outputs of layers": _FLOAT, "first and last layer": _SAME, "gradients": _FLOAT}
+_SCALES = {
+    "per_tensor": "one scale",
+    "per_channel": "a scale per output channel",
+    "per_token": "a scale per row",
+    "per_group": "a scale per {group_size} weights",
+}
+_RANGES = {
+    "dynamic": "range of the present values",
+    "min_max": "range of all values seen",
+    "moving_average": "running mean of ranges",
+    "percentile": "range of {percentile:g} % of the values seen",
+    "mse": "range of least squared error",
+}
+_BACKENDS = {"simulate": "rounded, computed in floating point", "int8": "int8 products"}
+
+
+def recipe_table(recipes: Mapping[str, Recipe]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of a table of ``recipes``; what every recipe leaves as it is has no column.
+
+    Example:
+        >>> header, rows = recipe_table({"mine": Recipe.from_name("qat-w4a4")})
+        >>> dict(zip(header, rows[0]))["weights"]
+        '4 bits, a scale per output channel, learned'
+    """
+    rows = [(name, *_cells(recipe)) for name, recipe in recipes.items()]
+    kept = [
+        place
+        for place, header in enumerate(RECIPE_HEADER)
+        if header not in _UNCHANGED or any(row[place] != _UNCHANGED[header] for row in rows)
+    ]
+    return tuple(RECIPE_HEADER[place] for place in kept), [tuple(row[place] for place in kept) for row in rows]
+
+
+def recipe_line(recipe: Recipe) -> str:
+    """The recipe in one line."""
+    return "; ".join(f"{header}: {cell}" for header, cell in zip(RECIPE_HEADER[1:], _cells(recipe), strict=True))
+
+
+def spec_text(spec: QuantSpec | None) -> str:
+    """How one tensor is quantised."""
+    if spec is None:
+        return _FLOAT
+    fields = {"group_size": spec.group_size, "percentile": spec.percentile}
+    scales = _SCALES.get(spec.granularity, spec.granularity).format(**fields)
+    ranges = "learned" if spec.learnable else _RANGES.get(spec.observer, spec.observer).format(**fields)
+    return f"{spec.bits} bits, {scales}, {ranges}"
+
+
+def _cells(recipe: Recipe) -> tuple[str, ...]:
+    return (
+        spec_text(recipe.weight),
+        spec_text(recipe.input),
+        spec_text(recipe.output),
+        f"{recipe.edge_bits} bits" if recipe.edge_bits else _SAME,
+        gradient_text(recipe) or _FLOAT,
+        "fine-tuned" if recipe.training else "calibrated only",
+        "integers throughout" if recipe.fixed_point is not None else _BACKENDS.get(recipe.backend, recipe.backend),
+    )
+
+
+def gradient_text(recipe: Recipe) -> str:
+    """How a recipe quantises gradients, for the report; "" where it does not.
+
+    Example:
+        >>> gradient_text(Recipe.from_name("fqt-bhq5-paper"))
+        'grad_input from 5 bits householder; grad_weight from 8 bits per_channel (all stochastic, rows: sample)'
+    """
+    if recipe.int8 is not None:
+        modes = f"grad_input {recipe.int8.grad_input}; grad_weight {recipe.int8.grad_weight}"
+        return f"{modes} (int8 products, stochastic, rows: token)"
+    parts, rows = [], []
+    for tensor in ("grad_input", "grad_weight"):
+        spec = getattr(recipe, tensor)
+        if spec is None:
+            continue
+        kinds = [spec.resolved(tensor, convolution=convolution) for convolution in (False, True)]
+        names = list(dict.fromkeys(kind.quantizer for kind in kinds))
+        quantizers = names[0] if len(names) == 1 else f"{names[0]} (linear), {names[1]} (convolution)"
+        parts.append(f"{tensor} from {spec.bits} bits {quantizers}")
+        rows += ["token (linear), sample (convolution)" if spec.rows == "auto" else spec.rows]
+    return f"{'; '.join(parts)} (all stochastic, rows: {'; '.join(dict.fromkeys(rows))})" if parts else ""
