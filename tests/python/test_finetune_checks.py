@@ -1,4 +1,5 @@
-"""What the fine-tuning job checks before it starts, and that one recipe's failure neither stops the others nor loses the table."""
+"""What the fine-tuning job checks before it starts, and that one recipe's failure neither stops the others nor loses
+the table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The folder of a fine-tuning run: its name, which files are the run's own, and that no other is replaced or deleted."""
+"""The folder of a fine-tuning run: its name, which files are the run's own, and that no other is replaced or
+deleted."""
 
 from __future__ import annotations
 

@@ -119,9 +119,10 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--data",
         metavar="DATA",
-        help="fashion-mnist (default), digits, a folder of images (class/*.png, or train/class/*.png and test/class/*.png), a "
-        "folder with four IDX files, a csv file of numbers and a label, or module:function returning a training and a test "
-        "dataset; for sst2 a folder with train.tsv and dev.tsv, or a tsv or csv file with the columns sentence and label",
+        help="fashion-mnist (default), digits, a folder of images (class/*.png, or train/class/*.png and "
+        "test/class/*.png), a folder with four IDX files, a csv file of numbers and a label, or module:function "
+        "returning a training and a test dataset; for sst2 a folder with train.tsv and dev.tsv, or a tsv or csv file "
+        "with the columns sentence and label",
     )
     what.add_argument(
         "--image-size", type=whole, metavar="PIXELS", help="resize a folder's images to so many pixels either way"
@@ -183,7 +184,7 @@ def _add_probe(commands) -> None:
         probe.add_argument(
             f"--{what}",
             metavar="MODULE:FUNCTION",
-            help=f"the run's {what}, to be repeated where it is a function of yours: a run's folder alone makes no code run",
+            help=f"the run's {what}, to be repeated where it is a function of yours: a folder alone makes no code run",
         )
     probe.add_argument(
         "--quantizers",

@@ -15,8 +15,8 @@ from quantrain.finetune.trainer import TrainSettings
 IMAGE_RECIPES = ("qat-w8a8", "qat-w4a4", "ptq-w8a8")
 TEXT_RECIPES = ("qat-w8a8", "qat-w4a8")
 
-# What may differ between a run and the one that resumes it: where and how fast it runs, and which recipes it adds (a recipe
-# that is done is compared itself).
+# What may differ between a run and the one that resumes it: where and how fast it runs, and which recipes it adds (a
+# recipe that is done is compared itself).
 _FREE_TO_CHANGE = {"recipes", "overrides", "name", "runs", "device", "threads", "tensorboard"}
 
 
@@ -131,7 +131,8 @@ _QUICK_FACTOR = {"images": 0.2, "sst2": 1.0}
 
 
 def check_config(config: JobConfig, recipes: Mapping[str, Recipe]) -> None:
-    """Make sure that the run's config.json, where there is one, asks for the same, and means the same by the recipes' names.
+    """Make sure that the run's config.json, where there is one, asks for the same, and means the same by the recipes'
+    names.
 
     Raises:
         ValueError: An earlier run of this name was asked for something else; nothing is changed.

@@ -209,8 +209,8 @@ def load_idx_folder(folder: Path) -> ImageData:
     """
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{folder}: expected a folder with {', '.join(IDX_FILES.values())}, or with images in a subfolder for each class, or "
-            "a csv file, got none"
+            f"{folder}: expected a folder with {', '.join(IDX_FILES.values())}, or with images in a subfolder for each "
+            "class, or a csv file, got none"
         )
     tensors = {}
     for key, stem in IDX_FILES.items():
@@ -339,8 +339,8 @@ def load_fashion_mnist(download: bool = True) -> ImageData:
 
 
 def load_image_data(name: str, image_size: int | None = None) -> LabelledData:
-    """``fashion-mnist``, ``digits``, a folder with four IDX files or with images in a subfolder for each class, numbers in a csv
-    file (or a folder with train.csv and test.csv), or ``module:function``.
+    """``fashion-mnist``, ``digits``, a folder with four IDX files or with images in a subfolder for each class, numbers
+    in a csv file (or a folder with train.csv and test.csv), or ``module:function``.
 
     Args:
         name: One of these.

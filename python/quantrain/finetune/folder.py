@@ -1,4 +1,5 @@
-"""The folder of a run: which files in it are the run's own, recorded before they are written, so that no other is replaced or deleted."""
+"""The folder of a run: which files in it are the run's own, recorded before they are written, so that no other is
+replaced or deleted."""
 
 from __future__ import annotations
 
@@ -67,12 +68,13 @@ class RunFolder:
         for name in names:
             if name not in self.files and (self.path / name).exists():
                 raise FileExistsError(
-                    f"{self.path / name}: expected no such file or one that a run recorded in {MANIFEST}, got one of unknown "
-                    "origin, which the run would replace; take another --name, or move it away"
+                    f"{self.path / name}: expected no such file or one that a run recorded in {MANIFEST}, got one of "
+                    "unknown origin, which the run would replace; take another --name, or move it away"
                 )
 
     def claim(self, names: Iterable[str]) -> None:
-        """Record the files ``names`` as the run's own, before they are written; the folder is made where there is none."""
+        """Record the files ``names`` as the run's own, before they are written; the folder is made where there is
+        none."""
         self.files |= set(names)
         for name in ("plots", "state"):
             (self.path / name).mkdir(parents=True, exist_ok=True)

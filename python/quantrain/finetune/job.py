@@ -108,8 +108,8 @@ class Job:
         command: The command line, for the report.
 
     Raises:
-        ValueError: A recipe, a model or a device that does not exist, a model that does not fit the data, recipes that do not fit the
-            model (all are named), or a folder of another run. Nothing is written or deleted then.
+        ValueError: A recipe, a model or a device that does not exist, a model that does not fit the data, recipes that
+            do not fit the model (all are named), or a folder of another run. Nothing is written or deleted then.
         FileNotFoundError: Data or a baseline that is not there.
         ModuleNotFoundError: A package that is missing.
 
@@ -151,7 +151,8 @@ class Job:
         return files
 
     def _check_models(self) -> None:
-        """Try the model on the data and every recipe that is not done on the model, and read the baseline's checkpoint."""
+        """Try the model on the data and every recipe that is not done on the model, and read the baseline's
+        checkpoint."""
         started = time.perf_counter()
         config, steps = self.config, _TIMED_STEPS if self.config.quick else 1
         check_model(self.baseline, self.call, self.data, self.device)
@@ -189,7 +190,8 @@ class Job:
             )  # a converted model was seen to take up to twice the float one's time
             seconds += evaluations * evaluation_seconds(self.baseline, self.data, self.device)
             self._say(
-                f"training and evaluation will take about {format_seconds(seconds)} here (measured on {steps} steps of each)"
+                f"training and evaluation will take about {format_seconds(seconds)} here "
+                f"(measured on {steps} steps of each)"
             )
         memory.give_back()
 
@@ -408,15 +410,18 @@ class Job:
         if any(result.layer_errors for result in results):
             plots.plot_sqnr(results, folder / "sqnr.png")
             note = (
-                "How much larger each layer's numbers are than what rounding changes in them (signal to quantisation noise): "
-                "20 dB is a tenth, 40 dB a hundredth. A layer far left of the others is where a few more bits help most."
+                "How much larger each layer's numbers are than what rounding changes in them (signal to quantisation "
+                "noise): at 20 dB the change is a tenth of them, at 40 dB a hundredth. A layer far left of the others is "
+                "where a few more bits help most."
             )
             figures.append(("What rounding changes, by layer", note, folder / "sqnr.png"))
         for name in self.recipes:
             for kind in ("weights", "inputs"):
                 path = folder / f"{name}-{kind}.png"
                 if path.is_file():
-                    note = "Each grey line is a value that the quantised model can hold; what lies past the ends is cut off."
+                    note = (
+                        "Each grey line is a value that the quantised model can hold; what lies past the ends is cut."
+                    )
                     figures.append((f"{name}: what is rounded, and the grid it is rounded to", note, path))
         report = self.folder / "report.html"
         recipes = recipe_table(self.recipes)
@@ -430,8 +435,9 @@ class Job:
     def _lead(self, results: list[StageResult]) -> str:
         total = format_seconds(sum(result.seconds for result in results))
         return (
-            f"A model in ordinary 32-bit floating point (float32), and what becomes of it in few bits: {len(results) - 1} quantised "
-            f"models, each made from it by a recipe and tested on the same {self.data.test_size} samples. The whole run took {total}."
+            "A model in ordinary 32-bit floating point (float32), and what becomes of it in few bits: "
+            f"{len(results) - 1} quantised models, each made from it by a recipe and tested on the same "
+            f"{self.data.test_size} samples. The whole run took {total}."
         )
 
     def _facts(self, results: list[StageResult]) -> list[tuple[str, str]]:

@@ -112,12 +112,14 @@ def names_code(name: str) -> bool:
 
 
 def load_model(name: str, **offered: int) -> tuple[nn.Module, str]:
-    """The model that ``name`` means, and the call that made it: ``resnet20``, or ``module:function`` for a function of the user.
+    """The model that ``name`` means, and the call that made it: ``resnet20``, or ``module:function`` for a function of
+    the user.
 
     Args:
-        name: A function is called with those of ``offered`` that it has parameters for; one with ``**kwargs`` gets ``num_classes``
-            too. Modules are looked for in the current folder as well.
-        offered: What the data says: ``num_classes``, and ``in_channels`` of images or ``in_features`` of rows of numbers.
+        name: A function is called with those of ``offered`` that it has parameters for; one with ``**kwargs`` gets
+            ``num_classes`` too. Modules are looked for in the current folder as well.
+        offered: What the data says: ``num_classes``, and ``in_channels`` of images or ``in_features`` of rows of
+            numbers.
 
     Raises:
         ValueError: ``name`` is neither, or the module has no such function, or it fails or returns something else.

@@ -155,7 +155,8 @@ def _read_images(paths: Sequence[Path], size: int | None) -> list[np.ndarray]:
         if arrays[-1].shape[:2] != arrays[0].shape[:2]:
             first, other = ("x".join(map(str, array.shape[1::-1])) for array in (arrays[0], arrays[-1]))
             raise ValueError(
-                f"{path}: expected images of one size, got {other} after {first} of {paths[0]}; --image-size N resizes them"
+                f"{path}: expected images of one size, got {other} after {first} of {paths[0]}; "
+                "--image-size N resizes them"
             )
     channels = max(array.shape[2] for array in arrays)
     return [np.broadcast_to(array, (*array.shape[:2], channels)) for array in arrays]
@@ -247,7 +248,8 @@ def _number(path: Path, header: Sequence[str], row: Sequence[str], place: int) -
         value = math.nan
     if not math.isfinite(value):
         raise ValueError(
-            f"{path}: expected a finite number in the column {header[place]}, got {row[place][:60]!r} (sentences: --job sst2)"
+            f"{path}: expected a finite number in the column {header[place]}, got {row[place][:60]!r} "
+            "(sentences: --job sst2)"
         )
     return value
 
@@ -256,11 +258,12 @@ def _number(path: Path, header: Sequence[str], row: Sequence[str], place: int) -
 
 
 def load_function_data(name: str) -> LabelledData:
-    """The datasets that the function ``name`` (``module:function``) returns: ``(train, test)``, each of pairs (input, label).
+    """The datasets that the function ``name`` (``module:function``) returns: ``(train, test)``, each of pairs (input,
+    label).
 
-    uint8 tensors ``[C, H, W]`` or ``[H, W]`` and PIL images become images, normalised by the training set's mean and standard
-    deviation; every other tensor goes to the model as it is. Labels are whole numbers from 0; a dataset's attribute ``classes``
-    names them.
+    uint8 tensors ``[C, H, W]`` or ``[H, W]`` and PIL images become images, normalised by the training set's mean and
+    standard deviation; every other tensor goes to the model as it is. Labels are whole numbers from 0; a dataset's
+    attribute ``classes`` names them.
 
     Raises:
         ValueError: There is no such function, or it returns something else; the message names the sample.

@@ -32,7 +32,8 @@ class ProbeSettings:
         batches: Training batches.
         draws: Of each gradient and quantizer.
         fraction: What quantisation may add to the batch variance.
-        model: The ``module:function`` of the run's model; needed where its config.json names one, since that is code that runs.
+        model: The ``module:function`` of the run's model; needed where its config.json names one, since that is code
+            that runs.
         data: The ``module:function`` of the run's data, likewise.
         network: Repeats a layer and quantizer of measure_network on the last batch; 0 leaves it out.
         batch_size: Samples a batch; None takes the run's.
@@ -88,8 +89,8 @@ def check_named(settings: ProbeSettings, config: JobConfig) -> None:
         found, named = getattr(config, option), getattr(settings, option)
         if named is None and names_code(found):
             raise ValueError(
-                f"--{option}: expected it to repeat {found!r}, code that the run's config.json names and that probe would "
-                "run, got none"
+                f"--{option}: expected it to repeat {found!r}, code that the run's config.json names and that probe "
+                "would run, got none"
             )
         if named is not None and named != found:
             raise ValueError(f"--{option}: expected {found!r} as in the run's config.json, got {named!r}")

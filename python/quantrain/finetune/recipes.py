@@ -15,11 +15,14 @@ def resolve_recipes(words: Sequence[str], overrides: Sequence[str] = ()) -> dict
     """The recipes that ``words`` mean, by the names that their stages have, in order.
 
     Args:
-        words: Each the name of a recipe, or a JSON file with what ``Recipe.to_json`` gives; the file's stage has the name of the file.
-        overrides: Settings that every recipe gets, such as ``"weight.bits=4"`` or ``"input=null"``; the stages then end in ``-custom``.
+        words: Each the name of a recipe, or a JSON file with what ``Recipe.to_json`` gives; the file's stage has the
+            name of the file.
+        overrides: Settings that every recipe gets, such as ``"weight.bits=4"`` or ``"input=null"``; the stages then end
+            in ``-custom``.
 
     Raises:
-        ValueError: An unknown name, a file that holds no recipe, a setting outside its rule, two recipes of one name; all are listed.
+        ValueError: An unknown name, a file that holds no recipe, a setting outside its rule, two recipes of one name;
+            all are listed.
 
     Example:
         >>> resolve_recipes(["qat-w8a8"], ["weight.bits=6"])["qat-w8a8-custom"].weight.bits

@@ -1,4 +1,5 @@
-"""What is tried before a run starts: the model on the data and every recipe on the model, so that a run of hours does not end on a typo."""
+"""What is tried before a run starts: the model on the data and every recipe on the model, so that a run of hours does
+not end on a typo."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def check_model(model: nn.Module, call: str, data, device: torch.device) -> None
     if not isinstance(output, torch.Tensor) or tuple(output.shape) != expected:
         got = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise ValueError(
-            f"--model: expected {call} to return {list(expected)}, a number for each of the data's {data.num_classes} classes, got {got}"
+            f"--model: expected {call} to return {list(expected)}, a number for each of the data's {data.num_classes} "
+            f"classes, got {got}"
         )
 
 

@@ -83,7 +83,7 @@ def _convert_note(results: Sequence[StageResult]) -> str:
     if not measured:
         return ""
     parts = ", ".join(f"{result.stage} {result.convert_difference:.2g}" for result in measured)
-    return f"Largest difference of an output between the model as it was trained and as it is stored, on one batch: {parts}."
+    return f"Largest difference of an output between the model as trained and as stored, on one batch: {parts}."
 
 
 _AUDIT_HEADER = ("layer", "kind", "operations", "operands", "sums", "result", "largest sum")

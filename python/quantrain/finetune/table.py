@@ -34,7 +34,8 @@ def _row(result: StageResult | FailedStage, baseline: StageResult) -> tuple[str,
 
 
 def format_table(results: Sequence[StageResult | FailedStage]) -> str:
-    """The table as text, in columns two spaces apart; numbers are aligned right, and a failed stage's reason follows its name."""
+    """The table as text, in columns two spaces apart; numbers are aligned right, and a failed stage's reason follows
+    its name."""
     cells = [HEADER, *rows(results)]
     widths = [max(len(row[0]) for row in cells)]
     widths += [max(len(row[column]) for row in cells if len(row) > 2) for column in range(1, len(HEADER))]

@@ -109,8 +109,8 @@ def read_sentences(path: Path) -> tuple[list[str], list[str]]:
 def load_text_data(name: str, tokenizer) -> TextData:
     """``sst2`` (``$QUANTRAIN_DATA/sst2``), the path of a folder with train.tsv and dev.tsv, or of one tsv or csv file.
 
-    Of a single file every tenth row, in the order of a fixed seed, is held out as the test set. A csv file has the columns
-    ``sentence`` (or ``text``) and ``label``, whose values may be any text.
+    Of a single file every tenth row, in the order of a fixed seed, is held out as the test set. A csv file has the
+    columns ``sentence`` (or ``text``) and ``label``, whose values may be any text.
 
     Raises:
         FileNotFoundError: $QUANTRAIN_DATA is not set, or a file is missing; the message names it.
