@@ -68,6 +68,21 @@ class OutOfIntegers(nn.Module):
         return self.linear(torch.sin(images.flatten(1)))
 
 
+class NoGradient(nn.Module):
+    """A model that runs and cannot be trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.linear(images.flatten(1)).detach()
+
+
+def no_gradient() -> nn.Module:
+    return NoGradient()
+
+
 def out_of_integers() -> nn.Module:
     return OutOfIntegers()
 
@@ -99,6 +114,13 @@ def test_every_fault_is_named_before_anything_is_trained(tmp_path, capsys):
     assert run(tmp_path, "--recipes", "f8net", "qat-w8a8", "f8net-tiny", model="out_of_integers") == 2
     error = capsys.readouterr().err
     assert "f8net: " in error and "f8net-tiny: " in error and "sin" in error and "qat-w8a8" not in error
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_model_that_cannot_be_trained_is_refused(tmp_path, capsys):
+    assert run(tmp_path, "--recipes", "qat-w8a8", model="no_gradient") == 2
+    error = capsys.readouterr().err
+    assert "float32: RuntimeError: " in error and "qat-w8a8: RuntimeError: " in error and "grad" in error
     assert not (tmp_path / "t").exists()
 
 
@@ -142,7 +164,6 @@ def test_a_missing_package_is_named_before_training(tmp_path, capsys, monkeypatc
 def test_trying_changes_no_result(tmp_path, no_plots, monkeypatch):
     assert run(tmp_path / "a", "--recipes", "qat-w4a4", "fqt-psq8") == 0
     monkeypatch.setattr(job, "rehearse", lambda *_, **__: 0.0)
-    monkeypatch.setattr(job, "rehearse_recipe", lambda *_, **__: 0.0)
     assert run(tmp_path / "b", "--recipes", "qat-w4a4", "fqt-psq8") == 0
     tried, untried = read_results(tmp_path / "a" / "t"), read_results(tmp_path / "b" / "t")
     assert [(row.accuracy, row.loss) for row in tried.values()] == [

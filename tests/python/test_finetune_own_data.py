@@ -286,7 +286,9 @@ def test_own_data_from_the_shell(tmp_path, photos, importable, monkeypatch, caps
     assert json.loads((folder / "config.json").read_text())["data"] == words[1]
 
 
-def test_a_csv_file_gets_a_model_for_numbers():
+def test_a_csv_file_gets_a_model_for_numbers(tmp_path):
+    write_csv(tmp_path / "train.csv")
+    assert make_config(build_parser().parse_args(["finetune", "--data", str(tmp_path)])).model == "mlp"
     config = make_config(build_parser().parse_args(["finetune", "--data", "x/flowers.csv"]))
     assert (config.model, config.name) == ("mlp", "mlp-flowers")
     config = make_config(build_parser().parse_args(["finetune", "--job", "sst2", "--data", "films.csv"]))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quantrain.finetune.config import IMAGE_RECIPES, TEXT_RECIPES, JobConfig
+from quantrain.finetune.data import is_csv
 from quantrain.finetune.models import names_code
 from quantrain.finetune.trainer import Interrupted, StopRequest
 
@@ -217,7 +218,7 @@ def _add_probe(commands) -> None:
 def make_config(arguments: argparse.Namespace) -> JobConfig:
     """The job that parsed arguments ask for, defaults filled in."""
     values = {key: value for key, value in vars(arguments).items() if key not in ("command", "restart")}
-    if arguments.job == "images" and arguments.model is None and Path(arguments.data or "").suffix.lower() == ".csv":
+    if arguments.job == "images" and arguments.model is None and arguments.data and is_csv(Path(arguments.data)):
         values["model"] = "mlp"
     for key, (normal, quick) in _DEFAULTS[arguments.job].items():
         if values[key] is None:

@@ -338,6 +338,11 @@ def load_fashion_mnist(download: bool = True) -> ImageData:
     return load_digits_data()
 
 
+def is_csv(path: Path) -> bool:
+    """Whether ``path`` means a csv file, or a folder with train.csv."""
+    return path.suffix.lower() == ".csv" or (path / "train.csv").is_file()
+
+
 def load_image_data(name: str, image_size: int | None = None) -> LabelledData:
     """``fashion-mnist``, ``digits``, a folder with four IDX files or with images in a subfolder for each class, numbers
     in a csv file (or a folder with train.csv and test.csv), or ``module:function``.
@@ -361,6 +366,6 @@ def load_image_data(name: str, image_size: int | None = None) -> LabelledData:
         return known[name]()
     if ":" in name and not path.exists():
         return own_data.load_function_data(name)
-    if path.suffix.lower() == ".csv" or (path / "train.csv").is_file():
+    if is_csv(path):
         return own_data.load_csv_data(path)
     return load_idx_folder(path)

@@ -50,35 +50,8 @@ def check_model(model: nn.Module, call: str, data, device: torch.device) -> None
 
 
 def rehearse(
-    model: nn.Module, data, settings: TrainSettings, device: torch.device, *, steps: int, training: bool = True
-) -> float:
-    """Take training steps on ``model`` and return the seconds of one; the model is not one that is kept.
-
-    One step is on a few samples; of several steps on whole batches the first warms up and the others are timed.
-
-    Args:
-        training: False runs forward only.
-    """
-    rows = min(settings.batch_size if steps > 1 else ROWS, data.train_size)
-    batch = to_device(data.train_batch(torch.arange(rows), None), device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
-    optimizer = make_optimizer(model, settings)
-    model.train()  # observers are on
-    times = []
-    for _ in range(steps):
-        started = time.perf_counter()
-        if training:
-            float(train_step(model, optimizer, batch, autocast))
-        else:
-            with torch.no_grad():
-                float(model(*batch[0]).sum())
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:] or times)
-
-
-def rehearse_recipe(
     baseline: nn.Module,
-    recipe: Recipe,
+    recipe: Recipe | None,
     skip: Iterable[str],
     data,
     settings: TrainSettings,
@@ -86,11 +59,36 @@ def rehearse_recipe(
     *,
     steps: int,
 ) -> float:
-    """Prepare a copy of ``baseline`` and rehearse it; what the recipe does not fit raises here."""
+    """Take training steps (forward only where the recipe does not train) on a copy of ``baseline`` prepared with ``recipe``.
+
+    One step is on a few samples; of several steps on whole batches the first warms up and the others are timed. Whatever
+    does not fit raises here.
+
+    Args:
+        recipe: None tries the model as it is.
+
+    Returns:
+        The median seconds of a step.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself says them again
-        model = qnn.prepare(copy.deepcopy(baseline), recipe, skip=skip)
-        return rehearse(model, data, settings, device, steps=steps, training=recipe.training)
+        model = copy.deepcopy(baseline)
+        model = model if recipe is None else qnn.prepare(model, recipe, skip=skip)
+        rows = min(settings.batch_size if steps > 1 else ROWS, data.train_size)
+        batch = to_device(data.train_batch(torch.arange(rows), None), device)
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+        optimizer = make_optimizer(model, settings)
+        model.train()  # observers are on
+        times = []
+        for _ in range(steps):
+            started = time.perf_counter()
+            if recipe is None or recipe.training:
+                float(train_step(model, optimizer, batch, autocast))
+            else:
+                with torch.no_grad():
+                    float(model(*batch[0]).sum())
+            times.append(time.perf_counter() - started)
+    return statistics.median(times[1:] or times)
 
 
 @torch.inference_mode()
