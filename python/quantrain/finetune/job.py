@@ -173,8 +173,10 @@ class Job:
                 except Exception as error:
                     faults.append(f"{name}: {reason_of(error)}")
                     continue
-                taken = settings.steps_to_take(self.data.train_size) if recipe is None or recipe.training else 0
-                seconds += step * (taken + (0 if recipe is None else len(self.calibration)))
+                if recipe is None or recipe.training:
+                    seconds += step * settings.steps_to_take(self.data.train_size)
+                if recipe is not None:  # forward only, which is a third of a training step
+                    seconds += (step / 3 if recipe.training else step) * len(self.calibration)
         raise_all(faults)
         took = format_seconds(time.perf_counter() - started)
         self._say(f"model: {self.call}, tried with {len(trials) - (path is None)} recipes in {took}")
