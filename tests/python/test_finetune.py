@@ -401,6 +401,7 @@ def test_recipes_are_described_in_words():
     assert found["qat-w4a4"]["first and last layer"] == "8 bits" and found["qat-w4a4"]["training"] == "fine-tuned"
     assert found["ptq-w4a8"]["weights"] == "4 bits, a scale per 32 weights, range of least squared error"
     assert found["ptq-w4a8"]["training"] == "calibrated only" and found["ptq-w4a8"]["gradients"] == "float32"
+    assert found["f8net"]["weights"] == "8 bits, one scale that is a power of two"
     assert found["fqt-bhq5"]["gradients"].startswith("grad_input from 5 bits householder")
     assert [found[name]["arithmetic"] for name in names[2:]] == [
         "rounded, computed in floating point", "int8 products", "integers throughout",

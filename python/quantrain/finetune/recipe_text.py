@@ -68,14 +68,17 @@ def spec_text(spec: QuantSpec | None) -> str:
 
 
 def _cells(recipe: Recipe) -> tuple[str, ...]:
+    fixed = recipe.fixed_point is not None  # the observers' fields then mean nothing
+    tensors = [
+        f"{spec.bits} bits, one scale that is a power of two" if fixed and spec is not None else spec_text(spec)
+        for spec in (recipe.weight, recipe.input, recipe.output)
+    ]
     return (
-        spec_text(recipe.weight),
-        spec_text(recipe.input),
-        spec_text(recipe.output),
+        *tensors,
         f"{recipe.edge_bits} bits" if recipe.edge_bits else _SAME,
         gradient_text(recipe) or _FLOAT,
         "fine-tuned" if recipe.training else "calibrated only",
-        "integers throughout" if recipe.fixed_point is not None else _BACKENDS.get(recipe.backend, recipe.backend),
+        "integers throughout" if fixed else _BACKENDS.get(recipe.backend, recipe.backend),
     )
 
 
