@@ -4,6 +4,8 @@
 #include <torch/library.h>
 
 #include "autograd/node.h"
+#include "autograd/second_derivative.h"
+#include "autograd/straight_through.h"
 #include "ops/check.h"
 #include "ops/fake_quant.h"
 
@@ -33,12 +35,6 @@ std::tuple<at::Tensor, at::Tensor> fake_quantize_mask(const at::Tensor& input, c
       find_operator<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
                                                        int64_t, int64_t, bool)>("quantrain::_fake_quantize_mask");
   return op.call(input, scale, zero_point, quant_min, quant_max, check_values);
-}
-
-at::Tensor fake_quantize_backward(const at::Tensor& grad_output, const at::Tensor& mask, c10::SymIntArrayRef stride) {
-  static const auto op = find_operator<at::Tensor(const at::Tensor&, const at::Tensor&, c10::SymIntArrayRef)>(
-      "quantrain::_fake_quantize_backward");
-  return op.call(grad_output, mask, stride);
 }
 
 // ---- nodes -----------------------------------------------------------------------------------------------------------------
@@ -96,13 +92,16 @@ struct FakeQuantizeLearnableFunction : torch::autograd::Function<FakeQuantizeLea
     static const auto op = find_operator<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
         const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t, double)>(
         "quantrain::_fake_quantize_learnable_backward");
+    const at::AutoDispatchBelowADInplaceOrView below;
     const auto saved = ctx->get_saved_variables();
     const OptionalTensor zero_point = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
     auto [grad_input, grad_scale, grad_zero_point] =
         op.call(grad_outputs[0], saved[0], saved[1], zero_point, ctx->saved_data["quant_min"].toInt(),
                 ctx->saved_data["quant_max"].toInt(), ctx->saved_data["grad_factor"].toDouble());
-    const bool learned = zero_point && zero_point->scalar_type() == at::kFloat;
-    return {grad_input, grad_scale, learned ? grad_zero_point : at::Tensor(), {}, {}, {}};
+    const bool learned = zero_point && zero_point->is_floating_point();
+    variable_list gradients{grad_input, grad_scale, learned ? grad_zero_point : at::Tensor(), {}, {}, {}};
+    refuse_second_derivative(gradients, grad_outputs[0], "fake_quantize_learnable");
+    return gradients;
   }
 };
 
@@ -114,6 +113,9 @@ at::Tensor fake_quantize_autograd(const at::Tensor& input, const at::Tensor& sca
       !needs_grad(scale),
       "fake_quantize: expected scale without requires_grad (fake_quantize_learnable learns it), got {}",
       "a scale that requires a gradient");
+  if (is_transformed(input))
+    return straight_through(input,
+                            [&] { return fake_quantize_mask(input, scale, zero_point, quant_min, quant_max, true); });
   if (needs_grad(input)) return FakeQuantizeFunction::apply(input, scale, zero_point, quant_min, quant_max, true);
   const at::AutoDispatchBelowADInplaceOrView below;
   return fake_quantize(input, scale, zero_point, quant_min, quant_max);
@@ -126,17 +128,22 @@ at::Tensor fake_quantize_dynamic_autograd(const at::Tensor& input, c10::SymIntAr
       find_operator<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, c10::SymIntArrayRef, int64_t, int64_t, bool)>(
           "quantrain::choose_qparams");
   if (needs_grad(input) && input.sym_numel() == 0) return input.clone();
-  if (!needs_grad(input)) {
+  const bool transformed = is_transformed(input);
+  if (!needs_grad(input) && !transformed) {
     const at::AutoDispatchBelowADInplaceOrView below;
     return dynamic.call(input, scale_shape, quant_min, quant_max, symmetric);
   }
-  at::Tensor scale, zero_point;
+  at::Tensor scale;
+  OptionalTensor zero_point;
   {
     const at::AutoDispatchBelowADInplaceOrView below;
     std::tie(scale, zero_point) = choose.call(input, scale_shape, quant_min, quant_max, symmetric);
   }
-  return FakeQuantizeFunction::apply(input, scale, symmetric ? OptionalTensor() : zero_point, quant_min, quant_max,
-                                     false);
+  if (symmetric) zero_point.reset();
+  if (transformed)
+    return straight_through(input,
+                            [&] { return fake_quantize_mask(input, scale, zero_point, quant_min, quant_max, false); });
+  return FakeQuantizeFunction::apply(input, scale, zero_point, quant_min, quant_max, false);
 }
 
 at::Tensor fake_quantize_backward_autograd(const at::Tensor& grad_output, const at::Tensor& mask,
@@ -149,6 +156,7 @@ at::Tensor fake_quantize_backward_autograd(const at::Tensor& grad_output, const 
 at::Tensor fake_quantize_learnable_autograd(const at::Tensor& input, const at::Tensor& scale,
                                             const OptionalTensor& zero_point, int64_t quant_min, int64_t quant_max,
                                             double grad_factor) {
+  refuse_transforms("fake_quantize_learnable", {input, scale, zero_point ? *zero_point : scale});
   if (needs_grad(input) || needs_grad(scale) || (zero_point && needs_grad(*zero_point)))
     return FakeQuantizeLearnableFunction::apply(input, scale, zero_point, quant_min, quant_max, grad_factor);
   const at::AutoDispatchBelowADInplaceOrView below;

@@ -146,6 +146,7 @@ at::Tensor fqt_linear_autograd(const at::Tensor& input, const at::Tensor& weight
                                QUANTRAIN_GRADIENTS_PARAMETERS) {
   const auto for_input = QUANTRAIN_GRADIENT_STRUCT(grad_input), for_weight = QUANTRAIN_GRADIENT_STRUCT(grad_weight);
   check_fqt_linear(input, weight, bias, for_input, for_weight);
+  refuse_transforms("fqt_linear", {input, weight, bias ? *bias : weight});
   if (any_needs_grad(input, weight, bias)) return FqtLinearFunction::apply(input, weight, bias, for_input, for_weight);
   const at::AutoDispatchBelowADInplaceOrView below;
   return at::linear(input, weight, bias);
@@ -156,6 +157,7 @@ at::Tensor fqt_conv2d_autograd(const at::Tensor& input, const at::Tensor& weight
                                c10::SymInt groups, QUANTRAIN_GRADIENTS_PARAMETERS) {
   const auto for_input = QUANTRAIN_GRADIENT_STRUCT(grad_input), for_weight = QUANTRAIN_GRADIENT_STRUCT(grad_weight);
   check_fqt_conv2d(input, weight, bias, stride, padding, dilation, groups, for_input, for_weight);
+  refuse_transforms("fqt_conv2d", {input, weight, bias ? *bias : weight});
   const bool batched = input.dim() == 4;
   const at::Tensor batch = batched ? input : input.unsqueeze(0);
   at::Tensor output;

@@ -160,6 +160,7 @@ at::Tensor int8_linear_autograd(const at::Tensor& input, const at::Tensor& weigh
                                 const OptionalTensor& weight_scale) {
   const Int8LinearTensors tensors{input, weight, bias, weight_codes, weight_scale};
   check_int8_linear(tensors);
+  refuse_transforms("int8_linear", {input, weight, bias ? *bias : weight});
   const bool input_grad = needs_grad(input), weight_grad = needs_grad(weight);
   const Int8LinearPlan plan =
       plan_int8_linear(tensors, {output, grad_input, grad_weight, weight_scheme, simulate}, input_grad, weight_grad);

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -19,7 +18,10 @@
 #include <c10/util/Exception.h>
 #include <nlohmann/json.hpp>
 
+#include "nn/json.h"
 #include "nn/labels.h"
+#include "nn/replace_file.h"
+#include "nn/safetensors.h"
 #include "quantrain/nn/fixed_point_layers.h"
 #include "quantrain/nn/layers.h"
 
@@ -35,9 +37,27 @@ struct Dtype {
   const char* name;
   at::ScalarType type;
 };
-constexpr Dtype kDtypes[] = {{"F64", at::kDouble}, {"F32", at::kFloat}, {"F16", at::kHalf},  {"BF16", at::kBFloat16},
-                             {"I64", at::kLong},   {"I32", at::kInt},   {"I16", at::kShort}, {"I8", at::kChar},
-                             {"U8", at::kByte},    {"BOOL", at::kBool}};
+constexpr Dtype kDtypes[] = {{"F64", at::kDouble},
+                             {"F32", at::kFloat},
+                             {"F16", at::kHalf},
+                             {"BF16", at::kBFloat16},
+                             {"F8_E4M3", at::kFloat8_e4m3fn},
+                             {"F8_E5M2", at::kFloat8_e5m2},
+                             {"I64", at::kLong},
+                             {"I32", at::kInt},
+                             {"I16", at::kShort},
+                             {"I8", at::kChar},
+                             {"U64", at::kUInt64},
+                             {"U32", at::kUInt32},
+                             {"U16", at::kUInt16},
+                             {"U8", at::kByte},
+                             {"BOOL", at::kBool}};
+
+std::string dtype_names() {
+  std::string text;
+  for (const Dtype& dtype : kDtypes) text += (text.empty() ? "" : ", ") + std::string(dtype.name);
+  return text;
+}
 
 struct Entry {
   std::string name;
@@ -100,8 +120,7 @@ Entry read_entry(const std::string& path, const std::string& name, const Json& j
   const auto* known =
       std::find_if(std::begin(kDtypes), std::end(kDtypes), [&](const Dtype& d) { return dtype == d.name; });
   if (known == std::end(kDtypes)) {
-    fail(path, "a dtype of F64, F32, F16, BF16, I64, I32, I16, I8, U8, BOOL for the tensor " + in_quotes(name),
-         in_quotes(dtype));
+    fail(path, "a dtype of " + dtype_names() + " for the tensor " + in_quotes(name), in_quotes(dtype));
   }
   Entry entry{name, known->type, json["shape"], json["data_offsets"][0], json["data_offsets"][1]};
   const uint64_t bytes = product(path, entry, c10::elementSize(entry.dtype));
@@ -138,8 +157,10 @@ std::ifstream open_to_read(const std::string& path) {
   return file;
 }
 
-Header read_header(const std::string& path, std::ifstream& file) {
-  const uint64_t size = std::filesystem::file_size(path);
+Header read_header(const std::string& path, std::istream& file) {
+  file.seekg(0, std::ios::end);
+  const auto size = static_cast<uint64_t>(file.tellg());
+  file.seekg(0);
   if (size < 8) fail(path, "a safetensors file of at least 8 bytes", std::to_string(size) + " bytes");
   unsigned char prefix[8];
   file.read(reinterpret_cast<char*>(prefix), 8);
@@ -151,7 +172,7 @@ Header read_header(const std::string& path, std::ifstream& file) {
   }
   std::string text(length, '\0');
   file.read(text.data(), static_cast<std::streamsize>(length));
-  const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+  const Json json = detail::parse_json(text);
   if (!file || !json.is_object()) fail(path, "a safetensors header (a JSON object)", in_quotes(text.substr(0, 40)));
   Header header;
   header.data_start = 8 + length;
@@ -334,7 +355,7 @@ void check_recipes(const std::string& path, const Header& header, const Checkpoi
 void check_layers(const std::string& path, const Header& header, const torch::nn::Module& module) {
   const Json ours = converted_layers(module);
   const std::string text = metadata_value(path, header, "layers");
-  const Json theirs = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+  const Json theirs = detail::parse_json(text);
   if (!theirs.is_object()) fail(path, "metadata layers to be a JSON object", in_quotes(text.substr(0, 40)));
   for (const auto& [name, layer] : ours.items()) {
     if (!theirs.contains(name)) fail(path, "the converted layer " + in_quotes(name) + " in the metadata", "none");
@@ -359,7 +380,7 @@ void name_codes(std::map<std::string, at::Tensor>& tensors, const torch::nn::Mod
   }
 }
 
-SafeTensors read_tensors(const std::string& path, std::ifstream& file, const Header& header) {
+SafeTensors read_tensors(const std::string& path, std::istream& file, const Header& header) {
   SafeTensors content;
   content.metadata = header.metadata;
   for (const Entry& entry : header.entries) {
@@ -381,13 +402,17 @@ std::string dtype_name(const std::string& path, const std::string& name, at::Sca
 
 }  // namespace
 
-SafeTensors read_safetensors(const std::string& path) {
-  std::ifstream file = open_to_read(path);
+SafeTensors detail::read_safetensors(const std::string& path, std::istream& file) {
   const Header header = read_header(path, file);
   return read_tensors(path, file, header);
 }
 
-void write_safetensors(const std::string& path, const SafeTensors& content) {
+SafeTensors read_safetensors(const std::string& path) {
+  std::ifstream file = open_to_read(path);
+  return detail::read_safetensors(path, file);
+}
+
+detail::PackedSafeTensors detail::pack_safetensors(const std::string& path, const SafeTensors& content) {
   // Wide elements first keeps every tensor aligned to its element size, as the format's own writer does.
   std::vector<std::pair<std::string, at::Tensor>> order;
   for (const auto& [name, tensor] : content.tensors) order.emplace_back(name, tensor.detach().cpu().contiguous());
@@ -395,6 +420,7 @@ void write_safetensors(const std::string& path, const SafeTensors& content) {
                    [](const auto& a, const auto& b) { return a.second.element_size() > b.second.element_size(); });
   Json header = Json::object();
   if (!content.metadata.empty()) header["__metadata__"] = content.metadata;
+  PackedSafeTensors packed;
   uint64_t offset = 0;
   for (const auto& [name, tensor] : order) {
     const uint64_t end = offset + tensor.nbytes();
@@ -402,27 +428,25 @@ void write_safetensors(const std::string& path, const SafeTensors& content) {
                     {"shape", tensor.sizes().vec()},
                     {"data_offsets", {offset, end}}};
     offset = end;
+    packed.tensors.push_back(tensor);
   }
   std::string text = header.dump();
   text.append((8 - text.size() % 8) % 8, ' ');
-  const std::string temporary = path + ".tmp";
-  {
-    std::ofstream file(temporary, std::ios::binary | std::ios::trunc);
-    TORCH_CHECK(file, temporary, ": expected a file that can be written, got ", std::strerror(errno));
-    for (int i = 0; i < 8; ++i) file.put(static_cast<char>(text.size() >> 8 * i & 0xff));
-    file.write(text.data(), static_cast<std::streamsize>(text.size()));
-    for (const auto& [name, tensor] : order) {
-      file.write(static_cast<const char*>(tensor.const_data_ptr()), static_cast<std::streamsize>(tensor.nbytes()));
-    }
-    file.flush();
-    if (!file) {
-      const std::string reason = std::strerror(errno);
-      file.close();
-      std::remove(temporary.c_str());
-      TORCH_CHECK(false, temporary, ": expected to write ", offset, " bytes, got ", reason);
-    }
-  }
-  std::filesystem::rename(temporary, path);
+  for (int i = 0; i < 8; ++i) packed.head.push_back(static_cast<char>(text.size() >> 8 * i & 0xff));
+  packed.head += text;
+  return packed;
+}
+
+std::vector<std::string_view> detail::PackedSafeTensors::pieces() const {
+  std::vector<std::string_view> pieces{head};
+  for (const at::Tensor& tensor : tensors)
+    pieces.emplace_back(static_cast<const char*>(tensor.const_data_ptr()), tensor.nbytes());
+  return pieces;
+}
+
+void write_safetensors(const std::string& path, const SafeTensors& content) {
+  const detail::PackedSafeTensors packed = detail::pack_safetensors(path, content);
+  detail::replace_file(path, packed.pieces());
 }
 
 CheckpointInfo read_checkpoint_info(const std::string& path) {

@@ -15,6 +15,7 @@
 #include <ATen/ops/sum.h>
 
 #include "nn/fixed_point_fields.h"
+#include "nn/json.h"
 #include "ops/check.h"
 #include "quantrain/nn/recipe.h"
 
@@ -46,7 +47,7 @@ class Parser {
   explicit Parser(const Tensors& tensors) : tensors_(tensors) {}
 
   FixedPointGraph parse(const std::string& text) {
-    const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+    const Json json = parse_json(text);
     if (json.is_discarded()) fail("graph", "JSON text", std::to_string(text.size()) + " bytes that are none");
     graph_.json = json.dump();
     Fields fields("graph", json);

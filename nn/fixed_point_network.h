@@ -74,10 +74,11 @@ class QUANTRAIN_API FixedPointNetwork {
   // A row a node. ValueError where one would do anything but multiply 8-bit codes, add, shift, compare or copy.
   std::vector<FixedPointAuditRow> audit() const;
 
-  // Writes `path` (safetensors) and the graph beside it, with the extension .json. Each holds a checksum of the other, so that load refuses a changed
-  // byte in either, and files of two networks. ValueError for a path that ends in .json.
+  // Writes `path` (safetensors, with the graph and a checksum as metadata), whole or not at all: an existing file is replaced by a rename.
+  // ValueError for a path that ends in .json.
   void save(const std::string& path) const;
-  // ValueError for files that are not whole or not each other's, Error (c10) where one cannot be read.
+  // Also of version 1, whose graph is a file of its own beside `path`. ValueError for a changed byte, a file that is not whole, or two that are
+  // not of one network; Error (c10) where one cannot be read.
   static FixedPointNetwork load(const std::string& path);
 
  private:

@@ -11,6 +11,8 @@
 
 #include <nlohmann/json.hpp>
 
+#include "nn/json.h"
+
 namespace quantrain::nn {
 namespace {
 
@@ -38,7 +40,7 @@ void check_one_of(const std::string& name, const std::string& field, const std::
 }
 
 Json parse_object(const std::string& name, const std::string& text) {
-  Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+  Json json = detail::parse_json(text);
   if (!json.is_object()) {
     fail(name, "a JSON object", "'" + text.substr(0, 40) + "'");
   }

@@ -4,6 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <limits>
+#include <string>
 #include <string_view>
 
 // fmt is torch's own copy, header-only.
@@ -19,6 +21,13 @@
 // A wrong element type or device: TypeError in Python, c10::TypeError in C++.
 #define QUANTRAIN_CHECK_TYPE(condition, ...) TORCH_CHECK_TYPE(condition, ::fmt::format(__VA_ARGS__))
 
+namespace quantrain {
+
+// Far beyond any image, and small enough that twice a padding, or a stride times a size of a tensor in memory, does not wrap.
+constexpr int64_t kMaxWindow = std::numeric_limits<int32_t>::max();
+
+}  // namespace quantrain
+
 namespace quantrain::detail {
 
 inline std::string shape_text(const at::Tensor& tensor) {
@@ -28,6 +37,21 @@ inline std::string shape_text(const at::Tensor& tensor) {
     text += size.maybe_as_int() ? fmt::format("{}", *size.maybe_as_int()) : "symbolic";
   }
   return text + "]";
+}
+
+// The element type of that name in PyTorch. A schema that takes the name, unlike one that takes a ScalarType, can be packed by
+// AOTInductor: torch 2.11 hands a packed program's kernels the wrong type (pytorch #169157).
+inline at::ScalarType named_type(std::string_view op, std::string_view argument, std::string_view name) {
+  if (name == "float32") return at::kFloat;
+  if (name == "float16") return at::kHalf;
+  if (name == "bfloat16") return at::kBFloat16;
+  if (name == "int8") return at::kChar;
+  if (name == "uint8") return at::kByte;
+  if (name == "int16") return at::kShort;
+  QUANTRAIN_CHECK_VALUE(name == "int32",
+                        "{}: expected {} to be one of float32, float16, bfloat16, int8, uint8, int16, int32, got '{}'",
+                        op, argument, name);
+  return at::kInt;
 }
 
 }  // namespace quantrain::detail

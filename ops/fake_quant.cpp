@@ -4,10 +4,17 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <utility>
+#include <vector>
+
 #include "csrc/cpu/fake_quant.h"
+#include "ops/check.h"
 #include "ops/fake_quant_check.h"
 #include "ops/launch.h"
 
@@ -56,7 +63,44 @@ at::Tensor fake_quantize_dynamic_meta(const at::Tensor& input, c10::SymIntArrayR
   return at::empty_like(input);
 }
 
-at::Tensor fake_quantize_backward_meta(const at::Tensor& grad_output, const at::Tensor&, c10::SymIntArrayRef stride) {
+// Whether tensors of these sizes and strides fill memory without gaps and overlaps. Unknown sizes do.
+bool fills_memory(c10::SymIntArrayRef sizes, c10::SymIntArrayRef strides) {
+  std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, size
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    const auto size = sizes[d].maybe_as_int(), stride = strides[d].maybe_as_int();
+    if (!size || !stride) return true;
+    if (*stride < 0) return false;
+    if (*size == 0) return true;
+    if (*size > 1) dimensions.emplace_back(*stride, *size);
+  }
+  std::sort(dimensions.begin(), dimensions.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dimensions) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+void check_backward(const at::Tensor& grad_output, const at::Tensor& mask, c10::SymIntArrayRef stride) {
+  constexpr std::string_view kOp = "_fake_quantize_backward";
+  check_input(kOp, grad_output);
+  QUANTRAIN_CHECK_TYPE(mask.scalar_type() == at::kByte && mask.device() == grad_output.device(),
+                       "{}: expected mask of uint8 on {}, got {} on {}", kOp, grad_output.device().str(),
+                       c10::toString(mask.scalar_type()), mask.device().str());
+  QUANTRAIN_CHECK_VALUE(
+      mask.dim() == 1 && TORCH_GUARD_OR_TRUE(mask.sym_size(0).sym_eq((grad_output.sym_numel() + 7) / 8)),
+      "{}: expected mask of one bit per element of grad_output {}, got {}", kOp, detail::shape_text(grad_output),
+      detail::shape_text(mask));
+  QUANTRAIN_CHECK_VALUE(
+      stride.size() == static_cast<size_t>(grad_output.dim()) && fills_memory(grad_output.sym_sizes(), stride),
+      "{}: expected stride that fills memory with elements of shape {}, got {}", kOp, detail::shape_text(grad_output),
+      c10::str(stride));
+}
+
+at::Tensor fake_quantize_backward_meta(const at::Tensor& grad_output, const at::Tensor& mask,
+                                       c10::SymIntArrayRef stride) {
+  check_backward(grad_output, mask, stride);
   return at::empty_strided_symint(grad_output.sym_sizes(), stride, grad_output.options());
 }
 
@@ -67,13 +111,29 @@ at::Tensor fake_quantize_learnable_meta(const at::Tensor& input, const at::Tenso
   return at::empty_like(input);
 }
 
+bool is_learned(const OptionalTensor& zero_point) { return zero_point && zero_point->is_floating_point(); }
+
+void check_learnable_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale,
+                              const OptionalTensor& zero_point, int64_t quant_min, int64_t quant_max) {
+  constexpr std::string_view kOp = "_fake_quantize_learnable_backward";
+  check_fake_quantize(kOp, input, scale, zero_point, quant_min, quant_max, true);
+  QUANTRAIN_CHECK_TYPE(grad_output.is_floating_point() && grad_output.device() == input.device(),
+                       "{}: expected grad_output of a floating type on {}, got {} on {}", kOp, input.device().str(),
+                       c10::toString(grad_output.scalar_type()), grad_output.device().str());
+  bool same = grad_output.dim() == input.dim();
+  for (int64_t d = 0; same && d < input.dim(); ++d)
+    same = TORCH_GUARD_OR_TRUE(grad_output.sym_size(d).sym_eq(input.sym_size(d)));
+  QUANTRAIN_CHECK_VALUE(same, "{}: expected grad_output of input's shape {}, got {}", kOp, detail::shape_text(input),
+                        detail::shape_text(grad_output));
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_learnable_backward_meta(
-    const at::Tensor&, const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
     int64_t quant_min, int64_t quant_max, double) {
-  check_fake_quantize("fake_quantize_learnable", input, scale, zero_point, quant_min, quant_max, true);
-  const bool learned = zero_point && zero_point->scalar_type() == at::kFloat;
+  check_learnable_backward(grad_output, input, scale, zero_point, quant_min, quant_max);
+  const bool learned = is_learned(zero_point);
   return {at::empty_like(input), at::empty_symint(scale.sym_sizes(), scale.options()),
-          learned ? at::empty_symint(scale.sym_sizes(), scale.options()) : at::empty({0}, scale.options())};
+          learned ? at::empty_symint(scale.sym_sizes(), zero_point->options()) : at::empty({0}, scale.options())};
 }
 
 // ---- CPU and CUDA ----------------------------------------------------------------------------------------------------------
@@ -82,6 +142,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_learnable_backward_
 at::Tensor fake_quantize_unchecked(std::string_view op, const at::Tensor& input, const at::Tensor& scale,
                                    const OptionalTensor& zero_point, int64_t quant_min, int64_t quant_max,
                                    const at::Tensor& mask) {
+  if (input.scalar_type() == at::kDouble)
+    return fake_quantize_unchecked(op, input.to(at::kFloat), scale, zero_point, quant_min, quant_max, mask)
+        .to(at::kDouble);
   const Arranged arranged = arrange(op, input, scale, zero_point);
   at::Tensor output = at::empty_like(arranged.input);
   if (input.numel() == 0) return output;
@@ -130,11 +193,19 @@ at::Tensor fake_quantize_dynamic_kernel(const at::Tensor& input, c10::SymIntArra
 
 at::Tensor fake_quantize_backward_kernel(const at::Tensor& grad_output, const at::Tensor& mask,
                                          at::IntArrayRef stride) {
+  check_backward(grad_output, mask, c10::fromIntArrayRefSlow(stride));
+  if (grad_output.scalar_type() == at::kDouble) {  // the mask as 0 and 1, since float32 would round the gradient
+    const at::Tensor ones = at::ones(grad_output.sizes(), grad_output.options().dtype(at::kFloat));
+    const at::Tensor kept = fake_quantize_backward_kernel(ones, mask, stride);
+    return at::empty_strided(grad_output.sizes(), stride, grad_output.options())
+        .copy_(at::where(kept.ne(0), grad_output, 0.0));
+  }
   at::Tensor grad = grad_output;
   if (grad.strides() != stride) grad = at::empty_strided(grad.sizes(), stride, grad.options()).copy_(grad_output);
   at::Tensor grad_input = at::empty_strided(grad.sizes(), stride, grad.options());
   if (grad.numel() == 0) return grad_input;
-  const FakeQuantizeBackwardArgs args{grad.const_data_ptr(), mask.const_data_ptr<uint8_t>(),
+  const at::Tensor bits = mask.contiguous();
+  const FakeQuantizeBackwardArgs args{grad.const_data_ptr(), bits.const_data_ptr<uint8_t>(),
                                       grad_input.mutable_data_ptr(), dtype_of(grad), grad.numel()};
   run_elementwise(args, grad_input, QUANTRAIN_KERNELS(fake_quantize_backward));
   return grad_input;
@@ -156,8 +227,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> learnable_backward_regrouped(
 std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_learnable_backward_kernel(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
     int64_t quant_min, int64_t quant_max, double grad_factor) {
-  const bool learned = zero_point && zero_point->scalar_type() == at::kFloat;
-  const Arranged arranged = arrange("fake_quantize_learnable", input, scale, zero_point);
+  check_learnable_backward(grad_output, input, scale, zero_point, quant_min, quant_max);
+  const bool learned = is_learned(zero_point);
+  if (input.scalar_type() == at::kDouble) {
+    const auto [grad_input, grad_scale, grad_zero_point] = fake_quantize_learnable_backward_kernel(
+        grad_output.to(at::kFloat), input.to(at::kFloat), scale.to(at::kFloat),
+        learned ? OptionalTensor(zero_point->to(at::kFloat)) : zero_point, quant_min, quant_max, grad_factor);
+    return {grad_input.to(at::kDouble), grad_scale.to(scale.scalar_type()),
+            grad_zero_point.to(learned ? zero_point->scalar_type() : scale.scalar_type())};
+  }
+  const Arranged arranged = arrange("_fake_quantize_learnable_backward", input, scale, zero_point);
   if (wants_regrouping(arranged.grouping))
     return learnable_backward_regrouped(grad_output, input, scale, zero_point, quant_min, quant_max, grad_factor);
   const Grouping& grouping = arranged.grouping;

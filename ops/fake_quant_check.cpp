@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "ops/check.h"
+#include "ops/layout.h"
 
 namespace quantrain {
 namespace {
@@ -21,6 +22,21 @@ int64_t first_not_positive(const float* values, int64_t count) {
   return i;
 }
 
+// A float64 input takes float64 parameters too: a model in float64 for a test of gradients has them.
+bool both_double(const at::Tensor& input, const at::Tensor& parameter) {
+  return input.scalar_type() == at::kDouble && parameter.scalar_type() == at::kDouble;
+}
+
+template <typename T>
+void check_zero_points(std::string_view op, const at::Tensor& zero_point, int64_t quant_min, int64_t quant_max) {
+  const at::Tensor points = zero_point.contiguous();
+  const T* point = points.const_data_ptr<T>();
+  for (int64_t i = 0; i < points.numel(); ++i)
+    QUANTRAIN_CHECK_VALUE(point[i] >= quant_min && point[i] <= quant_max,
+                          "{}: expected zero_point in [{}, {}], got {} at index {}", op, quant_min, quant_max, point[i],
+                          i);
+}
+
 }  // namespace
 
 void check_range(std::string_view op, int64_t quant_min, int64_t quant_max) {
@@ -34,8 +50,8 @@ void check_range(std::string_view op, int64_t quant_min, int64_t quant_max) {
 
 void check_input(std::string_view op, const at::Tensor& input) {
   const auto type = input.scalar_type();
-  QUANTRAIN_CHECK_TYPE(type == at::kFloat || type == at::kHalf || type == at::kBFloat16,
-                       "{}: expected input of float32, float16 or bfloat16, got {}", op, type_name(input));
+  QUANTRAIN_CHECK_TYPE(type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || type == at::kDouble,
+                       "{}: expected input of float32, float16, bfloat16 or float64, got {}", op, type_name(input));
   QUANTRAIN_CHECK_TYPE(input.layout() == at::kStrided, "{}: expected a dense input, got layout {}", op,
                        c10::str(input.layout()));
 }
@@ -57,16 +73,16 @@ void check_scale_shape(std::string_view op, std::string_view name, c10::SymIntAr
 
 void check_qparams(std::string_view op, const at::Tensor& input, const at::Tensor& scale,
                    const std::optional<at::Tensor>& zero_point, bool zero_point_may_be_float) {
-  QUANTRAIN_CHECK_TYPE(scale.scalar_type() == at::kFloat, "{}: expected scale of float32, got {}", op,
-                       type_name(scale));
+  QUANTRAIN_CHECK_TYPE(scale.scalar_type() == at::kFloat || both_double(input, scale),
+                       "{}: expected scale of float32, got {}", op, type_name(scale));
   QUANTRAIN_CHECK_TYPE(scale.device() == input.device(), "{}: expected scale on the input's device {}, got {}", op,
                        input.device().str(), scale.device().str());
   check_scale_shape(op, "scale", input.sym_sizes(), scale.sym_sizes());
   if (!zero_point) return;
-  const auto type = zero_point->scalar_type();
-  QUANTRAIN_CHECK_TYPE(type == at::kInt || (zero_point_may_be_float && type == at::kFloat),
-                       "{}: expected zero_point of int32{}, got {}", op, zero_point_may_be_float ? " or float32" : "",
-                       type_name(*zero_point));
+  const bool learned = zero_point->scalar_type() == at::kFloat || both_double(input, *zero_point);
+  QUANTRAIN_CHECK_TYPE(holds_integers(*zero_point) || (zero_point_may_be_float && learned),
+                       "{}: expected zero_point of an integer type{}, got {}", op,
+                       zero_point_may_be_float ? " or float32" : "", type_name(*zero_point));
   QUANTRAIN_CHECK_TYPE(zero_point->device() == input.device(),
                        "{}: expected zero_point on the input's device {}, got {}", op, input.device().str(),
                        zero_point->device().str());
@@ -81,17 +97,15 @@ at::Tensor allocate_mask(const at::Tensor& input) {
 
 void check_qparam_values(std::string_view op, const at::Tensor& scale, const std::optional<at::Tensor>& zero_point,
                          int64_t quant_min, int64_t quant_max) {
-  const at::Tensor scales = scale.contiguous();
+  const at::Tensor scales = scale.to(at::kFloat).contiguous();
   const float* values = scales.const_data_ptr<float>();
   const int64_t bad = first_not_positive(values, scales.numel());
   QUANTRAIN_CHECK_VALUE(bad < 0, "{}: expected every scale to be positive, got {} at index {}", op, values[bad], bad);
-  if (!zero_point || zero_point->scalar_type() != at::kInt) return;
-  const at::Tensor points = zero_point->contiguous();
-  const int32_t* point = points.const_data_ptr<int32_t>();
-  for (int64_t i = 0; i < points.numel(); ++i)
-    QUANTRAIN_CHECK_VALUE(point[i] >= quant_min && point[i] <= quant_max,
-                          "{}: expected zero_point in [{}, {}], got {} at index {}", op, quant_min, quant_max, point[i],
-                          i);
+  if (!zero_point || !holds_integers(*zero_point)) return;
+  if (zero_point->scalar_type() == at::kLong)  // before as_int32 saturates it
+    check_zero_points<int64_t>(op, *zero_point, quant_min, quant_max);
+  else
+    check_zero_points<int32_t>(op, as_int32(*zero_point), quant_min, quant_max);
 }
 
 }  // namespace quantrain

@@ -66,6 +66,12 @@ at::Tensor quantize_meta(const at::Tensor& input, const at::Tensor& scale, const
   return at::empty_like(input, input.options().dtype(dtype));
 }
 
+at::Tensor quantize_nearest_meta(const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
+                                 int64_t quant_min, int64_t quant_max, c10::string_view dtype) {
+  return quantize_meta(input, scale, zero_point, quant_min, quant_max, detail::named_type("quantize", "dtype", dtype),
+                       false, std::nullopt);
+}
+
 at::Tensor quantize_seeded_meta(const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
                                 int64_t quant_min, int64_t quant_max, at::ScalarType dtype, int64_t, int64_t) {
   check_quantize(input, scale, zero_point, quant_min, quant_max, dtype);
@@ -76,6 +82,11 @@ at::Tensor dequantize_meta(const at::Tensor& input, const at::Tensor& scale, con
                            at::ScalarType dtype) {
   check_dequantize(input, scale, zero_point, dtype);
   return at::empty_like(input, input.options().dtype(dtype));
+}
+
+at::Tensor dequantize_typed_meta(const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
+                                 c10::string_view dtype) {
+  return dequantize_meta(input, scale, zero_point, detail::named_type("dequantize", "dtype", dtype));
 }
 
 at::Tensor pack_int4_meta(const at::Tensor& input) {
@@ -106,6 +117,9 @@ at::Tensor quantize_with_state(const at::Tensor& input, const at::Tensor& scale,
                                int64_t quant_min, int64_t quant_max, at::ScalarType dtype, bool stochastic,
                                const PhiloxState& philox) {
   if (scale.is_cpu()) check_qparam_values("quantize", scale, zero_point, quant_min, quant_max);
+  if (input.scalar_type() == at::kDouble)
+    return quantize_with_state(input.to(at::kFloat), scale, zero_point, quant_min, quant_max, dtype, stochastic,
+                               philox);
   const Arranged arranged = arrange("quantize", input, scale, zero_point);
   at::Tensor codes = at::empty_like(arranged.input, arranged.input.options().dtype(dtype));
   if (input.numel() == 0) return codes;
@@ -130,6 +144,12 @@ at::Tensor quantize_kernel(const at::Tensor& input, const at::Tensor& scale, con
   return quantize_with_state(input, scale, zero_point, quant_min, quant_max, dtype, stochastic, philox);
 }
 
+at::Tensor quantize_nearest_kernel(const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
+                                   int64_t quant_min, int64_t quant_max, c10::string_view dtype) {
+  return quantize_kernel(input, scale, zero_point, quant_min, quant_max, detail::named_type("quantize", "dtype", dtype),
+                         false, std::nullopt);
+}
+
 at::Tensor quantize_seeded_kernel(const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
                                   int64_t quant_min, int64_t quant_max, at::ScalarType dtype, int64_t seed,
                                   int64_t offset) {
@@ -152,6 +172,11 @@ at::Tensor dequantize_kernel(const at::Tensor& input, const at::Tensor& scale, c
                             arranged.qparams()};
   run_elementwise(args, values, QUANTRAIN_KERNELS(dequantize));
   return values;
+}
+
+at::Tensor dequantize_typed_kernel(const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
+                                   c10::string_view dtype) {
+  return dequantize_kernel(input, scale, zero_point, detail::named_type("dequantize", "dtype", dtype));
 }
 
 // Packing happens once, when a model is converted: composed from PyTorch's operators, the same on every device.
@@ -237,16 +262,23 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
   m.def(
       "quantize.seeded(Tensor input, Tensor scale, Tensor? zero_point=None, *, int quant_min=-128, int quant_max=127, ScalarType "
       "dtype=int8, int seed, int offset) -> Tensor");
+  // To nearest: without the tag of random operators, so that a recomputation may repeat it, and with the type by name.
+  m.def(
+      "quantize.nearest(Tensor input, Tensor scale, Tensor? zero_point=None, *, int quant_min=-128, int quant_max=127, str "
+      "dtype=\"int8\") -> Tensor");
   m.def("dequantize(Tensor input, Tensor scale, Tensor? zero_point=None, *, ScalarType dtype=float) -> Tensor");
+  m.def("dequantize.typed(Tensor input, Tensor scale, Tensor? zero_point=None, *, str dtype=\"float32\") -> Tensor");
   m.def("pack_int4(Tensor input) -> Tensor");
   m.def("unpack_int4(Tensor input, *, SymInt size, bool signed=True) -> Tensor");
 }
 
-#define QUANTRAIN_REGISTER_CODES(kind)                           \
-  m.impl("quantize", &quantrain::quantize_##kind);               \
-  m.impl("quantize.seeded", &quantrain::quantize_seeded_##kind); \
-  m.impl("dequantize", &quantrain::dequantize_##kind);           \
-  m.impl("pack_int4", &quantrain::pack_int4_##kind);             \
+#define QUANTRAIN_REGISTER_CODES(kind)                             \
+  m.impl("quantize", &quantrain::quantize_##kind);                 \
+  m.impl("quantize.seeded", &quantrain::quantize_seeded_##kind);   \
+  m.impl("quantize.nearest", &quantrain::quantize_nearest_##kind); \
+  m.impl("dequantize", &quantrain::dequantize_##kind);             \
+  m.impl("dequantize.typed", &quantrain::dequantize_typed_##kind); \
+  m.impl("pack_int4", &quantrain::pack_int4_##kind);               \
   m.impl("unpack_int4", &quantrain::unpack_int4_##kind)
 
 TORCH_LIBRARY_IMPL(quantrain, CPU, m) { QUANTRAIN_REGISTER_CODES(kernel); }

@@ -80,6 +80,7 @@ TensorPair mse_range_meta(const at::Tensor& input, c10::SymIntArrayRef scale_sha
 
 TensorPair min_max_kernel(const at::Tensor& input, c10::SymIntArrayRef symbolic_shape) {
   check_reduced_input("_min_max", input, symbolic_shape);
+  if (input.scalar_type() == at::kDouble) return min_max_kernel(input.to(at::kFloat), symbolic_shape);
   const at::IntArrayRef scale_shape = C10_AS_INTARRAYREF_SLOW(symbolic_shape);
   ArrangedShape arranged = arrange_shape("_min_max", input, scale_shape);
   if (wants_regrouping(arranged.grouping)) {
@@ -125,16 +126,29 @@ TensorPair choose_qparams_kernel(const at::Tensor& input, c10::SymIntArrayRef sc
   return qparams_from_range_kernel(min, max, quant_min, quant_max, symmetric);
 }
 
+// The sum over the last dimension by halves: additions of two tensors, so in one order on every device. It decides scales.
+at::Tensor sum_of_chunks(at::Tensor partial) {
+  while (partial.size(-1) > 1) {
+    const int64_t half = (partial.size(-1) + 1) / 2, rest = partial.size(-1) - half;
+    at::Tensor sum = partial.narrow(-1, 0, half).clone();
+    sum.narrow(-1, 0, rest).add_(partial.narrow(-1, half, rest));
+    partial = sum;
+  }
+  return partial.squeeze(-1);
+}
+
 TensorPair mse_range_kernel(const at::Tensor& input, c10::SymIntArrayRef symbolic_shape, int64_t quant_min,
                             int64_t quant_max, bool symmetric, int64_t steps) {
   mse_range_meta(input, symbolic_shape, quant_min, quant_max, symmetric, steps);
+  if (input.scalar_type() == at::kDouble)
+    return mse_range_kernel(input.to(at::kFloat), symbolic_shape, quant_min, quant_max, symmetric, steps);
   const at::IntArrayRef scale_shape = C10_AS_INTARRAYREF_SLOW(symbolic_shape);
   const auto [min, max] = min_max_kernel(input, symbolic_shape);
   // Each group in one row: `min` and `max` then are in the order of the rows.
   const at::Tensor grouped = regroup(input, scale_shape);
   const ArrangedShape arranged = arrange_shape("_mse_range", grouped, {grouped.size(0), 1});
-  const at::Tensor partial =
-      at::empty({steps, arranged.grouping.rows * chunks_per_row(arranged.grouping)}, input.options().dtype(at::kFloat));
+  const int64_t chunks = chunks_per_row(arranged.grouping);
+  const at::Tensor partial = at::empty({steps, grouped.size(0), chunks}, input.options().dtype(at::kFloat));
   const RangeErrorArgs args{grouped.const_data_ptr(),
                             min.const_data_ptr<float>(),
                             max.const_data_ptr<float>(),
@@ -145,9 +159,8 @@ TensorPair mse_range_kernel(const at::Tensor& input, c10::SymIntArrayRef symboli
                             symmetric,
                             steps};
   run_rows(args, input, QUANTRAIN_KERNELS(range_error));
-  const at::Tensor error = fold_partials(partial, arranged.grouping, {grouped.size(0)}, {}, Fold::kSum);
-  const at::Tensor ratio =
-      at::argmin(error.view({steps, grouped.size(0)}), 0).add(1).to(at::kFloat).div_(steps).view(scale_shape);
+  const at::Tensor error = sum_of_chunks(partial);
+  const at::Tensor ratio = at::argmin(error, 0).add(1).to(at::kFloat).div_(steps).view(scale_shape);
   return {min.mul(ratio), max.mul(ratio)};
 }
 

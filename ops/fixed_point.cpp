@@ -37,7 +37,7 @@ void check_word_length(std::string_view op, int64_t word_length) {
 }
 
 void check_lengths(std::string_view op, std::string_view name, const at::Tensor& input, const at::Tensor& lengths) {
-  QUANTRAIN_CHECK_TYPE(lengths.scalar_type() == at::kInt, "{}: expected {} of int32, got {}", op, name,
+  QUANTRAIN_CHECK_TYPE(holds_integers(lengths), "{}: expected {} of an integer type, got {}", op, name,
                        c10::toString(lengths.scalar_type()));
   QUANTRAIN_CHECK_TYPE(lengths.device() == input.device(), "{}: expected {} on the input's device {}, got {}", op, name,
                        input.device().str(), lengths.device().str());
@@ -46,7 +46,7 @@ void check_lengths(std::string_view op, std::string_view name, const at::Tensor&
 // What only a look at the values can tell; CPU tensors alone.
 void check_length_values(std::string_view op, std::string_view name, const at::Tensor& lengths, int64_t longest) {
   if (!lengths.is_cpu()) return;
-  const at::Tensor flat = lengths.contiguous();
+  const at::Tensor flat = as_int32(lengths).contiguous();
   const int32_t* value = flat.const_data_ptr<int32_t>();
   for (int64_t i = 0; i < flat.numel(); ++i)
     QUANTRAIN_CHECK_VALUE(value[i] >= 0 && value[i] <= longest, "{}: expected {} in [0, {}], got {} at index {}", op,
@@ -133,6 +133,8 @@ at::Tensor quantize_into(const at::Tensor& input, const at::Tensor& fraction_len
                          bool is_signed, const at::Tensor& mask) {
   check_quantize(input, fraction_length, word_length);
   check_length_values(kQuantize, "fraction_length", fraction_length, word_length - is_signed);
+  if (input.scalar_type() == at::kDouble)
+    return quantize_into(input.to(at::kFloat), fraction_length, word_length, is_signed, mask).to(at::kDouble);
   const Arranged arranged = arrange(kQuantize, input, fraction_length, std::nullopt);
   at::Tensor output = at::empty_like(arranged.input);
   if (input.numel() == 0) return output;
@@ -192,13 +194,14 @@ at::Tensor fixed_point_fraction_length_kernel(const at::Tensor& input, std::opti
   rule.c = fraction_length_constant(rule.method, static_cast<int>(word_length), is_signed);
   rule.slack = std::exp2(hysteresis);
   rule.range = code_range(word_length, is_signed);
-  const at::Tensor grouped = grouped_by(input, axis);
-  const at::Tensor kept = previous ? previous->contiguous() : at::Tensor();
+  const at::Tensor values = input.scalar_type() == at::kDouble ? input.to(at::kFloat) : input;
+  const at::Tensor grouped = grouped_by(values, axis);
+  const at::Tensor kept = previous ? as_int32(*previous).contiguous() : at::Tensor();
   FractionLengthArgs args{grouped.const_data_ptr(),
                           nullptr,
                           previous ? kept.const_data_ptr<int32_t>() : nullptr,
                           result.mutable_data_ptr<int32_t>(),
-                          dtype_of(input),
+                          dtype_of(values),
                           groups,
                           input.numel() / groups,
                           rule};

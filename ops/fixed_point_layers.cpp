@@ -72,10 +72,14 @@ void check_weight(std::string_view op, const at::Tensor& input, const at::Tensor
 c10::SymInt windows(std::string_view op, const c10::SymInt& size, const c10::SymInt& kernel, const c10::SymInt& stride,
                     const c10::SymInt& padding) {
   const auto text = [](const c10::SymInt& value) { return c10::str(value); };
-  QUANTRAIN_CHECK_VALUE(TORCH_GUARD_OR_TRUE(stride.sym_ge(1)), "{}: expected stride of at least 1, got {}", op,
-                        text(stride));
-  QUANTRAIN_CHECK_VALUE(TORCH_GUARD_OR_TRUE(padding.sym_ge(0)), "{}: expected padding of at least 0, got {}", op,
-                        text(padding));
+  const auto check = [&](const char* name, const c10::SymInt& value, int64_t least) {
+    QUANTRAIN_CHECK_VALUE(TORCH_GUARD_OR_TRUE(value.sym_ge(least)), "{}: expected {} of at least {}, got {}", op, name,
+                          least, text(value));
+    QUANTRAIN_CHECK_VALUE(TORCH_GUARD_OR_TRUE(value.sym_le(kMaxWindow)), "{}: expected {} of at most {}, got {}", op,
+                          name, kMaxWindow, text(value));
+  };
+  check("stride", stride, 1);
+  check("padding", padding, 0);
   const c10::SymInt padded = size + padding * 2;
   QUANTRAIN_CHECK_VALUE(TORCH_GUARD_OR_TRUE(kernel.sym_ge(1)) && TORCH_GUARD_OR_TRUE(padded.sym_ge(kernel)),
                         "{}: expected a kernel of at least 1 that fits the padded input, got {} and {}", op,
@@ -97,8 +101,8 @@ at::Tensor convolution(std::string_view op, const at::Tensor& input, const at::T
   QUANTRAIN_CHECK_VALUE(weight.dim() == 4, "{}: expected weight [O, C / groups, KH, KW], got {}", op,
                         detail::shape_text(weight));
   QUANTRAIN_CHECK_VALUE(
-      TORCH_GUARD_OR_TRUE(groups.sym_ge(1)) && equal(input.sym_size(1), weight.sym_size(1) * groups) &&
-          equal(weight.sym_size(0) % groups, 0),
+      TORCH_GUARD_OR_TRUE(groups.sym_ge(1)) && equal(input.sym_size(1) % groups, 0) &&
+          equal(weight.sym_size(1), input.sym_size(1) / groups) && equal(weight.sym_size(0) % groups, 0),
       "{}: expected input of C channels for weight [O, C / groups, KH, KW] and O divisible by groups, got {} and {} in "
       "{} groups",
       op, detail::shape_text(input), detail::shape_text(weight), c10::str(groups));
@@ -112,7 +116,7 @@ at::Tensor convolution(std::string_view op, const at::Tensor& input, const at::T
 
 void check_shift(std::string_view op, std::string_view name, const at::Tensor& shift, const at::Tensor& input,
                  const c10::SymInt& channels) {
-  QUANTRAIN_CHECK_TYPE(shift.scalar_type() == at::kInt, "{}: expected {} of int32, got {}", op, name,
+  QUANTRAIN_CHECK_TYPE(holds_integers(shift), "{}: expected {} of an integer type, got {}", op, name,
                        c10::toString(shift.scalar_type()));
   check_device(op, name, shift, input);
   QUANTRAIN_CHECK_VALUE(
@@ -120,9 +124,9 @@ void check_shift(std::string_view op, std::string_view name, const at::Tensor& s
       "{}: expected {} of one element or {}, got {}", op, name, c10::str(channels), detail::shape_text(shift));
   if (!input.is_cpu() || shift.numel() == 0) return;
   const auto [lo, hi] = at::aminmax(shift);
-  QUANTRAIN_CHECK_VALUE(lo.item<int32_t>() >= -kMaxShift && hi.item<int32_t>() <= kMaxShift,
-                        "{}: expected {} in [-{}, {}], got {} to {}", op, name, kMaxShift, kMaxShift,
-                        lo.item<int32_t>(), hi.item<int32_t>());
+  const int64_t least = lo.item<int64_t>(), most = hi.item<int64_t>();
+  QUANTRAIN_CHECK_VALUE(least >= -kMaxShift && most <= kMaxShift, "{}: expected {} in [-{}, {}], got {} to {}", op,
+                        name, kMaxShift, kMaxShift, least, most);
 }
 
 at::Tensor conv2d_meta(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
@@ -166,7 +170,7 @@ at::Tensor linear_meta(const at::Tensor& input, const at::Tensor& weight, const 
 
 // The dimension along which fraction lengths differ; -1: one for all.
 int64_t fraction_length_axis(std::string_view name, const at::Tensor& fraction_length, const at::Tensor& input) {
-  QUANTRAIN_CHECK_TYPE(fraction_length.scalar_type() == at::kInt, "{}: expected {} of int32, got {}", kAdd, name,
+  QUANTRAIN_CHECK_TYPE(holds_integers(fraction_length), "{}: expected {} of an integer type, got {}", kAdd, name,
                        c10::toString(fraction_length.scalar_type()));
   check_device(kAdd, name, fraction_length, input);
   if (TORCH_GUARD_OR_FALSE(fraction_length.sym_numel().sym_eq(1))) return -1;
@@ -211,7 +215,7 @@ at::Tensor max_pool2d_meta(const at::Tensor& input, at::IntArrayRef kernel_size,
                         "{}: expected two sizes each for kernel_size, stride and padding, got {}, {} and {}", kMaxPool,
                         kernel_size.size(), stride.size(), padding.size());
   // Then no window lies in the padding alone.
-  QUANTRAIN_CHECK_VALUE(padding[0] * 2 <= kernel_size[0] && padding[1] * 2 <= kernel_size[1],
+  QUANTRAIN_CHECK_VALUE(padding[0] <= kernel_size[0] / 2 && padding[1] <= kernel_size[1] / 2,
                         "{}: expected padding of at most half the kernel, got {} and {}", kMaxPool, padding,
                         kernel_size);
   return image_result(input, input.sym_size(1),
@@ -279,8 +283,9 @@ at::Tensor conv2d_requantize_kernel(const at::Tensor& input, const at::Tensor& w
       conv2d_requantize_meta(input, weight, bias, shift, residual, residual_shift, stride, padding, groups, is_signed);
   if (result.numel() == 0) return result;
   const FixedPointConv conv(weight, bias, options_of(stride, padding, groups), input.scalar_type() == at::kChar);
-  conv.run(channels_last(input), result, shift.contiguous(), residual ? channels_last(*residual) : at::Tensor(),
-           residual_shift ? residual_shift->contiguous() : at::Tensor());
+  conv.run(channels_last(input), result, as_int32(shift).contiguous(),
+           residual ? channels_last(*residual) : at::Tensor(),
+           residual_shift ? as_int32(*residual_shift).contiguous() : at::Tensor());
   return result;
 }
 
@@ -299,8 +304,8 @@ at::Tensor add_kernel(const at::Tensor& a, const at::Tensor& b, const at::Tensor
   at::Tensor result = add_meta(a, b, a_fraction_length, b_fraction_length);
   if (result.numel() == 0) return result;
   const auto format = result.suggest_memory_format();
-  const at::Tensor x = a.contiguous(format), y = b.contiguous(format), x_fl = a_fraction_length.contiguous(),
-                   y_fl = b_fraction_length.contiguous();
+  const at::Tensor x = a.contiguous(format), y = b.contiguous(format), x_fl = as_int32(a_fraction_length).contiguous(),
+                   y_fl = as_int32(b_fraction_length).contiguous();
   const int64_t axis = std::max(fraction_length_axis("a_fraction_length", a_fraction_length, a),
                                 fraction_length_axis("b_fraction_length", b_fraction_length, a));
   const FixedPointAddArgs args{x.const_data_ptr(),

@@ -66,6 +66,20 @@ void check_tensors(std::string_view op, const at::Tensor& input, const at::Tenso
                         detail::shape_text(weight));
 }
 
+void check_windows(c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation) {
+  QUANTRAIN_CHECK_VALUE(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+                        "fqt_conv2d: expected two sizes each for stride, padding and dilation, got {}, {} and {}",
+                        stride.size(), padding.size(), dilation.size());
+  const auto check = [](const char* name, c10::SymIntArrayRef sizes, int64_t least) {
+    for (const c10::SymInt& size : sizes)
+      QUANTRAIN_CHECK_VALUE(TORCH_GUARD_OR_TRUE(size.sym_ge(least)) && TORCH_GUARD_OR_TRUE(size.sym_le(kMaxWindow)),
+                            "fqt_conv2d: expected {} in [{}, {}], got {}", name, least, kMaxWindow, c10::str(size));
+  };
+  check("stride", stride, 1);
+  check("padding", padding, 0);
+  check("dilation", dilation, 1);
+}
+
 // ---- kernels, also of Meta -------------------------------------------------------------------------------------------------
 
 at::Tensor fqt_linear_kernel(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
@@ -101,6 +115,7 @@ at::Tensor fqt_conv2d_padding(const at::Tensor& input, const at::Tensor& weight,
                         "fqt_conv2d: expected padding to be sizes, 'same' or 'valid', got '{}'", padding);
   QUANTRAIN_CHECK_VALUE(weight.dim() == 4, "fqt_conv2d: expected weight [O, C / groups, kh, kw], got {}",
                         detail::shape_text(weight));
+  check_windows(stride, std::array<c10::SymInt, 2>{0, 0}, dilation);
   std::array<c10::SymInt, 2> symmetric = {0, 0};
   at::Tensor padded = input;
   if (padding == "same") {
@@ -179,13 +194,13 @@ void check_fqt_conv2d(const at::Tensor& input, const at::Tensor& weight, const O
                         detail::shape_text(weight));
   QUANTRAIN_CHECK_VALUE(input.dim() == 3 || input.dim() == 4,
                         "fqt_conv2d: expected input [N, C, H, W] or [C, H, W], got {}", detail::shape_text(input));
-  QUANTRAIN_CHECK_VALUE(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
-                        "fqt_conv2d: expected two sizes each for stride, padding and dilation, got {}, {} and {}",
-                        stride.size(), padding.size(), dilation.size());
+  check_windows(stride, padding, dilation);
   QUANTRAIN_CHECK_VALUE(
-      TORCH_GUARD_OR_TRUE(groups.sym_gt(0)) &&
-          TORCH_GUARD_OR_TRUE(input.sym_size(-3).sym_eq(weight.sym_size(1) * groups)),
-      "fqt_conv2d: expected input of C channels for weight [O, C / groups, kh, kw], got {} and {} in {} groups",
+      TORCH_GUARD_OR_TRUE(groups.sym_gt(0)) && TORCH_GUARD_OR_TRUE((input.sym_size(-3) % groups).sym_eq(0)) &&
+          TORCH_GUARD_OR_TRUE((input.sym_size(-3) / groups).sym_eq(weight.sym_size(1))) &&
+          TORCH_GUARD_OR_TRUE((weight.sym_size(0) % groups).sym_eq(0)),
+      "fqt_conv2d: expected input of C channels for weight [O, C / groups, kh, kw] and O divisible by groups, got {} "
+      "and {} in {} groups",
       detail::shape_text(input), detail::shape_text(weight), groups.maybe_as_int().value_or(-1));
   check_tensors("fqt_conv2d", input, weight, bias, grad_input, grad_weight);
 }

@@ -75,6 +75,10 @@ Pair rows_meta(const at::Tensor& input, const OptionalTensor& column_factor, boo
   return allocate_rows(input);
 }
 
+Pair rows_nearest_meta(const at::Tensor& input, const OptionalTensor& column_factor) {
+  return rows_meta(input, column_factor, false, std::nullopt);
+}
+
 Pair rows_seeded_meta(const at::Tensor& input, const OptionalTensor& column_factor, int64_t, int64_t) {
   return rows_meta(input, column_factor, true, std::nullopt);
 }
@@ -83,6 +87,10 @@ Pair columns_meta(const at::Tensor& input, const OptionalTensor& row_factor, boo
   check_input(kColumns, "input", input);
   check_factor(kColumns, "row_factor", row_factor, rows_of(input), input);
   return allocate_columns(input);
+}
+
+Pair columns_nearest_meta(const at::Tensor& input, const OptionalTensor& row_factor) {
+  return columns_meta(input, row_factor, false, std::nullopt);
 }
 
 Pair columns_seeded_meta(const at::Tensor& input, const OptionalTensor& row_factor, int64_t, int64_t) {
@@ -95,6 +103,11 @@ Quadruple rows_and_columns_meta(const at::Tensor& input, const OptionalTensor& c
   check_factor(kRowsAndColumns, "column_factor", column_factor, input.sym_size(-1), input);
   check_factor(kRowsAndColumns, "row_factor", row_factor, rows_of(input), input);
   return std::tuple_cat(allocate_rows(input), allocate_columns(input));
+}
+
+Quadruple rows_and_columns_nearest_meta(const at::Tensor& input, const OptionalTensor& column_factor,
+                                        const OptionalTensor& row_factor) {
+  return rows_and_columns_meta(input, column_factor, row_factor, false, std::nullopt);
 }
 
 Quadruple rows_and_columns_seeded_meta(const at::Tensor& input, const OptionalTensor& column_factor,
@@ -233,6 +246,10 @@ Pair rows_kernel(const at::Tensor& input, const OptionalTensor& column_factor, b
   return result;
 }
 
+Pair rows_nearest_kernel(const at::Tensor& input, const OptionalTensor& column_factor) {
+  return rows_kernel(input, column_factor, false, std::nullopt);
+}
+
 Pair rows_seeded_kernel(const at::Tensor& input, const OptionalTensor& column_factor, int64_t seed, int64_t offset) {
   const Pair result = rows_meta(input, column_factor, true, std::nullopt);
   quantize_rows(input.contiguous(), column_factor, seeded(seed, offset), result);
@@ -244,6 +261,10 @@ Pair columns_kernel(const at::Tensor& input, const OptionalTensor& row_factor, b
   const Pair result = columns_meta(input, row_factor, stochastic, generator);
   quantize_columns(input.contiguous(), row_factor, draw(kColumns, input.device(), stochastic, generator), result);
   return result;
+}
+
+Pair columns_nearest_kernel(const at::Tensor& input, const OptionalTensor& row_factor) {
+  return columns_kernel(input, row_factor, false, std::nullopt);
 }
 
 Pair columns_seeded_kernel(const at::Tensor& input, const OptionalTensor& row_factor, int64_t seed, int64_t offset) {
@@ -267,6 +288,11 @@ Quadruple rows_and_columns_kernel(const at::Tensor& input, const OptionalTensor&
                                   const OptionalGenerator& generator) {
   return rows_and_columns(input, column_factor, row_factor,
                           draw(kRowsAndColumns, input.device(), stochastic, generator));
+}
+
+Quadruple rows_and_columns_nearest_kernel(const at::Tensor& input, const OptionalTensor& column_factor,
+                                          const OptionalTensor& row_factor) {
+  return rows_and_columns_kernel(input, column_factor, row_factor, false, std::nullopt);
 }
 
 Quadruple rows_and_columns_seeded_kernel(const at::Tensor& input, const OptionalTensor& column_factor,
@@ -381,6 +407,15 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
       "int8_quantize_rows_and_columns.seeded(Tensor input, *, Tensor? column_factor=None, Tensor? row_factor=None, int seed, "
       "int offset) -> (Tensor codes, Tensor scale, Tensor codes_t, Tensor scale_t)",
       fixed);
+  // To nearest: without the tag of random operators, so that a recomputation may repeat them.
+  m.def("int8_quantize_rows.nearest(Tensor input, *, Tensor? column_factor=None) -> (Tensor codes, Tensor scale)",
+        fixed);
+  m.def("int8_quantize_columns.nearest(Tensor input, *, Tensor? row_factor=None) -> (Tensor codes, Tensor scale)",
+        fixed);
+  m.def(
+      "int8_quantize_rows_and_columns.nearest(Tensor input, *, Tensor? column_factor=None, Tensor? row_factor=None) -> (Tensor "
+      "codes, Tensor scale, Tensor codes_t, Tensor scale_t)",
+      fixed);
   m.def("int8_transpose(Tensor codes) -> Tensor", fixed);
   m.def(
       "int8_weight_transpose(Tensor weight, Tensor scale, *, str scheme=\"auto\") -> (Tensor codes, Tensor column_factor, "
@@ -388,14 +423,17 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
       fixed);
 }
 
-#define QUANTRAIN_REGISTER_INT8(kind)                                                          \
-  m.impl("int8_quantize_rows", &quantrain::rows_##kind);                                       \
-  m.impl("int8_quantize_rows.seeded", &quantrain::rows_seeded_##kind);                         \
-  m.impl("int8_quantize_columns", &quantrain::columns_##kind);                                 \
-  m.impl("int8_quantize_columns.seeded", &quantrain::columns_seeded_##kind);                   \
-  m.impl("int8_quantize_rows_and_columns", &quantrain::rows_and_columns_##kind);               \
-  m.impl("int8_quantize_rows_and_columns.seeded", &quantrain::rows_and_columns_seeded_##kind); \
-  m.impl("int8_transpose", &quantrain::transpose_##kind);                                      \
+#define QUANTRAIN_REGISTER_INT8(kind)                                                            \
+  m.impl("int8_quantize_rows", &quantrain::rows_##kind);                                         \
+  m.impl("int8_quantize_rows.nearest", &quantrain::rows_nearest_##kind);                         \
+  m.impl("int8_quantize_columns.nearest", &quantrain::columns_nearest_##kind);                   \
+  m.impl("int8_quantize_rows_and_columns.nearest", &quantrain::rows_and_columns_nearest_##kind); \
+  m.impl("int8_quantize_rows.seeded", &quantrain::rows_seeded_##kind);                           \
+  m.impl("int8_quantize_columns", &quantrain::columns_##kind);                                   \
+  m.impl("int8_quantize_columns.seeded", &quantrain::columns_seeded_##kind);                     \
+  m.impl("int8_quantize_rows_and_columns", &quantrain::rows_and_columns_##kind);                 \
+  m.impl("int8_quantize_rows_and_columns.seeded", &quantrain::rows_and_columns_seeded_##kind);   \
+  m.impl("int8_transpose", &quantrain::transpose_##kind);                                        \
   m.impl("int8_weight_transpose", &quantrain::weight_transpose_##kind)
 
 TORCH_LIBRARY_IMPL(quantrain, CPU, m) { QUANTRAIN_REGISTER_INT8(kernel); }

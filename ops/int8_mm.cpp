@@ -71,6 +71,11 @@ at::Tensor mm_meta(const at::Tensor& a, const at::Tensor& b, const OptionalTenso
   return at::empty_symint(sizes, a.options().dtype(out_dtype));
 }
 
+at::Tensor mm_typed_meta(const at::Tensor& a, const at::Tensor& b, const OptionalTensor& a_scale,
+                         const OptionalTensor& b_scale, const OptionalTensor& bias, c10::string_view out_dtype) {
+  return mm_meta(a, b, a_scale, b_scale, bias, detail::named_type(kMm, "out_dtype", out_dtype));
+}
+
 void accumulate_meta(at::Tensor& accumulator, const at::Tensor& a, const at::Tensor& b, const OptionalTensor& a_scale,
                      const OptionalTensor& b_scale) {
   check_operands(kAccumulate, a, b);
@@ -182,6 +187,11 @@ at::Tensor mm_kernel(const at::Tensor& a, const at::Tensor& b, const OptionalTen
   return result.copy_(sum.view(result.sizes()));
 }
 
+at::Tensor mm_typed_kernel(const at::Tensor& a, const at::Tensor& b, const OptionalTensor& a_scale,
+                           const OptionalTensor& b_scale, const OptionalTensor& bias, c10::string_view out_dtype) {
+  return mm_kernel(a, b, a_scale, b_scale, bias, detail::named_type(kMm, "out_dtype", out_dtype));
+}
+
 #if defined(QUANTRAIN_WITH_CUDA)
 // By a kernel of the given name, to test and to measure each.
 at::Tensor mm_by_kernel(const at::Tensor& a, const at::Tensor& b, const OptionalTensor& a_scale,
@@ -242,6 +252,10 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
       "out_dtype=float) -> Tensor",
       fixed);
   m.def(
+      "int8_mm.typed(Tensor a, Tensor b, Tensor? a_scale=None, Tensor? b_scale=None, Tensor? bias=None, *, str "
+      "out_dtype=\"float32\") -> Tensor",
+      fixed);
+  m.def(
       "int8_mm_accumulate_(Tensor(a!) accumulator, Tensor a, Tensor b, Tensor? a_scale=None, Tensor? b_scale=None) -> ()",
       fixed);
 #if defined(QUANTRAIN_WITH_CUDA)
@@ -252,8 +266,9 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
 #endif
 }
 
-#define QUANTRAIN_REGISTER_INT8_MM(kind)    \
-  m.impl("int8_mm", &quantrain::mm_##kind); \
+#define QUANTRAIN_REGISTER_INT8_MM(kind)                \
+  m.impl("int8_mm", &quantrain::mm_##kind);             \
+  m.impl("int8_mm.typed", &quantrain::mm_typed_##kind); \
   m.impl("int8_mm_accumulate_", &quantrain::accumulate_##kind)
 
 TORCH_LIBRARY_IMPL(quantrain, CPU, m) { QUANTRAIN_REGISTER_INT8_MM(kernel); }

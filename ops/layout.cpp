@@ -2,10 +2,12 @@
 
 #include <ATen/ops/amax.h>
 #include <ATen/ops/amin.h>
+#include <ATen/ops/clamp.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/sum.h>
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 
 #include "ops/check.h"
@@ -33,6 +35,11 @@ std::vector<int64_t> permuted(at::IntArrayRef sizes, const std::vector<int64_t>&
 
 at::Tensor permuted_contiguous(const at::Tensor& tensor, const std::vector<int64_t>& order) {
   return order.empty() ? tensor.contiguous() : tensor.permute(order).contiguous();
+}
+
+// Scales are float32 and integers int32 in every kernel, whatever the caller wrote.
+at::Tensor as_parameter(const at::Tensor& tensor) {
+  return tensor.is_floating_point() ? tensor.to(at::kFloat) : as_int32(tensor);
 }
 
 std::vector<int64_t> inverse(const std::vector<int64_t>& order) {
@@ -106,6 +113,17 @@ QuantRange make_range(int64_t quant_min, int64_t quant_max) {
   return QuantRange{static_cast<float>(quant_min), static_cast<float>(quant_max)};
 }
 
+bool holds_integers(const at::Tensor& tensor) {
+  const at::ScalarType type = tensor.scalar_type();
+  return type == at::kInt || type == at::kLong || type == at::kShort || type == at::kChar || type == at::kByte;
+}
+
+at::Tensor as_int32(const at::Tensor& integers) {
+  if (integers.scalar_type() != at::kLong) return integers.to(at::kInt);
+  using Limits = std::numeric_limits<int32_t>;
+  return at::clamp(integers, Limits::min(), Limits::max()).to(at::kInt);
+}
+
 at::Tensor dense(const at::Tensor& tensor) {
   return tensor.is_non_overlapping_and_dense() ? tensor : at::empty_like(tensor).copy_(tensor);
 }
@@ -125,14 +143,14 @@ Arranged arrange(std::string_view op, const at::Tensor& input, const at::Tensor&
   Arranged result;
   result.input = dense(input);
   if (scale.numel() == 1) {
-    result.scale = scale;
-    result.zero_point = zero_point;
+    result.scale = as_parameter(scale);
+    if (zero_point) result.zero_point = as_parameter(*zero_point);
     result.grouping = group_per_tensor(input.numel());
     return result;
   }
   result.order = memory_order(result.input);
-  result.scale = permuted_contiguous(scale, result.order);
-  if (zero_point) result.zero_point = permuted_contiguous(*zero_point, result.order);
+  result.scale = permuted_contiguous(as_parameter(scale), result.order);
+  if (zero_point) result.zero_point = permuted_contiguous(as_parameter(*zero_point), result.order);
   result.grouping = group(op, permuted(input.sizes(), result.order), result.scale.sizes());
   return result;
 }

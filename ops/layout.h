@@ -18,6 +18,12 @@ c10::SymInt rows_of(const at::Tensor& tensor);
 
 QuantRange make_range(int64_t quant_min, int64_t quant_max);
 
+// Of a signed integer type of any width, or uint8: what people write as an integer tensor (torch.tensor(3) is int64).
+bool holds_integers(const at::Tensor& tensor);
+
+// Such a tensor as int32, saturating; itself where it is int32.
+at::Tensor as_int32(const at::Tensor& integers);
+
 // The tensor itself where its elements fill memory without gaps, in any order of dimensions; else a copy that does. Either way it has
 // the strides of at::empty_like(tensor), as results do.
 at::Tensor dense(const at::Tensor& tensor);
@@ -25,7 +31,7 @@ at::Tensor dense(const at::Tensor& tensor);
 // An input with its parameters in the order of its memory.
 struct Arranged {
   at::Tensor input;                      // dense
-  at::Tensor scale;                      // contiguous, dimensions in the order of input's memory
+  at::Tensor scale;                      // float32 or int32, contiguous, dimensions in the order of input's memory
   std::optional<at::Tensor> zero_point;  // likewise
   std::vector<int64_t> order;            // that order; empty: as they are
   Grouping grouping;

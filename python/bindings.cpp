@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 void bind_amp(pybind11::module_& module);
+void bind_files(pybind11::module_& module);
 void bind_fixed_point(pybind11::module_& module);
 void bind_fixed_point_layers(pybind11::module_& module);
 void bind_nn(pybind11::module_& module);
@@ -13,6 +14,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("__version__") = QUANTRAIN_VERSION;
   module.attr("built_with_cuda") = static_cast<bool>(QUANTRAIN_CUDA_BUILD);
   bind_amp(module);
+  bind_files(module);
   bind_fixed_point(module);
   bind_fixed_point_layers(module);
   bind_nn(module);

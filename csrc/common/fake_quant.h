@@ -117,9 +117,9 @@ QUANTRAIN_HOST_DEVICE float storable_code(float v, QParams p, QuantRange range) 
 }
 
 // scale and zero_point from a range of real numbers. Symmetric: neither end of [-absmax, absmax] clips. Affine: the range is
-// widened to hold 0, which then is a code exactly. An all-zero range has scale 1; NaN gives scale NaN.
+// widened to hold 0, which then is a code exactly. An all-zero range has scale 1; NaN or Inf gives scale NaN and zero_point 0.
 QUANTRAIN_HOST_DEVICE QParams qparams_from_range(float min, float max, QuantRange range, bool symmetric) {
-  const bool nan = !(min == min) || !(max == max);
+  const bool finite = fabsf(min) <= FLT_MAX && fabsf(max) <= FLT_MAX;  // false with a NaN
   float width, steps;
   if (symmetric) {
     const float low = fabsf(range.min), high = fabsf(range.max);
@@ -131,14 +131,16 @@ QUANTRAIN_HOST_DEVICE QParams qparams_from_range(float min, float max, QuantRang
     steps = range.max - range.min;
     // Halves, because max - min overflows where both ends are huge.
     width = 2.0f * (0.5f * max - 0.5f * min);
-    if (width > FLT_MAX && min >= -FLT_MAX && max <= FLT_MAX) width = FLT_MAX;
+    if (width > FLT_MAX) width = FLT_MAX;
   }
   float scale = width / steps;
   scale = scale < FLT_MIN ? FLT_MIN : scale;  // 1 / scale stays finite
   if (!(width > 0.0f)) scale = 1.0f;
-  if (nan) scale = detail::bits_to_float(0x7fc00000u);
-  float zero_point = 0.0f;
-  if (!symmetric) zero_point = clamp_code(nan ? 0.0f : range.min - round_half_even(min / scale), range);
+  float zero_point = symmetric ? 0.0f : clamp_code(range.min - round_half_even(min / scale), range);
+  if (!finite) {
+    scale = detail::bits_to_float(0x7fc00000u);
+    zero_point = 0.0f;
+  }
   return QParams{scale, 1.0f / scale, zero_point};
 }
 
@@ -229,6 +231,22 @@ struct DequantizeArgs {
 constexpr int64_t kRowChunk = 8192;
 
 inline int64_t chunks_per_row(const Grouping& g) { return (g.inner + kRowChunk - 1) / kRowChunk; }
+
+// The order in which range_error adds the errors of a row chunk, on every device. Element i of the chunk goes to sum i % (size * lanes); those
+// sums are added by halves within a lane (sums lane * size to lane * size + size), then lanes by halves within 32 of them,
+// then the 32s one after the other.
+struct SumOrder {
+  int size;   // elements of one load: 16 bytes
+  int lanes;  // threads of a chunk on the device
+};
+
+inline SumOrder range_error_order(const Grouping& g, DType dtype) {
+  const int size = dtype == DType::kFloat32 ? 4 : 8;
+  const int64_t loads = ((g.inner < kRowChunk ? g.inner : kRowChunk) + size - 1) / size;
+  return {size, loads >= 1024 ? 256 : loads >= 32 ? 32 : loads >= 8 ? 8 : 1};
+}
+
+constexpr int kMaxSums = 256 * 8;  // of a SumOrder
 
 struct LearnableBackwardArgs {
   const void* grad_output;    // [numel]

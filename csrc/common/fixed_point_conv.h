@@ -21,7 +21,7 @@ QUANTRAIN_HOST_DEVICE int32_t fixed_point_requantized_sum(int32_t acc, int32_t r
 
 // a 2^-a_fl + b 2^-b_fl in units of 2^-max(a_fl, b_fl), saturating at the ends of int32.
 QUANTRAIN_HOST_DEVICE int32_t fixed_point_added(int32_t a, int32_t b, int a_fl, int b_fl) {
-  const int d = a_fl - b_fl, left = d < 0 ? -d : d, shift = left > 31 ? 31 : left;
+  const int64_t d = int64_t{a_fl} - b_fl, left = d < 0 ? -d : d, shift = left > 31 ? 31 : left;
   const int64_t fine = d < 0 ? b : a, coarse = d < 0 ? a : b;
   return fixed_point_shift_round(fine + coarse * (int64_t{1} << shift), 0);
 }

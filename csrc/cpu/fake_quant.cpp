@@ -338,30 +338,59 @@ void min_max_typed(const MinMaxArgs& a, int64_t begin, int64_t end) {
   });
 }
 
+// The first of `count` values becomes their sum, added by halves; count is a power of two.
+QUANTRAIN_INLINE void add_by_halves(float* values, int count) {
+  for (int width = count / 2; width > 0; width /= 2)
+    for (int j = 0; j < width; ++j) values[j] += values[j + width];
+}
+
+// SumOrder's sums of one chunk; `sums` is overwritten.
+QUANTRAIN_INLINE float sum_in_order(float* __restrict__ sums, SumOrder order) {
+  float lane[256];
+  for (int l = 0; l < order.lanes; ++l) {
+    add_by_halves(sums + l * order.size, order.size);
+    lane[l] = sums[l * order.size];
+  }
+  float total = 0.0f;
+  const int together = order.lanes < 32 ? order.lanes : 32;
+  for (int first = 0; first < order.lanes; first += together) {
+    add_by_halves(lane + first, together);
+    total = first == 0 ? lane[0] : total + lane[first];
+  }
+  return total;
+}
+
 template <typename T>
 void range_error_typed(const RangeErrorArgs& a, int64_t begin, int64_t end) {
   const T* __restrict__ x = static_cast<const T*>(a.x);
   const int64_t tasks = a.grouping.rows * chunks_per_row(a.grouping);
+  const SumOrder order = range_error_order(a.grouping, a.dtype);
+  const int count = order.size * order.lanes;  // divides kBlock or is a multiple of it
   vectorized([&]() QUANTRAIN_INLINE_LAMBDA {
-    alignas(64) float x_buffer[kBlock], error[kBlock];
+    alignas(64) float x_buffer[kBlock], sums[kMaxSums];
     for_each_chunk(
         a.grouping, begin, end, [&](int64_t task, int64_t row, int64_t first, int64_t last) QUANTRAIN_INLINE_LAMBDA {
           const int64_t group = a.grouping.scale_index(row);
           for (int64_t k = 0; k < a.steps; ++k) {
             const float ratio = static_cast<float>(k + 1) / static_cast<float>(a.steps);
             const QParams p = qparams_from_range(a.min[group] * ratio, a.max[group] * ratio, a.range, a.symmetric);
-            LaneSum sum;
+            for (int i = 0; i < count; ++i) sums[i] = 0.0f;
             for_each_block(first, last, [&](int64_t at, int n) QUANTRAIN_INLINE_LAMBDA {
               const float* __restrict__ xs = load_block(x + at, n, x_buffer);
               const QParams params = p;  // copies, as above
               const QuantRange range = a.range;
-              for (int i = 0; i < n; ++i) {
-                const float distance = dequantized(clamp_code(unclamped_code(xs[i], params), range), params) - xs[i];
-                error[i] = distance * distance;
+              const int start = static_cast<int>((at - first) % count), step = std::min(count, kBlock);
+              for (int i = 0; i < n; i += step) {
+                float* __restrict__ to = sums + start;
+                const int length = std::min(step, n - i);
+                for (int j = 0; j < length; ++j) {
+                  const float value = xs[i + j];
+                  const float distance = dequantized(clamp_code(unclamped_code(value, params), range), params) - value;
+                  to[j] += distance * distance;
+                }
               }
-              sum.add(error, n);
             });
-            a.partial_error[k * tasks + task] = sum.total();
+            a.partial_error[k * tasks + task] = sum_in_order(sums, order);
           }
         });
   });

@@ -178,30 +178,37 @@ class Band {
     return last;
   }
 
+  // Rows of one image share rows of the copy, so an image's rows are taken in one piece: a second piece would
+  // have rows of its own between the two, which the copy below does not have.
   int64_t load_copy(int64_t begin, int64_t end) {
-    const int64_t budget = std::max<int64_t>(kBandBytes / std::max<int64_t>(pitch_, 1), 1);
-    // Rows of one image share rows of input; `taken` counts rows of the copy.
-    int64_t taken = 0, last = begin;
-    int64_t needed = 0;
-    for (int64_t row = begin; row < end;) {
-      const int64_t left = args_.oh - row % args_.oh;
-      const int64_t room = std::max<int64_t>((budget - needed - args_.kh) / args_.stride_h + 1, needed == 0 ? 1 : 0);
-      const int64_t rows = std::min({left, room, end - row});
-      if (rows <= 0) break;
-      needed += (rows - 1) * args_.stride_h + args_.kh;
-      row += rows;
-      last = row;
+    const int64_t budget = kBandBytes / std::max<int64_t>(pitch_, 1);
+    int64_t taken = 0;   // rows of the copy that are filled
+    int64_t needed = 0;  // rows of the copy for [begin, last)
+    int64_t last = begin;
+    while (last < end) {
+      const int64_t left = std::min(args_.oh - last % args_.oh, end - last);
+      const int64_t rows = std::min(left, std::max<int64_t>(rows_that_fit(budget - needed), needed == 0 ? 1 : 0));
+      if (rows == 0) break;
+      needed += copied_rows(rows);
+      last += rows;
+      if (rows < left) break;
     }
     uint8_t* copy = memory_.aligned_input(needed * pitch_ + 16 * args_.stride_w * pixel_bytes_ + 16);
     for (int64_t row = begin; row < last;) {
       const int64_t rows = std::min(args_.oh - row % args_.oh, last - row);
-      const int64_t height = (rows - 1) * args_.stride_h + args_.kh;
+      const int64_t height = copied_rows(rows);
       copy_rows(row / args_.oh, row % args_.oh * args_.stride_h - args_.padding_h, height, copy + taken * pitch_);
       for (int64_t y = 0; y < rows; ++y) memory_.rows.push_back(copy + (taken + y * args_.stride_h) * pitch_);
       taken += height;
       row += rows;
     }
     return last;
+  }
+
+  // Rows of the copy that so many neighbouring rows of output read, and how many of those a copy of so many rows serves.
+  int64_t copied_rows(int64_t rows) const { return (rows - 1) * args_.stride_h + args_.kh; }
+  int64_t rows_that_fit(int64_t copied) const {
+    return copied < args_.kh ? 0 : (copied - args_.kh) / args_.stride_h + 1;  // a negative quotient rounds up
   }
 
   // Rows top to top + height of image n, padded with zeros.

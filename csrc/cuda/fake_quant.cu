@@ -421,9 +421,10 @@ void dispatch_lookup(const Grouping& g, const QParamTensors& tensors, QuantRange
   using False = std::false_type;
   const auto lookup = [&](auto index, int64_t inner_units) {
     using Index = decltype(index);
-    // Rows of one column are shared out so that each thread has kUnroll of them.
-    const int64_t row = g.levels > 0 ? g.modulus[0] / kSize : 0;
-    const int64_t column_step = row > 0 ? row * ceil_div(g.numel / kSize / row, kUnroll) : 0;
+    // Rows of one column are shared out so that each thread has kUnroll of them. The step is even: where a vector fills half a byte
+    // of the mask, an even thread and the next one then share bytes in every round.
+    const int64_t row = g.levels > 0 ? g.modulus[0] / kSize * (g.modulus[0] / kSize % 2 + 1) : 0;
+    const int64_t column_step = row > 0 ? row * ceil_div(ceil_div(g.numel / kSize, row), kUnroll) : 0;
     return Lookup<Index>{DeviceGrouping<Index>(g, inner_units),
                          tensors,
                          range,

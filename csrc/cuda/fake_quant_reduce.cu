@@ -126,27 +126,38 @@ __global__ void __launch_bounds__(kThreads) min_max_kernel(const MinMaxArgs a, i
   }
 }
 
-// One candidate range a grid row: the tensor is read once a candidate, from the second-level cache where it fits.
-template <typename T, int kSize, int kLanes>
+// One candidate range a grid row: the tensor is read once a candidate, from the second-level cache where it fits. Sums in SumOrder.
+template <typename T, int kLanes, bool kWhole>
 __global__ void __launch_bounds__(kThreads) range_error_kernel(const RangeErrorArgs a, int64_t chunks) {
+  constexpr int kSize = kVectorBytes / sizeof(T);
   const T* __restrict__ x = static_cast<const T*>(a.x);
   Chunk chunk;
   const bool valid = find_chunk<kLanes>(a.grouping, chunks, chunk);
   const int64_t group = a.grouping.scale_index(chunk.row), k = blockIdx.y;
   const float ratio = static_cast<float>(k + 1) / static_cast<float>(a.steps);
   const QParams p = quantrain::qparams_from_range(a.min[group] * ratio, a.max[group] * ratio, a.range, a.symmetric);
-  float sum = 0.0f;
+  float sums[kSize] = {};
   for_each_vector<kLanes, kSize>(chunk, [&](int64_t at) {
-    const auto xs = *reinterpret_cast<const Pack<T, kSize>*>(x + at);
+    Pack<T, kSize> xs;
+    if constexpr (kWhole) {
+      xs = *reinterpret_cast<const Pack<T, kSize>*>(x + at);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) xs.value[j] = at + j < chunk.last ? x[at + j] : T{};
+    }
     float values[kSize];
     unpack(xs, values);
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
       const float distance = dequantized(clamp_code(unclamped_code(values[j], p), a.range), p) - values[j];
-      sum += distance * distance;
+      sums[j] += kWhole || at + j < chunk.last ? distance * distance : 0.0f;
     }
   });
-  sum = reduce_over_lanes<kLanes>(sum, Sum{});
+#pragma unroll
+  for (int width = kSize / 2; width > 0; width /= 2)
+#pragma unroll
+    for (int j = 0; j < width; ++j) sums[j] += sums[j + width];
+  const float sum = reduce_over_lanes<kLanes>(sums[0], Sum{});
   if (valid && threadIdx.x % kLanes == 0) a.partial_error[k * a.grouping.rows * chunks + chunk.task] = sum;
 }
 
@@ -204,13 +215,26 @@ int min_max(const MinMaxArgs& a, void* stream) {
 }
 
 int range_error(const RangeErrorArgs& a, void* stream) {
+  const SumOrder order = range_error_order(a.grouping, a.dtype);
+  const int64_t chunks = chunks_per_row(a.grouping);
   dispatch_float(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    dispatch_rows<T>(a.grouping, is_aligned(a.x), [&](auto size, auto lanes, unsigned blocks) {
-      range_error_kernel<T, size.value, lanes.value>
-          <<<dim3(blocks, static_cast<unsigned>(a.steps)), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-              a, chunks_per_row(a.grouping));
-    });
+    const auto launch = [&](auto lanes) {
+      const int64_t blocks = ceil_div(a.grouping.rows * chunks, kThreads / lanes.value);
+      const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(a.steps));
+      dispatch_bool(is_aligned(a.x) && a.grouping.inner % order.size == 0, [&](auto whole) {
+        range_error_kernel<T, lanes.value, whole.value>
+            <<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(a, chunks);
+      });
+    };
+    if (order.lanes == kThreads)
+      launch(std::integral_constant<int, kThreads>{});
+    else if (order.lanes == 32)
+      launch(std::integral_constant<int, 32>{});
+    else if (order.lanes == 8)
+      launch(std::integral_constant<int, 8>{});
+    else
+      launch(std::integral_constant<int, 1>{});
   });
   return cudaGetLastError();
 }

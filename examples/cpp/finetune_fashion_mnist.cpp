@@ -267,9 +267,12 @@ ImageData read_data(const Options& options) {
                               options.number<int64_t>("test-rows", 0));
 }
 
-// Whether the file is half of a FixedPointNetwork's, whose graph lies beside it.
+// Whether the file is a FixedPointNetwork's.
 bool is_network(const std::string& path) {
-  return std::filesystem::is_regular_file(std::filesystem::path(path).replace_extension(".json"));
+  if (!std::filesystem::is_regular_file(path)) return false;
+  const auto metadata = qnn::read_safetensors(path).metadata;
+  const auto format = metadata.find("format");
+  return format != metadata.end() && format->second == "quantrain.fixed_point";
 }
 
 Job make_job(const Options& options) {

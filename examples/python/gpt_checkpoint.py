@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from quantrain.nn import write_safetensors
 
 FORMAT, VERSION = "quantrain-train-gpt", "1"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -37,7 +38,7 @@ class Checkpoint:
     settings: dict
 
     def save(self) -> None:
-        """Write to a temporary file beside ``path`` and rename it: an interrupted write leaves the earlier file whole."""
+        """Write the file whole or not at all: an interrupted write leaves the earlier one."""
         metadata = {
             "format": FORMAT,
             "version": VERSION,
@@ -48,10 +49,8 @@ class Checkpoint:
             "recipe": self.recipe,
             "settings": json.dumps(self.settings),
         }
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
-        temporary = self.path.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, self.path)
+        tensors = {name: tensor.detach() for name, tensor in self.tensors.items()}
+        write_safetensors(os.fspath(self.path), tensors, metadata)
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:

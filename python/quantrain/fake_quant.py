@@ -3,12 +3,13 @@
     q = clamp(rint(input * (1 / scale)) + zero_point, quant_min, quant_max)
     y = (q - zero_point) * scale
 
-in float32, rounding half to even, for ``input`` of float32, float16 or bfloat16 with any strides.
+in float32, rounding half to even, for ``input`` of float32, float16, bfloat16 or float64 (rounded to float32 first) with any strides.
 
 **Granularity is the scale's shape.** ``scale`` (float32) has one element, or the rank of ``input`` with sizes that divide the
 input's: along each dimension element ``i`` uses scale index ``i // (input size // scale size)``. ``[O, 1, 1, 1]`` is per output
-channel of a convolution's weight, ``[O, K // 32]`` groups of 32, ``[B, T, 1]`` per token. ``zero_point`` (int32) has the scale's
-shape; without it quantisation is symmetric. ``axis=`` accepts a 1-D scale for that dimension.
+channel of a convolution's weight, ``[O, K // 32]`` groups of 32, ``[B, T, 1]`` per token. ``zero_point`` (any integer type) has the
+scale's shape; without it quantisation is symmetric. Either may be a plain number, for the whole tensor. ``axis=`` takes a 1-D scale
+(and zero point) for that dimension, and no other.
 
 NaN gives NaN in simulated results and an infinity saturates. On CPU a scale that is not positive raises; on CUDA, where the check
 would wait for the device, it makes its group NaN. Results are deterministic, and equal on CPU and CUDA bit for bit where no sum is
@@ -24,22 +25,42 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quantrain import _arguments
+
 _ops = torch.ops.quantrain
 
 
-def _along(axis: int | None, input: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
-    """1-D parameters of dimension ``axis`` in the rank of ``input``; anything else as it is."""
-    if axis is None:
-        return parameters
-    shape = [1] * input.dim()
-    shape[axis] = -1
-    return tuple(p if p is None or p.dim() != 1 else p.view(shape) for p in parameters)
+def _qparams(
+    op: str, input: Tensor, scale: Tensor | float, zero_point: Tensor | int | None, axis: int | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """input, scale and zero_point as tensors, 1-D ones of dimension ``axis`` in the rank of ``input``."""
+    _arguments.tensor(op, "input", input)
+    scale = _arguments.parameter(op, "scale", scale, input, axis)
+    if zero_point is not None:
+        along = axis if isinstance(zero_point, Tensor) else None
+        zero_point = _arguments.parameter(
+            op, "zero_point", zero_point, input, along, dtype=torch.int32, shape=scale.shape
+        )
+    return input, scale, zero_point
+
+
+def _range(op: str, quant_min: int, quant_max: int) -> dict[str, int]:
+    return {
+        "quant_min": _arguments.integer(op, "quant_min", quant_min),
+        "quant_max": _arguments.integer(op, "quant_max", quant_max),
+    }
+
+
+def _shape(op: str, scale_shape: Sequence[int]) -> list[int]:
+    if not isinstance(scale_shape, Sequence) or isinstance(scale_shape, str):
+        raise TypeError(f"{op}: expected scale_shape to be a sequence of integers, got {scale_shape!r}")
+    return [_arguments.integer(op, "scale_shape", size) for size in scale_shape]
 
 
 def fake_quantize(
     input: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None = None,
+    scale: Tensor | float,
+    zero_point: Tensor | int | None = None,
     *,
     quant_min: int = -128,
     quant_max: int = 127,
@@ -48,8 +69,8 @@ def fake_quantize(
     """Quantise and dequantise: ``y`` above, with the element type and strides of ``input``.
 
     Gradient: straight-through (Bengio et al. 2013, arXiv:1308.3432): that of ``y`` where
-    ``quant_min <= unclamped code <= quant_max``, else 0. One bit an element is kept for it. ``scale`` gets none and may not
-    require one: :func:`fake_quantize_learnable` learns it.
+    ``quant_min <= unclamped code <= quant_max``, else 0. One bit per element is kept for it. Forward-mode differentiation and
+    ``torch.func.grad`` give the same derivative. ``scale`` gets none and may not require one: :func:`fake_quantize_learnable` learns it.
 
     >>> x = torch.tensor([-1.0, 0.26, 0.74, 9.0], requires_grad=True)
     >>> y = fake_quantize(x, torch.tensor([0.5]), quant_min=-8, quant_max=7)
@@ -58,14 +79,14 @@ def fake_quantize(
     >>> y.sum().backward(); x.grad
     tensor([1., 1., 1., 0.])
     """
-    scale, zero_point = _along(axis, input, scale, zero_point)
-    return _ops.fake_quantize(input, scale, zero_point, quant_min=quant_min, quant_max=quant_max)
+    input, scale, zero_point = _qparams("fake_quantize", input, scale, zero_point, axis)
+    return _ops.fake_quantize(input, scale, zero_point, **_range("fake_quantize", quant_min, quant_max))
 
 
 def fake_quantize_learnable(
     input: Tensor,
     scale: Tensor,
-    zero_point: Tensor | None = None,
+    zero_point: Tensor | int | None = None,
     *,
     quant_min: int = -128,
     quant_max: int = 127,
@@ -80,16 +101,19 @@ def fake_quantize_learnable(
     Gradients: ``grad_input`` as in :func:`fake_quantize`; ``grad_scale = grad_factor * sum(grad_output * t)`` over each group with
     ``t = q - zero_point - input / scale`` inside the range and ``end code - zero_point`` outside;
     ``grad_zero_point = grad_factor * sum(grad_output * (0 inside, -scale outside))``. Esser et al. take
-    ``grad_factor = 1 / sqrt(group size * quant_max)``. The sums are deterministic; a second derivative is not defined.
+    ``grad_factor = 1 / sqrt(group size * quant_max)``. The sums are deterministic. A second derivative, forward mode and ``torch.func``
+    raise ``NotImplementedError``.
 
     >>> scale = torch.tensor([0.5], requires_grad=True)
     >>> fake_quantize_learnable(torch.tensor([0.2, 9.0]), scale, quant_min=-8, quant_max=7).sum().backward()
     >>> scale.grad
     tensor([6.6000])
     """
-    scale, zero_point = _along(axis, input, scale, zero_point)
+    op = "fake_quantize_learnable"
+    _arguments.tensor(op, "scale", scale)
+    input, scale, zero_point = _qparams(op, input, scale, zero_point, axis)
     return _ops.fake_quantize_learnable(
-        input, scale, zero_point, quant_min=quant_min, quant_max=quant_max, grad_factor=grad_factor
+        input, scale, zero_point, **_range(op, quant_min, quant_max), grad_factor=grad_factor
     )
 
 
@@ -103,13 +127,17 @@ def fake_quantize_dynamic(
 ) -> Tensor:
     """:func:`choose_qparams` and :func:`fake_quantize` in one call: the scale is the input's own.
 
-    A NaN makes its group NaN (and does not raise). Gradient: straight-through, the scale held constant.
+    A NaN or infinity makes its group NaN (and does not raise). Gradient: straight-through, the scale held constant.
 
     >>> fake_quantize_dynamic(torch.tensor([[1.0, 2.0], [10.0, 20.0]]), [2, 1], quant_min=-8, quant_max=7)
     tensor([[ 1.1429,  2.0000],
             [11.4286, 20.0000]])
     """
-    return _ops.fake_quantize_dynamic(input, scale_shape, quant_min=quant_min, quant_max=quant_max, symmetric=symmetric)
+    op = "fake_quantize_dynamic"
+    _arguments.tensor(op, "input", input)
+    return _ops.fake_quantize_dynamic(
+        input, _shape(op, scale_shape), **_range(op, quant_min, quant_max), symmetric=symmetric
+    )
 
 
 def choose_qparams(
@@ -124,20 +152,23 @@ def choose_qparams(
 
     Symmetric: ``scale = absmax / d`` with ``d = min(-quant_min, quant_max)`` (127 for int8: neither end clips), ``zero_point`` 0.
     Affine: the range is widened to hold 0, ``scale = (max - min) / (quant_max - quant_min)``,
-    ``zero_point = clamp(quant_min - rint(min / scale))``. An all-zero group has scale 1; NaN gives scale NaN. No gradient.
+    ``zero_point = clamp(quant_min - rint(min / scale))``. An all-zero group has scale 1; NaN or an infinity gives scale NaN and
+    zero_point 0. The results carry no gradient.
 
     >>> choose_qparams(torch.tensor([[1.0, -2.54], [0.0, 0.0]]), [2, 1])
     (tensor([[0.0200],
             [1.0000]]), tensor([[0],
             [0]], dtype=torch.int32))
     """
-    return _ops.choose_qparams(input, scale_shape, quant_min=quant_min, quant_max=quant_max, symmetric=symmetric)
+    op = "choose_qparams"
+    _arguments.tensor(op, "input", input)
+    return _ops.choose_qparams(input, _shape(op, scale_shape), **_range(op, quant_min, quant_max), symmetric=symmetric)
 
 
 def quantize(
     input: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None = None,
+    scale: Tensor | float,
+    zero_point: Tensor | int | None = None,
     *,
     quant_min: int = -128,
     quant_max: int = 127,
@@ -150,39 +181,37 @@ def quantize(
 
     ``stochastic`` rounds up with probability equal to the fraction, from Philox numbers by (seed, offset, element index):
     unbiased for elements that do not saturate, under ``torch.manual_seed``'s rules. NaN becomes the code nearest to zero. The
-    overload ``torch.ops.quantrain.quantize.seeded(..., seed=, offset=)`` gives the same bits on CPU and CUDA. No gradient.
+    overload ``torch.ops.quantrain.quantize.seeded(..., seed=, offset=)`` gives the same bits on CPU and CUDA. To nearest this calls
+    ``quantize.nearest``, which does not count as random, so activation checkpointing may repeat it. No gradient.
 
     >>> quantize(torch.tensor([-1.0, 0.26, 9.0]), torch.tensor([0.5]), quant_min=-8, quant_max=7)
     tensor([-2,  1,  7], dtype=torch.int8)
     """
-    scale, zero_point = _along(axis, input, scale, zero_point)
-    return _ops.quantize(
-        input,
-        scale,
-        zero_point,
-        quant_min=quant_min,
-        quant_max=quant_max,
-        dtype=dtype,
-        stochastic=stochastic,
-        generator=generator,
-    )
+    input, scale, zero_point = _qparams("quantize", input, scale, zero_point, axis)
+    limits = _range("quantize", quant_min, quant_max)
+    name = _arguments.type_name("quantize", "dtype", dtype, _arguments.CODES)
+    if not stochastic:
+        return _ops.quantize.nearest(input, scale, zero_point, **limits, dtype=name)
+    return _ops.quantize(input, scale, zero_point, **limits, dtype=dtype, stochastic=True, generator=generator)
 
 
 def dequantize(
     input: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None = None,
+    scale: Tensor | float,
+    zero_point: Tensor | int | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     axis: int | None = None,
 ) -> Tensor:
-    """``(codes - zero_point) * scale`` as float32, float16 or bfloat16. No gradient.
+    """``(codes - zero_point) * scale`` as float32, float16 or bfloat16. A backward pass raises ``NotImplementedError``.
 
     >>> dequantize(torch.tensor([-2, 1, 7], dtype=torch.int8), torch.tensor([0.5]))
     tensor([-1.0000,  0.5000,  3.5000])
     """
-    scale, zero_point = _along(axis, input, scale, zero_point)
-    return _ops.dequantize(input, scale, zero_point, dtype=dtype)
+    input, scale, zero_point = _qparams("dequantize", input, scale, zero_point, axis)
+    return _ops.dequantize.typed(
+        input, scale, zero_point, dtype=_arguments.type_name("dequantize", "dtype", dtype, _arguments.FLOATS)
+    )
 
 
 def pack_int4(input: Tensor) -> Tensor:

@@ -6,8 +6,8 @@
 with ``word_length`` WL in 2..16 and a fraction length ``0 <= FL <= WL - signed``. Codes are rounded half to even; rescaling between
 fraction lengths is a shift.
 
-A fraction length is an int32 tensor whose shape is the granularity, as a scale's in :mod:`quantrain.fake_quant`: one element, or the
-rank of the input with sizes that divide the input's. Python also takes an ``int``, and a 1-D tensor with ``axis=``. Out of range it
+A fraction length is a tensor of any integer type whose shape is the granularity, as a scale's in :mod:`quantrain.fake_quant`: one element, or the
+rank of the input with sizes that divide the input's; or an ``int``, or a 1-D tensor with ``axis=``. Out of range it
 raises on CPU; on CUDA, where the check would wait for the device, :func:`fixed_point_quantize` gives NaN and
 :func:`fixed_point_requantize` saturates. Results are deterministic and equal on CPU and CUDA, but for a statistic within 1e-12 of a
 threshold. Under ``torch.autocast`` every operator keeps its input's element type.
@@ -20,16 +20,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantrain.fake_quant import _along
+from quantrain import _arguments
 
 _ops = torch.ops.quantrain
-
-
-def _lengths(fraction_length: Tensor | int, input: Tensor, axis: int | None) -> Tensor:
-    """An int as a tensor of one element, made on the input's device without a copy from the host."""
-    if isinstance(fraction_length, Tensor):
-        return _along(axis, input, fraction_length)[0]
-    return torch.full((1,), fraction_length, dtype=torch.int32, device=input.device)
 
 
 def fixed_point_quantize(
@@ -40,11 +33,11 @@ def fixed_point_quantize(
     signed: bool = True,
     axis: int | None = None,
 ) -> Tensor:
-    """``clamp(rint(input * 2**FL)) * 2**-FL`` with the element type (float32, float16, bfloat16) and strides of ``input``.
+    """``clamp(rint(input * 2**FL)) * 2**-FL`` with the element type (float32, float16, bfloat16, float64) and strides of ``input``.
 
     NaN stays and an infinity saturates. Gradient: the paper's straight-through estimator, which is strict: that of the result where
     ``lowest code < unclamped code < highest code``, else 0. The end codes do not pass, unlike in :func:`quantrain.fake_quantize`. One
-    bit an element is kept for it; the fraction length gets none.
+    bit per element is kept for it; the fraction length gets none. Forward mode and ``torch.func.grad`` give the same derivative.
 
     >>> x = torch.tensor([-1.0, 0.26, 0.74, 9.0], requires_grad=True)
     >>> y = fixed_point_quantize(x, 1, word_length=4)
@@ -53,8 +46,11 @@ def fixed_point_quantize(
     >>> y.sum().backward(); x.grad
     tensor([1., 1., 1., 0.])
     """
+    op = "fixed_point_quantize"
+    _arguments.tensor(op, "input", input)
+    lengths = _arguments.parameter(op, "fraction_length", fraction_length, input, axis, dtype=torch.int32)
     return _ops.fixed_point_quantize(
-        input, _lengths(fraction_length, input, axis), word_length=word_length, signed=signed
+        input, lengths, word_length=_arguments.integer(op, "word_length", word_length), signed=signed
     )
 
 
@@ -115,6 +111,11 @@ def fixed_point_requantize(
     >>> fixed_point_requantize(torch.tensor([24, 40, -40, 1000000], dtype=torch.int32), 9, 5)
     tensor([  2,   2,  -2, 127], dtype=torch.int8)
     """
+    op = "fixed_point_requantize"
+    _arguments.tensor(op, "accumulator", accumulator)
+    lengths = _arguments.parameter(
+        op, "accumulator_fraction_length", accumulator_fraction_length, accumulator, axis, dtype=torch.int32
+    )
     return _ops.fixed_point_requantize(
-        accumulator, _lengths(accumulator_fraction_length, accumulator, axis), fraction_length, signed=signed
+        accumulator, lengths, _arguments.integer(op, "fraction_length", fraction_length), signed=signed
     )

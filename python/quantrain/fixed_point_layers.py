@@ -12,14 +12,26 @@ sum that passes int32 wraps: whoever builds a network proves that none does. No 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from quantrain import _arguments
 
 _ops = torch.ops.quantrain
 
 
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return size if isinstance(size, tuple) else (size, size)
+def _pair(op: str, name: str, size: int | Sequence[int]) -> tuple[int, int]:
+    """One size for both dimensions, or two."""
+    sizes = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(sizes) != 2:
+        raise ValueError(f"{op}: expected {name} to be one size or two, got {size!r}")
+    return tuple(_arguments.integer(op, name, one) for one in sizes)
+
+
+def _lengths(op: str, name: str, value: Tensor | int, input: Tensor) -> Tensor:
+    return _arguments.parameter(op, name, value, input, dtype=torch.int32)
 
 
 def fixed_point_conv2d(
@@ -40,16 +52,24 @@ def fixed_point_conv2d(
     >>> fixed_point_conv2d(x, torch.full((1, 1, 3, 3), -2, dtype=torch.int8), padding=1)[0, 0].tolist()
     [[-1600, -2400, -1600], [-2400, -3600, -2400], [-1600, -2400, -1600]]
     """
-    return _ops.fixed_point_conv2d(input, weight, bias, stride=_pair(stride), padding=_pair(padding), groups=groups)
+    op = "fixed_point_conv2d"
+    return _ops.fixed_point_conv2d(
+        _arguments.tensor(op, "input", input),
+        _arguments.tensor(op, "weight", weight),
+        bias,
+        stride=_pair(op, "stride", stride),
+        padding=_pair(op, "padding", padding),
+        groups=_arguments.integer(op, "groups", groups),
+    )
 
 
 def fixed_point_conv2d_requantize(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    shift: Tensor,
+    shift: Tensor | int,
     residual: Tensor | None = None,
-    residual_shift: Tensor | None = None,
+    residual_shift: Tensor | int | None = None,
     *,
     stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] = 0,
@@ -58,7 +78,7 @@ def fixed_point_conv2d_requantize(
 ) -> Tensor:
     """A convolution of codes with codes as its result: ``clamp(round((acc + residual) / 2**shift))``.
 
-    Shapes: as :func:`fixed_point_conv2d`; shift int32 of one element or O, in [-31, 31] -> uint8 (``signed=False``: clamped at 0, so a ReLU is
+    Shapes: as :func:`fixed_point_conv2d`; shift an int, or integers of one element or O, in [-31, 31] -> uint8 (``signed=False``: clamped at 0, so a ReLU is
     in it) or int8. residual is uint8, int8 or int32 of the result's shape, with ``residual_shift = FL_acc - FL_residual`` int32 of one element
     or O; whichever of the two has fewer fraction bits is shifted left before they are added, so there is one rounding. Give
     ``residual`` and the output different memory.
@@ -70,16 +90,18 @@ def fixed_point_conv2d_requantize(
     >>> fixed_point_conv2d_requantize(x, w, None, shift, x, shift, signed=True).flatten().tolist()  # (x + 2 x) / 2
     [4, 8, 127]
     """
+    op = "fixed_point_conv2d_requantize"
+    _arguments.tensor(op, "input", input)
     return _ops.fixed_point_conv2d_requantize(
         input,
-        weight,
+        _arguments.tensor(op, "weight", weight),
         bias,
-        shift,
+        _lengths(op, "shift", shift, input),
         residual,
-        residual_shift,
-        stride=_pair(stride),
-        padding=_pair(padding),
-        groups=groups,
+        None if residual_shift is None else _lengths(op, "residual_shift", residual_shift, input),
+        stride=_pair(op, "stride", stride),
+        padding=_pair(op, "padding", padding),
+        groups=_arguments.integer(op, "groups", groups),
         signed=signed,
     )
 
@@ -96,17 +118,24 @@ def fixed_point_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None
     return _ops.fixed_point_linear(input, weight, bias)
 
 
-def fixed_point_add(a: Tensor, b: Tensor, a_fraction_length: Tensor, b_fraction_length: Tensor) -> Tensor:
+def fixed_point_add(a: Tensor, b: Tensor, a_fraction_length: Tensor | int, b_fraction_length: Tensor | int) -> Tensor:
     """The sum of two tensors in fixed point, exact: int32 of fraction length ``max(a_fraction_length, b_fraction_length)``.
 
-    Shapes: a and b uint8, int8 or int32 of one shape; fraction lengths int32 of one element, or of a's rank with one size other than 1
+    Shapes: a and b uint8, int8 or int32 of one shape; fraction lengths an int, or integers of one element, or of a's rank with one size other than 1
     (``[1, C, 1, 1]``: per channel). Saturates at the ends of int32.
 
     >>> a, b = torch.tensor([1, 255], dtype=torch.uint8), torch.tensor([-3, 4], dtype=torch.int8)
     >>> fixed_point_add(a, b, torch.tensor([2], dtype=torch.int32), torch.tensor([5], dtype=torch.int32)).tolist()
     [5, 2044]
     """
-    return _ops.fixed_point_add(a, b, a_fraction_length, b_fraction_length)
+    op = "fixed_point_add"
+    _arguments.tensor(op, "a", a)
+    return _ops.fixed_point_add(
+        a,
+        _arguments.tensor(op, "b", b),
+        _lengths(op, "a_fraction_length", a_fraction_length, a),
+        _lengths(op, "b_fraction_length", b_fraction_length, a),
+    )
 
 
 def fixed_point_max_pool2d(
@@ -123,7 +152,13 @@ def fixed_point_max_pool2d(
     >>> fixed_point_max_pool2d(x, 3, 2, 1).tolist()
     [[[[-3]]]]
     """
-    return _ops.fixed_point_max_pool2d(input, kernel_size, stride, padding)
+    op = "fixed_point_max_pool2d"
+    return _ops.fixed_point_max_pool2d(
+        _arguments.tensor(op, "input", input),
+        _pair(op, "kernel_size", kernel_size),
+        _pair(op, "stride", stride),
+        _pair(op, "padding", padding),
+    )
 
 
 def fixed_point_sum_pool2d(input: Tensor) -> Tensor:

@@ -15,14 +15,18 @@ gradient. A scale along the summed dimension cannot leave the sum; it is multipl
 
     dX = dY W   = (dY * sw) Wq            dW = dY^T X = (dY * sx)^T Xq
 
-float32, float16 and bfloat16; any strides and sizes. Nothing waits for the device. No gradients, but for :func:`int8_linear`. Products on
-CUDA need compute capability 8.0. Errors are ``ValueError`` (values and shapes) and ``TypeError`` (element types and devices).
+float32, float16 and bfloat16; any strides and sizes. Nothing waits for the device. To nearest the overloads ``.nearest`` are called,
+which do not count as random. No gradients, but for :func:`int8_linear`: a backward pass through another raises
+``NotImplementedError``. Products on CUDA need compute capability 8.0. Errors are ``ValueError`` (values and shapes) and ``TypeError``
+(element types and devices).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Generator, Tensor
+
+from quantrain import _arguments
 
 _ops = torch.ops.quantrain
 
@@ -38,7 +42,10 @@ def int8_quantize_rows(
     >>> codes.tolist(), scale[1].item()
     ([[127, -64, 32], [0, 0, 0]], 1.0)
     """
-    return _ops.int8_quantize_rows(input, column_factor=column_factor, stochastic=stochastic, generator=generator)
+    _arguments.tensor("int8_quantize_rows", "input", input)
+    if not stochastic:
+        return _ops.int8_quantize_rows.nearest(input, column_factor=column_factor)
+    return _ops.int8_quantize_rows(input, column_factor=column_factor, stochastic=True, generator=generator)
 
 
 def int8_quantize_columns(
@@ -52,7 +59,10 @@ def int8_quantize_columns(
     >>> codes.tolist()
     [[127, -64], [127, 64]]
     """
-    return _ops.int8_quantize_columns(input, row_factor=row_factor, stochastic=stochastic, generator=generator)
+    _arguments.tensor("int8_quantize_columns", "input", input)
+    if not stochastic:
+        return _ops.int8_quantize_columns.nearest(input, row_factor=row_factor)
+    return _ops.int8_quantize_columns(input, row_factor=row_factor, stochastic=True, generator=generator)
 
 
 def int8_quantize_rows_and_columns(
@@ -72,9 +82,11 @@ def int8_quantize_rows_and_columns(
     >>> codes.shape, scale.shape, codes_t.shape, scale_t.shape
     (torch.Size([8, 4]), torch.Size([8, 1]), torch.Size([4, 8]), torch.Size([4, 1]))
     """
-    return _ops.int8_quantize_rows_and_columns(
-        input, column_factor=column_factor, row_factor=row_factor, stochastic=stochastic, generator=generator
-    )
+    _arguments.tensor("int8_quantize_rows_and_columns", "input", input)
+    factors = {"column_factor": column_factor, "row_factor": row_factor}
+    if not stochastic:
+        return _ops.int8_quantize_rows_and_columns.nearest(input, **factors)
+    return _ops.int8_quantize_rows_and_columns(input, **factors, stochastic=True, generator=generator)
 
 
 def int8_transpose(codes: Tensor) -> Tensor:
@@ -133,7 +145,14 @@ def int8_mm(
     >>> bool((int8_mm(xq, wq, xs, ws) - x @ w.T).abs().max() < 0.5)
     True
     """
-    return _ops.int8_mm(a, b, a_scale, b_scale, bias, out_dtype=out_dtype)
+    return _ops.int8_mm.typed(
+        _arguments.tensor("int8_mm", "a", a),
+        _arguments.tensor("int8_mm", "b", b),
+        a_scale,
+        b_scale,
+        bias,
+        out_dtype=_arguments.type_name("int8_mm", "out_dtype", out_dtype, _arguments.FLOATS),
+    )
 
 
 def int8_mm_accumulate_(

@@ -51,9 +51,11 @@ def test_opcheck_codes(sample, device):
     x, scale, zero_point = sample.make(device)
     keywords = dict(dtype=torch.int32, **sample.range)
     opcheck(ops.quantize.default, (x, scale, zero_point), keywords)
+    opcheck(ops.quantize.nearest, (x, scale, zero_point), keywords | dict(dtype="int32"))
     opcheck(ops.quantize.seeded, (x, scale, zero_point), dict(seed=1, offset=2, **keywords))
     codes = ops.quantize(x, scale, zero_point, **keywords)
-    opcheck(ops.dequantize, (codes, scale, zero_point), dict(dtype=torch.bfloat16))
+    opcheck(ops.dequantize.default, (codes, scale, zero_point), dict(dtype=torch.bfloat16))
+    opcheck(ops.dequantize.typed, (codes, scale, zero_point), dict(dtype="bfloat16"))
 
 
 @on_each_device

@@ -1,8 +1,13 @@
-"""The integer network against its oracle in int64, node by node; what it refuses; its two files."""
+"""The integer network against its oracle in int64, node by node; what it refuses; its file."""
 
 import copy
 import json
+import os
+import shutil
+import signal
 import threading
+import time
+from pathlib import Path
 
 import fixed_point_graphs as graphs
 import numpy as np
@@ -390,73 +395,113 @@ def test_audit_names_integers_only():
 # ---- files ----
 
 
-def test_files_round_trip(tmp_path):
+def test_file_round_trip(tmp_path):
     for name in ("mobile_block", "additions"):
         graph, tensors, codes = graphs.sample(name)
         net = network(graph, tensors)
         path = tmp_path / f"{name}.safetensors"
         net.save(str(path))
-        assert sorted(p.name for p in tmp_path.glob(f"{name}*")) == [f"{name}.json", f"{name}.safetensors"]
+        assert [p.name for p in tmp_path.glob(f"*{name}*")] == [f"{name}.safetensors"]
         again = FixedPointNetwork.load(str(path))
         assert again.graph() == net.graph() and json.loads(net.graph()) == graph
         assert {k: v.tolist() for k, v in again.tensors().items()} == {k: v.tolist() for k, v in tensors.items()}
         assert again.forward(torch.from_numpy(codes)).equal(net.forward(torch.from_numpy(codes)))
-        first = path.read_bytes(), path.with_suffix(".json").read_bytes()
+        first = path.read_bytes()
         again.save(str(path))
-        assert (path.read_bytes(), path.with_suffix(".json").read_bytes()) == first
+        assert path.read_bytes() == first
 
 
-def small_files(tmp_path):
+def small_file(tmp_path):
     graph, tensors = one_layer(np.arange(-3, 3).reshape(2, 3), [5, -6])
     path = tmp_path / "net.safetensors"
     network(graph, tensors).save(str(path))
-    return path, path.with_suffix(".json")
+    return path
+
+
+def check_every_changed_byte(path, file):
+    whole = file.read_bytes()
+    for i in range(len(whole)):
+        for change in (1 << i % 8, 0x20):
+            file.write_bytes(whole[:i] + bytes([whole[i] ^ change]) + whole[i + 1 :])
+            with pytest.raises(ValueError, match="(net|v1).(safetensors|json): expected"):
+                FixedPointNetwork.load(str(path))
+    for size in [*range(0, len(whole), 7), len(whole) - 1]:
+        file.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="(net|v1).(safetensors|json): expected"):
+            FixedPointNetwork.load(str(path))
+    for more in (b" ", b"\n", b"\0"):
+        file.write_bytes(whole + more)
+        with pytest.raises(ValueError, match="expected"):
+            FixedPointNetwork.load(str(path))
+    file.write_bytes(whole)
 
 
 def test_every_changed_byte_is_refused(tmp_path):
-    path, json_path = small_files(tmp_path)
-    for file in (path, json_path):
-        whole = file.read_bytes()
-        for i in range(len(whole)):
-            for change in (1 << i % 8, 0x20):
-                file.write_bytes(whole[:i] + bytes([whole[i] ^ change]) + whole[i + 1 :])
-                with pytest.raises(ValueError, match="net.(safetensors|json): expected"):
-                    FixedPointNetwork.load(str(path))
-        for size in [*range(0, len(whole), 7), len(whole) - 1]:
-            file.write_bytes(whole[:size])
-            with pytest.raises(ValueError, match="net.(safetensors|json): expected"):
-                FixedPointNetwork.load(str(path))
-        for more in (b" ", b"\n", b"\0"):
-            file.write_bytes(whole + more)
-            with pytest.raises(ValueError, match="expected the checksum"):
-                FixedPointNetwork.load(str(path))
-        file.write_bytes(whole)
+    path = small_file(tmp_path)
+    check_every_changed_byte(path, path)
     FixedPointNetwork.load(str(path))
 
 
-def test_files_of_two_networks_are_refused(tmp_path):
-    path, json_path = small_files(tmp_path)
-    old = json_path.read_bytes()
-    graph, tensors = one_layer(np.arange(-3, 3).reshape(2, 3), [5, -7])
-    network(graph, tensors).save(str(path))
-    json_path.write_bytes(old)
+def version_1(tmp_path):
+    """A pair of files that version 1 wrote: a convolution with stride 2, and a linear layer, of an 8 x 8 image."""
+    folder = Path(__file__).parent / "data"
+    for name in ("fixed_point_v1.safetensors", "fixed_point_v1.json"):
+        shutil.copy(folder / name, tmp_path / name)
+    return tmp_path / "fixed_point_v1.safetensors", tmp_path / "fixed_point_v1.json"
+
+
+def test_version_1_loads_and_is_as_strict(tmp_path):
+    path, json_path = version_1(tmp_path)
+    image = torch.arange(64.0).reshape(1, 1, 8, 8) / 64
+    want = torch.tensor([[-0.1395, -0.3573, 0.0165]])  # what version 1 gave
+    assert torch.allclose(FixedPointModel.load(path)(image), want, atol=5e-5)
+    for file in (path, json_path):
+        check_every_changed_byte(path, file)
+    FixedPointModel.load(path).save(path)  # over a pair: the file alone then counts
+    json_path.write_text("not of this network")
+    assert torch.allclose(FixedPointModel.load(path)(image), want, atol=5e-5)
+
+
+def test_version_1_files_of_two_networks_are_refused(tmp_path):
+    path, json_path = version_1(tmp_path)
+    text = json_path.read_bytes()
+    json_path.write_bytes(text.replace(text[15:31], b"0123456789abcdef"))
     with pytest.raises(ValueError, match="or they are not of one network"):
         FixedPointNetwork.load(str(path))
 
 
 def test_missing_files(tmp_path):
-    path, json_path = small_files(tmp_path)
+    path, json_path = version_1(tmp_path)
     json_path.unlink()
-    with pytest.raises(RuntimeError, match=r"net.json: expected a file that can be read, got No such file"):
+    with pytest.raises(RuntimeError, match=r"v1.json: expected a file that can be read, got No such file"):
         FixedPointNetwork.load(str(path))
-    with pytest.raises(FileNotFoundError, match=r"net\.json"):
-        FixedPointModel.load(path)
     with pytest.raises(FileNotFoundError, match=r"gone\.safetensors"):
         FixedPointModel.load(tmp_path / "gone.safetensors")
     with pytest.raises(ValueError, match=r"expected the path of a \.safetensors file"):
         FixedPointNetwork.load(str(json_path))
     with pytest.raises(RuntimeError, match="expected a file that can be written"):
         network(*one_layer(np.ones((1, 1)), [0])).save(str(tmp_path / "no" / "net.safetensors"))
+
+
+def test_a_killed_save_leaves_the_old_file_or_the_new(tmp_path):
+    path = tmp_path / "net.safetensors"
+    nets = [network(*one_layer(np.full((64, 512), value), [value] * 64)) for value in (1, 2)]
+    nets[0].save(str(path))
+    found = set()
+    for attempt in range(40):
+        child = os.fork()
+        if child == 0:
+            while True:
+                for net in nets:
+                    net.save(str(path))
+        time.sleep(0.002 + 0.0007 * attempt)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        weights = [t for t in FixedPointNetwork.load(str(path)).tensors().values() if t.dtype == torch.int8]
+        found.add(weights[0].flatten()[0].item())
+    assert found == {1, 2}
+    nets[0].save(str(path))
+    assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]  # what the killed ones left is gone
 
 
 # ---- the module ----

@@ -18,10 +18,13 @@ def test_opcheck_quantizers(sample, device):
     rows, columns = dict(column_factor=column_factor), dict(row_factor=row_factor)
     seeded = dict(seed=1, offset=2)
     opcheck(ops.int8_quantize_rows.default, (x,), rows)
+    opcheck(ops.int8_quantize_rows.nearest, (x,), rows)
     opcheck(ops.int8_quantize_rows.seeded, (x,), rows | seeded)
     opcheck(ops.int8_quantize_columns.default, (x,), columns)
+    opcheck(ops.int8_quantize_columns.nearest, (x,), columns)
     opcheck(ops.int8_quantize_columns.seeded, (x,), columns | seeded)
     opcheck(ops.int8_quantize_rows_and_columns.default, (x,), rows | columns)
+    opcheck(ops.int8_quantize_rows_and_columns.nearest, (x,), rows | columns)
     opcheck(ops.int8_quantize_rows_and_columns.seeded, (x,), rows | columns | seeded)
 
 
@@ -39,8 +42,10 @@ def test_opcheck_transposes(device):
 def test_opcheck_products(device):
     a, b = codes((2, 6, 40), device=device), codes((9, 40), 1, device=device)
     bias = torch.randn(9, device=device)
-    opcheck(ops.int8_mm, (a, b))
-    opcheck(ops.int8_mm, (a, b, scales(12, device=device), scales(9, 1, device), bias), dict(out_dtype=torch.bfloat16))
+    opcheck(ops.int8_mm.default, (a, b))
+    arguments = (a, b, scales(12, device=device), scales(9, 1, device), bias)
+    opcheck(ops.int8_mm.default, arguments, dict(out_dtype=torch.bfloat16))
+    opcheck(ops.int8_mm.typed, arguments, dict(out_dtype="bfloat16"))
     total = torch.randn(12, 9, device=device)
     opcheck(ops.int8_mm_accumulate_, (total, a.view(12, 40), b, scales(12, device=device), scales(9, 1, device)))
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+
+from quantrain._C import replace_file
 
 
 class Metrics:
@@ -59,7 +62,7 @@ class Metrics:
         entries = self.read()
         kept = [entry for entry in entries if entry["stage"] != stage or _steps_done(entry) <= steps]
         if len(kept) != len(entries):
-            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+            replace_file(os.fspath(self.path), "".join(json.dumps(entry) + "\n" for entry in kept).encode())
 
 
 def _steps_done(entry: dict) -> int:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from quantrain._C import replace_file
+
 
 @dataclass(frozen=True)
 class LayerError:
@@ -132,6 +134,4 @@ def write_results(folder: Path, results: Iterable[StageResult | FailedStage]) ->
 
 def write_json(path: Path, content: object) -> None:
     """Write ``content`` as JSON, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    replace_file(os.fspath(path), (json.dumps(content, indent=2) + "\n").encode())

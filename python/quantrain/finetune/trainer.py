@@ -7,6 +7,7 @@ the losses are then the same bit for bit; on a GPU, within what cuDNN's gradient
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import signal
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quantrain import nn as qnn
+from quantrain._C import replace_file
 from quantrain.finetune.data import Batch
 from quantrain.finetune.metrics import Metrics
 from quantrain.finetune.progress import Progress
@@ -205,9 +207,9 @@ class _State:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         }
-        temporary = self.path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, self.path)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        replace_file(os.fspath(self.path), buffer.getvalue())
         self.saved_at = time.monotonic()
 
     def due(self) -> bool:

@@ -8,7 +8,14 @@ from .calibrate import (
     enable_gradient_quant,
     enable_observer,
 )
-from .checkpoint import CheckpointInfo, from_checkpoint, load_checkpoint, read_checkpoint_info, save_checkpoint
+from .checkpoint import (
+    CheckpointInfo,
+    from_checkpoint,
+    load_checkpoint,
+    read_checkpoint_info,
+    save_checkpoint,
+    write_safetensors,
+)
 from .conv_bn import FoldedBatchNorm2d, QuantConvBn2d
 from .convert import convert
 from .convolutions import QuantConv1d, QuantConvTranspose2d
@@ -110,6 +117,7 @@ __all__ = [
     "quantize_per_token",
     "read_checkpoint_info",
     "save_checkpoint",
+    "write_safetensors",
     "simulated_codes",
     "weight_scale_shape",
 ]

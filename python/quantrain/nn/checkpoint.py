@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from quantrain._C import QuantSpec, Recipe
+from quantrain._C import QuantSpec, Recipe, write_safetensors
 
 from .convert import convert, is_converted
 from .fixed_point import FixedPointLayer
@@ -26,7 +26,14 @@ from .prepare import prepare, quantisable
 from .quantized import QuantizedEmbedding, QuantizedLayer, name_codes
 from .recipes import as_recipe
 
-__all__ = ["CheckpointInfo", "from_checkpoint", "load_checkpoint", "read_checkpoint_info", "save_checkpoint"]
+__all__ = [
+    "CheckpointInfo",
+    "from_checkpoint",
+    "load_checkpoint",
+    "read_checkpoint_info",
+    "save_checkpoint",
+    "write_safetensors",
+]
 
 _FORMAT, _VERSION = "quantrain", "1"
 
@@ -34,7 +41,8 @@ _FORMAT, _VERSION = "quantrain", "1"
 def save_checkpoint(path: str | os.PathLike, model: nn.Module, recipe: Recipe | str | None = None) -> None:
     """Writes the state dict of a float, prepared or converted model to one safetensors file.
 
-    The file appears whole or not at all (written beside it, then renamed). Tied tensors are written under each name.
+    The file appears whole or not at all (written beside it under a name of its own, synchronised, then renamed), also among several
+    writers. Tied tensors are written under each name.
 
     Args:
         path: the file; an existing one is replaced.
@@ -43,25 +51,18 @@ def save_checkpoint(path: str | os.PathLike, model: nn.Module, recipe: Recipe | 
 
     Raises:
         ValueError: a state dict entry that is not a tensor; a recipe that no layer of the model was made with.
-        ImportError: the package safetensors is not installed.
+        RuntimeError: the file cannot be written.
 
     >>> import tempfile, os
     >>> save_checkpoint(os.path.join(tempfile.mkdtemp(), "model.safetensors"), nn.Linear(2, 1))
     """
-    from safetensors.torch import save_file
-
-    path = Path(path)
     tensors: dict[str, Tensor] = {}
-    storages: set[int] = set()
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"save_checkpoint: expected tensors in the state dict, got {type(value).__name__} at {name!r}"
             )
-        value = value.detach().cpu().contiguous()
-        storage = value.untyped_storage().data_ptr()
-        tensors[name] = value.clone() if storage in storages else value
-        storages.add(storage)
+        tensors[name] = value.detach()
     if recipe is None:
         recipe = _recipe_of(model)
     else:
@@ -75,12 +76,7 @@ def save_checkpoint(path: str | os.PathLike, model: nn.Module, recipe: Recipe | 
         "layers": json.dumps(_converted_layers(model)),
         "layer_recipes": _layer_recipes_json(model),
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_safetensors(os.fspath(path), tensors, metadata)
 
 
 def load_checkpoint(path: str | os.PathLike, model: nn.Module) -> dict[str, str]:

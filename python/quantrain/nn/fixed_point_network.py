@@ -94,9 +94,10 @@ class FixedPointModel(nn.Module):
         return Table(_COLUMNS, rows, title="integer network", notes=["no other operations"])
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the tensors to ``path`` (safetensors) and the graph beside it, with the extension .json.
+        """Writes tensors and graph to one file, ``path`` (safetensors, the graph and a checksum as metadata).
 
-        Each file holds a checksum of the other. The C++ class reads the same files (<quantrain/nn/fixed_point_network.h>).
+        The file is the old one or the new one, whole, also where the process is killed. The C++ class reads and writes the same file
+        (<quantrain/nn/fixed_point_network.h>).
 
         Raises:
             ValueError: a path that ends in .json.
@@ -105,15 +106,14 @@ class FixedPointModel(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> FixedPointModel:
-        """Reads the two files that :meth:`save` wrote.
+        """Reads the file that :meth:`save` wrote, or the two files (tensors, and the graph beside them as .json) of version 1.
 
         Raises:
-            FileNotFoundError: either is missing.
-            ValueError: a byte of either was changed, one was truncated, or they are not of one network.
+            FileNotFoundError: it is missing.
+            ValueError: a byte was changed, the file was truncated, or the two files are not of one network.
         """
-        for file in (Path(path), Path(path).with_suffix(".json")):
-            if not file.is_file():
-                raise FileNotFoundError(f"FixedPointModel.load: expected a file, got none at {file}")
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"FixedPointModel.load: expected a file, got none at {path}")
         return cls(FixedPointNetwork.load(os.fspath(path)))
 
     def extra_repr(self) -> str:

@@ -1,0 +1,65 @@
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+// Operators without a derivative. Without an entry here PyTorch would mark their results as requiring a gradient that then never comes.
+
+// Ranges, scales and codes are constants: the results carry no gradient.
+TORCH_LIBRARY_IMPL(quantrain, Autograd, m) {
+  for (const char* op : {
+           "choose_qparams",
+           "_min_max",
+           "_qparams_from_range",
+           "_mse_range",
+           "quantize",
+           "quantize.nearest",
+           "quantize.seeded",
+           "pack_int4",
+           "unpack_int4",
+           "fixed_point_fraction_length",
+           "fixed_point_requantize",
+           "fixed_point_conv2d",
+           "fixed_point_conv2d_requantize",
+           "fixed_point_linear",
+           "fixed_point_add",
+           "fixed_point_max_pool2d",
+           "fixed_point_sum_pool2d",
+           "int8_transpose",
+       }) {
+    m.impl(op, torch::CppFunction::makeFallthrough());
+  }
+}
+
+// Real numbers that depend on their inputs: a backward pass, and forward-mode differentiation, raise NotImplementedError with the
+// operator's name.
+TORCH_LIBRARY_IMPL(quantrain, Autograd, m) {
+  for (const char* op : {
+           "dequantize",
+           "dequantize.typed",
+           "quantize_gradient",
+           "quantize_gradient.seeded",
+           "quantize_gradient_codes",
+           "quantize_gradient_codes.seeded",
+           "dequantize_gradient",
+           "_reflect_rows",
+           "int8_quantize_rows",
+           "int8_quantize_rows.nearest",
+           "int8_quantize_rows.seeded",
+           "int8_quantize_columns",
+           "int8_quantize_columns.nearest",
+           "int8_quantize_columns.seeded",
+           "int8_quantize_rows_and_columns",
+           "int8_quantize_rows_and_columns.nearest",
+           "int8_quantize_rows_and_columns.seeded",
+           "int8_weight_transpose",
+           "int8_mm",
+           "int8_mm.typed",
+           "int8_layer_norm",
+           "int8_rms_norm",
+           "int8_add_layer_norm",
+           "int8_add_rms_norm",
+           "int8_gelu",
+           "int8_silu_mul",
+       }) {
+    m.impl(op, torch::autograd::autogradNotImplementedFallback());
+  }
+}

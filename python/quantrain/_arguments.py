@@ -1,0 +1,85 @@
+"""Arguments as people write them, as operators take them. Everything else raises, in the operator's name."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The types that operators take by name: a program packed by AOTInductor gets a ScalarType wrong in torch 2.11.
+_TYPE_NAMES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.int8: "int8",
+    torch.uint8: "uint8",
+    torch.int16: "int16",
+    torch.int32: "int32",
+}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+
+
+def integer(op: str, name: str, value: Any) -> int:
+    """``value`` where it is an integer of any kind, NumPy's too."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{op}: expected {name} to be an integer, got {value!r}") from None
+
+
+FLOATS = ("float32", "float16", "bfloat16")
+CODES = ("int8", "uint8", "int16", "int32")
+
+
+def type_name(op: str, name: str, dtype: Any, allowed: tuple[str, ...]) -> str:
+    """The name of an element type, one of those allowed."""
+    found = _TYPE_NAMES.get(dtype) if isinstance(dtype, torch.dtype) else None
+    if found not in allowed:
+        raise TypeError(f"{op}: expected {name} to be one of {', '.join(allowed)}, got {dtype!r}")
+    return found
+
+
+def tensor(op: str, name: str, value: Any) -> Tensor:
+    """``value`` where it is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: expected {name} to be a tensor, got {type(value).__name__}")
+    return value
+
+
+def parameter(
+    op: str,
+    name: str,
+    value: Any,
+    input: Tensor,
+    axis: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    shape: torch.Size | tuple[int, ...] = (1,),
+) -> Tensor:
+    """A scale, zero point, shift or fraction length: a number as a tensor of ``dtype`` and ``shape`` made on the input's device without a
+    copy from the host; a 1-D tensor with ``axis`` in the rank of ``input``; any other tensor as it is."""
+    if _is_number(value):
+        if not dtype.is_floating_point:
+            value = integer(op, name, value)
+            if abs(value) >= 2**31:
+                raise ValueError(f"{op}: expected {name} to fit int32, got {value}")
+        return torch.full(shape, value, dtype=dtype, device=input.device)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: expected {name} to be a tensor or a number, got {type(value).__name__}")
+    if axis is None:
+        return value
+    axis = integer(op, "axis", axis)
+    if not -input.dim() <= axis < input.dim():
+        raise ValueError(f"{op}: expected axis in [{-input.dim()}, {input.dim() - 1}], got {axis}")
+    if value.dim() != 1:
+        raise ValueError(f"{op}: expected a 1-D {name} with axis, got shape {list(value.shape)}")
+    sizes = [1] * input.dim()
+    sizes[axis] = value.shape[0]
+    return value.reshape(sizes)
