@@ -64,9 +64,10 @@ struct FakeQuantizeBackwardFunction : torch::autograd::Function<FakeQuantizeBack
   static Variable forward(AutogradContext* ctx, const Variable& grad_output, const Variable& mask,
                           c10::SymIntArrayRef stride) {
     const at::AutoDispatchBelowADInplaceOrView below;
+    at::Tensor grad_input = fake_quantize_backward(grad_output, mask, stride);  // first: it checks them
     ctx->save_for_backward({mask});
     ctx->saved_data["stride"] = stride;
-    return fake_quantize_backward(grad_output, mask, stride);
+    return grad_input;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
@@ -127,7 +128,13 @@ at::Tensor fake_quantize_dynamic_autograd(const at::Tensor& input, c10::SymIntAr
   static const auto choose =
       find_operator<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, c10::SymIntArrayRef, int64_t, int64_t, bool)>(
           "quantrain::choose_qparams");
-  if (needs_grad(input) && input.sym_numel() == 0) return input.clone();
+  if (needs_grad(input) && input.sym_numel() == 0) {
+    {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      dynamic.call(input, scale_shape, quant_min, quant_max, symmetric);  // for its checks
+    }
+    return input.clone();
+  }
   const bool transformed = is_transformed(input);
   if (!needs_grad(input) && !transformed) {
     const at::AutoDispatchBelowADInplaceOrView below;

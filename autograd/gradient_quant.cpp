@@ -97,10 +97,11 @@ struct Convolution {
 struct FqtConv2dFunction : torch::autograd::Function<FqtConv2dFunction> {
   static constexpr bool is_traceable = true;
 
-  static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& weight,
+  static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& given_weight,
                           const OptionalTensor& bias, const Convolution& conv, const GradientQuantizer& grad_input,
                           const GradientQuantizer& grad_weight) {
     const at::AutoDispatchBelowADInplaceOrView below;
+    const at::Tensor weight = regular_weight(given_weight);
     ctx->save_for_backward({input, weight});
     ctx->saved_data["stride"] = conv.stride;
     ctx->saved_data["padding"] = conv.padding;
@@ -166,8 +167,8 @@ at::Tensor fqt_conv2d_autograd(const at::Tensor& input, const at::Tensor& weight
                                       for_weight);
   } else {
     const at::AutoDispatchBelowADInplaceOrView below;
-    output =
-        at::convolution_symint(batch, weight, bias, stride, padding, dilation, /*transposed=*/false, {0, 0}, groups);
+    output = at::convolution_symint(batch, regular_weight(weight), bias, stride, padding, dilation,
+                                    /*transposed=*/false, {0, 0}, groups);
   }
   return batched ? output : output.squeeze(0);
 }

@@ -145,12 +145,11 @@ struct Int8LinearFunction : torch::autograd::Function<Int8LinearFunction> {
  private:
   static Int8WeightTranspose transposed_weight(const variable_list& saved, const Kept& kept) {
     const std::string_view scheme = Kept::kSchemes[static_cast<size_t>(kept.scheme)];
-    if (saved[kWeightScale].defined()) {
-      const at::Tensor& codes = saved[kWeightCodes];
-      return int8_weight_transpose(codes.defined() ? codes : saved[kWeight], saved[kWeightScale], scheme);
-    }
-    const Int8Codes weight = int8_quantize_rows(saved[kWeight]);
-    return int8_weight_transpose(weight.codes, weight.scale, scheme);
+    // The codes serve where they are folded for sure. Columns are quantised from the weight, so that it is rounded once.
+    const at::Tensor &codes = saved[kWeightCodes], &scale = saved[kWeightScale];
+    if (scale.defined() && codes.defined() && scheme == "fold") return int8_weight_transpose(codes, scale, scheme);
+    if (scale.defined()) return int8_weight_transpose(saved[kWeight], scale, scheme);
+    return int8_weight_transpose(saved[kWeight], int8_quantize_rows(saved[kWeight]).scale, scheme);
   }
 };
 

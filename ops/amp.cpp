@@ -110,6 +110,17 @@ void amp_round_stochastic_seeded_meta(at::TensorList parameters, at::TensorList 
   check_round_stochastic(parameters, masters);
 }
 
+// Of empty lists, or of a device without a kernel.
+void amp_round_stochastic_nothing(at::TensorList parameters, at::TensorList masters, const OptionalGenerator&) {
+  check_round_stochastic(parameters, masters);
+  QUANTRAIN_CHECK_TYPE(parameters.empty(), "_amp_round_stochastic_: expected parameters on the CPU or CUDA, got {}",
+                       parameters[0].device().str());
+}
+
+void amp_round_stochastic_seeded_nothing(at::TensorList parameters, at::TensorList masters, int64_t, int64_t) {
+  amp_round_stochastic_nothing(parameters, masters, std::nullopt);
+}
+
 // ---- CPU and CUDA ----------------------------------------------------------------------------------------------------------
 
 at::Tensor with_strides_of(const at::Tensor& like, const at::Tensor& tensor) {
@@ -266,6 +277,11 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
 
 TORCH_LIBRARY_IMPL(quantrain, CPU, m) { QUANTRAIN_REGISTER_AMP(kernel); }
 TORCH_LIBRARY_IMPL(quantrain, Meta, m) { QUANTRAIN_REGISTER_AMP(meta); }
+// Empty lists name no device: this is where the dispatcher sends them.
+TORCH_LIBRARY_IMPL(quantrain, CompositeExplicitAutograd, m) {
+  m.impl("_amp_round_stochastic_", &quantrain::amp_round_stochastic_nothing);
+  m.impl("_amp_round_stochastic_.seeded", &quantrain::amp_round_stochastic_seeded_nothing);
+}
 #if defined(QUANTRAIN_WITH_CUDA)
 TORCH_LIBRARY_IMPL(quantrain, CUDA, m) { QUANTRAIN_REGISTER_AMP(kernel); }
 #endif

@@ -192,11 +192,12 @@ at::Tensor fake_quantize_dynamic_kernel(const at::Tensor& input, c10::SymIntArra
 }
 
 at::Tensor fake_quantize_backward_kernel(const at::Tensor& grad_output, const at::Tensor& mask,
-                                         at::IntArrayRef stride) {
-  check_backward(grad_output, mask, c10::fromIntArrayRefSlow(stride));
+                                         c10::SymIntArrayRef symbolic_stride) {
+  check_backward(grad_output, mask, symbolic_stride);
+  const at::IntArrayRef stride = C10_AS_INTARRAYREF_SLOW(symbolic_stride);
   if (grad_output.scalar_type() == at::kDouble) {  // the mask as 0 and 1, since float32 would round the gradient
     const at::Tensor ones = at::ones(grad_output.sizes(), grad_output.options().dtype(at::kFloat));
-    const at::Tensor kept = fake_quantize_backward_kernel(ones, mask, stride);
+    const at::Tensor kept = fake_quantize_backward_kernel(ones, mask, symbolic_stride);
     return at::empty_strided(grad_output.sizes(), stride, grad_output.options())
         .copy_(at::where(kept.ne(0), grad_output, 0.0));
   }

@@ -104,7 +104,7 @@ at::Tensor unpack_int4_meta(const at::Tensor& input, c10::SymInt size, bool is_s
   QUANTRAIN_CHECK_VALUE(input.dim() >= 1, "unpack_int4: expected input with at least one dimension, got {}",
                         input.dim());
   auto sizes = input.sym_sizes().vec();
-  QUANTRAIN_CHECK_VALUE((size + 1) / 2 == sizes.back(),
+  QUANTRAIN_CHECK_VALUE(TORCH_GUARD_OR_TRUE(size.sym_ge(0)) && (size + 1) / 2 == sizes.back(),
                         "unpack_int4: expected size to be twice the {} packed bytes, or one less, got {}",
                         c10::str(sizes.back()), c10::str(size));
   sizes.back() = size;
@@ -196,7 +196,7 @@ at::Tensor pack_int4_kernel(const at::Tensor& input) {
     sizes.push_back(2);
     return sizes;
   }());
-  return at::bitwise_or(pairs.select(-1, 0), at::bitwise_left_shift(pairs.select(-1, 1), 4));
+  return at::bitwise_or(pairs.select(-1, 0), at::bitwise_left_shift(pairs.select(-1, 1), 4)).contiguous();
 }
 
 at::Tensor unpack_int4_kernel(const at::Tensor& input, c10::SymInt size, bool is_signed) {

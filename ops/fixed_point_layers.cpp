@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <string>
 #include <string_view>
 #include <tuple>
@@ -97,9 +98,9 @@ at::Tensor convolution(std::string_view op, const at::Tensor& input, const at::T
                        const OptionalTensor& bias, c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
                        const c10::SymInt& groups, at::ScalarType type) {
   check_image(op, input);
-  check_weight(op, input, weight, bias);
   QUANTRAIN_CHECK_VALUE(weight.dim() == 4, "{}: expected weight [O, C / groups, KH, KW], got {}", op,
                         detail::shape_text(weight));
+  check_weight(op, input, weight, bias);
   QUANTRAIN_CHECK_VALUE(
       TORCH_GUARD_OR_TRUE(groups.sym_ge(1)) && equal(input.sym_size(1) % groups, 0) &&
           equal(weight.sym_size(1), input.sym_size(1) / groups) && equal(weight.sym_size(0) % groups, 0),
@@ -159,8 +160,9 @@ at::Tensor conv2d_requantize_meta(const at::Tensor& input, const at::Tensor& wei
 
 at::Tensor linear_meta(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias) {
   check_codes(kLinear, input);
+  QUANTRAIN_CHECK_VALUE(weight.dim() == 2, "{}: expected weight [O, K], got {}", kLinear, detail::shape_text(weight));
   check_weight(kLinear, input, weight, bias);
-  QUANTRAIN_CHECK_VALUE(input.dim() >= 1 && weight.dim() == 2 && equal(input.sym_size(-1), weight.sym_size(1)),
+  QUANTRAIN_CHECK_VALUE(input.dim() >= 1 && equal(input.sym_size(-1), weight.sym_size(1)),
                         "{}: expected input [..., K] for weight [O, K], got {} and {}", kLinear,
                         detail::shape_text(input), detail::shape_text(weight));
   std::vector<c10::SymInt> sizes(input.sym_sizes().begin(), input.sym_sizes().end());
@@ -214,7 +216,10 @@ at::Tensor max_pool2d_meta(const at::Tensor& input, at::IntArrayRef kernel_size,
   QUANTRAIN_CHECK_VALUE(kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2,
                         "{}: expected two sizes each for kernel_size, stride and padding, got {}, {} and {}", kMaxPool,
                         kernel_size.size(), stride.size(), padding.size());
-  // Then no window lies in the padding alone.
+  // Then no window lies in the padding alone, but for an image without pixels.
+  QUANTRAIN_CHECK_VALUE(
+      TORCH_GUARD_OR_TRUE(input.sym_size(2).sym_ge(1)) && TORCH_GUARD_OR_TRUE(input.sym_size(3).sym_ge(1)),
+      "{}: expected an image of at least one pixel, got {}", kMaxPool, detail::shape_text(input));
   QUANTRAIN_CHECK_VALUE(padding[0] <= kernel_size[0] / 2 && padding[1] <= kernel_size[1] / 2,
                         "{}: expected padding of at most half the kernel, got {} and {}", kMaxPool, padding,
                         kernel_size);
@@ -401,6 +406,9 @@ void FixedPointConv::run(const at::Tensor& input, at::Tensor& output, const at::
   args.w = input.size(3);
   args.oh = output.size(2);
   args.ow = output.size(3);
+  // A stride past the image is that of one window; kernels size their memory by it.
+  args.stride_h = std::min(args.stride_h, std::max<int64_t>(args.h + 2 * args.padding_h, 1));
+  args.stride_w = std::min(args.stride_w, std::max<int64_t>(args.w + 2 * args.padding_w, 1));
 #if defined(QUANTRAIN_WITH_CUDA)
   if (run_on_cuda(args, input, &cuda::fixed_point_conv2d)) return;
 #endif

@@ -1,6 +1,7 @@
 #include "ops/gradient_quant.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/sort.h>
@@ -8,6 +9,7 @@
 
 #include <algorithm>
 #include <string>
+#include <vector>
 
 #include "csrc/cpu/fake_quant.h"
 #include "csrc/cpu/gradient_quant.h"
@@ -373,8 +375,14 @@ at::Tensor quantize_with(const at::Tensor& grad, const Request& request, const R
 
 CodesTuple codes_with(const at::Tensor& grad, const Request& request, const Random& random) {
   CodesTuple result = allocate_codes(grad, request);
-  if (grad.numel() == 0) return result;
   const auto& [codes, scale, offset, order, reflector] = result;
+  if (grad.numel() == 0) {  // the plan of a block that holds nothing but zeros
+    scale.fill_(1.0);
+    offset.zero_();
+    reflector.zero_();
+    order.copy_(at::arange(order.numel(), order.options()));
+    return result;
+  }
   const at::Tensor x = grad.contiguous().view(codes.sizes());
   Rounding{x, request, random, nullptr, codes.mutable_data_ptr<int8_t>(), {scale, offset, order, reflector}}.run();
   return result;
@@ -408,13 +416,19 @@ CodesTuple quantize_gradient_codes_seeded_kernel(const at::Tensor& grad, int64_t
   return codes_with(grad, request, seeded(seed, offset));
 }
 
-// A plan made by hand must not lead outside the tensor. On CUDA the check would wait for the device.
+// A plan made by hand must not lead outside the tensor, and must leave no row out. On CUDA the check would wait for the device.
 void check_positions(const at::Tensor& order) {
   if (!order.is_cpu()) return;
   const auto* positions = order.const_data_ptr<int32_t>();
-  for (int64_t p = 0; p < order.numel(); ++p)
-    QUANTRAIN_CHECK_VALUE(positions[p] >= 0 && positions[p] < order.numel(), "{}: expected order in [0, {}), got {}",
-                          kReflect, order.numel(), positions[p]);
+  std::vector<bool> seen(static_cast<size_t>(order.numel()), false);
+  for (int64_t p = 0; p < order.numel(); ++p) {
+    const int32_t position = positions[p];
+    QUANTRAIN_CHECK_VALUE(position >= 0 && position < order.numel(), "{}: expected order in [0, {}), got {}", kReflect,
+                          order.numel(), position);
+    QUANTRAIN_CHECK_VALUE(!seen[static_cast<size_t>(position)],
+                          "{}: expected order to name each row once, got {} twice", kReflect, position);
+    seen[static_cast<size_t>(position)] = true;
+  }
 }
 
 // The reflection's blocks need not be known: a group never crosses one, and a leader opens each group.
@@ -423,6 +437,7 @@ at::Tensor reflect_rows_kernel(const at::Tensor& input, const at::Tensor& order,
   at::Tensor result = reflect_rows_meta(input, order, reflector, inverse);
   if (order.numel() == 0) return result.copy_(input);
   if (input.numel() == 0) return result;
+  if (!input.is_cpu()) result.zero_();  // rows that `order` may leave out, unchecked
   const at::Tensor x = input.contiguous(), positions = order.contiguous(), by_position = reflector.contiguous();
   check_positions(positions);
   const ReflectRowsArgs args{x.const_data_ptr<float>(),
@@ -439,7 +454,9 @@ at::Tensor reflect_rows_kernel(const at::Tensor& input, const at::Tensor& order,
 at::Tensor dequantize_gradient_kernel(const at::Tensor& codes, const at::Tensor& scale, const at::Tensor& offset,
                                       const at::Tensor& order, const at::Tensor& reflector, at::ScalarType dtype) {
   dequantize_gradient_meta(codes, scale, offset, order, reflector, dtype);
-  const at::Tensor values = codes.to(at::kFloat).mul_(scale).add_(offset);
+  const at::Tensor values = codes.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true, at::MemoryFormat::Contiguous)
+                                .mul_(scale)
+                                .add_(offset);
   return (order.numel() == 0 ? values : reflect_rows_kernel(values, order, reflector, true)).to(dtype);
 }
 

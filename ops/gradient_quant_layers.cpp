@@ -43,6 +43,23 @@ void check_quantizer(std::string_view op, std::string_view gradient, const Gradi
 
 bool may_quantise(at::ScalarType type) { return type == at::kFloat || type == at::kHalf || type == at::kBFloat16; }
 
+void check_dense(std::string_view op, std::string_view name, const at::Tensor& tensor) {
+  QUANTRAIN_CHECK_TYPE(tensor.layout() == at::kStrided, "{}: expected a dense {}, got layout {}", op, name,
+                       c10::str(tensor.layout()));
+}
+
+void check_image(std::string_view op, const at::Tensor& input, const at::Tensor& weight) {
+  const auto at_least_one = [](const c10::SymInt& size) { return TORCH_GUARD_OR_TRUE(size.sym_ge(1)); };
+  QUANTRAIN_CHECK_VALUE(weight.dim() == 4 && at_least_one(weight.sym_size(0)),
+                        "{}: expected weight [O, C / groups, kh, kw] with O of at least 1, got {}", op,
+                        detail::shape_text(weight));
+  QUANTRAIN_CHECK_VALUE(
+      (input.dim() == 3 || input.dim() == 4) && at_least_one(input.sym_size(-1)) && at_least_one(input.sym_size(-2)),
+      "{}: expected input [N, C, H, W] or [C, H, W] of at least one pixel, got {}", op, detail::shape_text(input));
+  check_dense(op, "input", input);
+  check_dense(op, "weight", weight);
+}
+
 void check_tensors(std::string_view op, const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                    const GradientQuantizer& grad_input, const GradientQuantizer& grad_weight) {
   check_quantizer(op, "grad_input", grad_input);
@@ -58,6 +75,9 @@ void check_tensors(std::string_view op, const at::Tensor& input, const at::Tenso
     QUANTRAIN_CHECK_TYPE(tensor.device() == input.device(), "{}: expected {} on input's device {}, got {}", op, name,
                          input.device().str(), tensor.device().str());
   };
+  check_dense(op, "input", input);
+  check_dense(op, "weight", weight);
+  if (bias) check_dense(op, "bias", *bias);
   check_like_input("weight", weight);
   if (!bias) return;
   check_like_input("bias", *bias);
@@ -94,8 +114,8 @@ at::Tensor fqt_conv2d_kernel(const at::Tensor& input, const at::Tensor& weight, 
   check_fqt_conv2d(input, weight, bias, stride, padding, dilation, groups, QUANTRAIN_GRADIENT_STRUCT(grad_input),
                    QUANTRAIN_GRADIENT_STRUCT(grad_weight));
   const bool batched = input.dim() == 4;
-  const at::Tensor output = at::convolution_symint(batched ? input : input.unsqueeze(0), weight, bias, stride, padding,
-                                                   dilation, /*transposed=*/false, {0, 0}, groups);
+  const at::Tensor output = at::convolution_symint(batched ? input : input.unsqueeze(0), regular_weight(weight), bias,
+                                                   stride, padding, dilation, /*transposed=*/false, {0, 0}, groups);
   return batched ? output : output.squeeze(0);
 }
 
@@ -113,8 +133,7 @@ at::Tensor fqt_conv2d_padding(const at::Tensor& input, const at::Tensor& weight,
                               c10::SymInt groups, QUANTRAIN_GRADIENTS_PARAMETERS) {
   QUANTRAIN_CHECK_VALUE(padding == "same" || padding == "valid",
                         "fqt_conv2d: expected padding to be sizes, 'same' or 'valid', got '{}'", padding);
-  QUANTRAIN_CHECK_VALUE(weight.dim() == 4, "fqt_conv2d: expected weight [O, C / groups, kh, kw], got {}",
-                        detail::shape_text(weight));
+  check_image("fqt_conv2d", input, weight);
   check_windows(stride, std::array<c10::SymInt, 2>{0, 0}, dilation);
   std::array<c10::SymInt, 2> symmetric = {0, 0};
   at::Tensor padded = input;
@@ -177,6 +196,10 @@ std::vector<c10::SymInt> pair(at::IntArrayRef sizes) {
 
 }  // namespace
 
+at::Tensor regular_weight(const at::Tensor& weight) {
+  return weight.is_contiguous(at::MemoryFormat::ChannelsLast) ? weight : weight.contiguous();
+}
+
 void check_fqt_linear(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                       const GradientQuantizer& grad_input, const GradientQuantizer& grad_weight) {
   QUANTRAIN_CHECK_VALUE(weight.dim() == 2, "fqt_linear: expected weight [O, K], got {}", detail::shape_text(weight));
@@ -190,10 +213,7 @@ void check_fqt_conv2d(const at::Tensor& input, const at::Tensor& weight, const O
                       c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
                       const c10::SymInt& groups, const GradientQuantizer& grad_input,
                       const GradientQuantizer& grad_weight) {
-  QUANTRAIN_CHECK_VALUE(weight.dim() == 4, "fqt_conv2d: expected weight [O, C / groups, kh, kw], got {}",
-                        detail::shape_text(weight));
-  QUANTRAIN_CHECK_VALUE(input.dim() == 3 || input.dim() == 4,
-                        "fqt_conv2d: expected input [N, C, H, W] or [C, H, W], got {}", detail::shape_text(input));
+  check_image("fqt_conv2d", input, weight);
   check_windows(stride, padding, dilation);
   QUANTRAIN_CHECK_VALUE(
       TORCH_GUARD_OR_TRUE(groups.sym_gt(0)) && TORCH_GUARD_OR_TRUE((input.sym_size(-3) % groups).sym_eq(0)) &&
@@ -202,6 +222,13 @@ void check_fqt_conv2d(const at::Tensor& input, const at::Tensor& weight, const O
       "fqt_conv2d: expected input of C channels for weight [O, C / groups, kh, kw] and O divisible by groups, got {} "
       "and {} in {} groups",
       detail::shape_text(input), detail::shape_text(weight), groups.maybe_as_int().value_or(-1));
+  for (const int64_t d : {0, 1}) {
+    const c10::SymInt padded = input.sym_size(d - 2) + padding[d] * 2, kernel = weight.sym_size(2 + d);
+    QUANTRAIN_CHECK_VALUE(
+        TORCH_GUARD_OR_TRUE(kernel.sym_ge(1)) && TORCH_GUARD_OR_TRUE(padded.sym_gt(dilation[d] * (kernel - 1))),
+        "fqt_conv2d: expected a kernel of at least 1 that fits the padded input, got {}, dilated by {}, and {}",
+        c10::str(kernel), c10::str(dilation[d]), c10::str(padded));
+  }
   check_tensors("fqt_conv2d", input, weight, bias, grad_input, grad_weight);
 }
 

@@ -29,6 +29,8 @@ void check_float(const char* name, const at::Tensor& tensor, const at::Tensor& i
                        "{}: expected {} of float32, float16 or bfloat16, got {}", kOp, name, c10::toString(type));
   QUANTRAIN_CHECK_TYPE(tensor.device() == input.device(), "{}: expected {} on input's device {}, got {}", kOp, name,
                        input.device().str(), tensor.device().str());
+  QUANTRAIN_CHECK_TYPE(tensor.layout() == at::kStrided, "{}: expected a dense {}, got layout {}", kOp, name,
+                       c10::str(tensor.layout()));
 }
 
 void check_weight_codes(const at::Tensor& codes, const at::Tensor& scale, const at::Tensor& weight) {

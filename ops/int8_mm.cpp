@@ -169,14 +169,27 @@ void split_mm(const at::Tensor& a, const at::Tensor& b, const OptionalTensor& a_
   }
 }
 
+// Where there are no columns: zeros times scales, one of which may be NaN.
+at::Tensor empty_sums(int64_t m, int64_t n, const OptionalTensor& a_scale, const OptionalTensor& b_scale,
+                      const at::Tensor& like) {
+  at::Tensor sum = at::zeros({m, n}, like.options().dtype(at::kFloat));
+  if (b_scale) sum.mul_(b_scale->view({1, -1}));
+  if (a_scale) sum.mul_(a_scale->view({-1, 1}));
+  return sum;
+}
+
 at::Tensor mm_kernel(const at::Tensor& a, const at::Tensor& b, const OptionalTensor& a_scale,
                      const OptionalTensor& b_scale, const OptionalTensor& bias, at::ScalarType out_dtype) {
   at::Tensor result = mm_meta(a, b, a_scale, b_scale, bias, out_dtype);
   if (result.numel() == 0) return result;
   const int64_t k = b.size(1);
-  if (k == 0) return bias ? result.copy_(*bias) : result.zero_();
-  const at::Tensor x = a.contiguous().view({-1, k}), y = b.contiguous();
   const OptionalTensor x_scale = as_float(a_scale), y_scale = as_float(b_scale), shift = as_float(bias);
+  if (k == 0) {
+    at::Tensor sum = empty_sums(result.numel() / b.size(0), b.size(0), x_scale, y_scale, result);
+    if (shift) sum.add_(*shift);
+    return result.copy_(sum.view(result.sizes()));
+  }
+  const at::Tensor x = a.contiguous().view({-1, k}), y = b.contiguous();
   if (k <= kMaxSum) {
     mm(x, y, x_scale, y_scale, shift, result, /*accumulate=*/false);
     return result;
@@ -211,9 +224,13 @@ at::Tensor mm_by_kernel(const at::Tensor& a, const at::Tensor& b, const Optional
 void accumulate_kernel(at::Tensor& accumulator, const at::Tensor& a, const at::Tensor& b, const OptionalTensor& a_scale,
                        const OptionalTensor& b_scale) {
   accumulate_meta(accumulator, a, b, a_scale, b_scale);
-  if (accumulator.numel() == 0 || a.size(1) == 0) return;
-  const at::Tensor x = a.contiguous(), y = b.contiguous();
+  if (accumulator.numel() == 0) return;
   const OptionalTensor x_scale = as_float(a_scale), y_scale = as_float(b_scale);
+  if (a.size(1) == 0) {
+    accumulator.add_(empty_sums(a.size(0), b.size(0), x_scale, y_scale, accumulator));
+    return;
+  }
+  const at::Tensor x = a.contiguous(), y = b.contiguous();
   if (a.size(1) <= kMaxSum && accumulator.is_contiguous())
     return mm(x, y, x_scale, y_scale, std::nullopt, accumulator, /*accumulate=*/true);
   const at::Tensor sum =

@@ -57,7 +57,15 @@ QUANTRAIN_HOST_DEVICE float gelu_tanh(float x) {
   return x - quotient(x, exponential(2.0f * u) + 1.0f);
 }
 
-QUANTRAIN_HOST_DEVICE float silu(float x) { return quotient(x, 1.0f + exponential(-x)); }
+// Where the host's exponential ends, the result is -0 (of -Inf NaN, as x / (1 + e^Inf) is).
+QUANTRAIN_HOST_DEVICE float silu(float x) {
+  const float result = quotient(x, 1.0f + exponential(-x));
+#if defined(__CUDA_ARCH__)
+  return result;
+#else
+  return select(0u - static_cast<uint32_t>(x < -88.0f), x * 0.0f, result);
+#endif
+}
 
 // y = (s - mean) / sqrt(var + eps) * weight + bias, or with rms s / sqrt(mean(s^2) + eps) * weight; s = x + residual.
 struct Int8NormArgs {

@@ -211,14 +211,13 @@ void quantize_columns_typed(const Int8QuantizeColumnsArgs& a, int64_t begin, int
 // kAuto's rule. All NaN: folded.
 bool folded(const Int8WeightTransposeArgs& a) {
   if (a.scheme != Int8WeightScheme::kAuto) return a.scheme == Int8WeightScheme::kFold;
-  float largest = 0.0f;
-  double sum = 0.0;
+  double largest = 0.0, sum = 0.0;
   for (int64_t o = 0; o < a.out; ++o) {
-    const float square = a.row_scale[o] * a.row_scale[o];
+    const double scale = a.row_scale[o], square = scale * scale;  // in float32 it may leave the range
     largest = std::max(largest, square);
-    sum += static_cast<double>(square);
+    sum += square;
   }
-  return !(static_cast<double>(largest) * static_cast<double>(a.out) > kInt8FoldBound * sum);
+  return !(largest * static_cast<double>(a.out) > kInt8FoldBound * sum);
 }
 
 QUANTRAIN_INLINE float weight_value(int8_t code, float scale) { return static_cast<float>(code) * scale; }

@@ -279,20 +279,19 @@ constexpr int kSchemeThreads = 1024;
 
 // One thread block: whether the weight is folded, into column_factor and absmax.
 __global__ void __launch_bounds__(kSchemeThreads) weight_scheme_kernel(const Int8WeightTransposeArgs a) {
-  __shared__ float of_warp_max[32];
+  __shared__ double of_warp_max[32];
   __shared__ double of_warp_sum[32];
   __shared__ bool folded;
-  float largest = 0.0f;
-  double sum = 0.0;
+  double largest = 0.0, sum = 0.0;
   if (a.scheme == Int8WeightScheme::kAuto) {
     for (int64_t o = threadIdx.x; o < a.out; o += kSchemeThreads) {
-      const float square = a.row_scale[o] * a.row_scale[o];
-      largest = fmaxf(largest, square);
-      sum += static_cast<double>(square);
+      const double scale = a.row_scale[o], square = scale * scale;  // in float32 it may leave the range
+      largest = fmax(largest, square);
+      sum += square;
     }
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+      largest = fmax(largest, __shfl_xor_sync(0xffffffffu, largest, step));
       sum += __shfl_xor_sync(0xffffffffu, sum, step);
     }
     if (threadIdx.x % 32 == 0) {
@@ -305,10 +304,10 @@ __global__ void __launch_bounds__(kSchemeThreads) weight_scheme_kernel(const Int
     folded = a.scheme == Int8WeightScheme::kFold;
     if (a.scheme == Int8WeightScheme::kAuto) {
       for (int w = 1; w < 32; ++w) {
-        largest = fmaxf(largest, of_warp_max[w]);
+        largest = fmax(largest, of_warp_max[w]);
         sum += of_warp_sum[w];
       }
-      folded = !(static_cast<double>(largest) * static_cast<double>(a.out) > kInt8FoldBound * sum);
+      folded = !(largest * static_cast<double>(a.out) > kInt8FoldBound * sum);
     }
   }
   __syncthreads();
