@@ -282,7 +282,7 @@ std::string metadata_value(const std::string& path, const Header& header, const 
 }
 
 std::map<std::string, Recipe> read_layer_recipes(const std::string& path, const std::string& text) {
-  const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+  const Json json = detail::parse_json(text);
   const std::string rule = "recipes and the layers they are of in metadata layer_recipes";
   if (!json.is_object() || !json.contains("recipes") || !json["recipes"].is_array() || !json.contains("of") ||
       !json["of"].is_object()) {

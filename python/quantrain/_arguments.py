@@ -46,6 +46,11 @@ def type_name(op: str, name: str, dtype: Any, allowed: tuple[str, ...]) -> str:
     return found
 
 
+def float_name(op: str, dtype: torch.dtype) -> str:
+    """The name of a type that results may have."""
+    return type_name(op, "dtype", dtype, FLOATS)
+
+
 def tensor(op: str, name: str, value: Any) -> Tensor:
     """``value`` where it is a tensor."""
     if not isinstance(value, Tensor):

@@ -57,6 +57,27 @@ TEST_CASE("a convolution of codes is exact", "[fixed_point_layers]") {
                   expected_codes(sums + raised, shift)));
 }
 
+TEST_CASE("the CPU path that QUANTRAIN_CPU_INT8 names is here", "[.][path_is_here]") {
+  CHECK_NOTHROW(quantrain::fixed_point_linear(codes({1, 1}), weights({1, 1})));
+}
+
+// Strides beyond the kernel, images of several bands of the cache, signed codes: scripts/sanitize.sh looks for what is read and written beside them.
+TEST_CASE("convolutions of drawn sizes are exact", "[fixed_point_layers]") {
+  torch::manual_seed(73);
+  const auto draw = [](int64_t low, int64_t high) { return at::randint(low, high, {1}, at::kLong).item<int64_t>(); };
+  for (int i = 0; i < 60; ++i) {
+    const bool is_signed = draw(0, 2) == 1;
+    const int64_t kernel = draw(1, 4), c = draw(1, 130), side = draw(kernel, i % 3 == 0 ? 70 : 20);
+    const FixedPointConvOptions options{{draw(1, 5), draw(1, 5)}, {draw(0, kernel), draw(0, kernel)}, 1};
+    const at::Tensor x =
+        is_signed ? weights({draw(1, 3), c, side, draw(kernel, 60)}) : codes({draw(1, 3), c, side, draw(kernel, 60)});
+    const at::Tensor w = weights({draw(1, 70), c, kernel, kernel}), bias = ints(-5000, 5000, {w.size(0)});
+    CAPTURE(i, x.sizes(), w.sizes(), options.stride[0], options.stride[1], options.padding[0], options.padding[1]);
+    CHECK(
+        same_bits(quantrain::fixed_point_conv2d(x, w, bias, options), expected_sums(x, w, bias, options).to(at::kInt)));
+  }
+}
+
 TEST_CASE("a packed convolution gives the operator's bits, from many threads", "[fixed_point_layers]") {
   torch::manual_seed(71);
   for (const int64_t groups : {1, 32}) {

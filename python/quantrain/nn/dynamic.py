@@ -59,8 +59,8 @@ def quantize_per_token(input: Tensor, *, bits: int = 8, symmetric: bool = True) 
     scale, zero_point = torch.ops.quantrain.choose_qparams(
         input, _token_shape(input), quant_min=quant_min, quant_max=quant_max, symmetric=symmetric
     )
-    dtype = torch.int8 if symmetric else torch.uint8
-    codes = torch.ops.quantrain.quantize(
+    dtype = "int8" if symmetric else "uint8"
+    codes = torch.ops.quantrain.quantize.nearest(
         input, scale, zero_point, quant_min=quant_min, quant_max=quant_max, dtype=dtype
     )
     return codes, scale, zero_point

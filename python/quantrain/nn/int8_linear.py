@@ -76,7 +76,7 @@ class Int8Layer(QuantLayer):
         state = (weight._version, weight.data_ptr(), _Steps.counted())
         if self._kept is None or self._kept[0] is not weight or self._kept[1] != state:
             with torch.no_grad():
-                self._kept = (weight, state, *torch.ops.quantrain.int8_quantize_rows(self.weight_to_quantize()))
+                self._kept = (weight, state, *torch.ops.quantrain.int8_quantize_rows.nearest(self.weight_to_quantize()))
         return {"weight_codes": self._kept[2], "weight_scale": self._kept[3]}
 
     def _apply(self, fn, recurse=True):

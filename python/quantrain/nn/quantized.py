@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quantrain._arguments import float_name
+
 from .calibrate import evaluating
 from .convolutions import QuantConv1d, QuantConvTranspose2d, transposed_from_rows
 from .fake_quantize import FakeQuantize
@@ -101,13 +103,13 @@ class QuantizedLayer(Float32State):
             scale, zero_point = fake_quant.calculate_qparams(weight)
         else:
             scale, zero_point = torch.ones_like(fake_quant.scale), fake_quant.zero_point
-        codes = torch.ops.quantrain.quantize(
+        codes = torch.ops.quantrain.quantize.nearest(
             weight,
             scale,
             zero_point,
             quant_min=fake_quant.quant_min,
             quant_max=fake_quant.quant_max,
-            dtype=torch.int8 if self.signed else torch.uint8,
+            dtype="int8" if self.signed else "uint8",
         )
         if self.packed:
             codes = torch.ops.quantrain.pack_int4(codes.reshape(codes.shape[0], -1).contiguous())
@@ -141,7 +143,9 @@ class QuantizedLayer(Float32State):
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(codes - zero_point) * scale, in the shape ``weight_shape``."""
-        return torch.ops.quantrain.dequantize(self.codes(), self.weight_scale, self.weight_zero_point, dtype=dtype)
+        return torch.ops.quantrain.dequantize.typed(
+            self.codes(), self.weight_scale, self.weight_zero_point, dtype=float_name("dequantize", dtype)
+        )
 
     def _apply(self, fn, recurse=True):
         probe = torch.empty(0, dtype=self.weight_dtype, device=self.weight_codes.device)
@@ -224,14 +228,16 @@ class QuantizedInt8Linear(QuantizedLinear):
         if not fake_quant.fake_quant_enabled:
             return super().forward(input)
         if fake_quant.dynamic:
-            codes, scale = torch.ops.quantrain.int8_quantize_rows(input)
+            codes, scale = torch.ops.quantrain.int8_quantize_rows.nearest(input)
         else:
             scale, low, high = fake_quant.scale, fake_quant.quant_min, fake_quant.quant_max
-            codes = torch.ops.quantrain.quantize(input, scale, quant_min=low, quant_max=high, dtype=torch.int8)
+            codes = torch.ops.quantrain.quantize.nearest(input, scale, quant_min=low, quant_max=high)
         dtype = input.dtype
         if torch.is_autocast_enabled(input.device.type):
             dtype = torch.get_autocast_dtype(input.device.type)
-        y = torch.ops.quantrain.int8_mm(codes, self.weight_codes, scale, self.weight_scale, self.bias, out_dtype=dtype)
+        y = torch.ops.quantrain.int8_mm.typed(
+            codes, self.weight_codes, scale, self.weight_scale, self.bias, out_dtype=float_name("int8_mm", dtype)
+        )
         return self._quantized_output(y)
 
 
@@ -318,7 +324,11 @@ class QuantizedEmbedding(QuantizedLayer):
         rows = F.embedding(input, self.weight_codes)
         codes = self._unpacked(rows) if self.packed else rows
         scale, zero_point = gathered_qparams(input, self.weight_scale, self.weight_zero_point)
-        return self._quantized_output(torch.ops.quantrain.dequantize(codes, scale, zero_point, dtype=self.weight_dtype))
+        return self._quantized_output(
+            torch.ops.quantrain.dequantize.typed(
+                codes, scale, zero_point, dtype=float_name("dequantize", self.weight_dtype)
+            )
+        )
 
 
 _TWINS: Sequence[tuple[type[QuantLayer], type[QuantizedLayer]]] = (
