@@ -94,6 +94,12 @@ struct Convolution {
   c10::SymInt groups;
 };
 
+// With one pixel in a row, channels_last is not a layout that PyTorch's own backward pass takes on the CPU.
+at::Tensor plain_weight(const at::Tensor& weight) {
+  const auto is_one = [&](int64_t dim) { return TORCH_GUARD_OR_FALSE(weight.sym_size(dim).sym_eq(1)); };
+  return is_one(2) || is_one(3) ? weight.contiguous() : weight;
+}
+
 struct FqtConv2dFunction : torch::autograd::Function<FqtConv2dFunction> {
   static constexpr bool is_traceable = true;
 
@@ -117,7 +123,8 @@ struct FqtConv2dFunction : torch::autograd::Function<FqtConv2dFunction> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const Variable& grad_output = grad_outputs[0];
     const variable_list tensors = ctx->get_saved_variables();
-    const Variable &input = tensors[0], &weight = tensors[1];
+    const Variable& input = tensors[0];
+    const at::Tensor weight = plain_weight(tensors[1]);
     const auto stride = ctx->saved_data["stride"].toSymIntVector();
     const auto padding = ctx->saved_data["padding"].toSymIntVector();
     const auto dilation = ctx->saved_data["dilation"].toSymIntVector();

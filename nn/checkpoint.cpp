@@ -79,6 +79,13 @@ struct Header {
 
 std::string in_quotes(const std::string& name) { return "'" + name + "'"; }
 
+// What may be no text at all, for a message.
+std::string printable(std::string bytes) {
+  for (char& byte : bytes)
+    if (byte < ' ' || byte > '~') byte = '?';
+  return bytes;
+}
+
 std::string listed(const std::set<std::string>& names) {
   std::string text;
   size_t shown = 0;
@@ -173,7 +180,8 @@ Header read_header(const std::string& path, std::istream& file) {
   std::string text(length, '\0');
   file.read(text.data(), static_cast<std::streamsize>(length));
   const Json json = detail::parse_json(text);
-  if (!file || !json.is_object()) fail(path, "a safetensors header (a JSON object)", in_quotes(text.substr(0, 40)));
+  if (!file || !json.is_object())
+    fail(path, "a safetensors header (a JSON object)", in_quotes(printable(text.substr(0, 40))));
   Header header;
   header.data_start = 8 + length;
   for (const auto& [name, value] : json.items()) {

@@ -26,7 +26,7 @@ LEFT_OUT = {
 
 def load():
     for family in FAMILIES:
-        importlib.import_module(family)
+        importlib.import_module(f"drawn_{family}")  # a prefix: benchmarks has folders of the families' names
 
 
 def schemas():

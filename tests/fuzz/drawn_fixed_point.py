@@ -4,7 +4,7 @@ import functools
 
 import torch
 from draw import Draw, check, drawn, in_memory, same, same_bits
-from fake_quant import bits_of, straight_through, strides_kept
+from drawn_fake_quant import bits_of, straight_through, strides_kept
 from reference import fixed_point as reference
 
 ops = torch.ops.quantrain

@@ -2,7 +2,7 @@
 
 import torch
 from draw import FLOATS, Draw, check, close, drawn, same, same_bits
-from fake_quant import strides_kept
+from drawn_fake_quant import strides_kept
 from reference import gradient_quant as reference
 
 ops = torch.ops.quantrain

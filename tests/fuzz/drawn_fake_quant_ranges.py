@@ -4,7 +4,7 @@ import functools
 
 import torch
 from draw import NAN, Draw, check, close, drawn, same, same_bits
-from fake_quant import straight_through, strides_kept
+from drawn_fake_quant import straight_through, strides_kept
 from reference import fake_quant as reference
 
 ops = torch.ops.quantrain
