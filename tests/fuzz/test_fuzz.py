@@ -94,12 +94,12 @@ def test_a_wrong_result_is_found_and_its_line_repeats_it():
 import sys
 sys.argv = ["run.py", "--op", "_min_max", "--cases", "50", "--seed", "4"]
 sys.path.insert(0, {folder!r})
-import run, modules, fake_quant_ranges
+import run, modules, drawn_fake_quant_ranges
 class Wrong:
     def __getattr__(self, name):
         import torch
         return lambda x, shape: tuple(t + 1 for t in torch.ops.quantrain._min_max(x, shape))
-fake_quant_ranges.ops = Wrong()
+drawn_fake_quant_ranges.ops = Wrong()
 sys.exit(run.main(sys.argv[1:]))
 """
     code = program.format(folder=str(RUN.parent))

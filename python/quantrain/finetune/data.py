@@ -343,7 +343,7 @@ def is_csv(path: Path) -> bool:
     return path.suffix.lower() == ".csv" or (path / "train.csv").is_file()
 
 
-def load_image_data(name: str, image_size: int | None = None) -> LabelledData:
+def load_image_data(name: str | Path, image_size: int | None = None) -> LabelledData:
     """``fashion-mnist``, ``digits``, a folder with four IDX files or with images in a subfolder for each class, numbers
     in a csv file (or a folder with train.csv and test.csv), or ``module:function``.
 
@@ -357,6 +357,7 @@ def load_image_data(name: str, image_size: int | None = None) -> LabelledData:
     """
     from quantrain.finetune import own_data  # which builds on this module
 
+    name = str(name)
     path, known = Path(name), {"fashion-mnist": load_fashion_mnist, "digits": load_digits_data}
     if name not in known and own_data.is_image_folder(path):
         return own_data.load_image_folder(path, image_size)
