@@ -249,9 +249,9 @@ constexpr unsigned kElementThreads = 512;
 int int8_norm(const Int8NormArgs& a, void* stream_pointer) {
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   const auto rows = static_cast<unsigned>(a.rows);
-  const bool whole =
-      fits(a.columns) && is_aligned(a.x) && is_aligned(a.residual) && is_aligned(a.carried) && is_aligned(a.codes) &&
-      is_aligned(a.weight) && is_aligned(a.bias);  // parameters are loaded as vectors too
+  const bool whole = fits(a.columns) && is_aligned(a.x) && is_aligned(a.residual) && is_aligned(a.carried) &&
+                     is_aligned(a.codes) && is_aligned(a.weight) &&
+                     is_aligned(a.bias);  // parameters are loaded as vectors too
   const auto items = static_cast<uint32_t>(a.columns / kItem);
   dispatch_float(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
