@@ -97,7 +97,8 @@ void copy_mode(const std::string& path, int descriptor) {
 
 void replace_file(const std::string& path, const std::vector<std::string_view>& pieces) {
   static std::atomic<uint64_t> number{0};
-  const std::string target = fs::is_symlink(path) ? fs::canonical(path).string() : path;  // the file, not the link
+  const std::string target =
+      fs::is_symlink(path) ? fs::weakly_canonical(path).string() : path;  // the file, not the link
   TORCH_CHECK(!fs::is_directory(target), path, ": expected a file that can be written, got a folder");
   remove_stale(target);
   for (int attempt = 0; attempt < kAttempts; ++attempt) {

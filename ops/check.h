@@ -43,14 +43,16 @@ inline std::string shape_text(const at::Tensor& tensor) {
 // AOTInductor: torch 2.11 hands a packed program's kernels the wrong type (pytorch #169157).
 inline at::ScalarType named_type(std::string_view op, std::string_view argument, std::string_view name) {
   if (name == "float32") return at::kFloat;
+  if (name == "float64") return at::kDouble;
   if (name == "float16") return at::kHalf;
   if (name == "bfloat16") return at::kBFloat16;
   if (name == "int8") return at::kChar;
   if (name == "uint8") return at::kByte;
   if (name == "int16") return at::kShort;
-  QUANTRAIN_CHECK_VALUE(name == "int32",
-                        "{}: expected {} to be one of float32, float16, bfloat16, int8, uint8, int16, int32, got '{}'",
-                        op, argument, name);
+  QUANTRAIN_CHECK_VALUE(
+      name == "int32",
+      "{}: expected {} to be one of float64, float32, float16, bfloat16, int8, uint8, int16, int32, got '{}'", op,
+      argument, name);
   return at::kInt;
 }
 

@@ -238,8 +238,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_learnable_backward_
             grad_zero_point.to(learned ? zero_point->scalar_type() : scale.scalar_type())};
   }
   const Arranged arranged = arrange("_fake_quantize_learnable_backward", input, scale, zero_point);
-  if (wants_regrouping(arranged.grouping))
-    return learnable_backward_regrouped(grad_output, input, scale, zero_point, quant_min, quant_max, grad_factor);
+  if (wants_regrouping(arranged.grouping)) {
+    const OptionalTensor points = zero_point && zero_point->numel() != scale.numel()
+                                      ? OptionalTensor(zero_point->reshape({1}).expand({scale.numel()}))
+                                      : zero_point;
+    return learnable_backward_regrouped(grad_output, input, scale, points, quant_min, quant_max, grad_factor);
+  }
   const Grouping& grouping = arranged.grouping;
   at::Tensor grad_input = at::empty_like(arranged.input);
   if (input.numel() == 0)

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 
 #include <cmath>
+#include <limits>
 
 #include "ops/check.h"
 #include "ops/layout.h"
@@ -12,13 +13,15 @@ namespace {
 
 std::string type_name(const at::Tensor& tensor) { return c10::toString(tensor.scalar_type()); }
 
-// Non-negative where every value is positive; else the index of the first that is not.
-int64_t first_not_positive(const float* values, int64_t count) {
+bool is_scale(float value) { return value > 0.0f && value <= std::numeric_limits<float>::max(); }
+
+// -1 where every value is positive and finite; else the index of the first that is not.
+int64_t first_not_a_scale(const float* values, int64_t count) {
   bool good = true;
-  for (int64_t i = 0; i < count; ++i) good &= values[i] > 0.0f;  // no early exit: this form vectorises
+  for (int64_t i = 0; i < count; ++i) good &= is_scale(values[i]);  // no early exit: this form vectorises
   if (good) return -1;
   int64_t i = 0;
-  while (values[i] > 0.0f) ++i;
+  while (is_scale(values[i])) ++i;
   return i;
 }
 
@@ -86,7 +89,9 @@ void check_qparams(std::string_view op, const at::Tensor& input, const at::Tenso
   QUANTRAIN_CHECK_TYPE(zero_point->device() == input.device(),
                        "{}: expected zero_point on the input's device {}, got {}", op, input.device().str(),
                        zero_point->device().str());
-  QUANTRAIN_CHECK_VALUE(zero_point->sym_sizes() == scale.sym_sizes(),
+  // One integer serves every scale; a learned zero point has its gradient's shape.
+  const bool one = !zero_point->is_floating_point() && TORCH_GUARD_OR_FALSE(zero_point->sym_numel().sym_eq(1));
+  QUANTRAIN_CHECK_VALUE(one || zero_point->sym_sizes() == scale.sym_sizes(),
                         "{}: expected zero_point to have the shape of scale {}, got {}", op, detail::shape_text(scale),
                         detail::shape_text(*zero_point));
 }
@@ -99,8 +104,9 @@ void check_qparam_values(std::string_view op, const at::Tensor& scale, const std
                          int64_t quant_min, int64_t quant_max) {
   const at::Tensor scales = scale.to(at::kFloat).contiguous();
   const float* values = scales.const_data_ptr<float>();
-  const int64_t bad = first_not_positive(values, scales.numel());
-  QUANTRAIN_CHECK_VALUE(bad < 0, "{}: expected every scale to be positive, got {} at index {}", op, values[bad], bad);
+  const int64_t bad = first_not_a_scale(values, scales.numel());
+  QUANTRAIN_CHECK_VALUE(bad < 0, "{}: expected every scale to be positive and finite, got {} at index {}", op,
+                        values[bad], bad);
   if (!zero_point || !holds_integers(*zero_point)) return;
   if (zero_point->scalar_type() == at::kLong)  // before as_int32 saturates it
     check_zero_points<int64_t>(op, *zero_point, quant_min, quant_max);

@@ -56,8 +56,9 @@ void check_dequantize(const at::Tensor& codes, const at::Tensor& scale, const Op
                       at::ScalarType dtype) {
   check_code_type("dequantize", "input of", codes.scalar_type());
   check_qparams("dequantize", codes, scale, zero_point);
-  QUANTRAIN_CHECK_TYPE(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16,
-                       "dequantize: expected dtype float32, float16 or bfloat16, got {}", c10::toString(dtype));
+  QUANTRAIN_CHECK_TYPE(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kDouble,
+                       "dequantize: expected dtype float32, float16, bfloat16 or float64, got {}",
+                       c10::toString(dtype));
 }
 
 at::Tensor quantize_meta(const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
@@ -161,6 +162,7 @@ at::Tensor quantize_seeded_kernel(const at::Tensor& input, const at::Tensor& sca
 at::Tensor dequantize_kernel(const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
                              at::ScalarType dtype) {
   check_dequantize(input, scale, zero_point, dtype);
+  if (dtype == at::kDouble) return dequantize_kernel(input, scale, zero_point, at::kFloat).to(at::kDouble);
   const Arranged arranged = arrange("dequantize", input, scale, zero_point);
   at::Tensor values = at::empty_like(arranged.input, arranged.input.options().dtype(dtype));
   if (input.numel() == 0) return values;

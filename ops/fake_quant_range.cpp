@@ -1,5 +1,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/argmin.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -128,12 +130,11 @@ TensorPair choose_qparams_kernel(const at::Tensor& input, c10::SymIntArrayRef sc
 
 // The sum over the last dimension by halves: additions of two tensors, so in one order on every device. It decides scales.
 at::Tensor sum_of_chunks(at::Tensor partial) {
-  while (partial.size(-1) > 1) {
-    const int64_t half = (partial.size(-1) + 1) / 2, rest = partial.size(-1) - half;
-    at::Tensor sum = partial.narrow(-1, 0, half).clone();
-    sum.narrow(-1, 0, rest).add_(partial.narrow(-1, half, rest));
-    partial = sum;
-  }
+  int64_t size = 1;
+  while (size < partial.size(-1)) size *= 2;
+  if (size > partial.size(-1)) partial = at::constant_pad_nd(partial, {0, size - partial.size(-1)}, 0.0);
+  for (; size > 1; size /= 2)
+    partial = at::add(partial.narrow(-1, 0, size / 2), partial.narrow(-1, size / 2, size / 2));
   return partial.squeeze(-1);
 }
 

@@ -46,8 +46,8 @@ void check_lengths(std::string_view op, std::string_view name, const at::Tensor&
 // What only a look at the values can tell; CPU tensors alone.
 void check_length_values(std::string_view op, std::string_view name, const at::Tensor& lengths, int64_t longest) {
   if (!lengths.is_cpu()) return;
-  const at::Tensor flat = as_int32(lengths).contiguous();
-  const int32_t* value = flat.const_data_ptr<int32_t>();
+  const at::Tensor flat = lengths.to(at::kLong).contiguous();
+  const int64_t* value = flat.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < flat.numel(); ++i)
     QUANTRAIN_CHECK_VALUE(value[i] >= 0 && value[i] <= longest, "{}: expected {} in [0, {}], got {} at index {}", op,
                           name, longest, value[i], i);

@@ -140,6 +140,8 @@ QParamTensors Arranged::qparams() const {
 
 Arranged arrange(std::string_view op, const at::Tensor& input, const at::Tensor& scale,
                  const std::optional<at::Tensor>& zero_point) {
+  if (zero_point && zero_point->sizes() != scale.sizes())  // one for all
+    return arrange(op, input, scale, zero_point->reshape({1}).expand({scale.numel()}).reshape(scale.sizes()));
   Arranged result;
   result.input = dense(input);
   if (scale.numel() == 1) {

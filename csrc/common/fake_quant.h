@@ -129,11 +129,11 @@ QUANTRAIN_HOST_DEVICE QParams qparams_from_range(float min, float max, QuantRang
     min = min < 0.0f ? min : 0.0f;
     max = max > 0.0f ? max : 0.0f;
     steps = range.max - range.min;
-    // Halves, because max - min overflows where both ends are huge.
-    width = 2.0f * (0.5f * max - 0.5f * min);
-    if (width > FLT_MAX) width = FLT_MAX;
+    width = max - min;
   }
-  float scale = width / steps;
+  // Halves where the width overflows because both ends are huge; a scale beyond float32 is its largest.
+  float scale = width <= FLT_MAX ? width / steps : (0.5f * max - 0.5f * min) / (0.5f * steps);
+  scale = scale > FLT_MAX ? FLT_MAX : scale;
   scale = scale < FLT_MIN ? FLT_MIN : scale;  // 1 / scale stays finite
   if (!(width > 0.0f)) scale = 1.0f;
   float zero_point = symmetric ? 0.0f : clamp_code(range.min - round_half_even(min / scale), range);

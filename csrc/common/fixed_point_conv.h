@@ -21,7 +21,9 @@ QUANTRAIN_HOST_DEVICE int32_t fixed_point_requantized_sum(int32_t acc, int32_t r
 
 // a 2^-a_fl + b 2^-b_fl in units of 2^-max(a_fl, b_fl), saturating at the ends of int32.
 QUANTRAIN_HOST_DEVICE int32_t fixed_point_added(int32_t a, int32_t b, int a_fl, int b_fl) {
-  const int64_t d = int64_t{a_fl} - b_fl, left = d < 0 ? -d : d, shift = left > 31 ? 31 : left;
+  // By unsigned arithmetic: on the device nobody has checked the two, and a difference that wraps must be defined.
+  const int d = static_cast<int>(static_cast<uint32_t>(a_fl) - static_cast<uint32_t>(b_fl));
+  const uint32_t left = d < 0 ? 0u - static_cast<uint32_t>(d) : static_cast<uint32_t>(d), shift = left > 31 ? 31 : left;
   const int64_t fine = d < 0 ? b : a, coarse = d < 0 ? a : b;
   return fixed_point_shift_round(fine + coarse * (int64_t{1} << shift), 0);
 }

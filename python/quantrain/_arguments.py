@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import operator
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import Tensor
 
 # The types that operators take by name: a program packed by AOTInductor gets a ScalarType wrong in torch 2.11.
 _TYPE_NAMES = {
+    torch.float64: "float64",
     torch.float32: "float32",
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
@@ -20,8 +23,14 @@ _TYPE_NAMES = {
 }
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is an integer or a real number, NumPy's too; a tensor and a truth value are none."""
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        return not isinstance(value, bool)
+    return isinstance(value, numbers.Real)
 
 
 def integer(op: str, name: str, value: Any) -> int:
@@ -35,6 +44,7 @@ def integer(op: str, name: str, value: Any) -> int:
 
 
 FLOATS = ("float32", "float16", "bfloat16")
+REALS = (*FLOATS, "float64")
 CODES = ("int8", "uint8", "int16", "int32")
 
 
@@ -48,13 +58,15 @@ def type_name(op: str, name: str, dtype: Any, allowed: tuple[str, ...]) -> str:
 
 def float_name(op: str, dtype: torch.dtype) -> str:
     """The name of a type that results may have."""
-    return type_name(op, "dtype", dtype, FLOATS)
+    return type_name(op, "dtype", dtype, REALS)
 
 
 def tensor(op: str, name: str, value: Any) -> Tensor:
-    """``value`` where it is a tensor."""
+    """``value`` where it is a dense tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: expected {name} to be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{op}: expected a dense {name}, got layout {value.layout}")
     return value
 
 
@@ -70,11 +82,15 @@ def parameter(
 ) -> Tensor:
     """A scale, zero point, shift or fraction length: a number as a tensor of ``dtype`` and ``shape`` made on the input's device without a
     copy from the host; a 1-D tensor with ``axis`` in the rank of ``input``; any other tensor as it is."""
-    if _is_number(value):
+    if is_number(value):
         if not dtype.is_floating_point:
             value = integer(op, name, value)
             if abs(value) >= 2**31:
                 raise ValueError(f"{op}: expected {name} to fit int32, got {value}")
+        elif not isinstance(value, (torch.SymInt, torch.SymFloat)):
+            if abs(value) > _LARGEST and value not in (math.inf, -math.inf):
+                raise ValueError(f"{op}: expected {name} to fit float32, got {value}")
+            value = float(value)
         return torch.full(shape, value, dtype=dtype, device=input.device)
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: expected {name} to be a tensor or a number, got {type(value).__name__}")

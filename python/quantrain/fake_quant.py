@@ -8,7 +8,7 @@ in float32, rounding half to even, for ``input`` of float32, float16, bfloat16 o
 **Granularity is the scale's shape.** ``scale`` (float32) has one element, or the rank of ``input`` with sizes that divide the
 input's: along each dimension element ``i`` uses scale index ``i // (input size // scale size)``. ``[O, 1, 1, 1]`` is per output
 channel of a convolution's weight, ``[O, K // 32]`` groups of 32, ``[B, T, 1]`` per token. ``zero_point`` (any integer type) has the
-scale's shape; without it quantisation is symmetric. Either may be a plain number, for the whole tensor. ``axis=`` takes a 1-D scale
+scale's shape or one element; without it quantisation is symmetric. Either may be a plain number, for the whole tensor. ``axis=`` takes a 1-D scale
 (and zero point) for that dimension, and no other.
 
 NaN gives NaN in simulated results and an infinity saturates. On CPU a scale that is not positive raises; on CUDA, where the check
@@ -37,7 +37,7 @@ def _qparams(
     _arguments.tensor(op, "input", input)
     scale = _arguments.parameter(op, "scale", scale, input, axis)
     if zero_point is not None:
-        along = axis if isinstance(zero_point, Tensor) else None
+        along = axis if isinstance(zero_point, Tensor) and zero_point.dim() > 0 else None
         zero_point = _arguments.parameter(
             op, "zero_point", zero_point, input, along, dtype=torch.int32, shape=scale.shape
         )
@@ -203,15 +203,13 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
     axis: int | None = None,
 ) -> Tensor:
-    """``(codes - zero_point) * scale`` as float32, float16 or bfloat16. A backward pass raises ``NotImplementedError``.
+    """``(codes - zero_point) * scale`` as float32, float16, bfloat16 or float64. A backward pass raises ``NotImplementedError``.
 
     >>> dequantize(torch.tensor([-2, 1, 7], dtype=torch.int8), torch.tensor([0.5]))
     tensor([-1.0000,  0.5000,  3.5000])
     """
     input, scale, zero_point = _qparams("dequantize", input, scale, zero_point, axis)
-    return _ops.dequantize.typed(
-        input, scale, zero_point, dtype=_arguments.type_name("dequantize", "dtype", dtype, _arguments.FLOATS)
-    )
+    return _ops.dequantize.typed(input, scale, zero_point, dtype=_arguments.float_name("dequantize", dtype))
 
 
 def pack_int4(input: Tensor) -> Tensor:
@@ -222,7 +220,7 @@ def pack_int4(input: Tensor) -> Tensor:
     >>> pack_int4(torch.tensor([1, -1, 7], dtype=torch.int8))
     tensor([241,   7], dtype=torch.uint8)
     """
-    return _ops.pack_int4(input)
+    return _ops.pack_int4(_arguments.tensor("pack_int4", "input", input))
 
 
 def unpack_int4(input: Tensor, *, size: int, signed: bool = True) -> Tensor:
@@ -231,4 +229,5 @@ def unpack_int4(input: Tensor, *, size: int, signed: bool = True) -> Tensor:
     >>> unpack_int4(torch.tensor([241, 7], dtype=torch.uint8), size=3)
     tensor([ 1, -1,  7], dtype=torch.int8)
     """
-    return _ops.unpack_int4(input, size=size, signed=signed)
+    _arguments.tensor("unpack_int4", "input", input)
+    return _ops.unpack_int4(input, size=_arguments.integer("unpack_int4", "size", size), signed=signed)

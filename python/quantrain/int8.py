@@ -31,6 +31,10 @@ from quantrain import _arguments
 _ops = torch.ops.quantrain
 
 
+def _scale(name: str, scale: Tensor | float | None, like: Tensor) -> Tensor | None:
+    return _arguments.parameter("int8_mm", name, scale, like) if _arguments.is_number(scale) else scale
+
+
 def int8_quantize_rows(
     input: Tensor, *, column_factor: Tensor | None = None, stochastic: bool = False, generator: Generator | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -148,8 +152,8 @@ def int8_mm(
     return _ops.int8_mm.typed(
         _arguments.tensor("int8_mm", "a", a),
         _arguments.tensor("int8_mm", "b", b),
-        a_scale,
-        b_scale,
+        _scale("a_scale", a_scale, a),
+        _scale("b_scale", b_scale, b),
         bias,
         out_dtype=_arguments.type_name("int8_mm", "out_dtype", out_dtype, _arguments.FLOATS),
     )

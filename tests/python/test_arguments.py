@@ -214,3 +214,54 @@ def test_gradcheck_around_a_quantiser():
     b = torch.randn(3, 5, dtype=torch.float64)
     fixed = fake_quantize(b, torch.tensor([0.25]))
     assert torch.autograd.gradcheck(lambda t: (t * fixed).tanh(), (a,))
+
+
+def test_one_integer_serves_every_scale(x):
+    scale = torch.full((4, 1), 0.1)
+    want = fake_quantize(x, scale, torch.full((4, 1), 3), quant_min=0, quant_max=15)
+    for point in (torch.tensor(3), torch.tensor([3]), np.int64(3)):
+        assert fake_quantize(x, scale, point, quant_min=0, quant_max=15).equal(want)
+    assert fake_quantize(x, scale.flatten(), torch.tensor(3), quant_min=0, quant_max=15, axis=0).equal(want)
+    for point in (torch.tensor(3), torch.tensor([3]), 3):
+        assert fake_quantize(x, np.float32(0.1), point, quant_min=0, quant_max=15).equal(want)
+        assert fake_quantize_learnable(x, scale, torch.tensor(3), quant_min=0, quant_max=15).equal(want)
+        assert dequantize(quantize(x, scale, point, quant_min=0, quant_max=15), scale, point).equal(want)
+    learned = scale.clone().requires_grad_()
+    fake_quantize_learnable(x, learned, torch.tensor(3), quant_min=0, quant_max=15).sum().backward()
+    full = scale.clone().requires_grad_()
+    fake_quantize_learnable(x, full, torch.full((4, 1), 3), quant_min=0, quant_max=15).sum().backward()
+    assert learned.grad.equal(full.grad)
+
+
+@pytest.mark.parametrize("value", [1e300, -1e300, 10**400])
+def test_numbers_beyond_float32_are_refused(x, value):
+    with pytest.raises(ValueError, match="fake_quantize: expected scale to fit float32"):
+        fake_quantize(x, value)
+
+
+def test_scales_are_finite(x):
+    with pytest.raises(ValueError, match="fake_quantize: expected every scale to be positive and finite, got inf"):
+        fake_quantize(x, float("inf"))
+
+
+def test_a_range_wider_than_float32_has_its_own_scale():
+    scale, point = choose_qparams(torch.tensor([3e38, -3e38]), [1], symmetric=False, quant_min=0, quant_max=255)
+    assert abs(scale.item() / (6e38 / 255) - 1) < 1e-6 and point.item() in (127, 128)
+    y = fake_quantize_dynamic(torch.tensor([3e38, -3e38]), [1], symmetric=False, quant_min=0, quant_max=255)
+    assert torch.allclose(y, torch.tensor([3e38, -3e38]), rtol=0.01)
+
+
+def test_block_with_infinity_or_nan_is_nan():
+    for bad in (float("inf"), float("-inf"), float("nan")):
+        block = torch.tensor([[1.0, bad], [1.0, 2.0]], requires_grad=True)
+        for symmetric in (True, False):
+            scale, point = choose_qparams(
+                block, [2, 1], symmetric=symmetric, quant_min=0 if not symmetric else -8, quant_max=7
+            )
+            assert scale[0].isnan() and point[0].item() == 0 and scale[1] > 0
+            y = fake_quantize_dynamic(
+                block, [2, 1], symmetric=symmetric, quant_min=0 if not symmetric else -8, quant_max=7
+            )
+            assert y[0].isnan().all() and not y[1].isnan().any()
+            (grad,) = torch.autograd.grad(y, block, torch.ones(2, 2))
+            assert grad.tolist() == [[0.0, 0.0], [1.0, 1.0]]

@@ -30,7 +30,7 @@ CASES = [
     (ValueError, "quantize: expected codes that fit Char [-128, 127], got [0, 255]", lambda x, s: quantrain.quantize(x, s, quant_min=0, quant_max=255)),
     (TypeError, "quantize: expected dtype to be one of int8, uint8, int16, int32, got torch.float32", lambda x, s: quantrain.quantize(x, s, dtype=torch.float32)),
     (TypeError, "dequantize: expected input of int8, uint8, int16 or int32, got Float", lambda x, s: quantrain.dequantize(x, s)),
-    (TypeError, "dequantize: expected dtype to be one of float32, float16, bfloat16, got torch.float64", lambda x, s: quantrain.dequantize(x.to(torch.int8), s, dtype=torch.float64)),
+    (TypeError, "dequantize: expected dtype to be one of float32, float16, bfloat16, float64, got torch.int32", lambda x, s: quantrain.dequantize(x.to(torch.int8), s, dtype=torch.int32)),
     (TypeError, "pack_int4: expected input of int8 or uint8, got Float", lambda x, s: quantrain.pack_int4(x)),
     (ValueError, "unpack_int4: expected size to be twice the 6 packed bytes, or one less, got 13", lambda x, s: quantrain.unpack_int4(x.to(torch.uint8), size=13)),
     (ValueError, "_mse_range: expected steps in [1, 65535], got 0", lambda x, s: torch.ops.quantrain._mse_range(x, [1], quant_min=-8, quant_max=7, symmetric=True, steps=0)),
@@ -50,7 +50,10 @@ def test_shapes_and_types_are_refused_everywhere(error, message, call, device):
 def test_cpu_refuses_a_scale_that_is_not_positive(bad, requires_grad):
     scale = torch.tensor([[0.1], [0.1], [bad], [0.1]])
     x = X.clone().requires_grad_(requires_grad)
-    message = re.escape(f"expected every scale to be positive, got {bad:g}".replace("got 0", "got 0")) + ".* at index 2"
+    message = (
+        re.escape(f"expected every scale to be positive and finite, got {bad:g}".replace("got 0", "got 0"))
+        + ".* at index 2"
+    )
     for call in (quantrain.fake_quantize, quantrain.fake_quantize_learnable, quantrain.quantize):
         with pytest.raises(ValueError, match=f"{call.__name__}: {message}"):
             call(x, scale)

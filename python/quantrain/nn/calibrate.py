@@ -234,6 +234,7 @@ def calibrate(
         The model, with the attribute ``calibration_report`` (:class:`CalibrationReport`).
 
     Raises:
+        TypeError: one batch in place of an iterable of them.
         ValueError: a model without fake-quantisers or fixed-point activations, no batch at all, or a non-finite batch under ``nan_policy="raise"``.
 
     Warns:
@@ -246,6 +247,10 @@ def calibrate(
     """
     if not fake_quants(model) and not has_fixed_point(model):
         raise ValueError(_not_prepared(model))
+    if isinstance(batches, (torch.Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"calibrate: expected batches to be an iterable of batches, got one {type(batches).__name__} (a list of one is fine)"
+        )
     forward = forward or run_batch
     count = 0
     with calibration(model):
@@ -259,7 +264,7 @@ def calibrate(
 
 def _not_prepared(model: nn.Module) -> str:
     buffers = any(name.endswith("weight_scale") for name, _ in model.named_buffers())
-    state = "one that is converted already" if buffers else "one without a FakeQuantize"
+    state = "one that is converted already" if buffers else "one without a FakeQuantize (use what prepare returned)"
     return f"calibrate: expected a prepared model, got {state}"
 
 

@@ -21,6 +21,7 @@ from quantrain._C import QuantSpec, Recipe, write_safetensors
 
 from .convert import convert, is_converted
 from .fixed_point import FixedPointLayer
+from .fixed_point_network import FixedPointModel
 from .layers import QuantEmbedding, QuantLayer
 from .prepare import prepare, quantisable
 from .quantized import QuantizedEmbedding, QuantizedLayer, name_codes
@@ -56,6 +57,11 @@ def save_checkpoint(path: str | os.PathLike, model: nn.Module, recipe: Recipe | 
     >>> import tempfile, os
     >>> save_checkpoint(os.path.join(tempfile.mkdtemp(), "model.safetensors"), nn.Linear(2, 1))
     """
+    if any(isinstance(module, FixedPointModel) for module in model.modules()):
+        raise ValueError(
+            "save_checkpoint: expected a model without an integer network, whose graph a checkpoint does not hold, got one: "
+            "FixedPointModel.save writes it, FixedPointModel.load reads it"
+        )
     tensors: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
@@ -117,7 +123,9 @@ def load_checkpoint(path: str | os.PathLike, model: nn.Module) -> dict[str, str]
         floating = tensor.is_floating_point() and want.is_floating_point()
         if tensor.dtype != want.dtype and not floating:
             _fail(path, f"{name!r} of dtype {want.dtype}", tensor.dtype)
-    model.load_state_dict({**{name: value for name, value in state.items() if _may_lack(name)}, **tensors})
+    given = type(state)({**{name: value for name, value in state.items() if _may_lack(name)}, **tensors})
+    given._metadata = getattr(state, "_metadata", None)  # the versions that some modules' loading asks for
+    model.load_state_dict(given)
     return metadata
 
 
@@ -244,8 +252,10 @@ def _check_metadata(path: Path, metadata: dict[str, str], model: nn.Module) -> N
         _fail(path, "a converted checkpoint for this model", "one that is not converted")
     try:
         layers = json.loads(metadata.get("layers", "{}"))
-    except json.JSONDecodeError:
-        _fail(path, "JSON in metadata 'layers'", metadata["layers"][:40])
+    except (json.JSONDecodeError, RecursionError):
+        layers = None
+    if not isinstance(layers, dict):
+        _fail(path, "a JSON object in metadata 'layers'", metadata["layers"][:40])
     for name, want in _converted_layers(model).items():
         if name in layers and layers[name] != want:
             _fail(path, f"layer {name!r} with {want}", layers[name])
@@ -283,7 +293,7 @@ def _stored_layer_recipes(path: Path, metadata: Mapping[str, str]) -> dict[str, 
         content = json.loads(metadata["layer_recipes"])
         recipes = [Recipe.from_json(json.dumps(recipe)) for recipe in content["recipes"]]
         return {name: recipes[index] for name, index in content["of"].items()}
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         _fail(path, "recipes and the layers they are of in metadata 'layer_recipes'", error)
 
 

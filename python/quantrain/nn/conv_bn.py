@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from quantrain._C import Recipe
 
+from .fake_quantize import in_backward
 from .layers import QuantConv2d
 
 __all__ = ["FoldedBatchNorm2d", "QuantConvBn2d"]
@@ -104,6 +105,11 @@ class QuantConvBn2d(QuantConv2d):
         layer._set_bn(bn)
         return layer
 
+    _variance: Tensor | None = None  # what the latest forward pass of training folded with
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_variance"}
+
     def _set_bn(self, bn: nn.BatchNorm2d) -> None:
         fake_quants = {name: self._modules.pop(name) for name in list(self._modules)}
         self.bn = bn
@@ -114,6 +120,8 @@ class QuantConvBn2d(QuantConv2d):
         variance = self.bn.running_var
         if self.training and torch.compiler.is_compiling():
             variance = _snapshot(variance)
+        elif in_backward() and self._variance is not None:
+            variance = self._variance  # checkpointing computes anew, after the forward pass has moved the statistics
         sf = self.bn.weight / torch.sqrt(variance + self.bn.eps)
         if self.training:
             sf = torch.where(sf == 0, torch.ones_like(sf), sf)
@@ -140,6 +148,8 @@ class QuantConvBn2d(QuantConv2d):
         return conv, conv._modules.pop("bn")
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.training and not torch.compiler.is_compiling() and not in_backward():
+            self._variance = self.bn.running_var.clone()
         x = self.quantized_input(input)
         weight = self.quantized_weight()
         if not self.training:

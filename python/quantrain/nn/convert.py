@@ -60,7 +60,10 @@ def convert(
         return _convert_fixed_point(model, check_observed)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
     if not layers:
-        state = "one that is converted already" if is_converted(model) else "one without quantised layers"
+        converted = is_converted(model)
+        state = (
+            "one that is converted already" if converted else "one without quantised layers (use what prepare returned)"
+        )
         raise ValueError(f"convert: expected a prepared model, got {state}")
     skipped = {name for pattern in skip for name in matching("skip", pattern, layers, layers, "convert")}
     for name, layer in layers.items():

@@ -287,7 +287,9 @@ class FakeQuantize(Float32State):
     def extra_repr(self) -> str:
         text = f"bits={self.spec.bits}, symmetric={self.symmetric}, granularity={self.granularity!r}"
         text += f", observer={self.spec.observer!r}, learnable={self.learnable}"
-        return text if self.dynamic else f"{text}, scale_shape={self.scale_shape}"
+        if self.dynamic:
+            return text
+        return f"{text}, scale_shape={self.scale_shape}" + ("" if self._observing else ", frozen")
 
     def _dynamic_shape(self, x: Tensor) -> Sequence[int]:
         if self.granularity != "per_token":

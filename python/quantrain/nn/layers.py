@@ -60,7 +60,14 @@ class QuantLayer(nn.Module):
         layer = twin_of(self.float_class(), self)
         for child in ("weight_fake_quant", "input_fake_quant", "output_fake_quant"):
             layer._modules.pop(child, None)
-        for attribute in ("recipe", "called", "gradient_quant_enabled", "gradient_arguments", "output_hook"):
+        for attribute in (
+            "recipe",
+            "called",
+            "gradient_quant_enabled",
+            "gradient_arguments",
+            "output_hook",
+            "_variance",
+        ):
             layer.__dict__.pop(attribute, None)
         return layer
 

@@ -38,7 +38,7 @@ from .layers import (
     gathered_qparams,
 )
 from .observers import Float32State
-from .weight_hooks import run_weight_hooks
+from .weight_hooks import computes_weight, run_weight_hooks
 
 __all__ = [
     "QuantizedConv1d",
@@ -379,8 +379,19 @@ def quantized_layer(layer: nn.Module, *, check_observed: bool = True) -> Quantiz
         ValueError: as :meth:`QuantizedLayer.from_quant`.
     """
     if isinstance(layer, (QuantLinear, QuantTransposedLinear, Int8Layer)) and layer.recipe.backend == "int8":
-        return QuantizedInt8Linear(layer, check_observed=check_observed)
+        return _with_hooks_of(layer, QuantizedInt8Linear(layer, check_observed=check_observed))
     for kind, twin in _TWINS:
         if isinstance(layer, kind):
-            return twin(layer, check_observed=check_observed)
+            return _with_hooks_of(layer, twin(layer, check_observed=check_observed))
     raise TypeError(f"convert: expected a prepared layer, got {type(layer).__name__}")
+
+
+def _with_hooks_of(layer: nn.Module, converted: QuantizedLayer) -> QuantizedLayer:
+    """Forward hooks that users put on the layer go on; those that computed its weight have done so."""
+    computing = {key for key, hook in layer._forward_pre_hooks.items() if computes_weight(hook)}
+    for name in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+        getattr(converted, name).update(getattr(layer, name))
+    for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+        kept = {key: hook for key, hook in getattr(layer, name).items() if key not in computing}
+        getattr(converted, name).update(kept)
+    return converted

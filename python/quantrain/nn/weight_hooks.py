@@ -13,9 +13,14 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-__all__ = ["run_weight_hooks", "unknown_weight"]
+__all__ = ["computes_weight", "run_weight_hooks", "unknown_weight"]
 
 _KNOWN = (WeightNorm, SpectralNorm, BasePruningMethod)
+
+
+def computes_weight(hook: object) -> bool:
+    """Whether it is one of those hooks."""
+    return isinstance(hook, _KNOWN)
 
 
 def run_weight_hooks(model: nn.Module) -> None:
