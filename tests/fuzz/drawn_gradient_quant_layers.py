@@ -99,10 +99,10 @@ def fqt_conv2d(d: Draw):
     batch = [] if d.chance(0.15) else [d.randint(1, 4)]
     x = d.tensor([*batch, channels, *(least[i] + d.randint(0, 8) for i in range(2))], dtype, "normal")
     weight = d.tensor([outputs, channels // groups, *kernel], dtype, "normal")
-    # Of a weight in other strides, as (9, 1, 3, 3), and of channels_last tensors with one pixel in a row, PyTorch 2.11's own convolution
-    # crashes or is wrong on the CPU.
+    # Of a weight in other strides, as (9, 1, 3, 3), and of channels_last tensors with one pixel in a row or dilated, PyTorch 2.11's own
+    # convolution crashes or is wrong on the CPU.
     weight = weight.contiguous(memory_format=d.choice((torch.contiguous_format, torch.channels_last)))
-    if 1 in (*kernel, *x.shape[-2:]):
+    if 1 in (*kernel, *x.shape[-2:]) or dilation != [1, 1]:
         x, weight = x.contiguous(), weight.contiguous()
     bias = d.tensor([outputs], dtype, "normal") if d.chance(0.5) else None
     keywords = quantizers(d, dtype, ("sample",))

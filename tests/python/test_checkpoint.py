@@ -155,7 +155,7 @@ BAD = [
     (lambda s, p: rewritten(s, p, metadata={"format": "pt"}), "format 'quantrain', got pt"),
     (lambda s, p: rewritten(s, p, metadata={"format": None}), "format 'quantrain', got None"),
     (lambda s, p: rewritten(s, p, metadata={"version": "2"}), "version '1', got 2"),
-    (lambda s, p: rewritten(s, p, metadata={"layers": "{"}), "JSON in metadata 'layers', got {"),
+    (lambda s, p: rewritten(s, p, metadata={"layers": "{"}), "a JSON object in metadata 'layers', got {"),
     (lambda s, p: rewritten(s, p, metadata={"converted": "true"}), "got a converted one"),
     (
         lambda s, p: rewritten(s, p, tensors={"4.bias": torch.zeros(4)}),

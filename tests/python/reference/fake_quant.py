@@ -156,10 +156,11 @@ def qparams_from_range(low, high, quant_min, quant_max, symmetric):
         width = torch.maximum(low.abs(), high.abs())
     else:
         low, high, steps = low.clamp(max=0), high.clamp(min=0), quant_max - quant_min
-        width = (2 * (0.5 * high - 0.5 * low)).clamp(
-            max=FLOAT32.max
-        )  # by halves: the difference of the ends may overflow
-    scale = torch.where(width > 0, (width / steps).clamp(min=FLOAT32.tiny), torch.ones_like(width))
+        width = high - low
+    scale = width / steps
+    if not symmetric:  # by halves where the difference of the ends overflows
+        scale = torch.where(width.isinf(), (0.5 * high - 0.5 * low) / (0.5 * steps), scale).clamp(max=FLOAT32.max)
+    scale = torch.where(width > 0, scale.clamp(min=FLOAT32.tiny), torch.ones_like(width))
     zero_point = torch.zeros_like(scale)
     if not symmetric:
         zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
