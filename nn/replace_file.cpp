@@ -48,6 +48,17 @@ fs::path folder_of(const std::string& path) {
   return folder.empty() ? fs::path(".") : folder;
 }
 
+// What is to be replaced: the file, not a link to it, also where it is not there yet.
+std::string behind_links(const std::string& path) {
+  constexpr int kMost = 40;  // as Linux follows
+  fs::path target = path;
+  for (int i = 0; i < kMost && fs::is_symlink(target); ++i) {
+    const fs::path next = fs::read_symlink(target);
+    target = next.is_absolute() ? next : target.parent_path() / next;
+  }
+  return target.string();
+}
+
 // Temporaries of `path` are ".NAME.PROCESS-NUMBER.tmp".
 std::string temporary_prefix(const std::string& path) {
   return fmt::format(".{}.", fs::path(path).filename().string());
@@ -97,8 +108,7 @@ void copy_mode(const std::string& path, int descriptor) {
 
 void replace_file(const std::string& path, const std::vector<std::string_view>& pieces) {
   static std::atomic<uint64_t> number{0};
-  const std::string target =
-      fs::is_symlink(path) ? fs::weakly_canonical(path).string() : path;  // the file, not the link
+  const std::string target = behind_links(path);
   TORCH_CHECK(!fs::is_directory(target), path, ": expected a file that can be written, got a folder");
   remove_stale(target);
   for (int attempt = 0; attempt < kAttempts; ++attempt) {

@@ -135,3 +135,10 @@ def test_deep_json_is_refused(tmp_path, deep):
 def test_brackets_in_strings_do_not_count():
     recipe = Recipe.from_json(json.dumps({"name": "[" * 500 + '"' + "{" * 500, "weight": {}}))
     assert recipe.name.startswith("[[[")
+
+
+def test_a_link_to_nothing_is_written_through(tmp_path):
+    link, target = tmp_path / "link.bin", tmp_path / "later.bin"
+    link.symlink_to(target)
+    replace_file(str(link), b"one")
+    assert link.is_symlink() and target.read_bytes() == b"one"

@@ -190,6 +190,9 @@ def latency_seconds(model: nn.Module, data, device: torch.device, *, runs: int =
     return statistics.median(times)
 
 
+FEW_STEPS = 20  # below it a schedule is over before it has warmed up; with one step its learning rate is 0
+
+
 class _State:
     """The state file of a stage in training: written whole, then renamed, so that it is never half a file."""
 
@@ -282,6 +285,12 @@ def train(
     """
     total = settings.total_steps(data.train_size)
     last = settings.steps_to_take(data.train_size)
+    if total < FEW_STEPS:
+        print(
+            f"{stage}: {total} step{'s' if total > 1 else ''} of training for {data.train_size} samples: too few to learn from; "
+            "--epochs and --qat-epochs ask for more, --batch-size for smaller ones",
+            flush=True,
+        )
     freeze_step = settings.freeze_step(data.train_size)
     per_epoch = math.ceil(data.train_size / settings.batch_size)
     optimizer = make_optimizer(model, settings)
