@@ -21,23 +21,6 @@ import torch
 SETS = 6  # of inputs of 64 MB and more
 
 
-def time_call(run: Callable[[int], object], batches: int = 15, calls: int = 6) -> float:
-    """Microseconds of one call, the median over batches."""
-    for i in range(3):
-        run(i % SETS)
-    times = []
-    for batch in range(batches):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(4_000_000)  # about 2 ms in which the queue fills: launch time stays out
-        start.record()
-        for i in range(calls):
-            run((batch + i) % SETS)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / calls)
-    return statistics.median(times)
-
-
 def cases() -> dict[str, Callable[[int], object]]:
     ops = torch.ops.quantrain
     found: dict[str, Callable[[int], object]] = {}
@@ -111,9 +94,9 @@ def main() -> None:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        import quantrain  # noqa: F401, registers the operators
+        from bench_fake_quant import time_cuda  # imports quantrain, which only a build's process has
 
-        print(json.dumps({name: time_call(run) for name, run in cases().items()}))
+        print(json.dumps({name: 1e6 * time_cuda(run, SETS) for name, run in cases().items()}))
         return
     if len(arguments.builds) != 2:
         parser.error(f"expected two folders, OLD and NEW, got {len(arguments.builds)}")
