@@ -15,16 +15,6 @@
 namespace quantrain::nn {
 namespace {
 
-constexpr size_t kNamesInMessage = 8;
-
-std::string listed(const std::vector<std::string>& names, const std::string& what) {
-  if (names.empty()) return "";
-  std::string text = what + ": ";
-  for (size_t i = 0; i < std::min(names.size(), kNamesInMessage); ++i) text += (i > 0 ? ", " : "") + names[i];
-  return names.size() > kNamesInMessage ? text + " and " + std::to_string(names.size() - kNamesInMessage) + " more"
-                                        : text;
-}
-
 // A batch norm without a batch so far. Weights of older releases have statistics without a count, and are not.
 bool is_fresh(const torch::nn::Module& module) {
   const auto buffers = module.named_buffers(/*recurse=*/false);
@@ -49,9 +39,17 @@ void warn_of_fresh_batch_norms(const torch::nn::Module& module) {
 
 }  // namespace
 
+std::string detail::listed(const std::vector<std::string>& names, const std::string& what) {
+  constexpr size_t kMost = 8;
+  if (names.empty()) return "";
+  std::string text = what + ": ";
+  for (size_t i = 0; i < std::min(names.size(), kMost); ++i) text += (i > 0 ? ", " : "") + names[i];
+  return names.size() > kMost ? text + " and " + std::to_string(names.size() - kMost) + " more" : text;
+}
+
 std::string CalibrationReport::text() const {
-  const std::string first = listed(unreached, "never reached");
-  const std::string second = listed(only_zeros, "seen only as zeros");
+  const std::string first = detail::listed(unreached, "never reached");
+  const std::string second = detail::listed(only_zeros, "seen only as zeros");
   if (empty()) return "every range was seen";
   return first + (first.empty() || second.empty() ? "" : "; ") + second;
 }

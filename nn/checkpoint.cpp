@@ -223,10 +223,12 @@ Json converted_layers(const torch::nn::Module& module) {
 // Quantised layer -> its recipe.
 std::map<std::string, Recipe> layer_recipes(const torch::nn::Module& module) {
   std::map<std::string, Recipe> recipes;
-  if (const auto* layer = dynamic_cast<const QuantModule*>(&module)) recipes[""] = layer->recipe();
-  for (const auto& item : module.named_modules("", /*include_self=*/false)) {
-    if (const auto* layer = dynamic_cast<const QuantModule*>(item.value().get())) recipes[item.key()] = layer->recipe();
-  }
+  const auto add = [&recipes](const std::string& name, const torch::nn::Module& child) {
+    const auto* layer = dynamic_cast<const QuantModule*>(&child);
+    if (layer && !layer->left_float()) recipes[name] = layer->recipe();
+  };
+  add("", module);
+  for (const auto& item : module.named_modules("", /*include_self=*/false)) add(item.key(), *item.value());
   return recipes;
 }
 
@@ -314,6 +316,9 @@ std::map<std::string, Recipe> read_layer_recipes(const std::string& path, const 
 
 CheckpointInfo info_of(const std::string& path, const Header& header) {
   const std::string format = metadata_value(path, header, "format");
+  if (format == "quantrain.fixed_point") {
+    fail(path, "a checkpoint of a module", "an integer network, which FixedPointNetwork::load reads");
+  }
   if (format != "quantrain") fail(path, "metadata format 'quantrain'", in_quotes(format));
   const std::string version = metadata_value(path, header, "version");
   if (version != "1") fail(path, "metadata version '1'", in_quotes(version));

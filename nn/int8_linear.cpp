@@ -44,7 +44,7 @@ at::Tensor Int8LinearImpl::forward(const at::Tensor& input) {
     return quantized_output(
         at::linear(x, dequantized_weight(x.scalar_type()), bias.defined() ? bias.to(x.scalar_type()) : bias));
   }
-  if (!weight_fake_quant->fake_quant_enabled() || !input_fake_quant->fake_quant_enabled()) {
+  if (left_float() || !weight_fake_quant->fake_quant_enabled() || !input_fake_quant->fake_quant_enabled()) {
     return quantized_output(watched(at::linear(input, weight, bias)));
   }
   const Int8Spec& spec = *recipe().int8;

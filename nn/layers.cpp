@@ -3,7 +3,9 @@
 // The forward passes call the same ATen operators in the same order as the Python layers, so that both train alike.
 
 #include <cmath>
+#include <map>
 #include <optional>
+#include <set>
 #include <variant>
 
 #include <ATen/autocast_mode.h>
@@ -141,6 +143,7 @@ void QuantModule::set_label(const std::string& label) {
 
 void QuantModule::copy_switches(const QuantModule& other) {
   gradient_quant_enabled_ = other.gradient_quant_enabled_;
+  if (other.left_float_ && !left_float_) leave_float();
   if (other.converted_ && !converted_) convert_(/*check_observed=*/false);
   float_dtype_ = other.float_dtype_;
   set_label(other.label_);
@@ -196,18 +199,43 @@ at::Tensor QuantModule::integer_product(const at::Tensor& input) const {
 void QuantModule::check_convertible(bool check_observed) {
   const std::string who = label_.empty() ? name() : "layer '" + label_ + "' (" + name() + ")";
   TORCH_CHECK_VALUE(!converted_, "convert: expected a ", who, " that is not converted yet, got a converted one");
+  TORCH_CHECK_VALUE(!left_float_, "convert: expected a quantised ", who, ", got one left in floating point");
   TORCH_CHECK_VALUE(recipe_.weight, "convert: expected a weight spec in the recipe of ", who, ", got none in '",
                     recipe_.name, "'");
   TORCH_CHECK_VALUE(recipe_.weight->bits <= 8, "convert: expected a ", who, " with weight bits of at most 8, got ",
                     recipe_.weight->bits);
   if (!check_observed) return;
-  for (FakeQuantize* fake_quant : {&weight_fake_quant, &input_fake_quant, &output_fake_quant}) {
-    TORCH_CHECK_VALUE(!*fake_quant || (*fake_quant)->has_scale(), "convert: expected every scale of ", who,
-                      " to be observed or loaded, got none (calibrate, train or load a checkpoint first)");
-  }
+  TORCH_CHECK_VALUE(ready(), "convert: expected every scale of ", who,
+                    " to be observed or loaded, got none (calibrate, train or load a checkpoint first)");
   const at::NoGradGuard no_grad;
   TORCH_CHECK_VALUE(float_weight().isfinite().all().item<bool>(), "convert: expected finite weights in ", who,
                     ", got NaN or infinity");
+}
+
+bool QuantModule::ready() {
+  for (FakeQuantize* fake_quant : {&weight_fake_quant, &input_fake_quant, &output_fake_quant}) {
+    if (*fake_quant && !(*fake_quant)->has_scale()) return false;
+  }
+  return true;
+}
+
+bool QuantModule::dynamic() {
+  for (FakeQuantize* fake_quant : {&weight_fake_quant, &input_fake_quant, &output_fake_quant}) {
+    if (*fake_quant && !(*fake_quant)->dynamic()) return false;
+  }
+  return true;
+}
+
+void QuantModule::leave_float() {
+  TORCH_CHECK_VALUE(!converted_, "leave_float: expected a ", name(), " that is not converted, got a converted one");
+  left_float_ = true;
+  const auto drop = [this](const char* key, FakeQuantize& member) {
+    if (member) unregister_module(key);
+    member = nullptr;
+  };
+  drop("weight_fake_quant", weight_fake_quant);
+  drop("input_fake_quant", input_fake_quant);
+  drop("output_fake_quant", output_fake_quant);
 }
 
 void QuantModule::convert_(bool check_observed) {
@@ -280,15 +308,15 @@ void QuantModule::to(torch::Device device, bool non_blocking) { torch::nn::Modul
 
 void QuantModule::pretty_print(std::ostream& stream) const {
   stream << "quantrain::nn::" << name() << "(weight " << at::IntArrayRef(weight_shape_);
-  const auto print = [&stream](const char* tensor, const std::optional<QuantSpec>& spec) {
-    if (!spec) return;
+  const auto print = [this, &stream](const char* tensor, const std::optional<QuantSpec>& spec) {
+    if (!spec || left_float_) return;
     stream << tensor << (spec->symmetric ? "int" : "uint") << spec->bits << ' ' << spec->granularity << " ("
            << spec->observer << (spec->learnable ? ", learned)" : ")");
   };
   print(" ", recipe_.weight);
   print(", input ", recipe_.input);
   print(", output ", recipe_.output);
-  stream << ", recipe " << recipe_.name << (converted_ ? ", converted)" : ")");
+  stream << ", recipe " << recipe_.name << (converted_ ? ", converted)" : left_float_ ? ", left float)" : ")");
 }
 
 QuantLinearImpl::QuantLinearImpl(const torch::nn::LinearOptions& options, const Recipe& recipe)
@@ -541,20 +569,44 @@ void label_layers(const torch::nn::Module& module) {
 
 }  // namespace detail
 
-void convert(torch::nn::Module& module, bool check_observed) {
+void convert(torch::nn::Module& module, bool check_observed, const std::vector<std::string>& skip) {
   detail::label_layers(module);
-  std::vector<QuantModule*> layers;
-  bool any = false;
-  for (const auto& child : module.modules()) {
-    auto* layer = dynamic_cast<QuantModule*>(child.get());
+  std::map<std::string, QuantModule*> layers;
+  std::set<const QuantModule*> seen;
+  bool any = false, ready = false;
+  for (const auto& item : module.named_modules("", /*include_self=*/true)) {
+    auto* layer = dynamic_cast<QuantModule*>(item.value().get());
     any = any || layer;
-    if (layer && !layer->converted()) layers.push_back(layer);
+    if (layer && !layer->converted() && !layer->left_float() && seen.insert(layer).second) layers[item.key()] = layer;
   }
   TORCH_CHECK_VALUE(any, "convert: expected a module with a quantised layer to convert, got none");
   TORCH_CHECK_VALUE(!layers.empty(),
                     "convert: expected a module with a layer that is not converted yet, got one converted already");
-  for (QuantModule* layer : layers) layer->check_convertible(check_observed);
-  for (QuantModule* layer : layers) layer->convert_(check_observed);
+  std::vector<QuantModule*> left;
+  for (const std::string& name : skip) {
+    const auto found = layers.find(name);
+    TORCH_CHECK_VALUE(found != layers.end(), "convert: expected skip to name a layer that is not converted yet, got '",
+                      name, "'");
+    left.push_back(found->second);
+    layers.erase(found);
+  }
+  for (const auto& item : layers) ready = ready || (item.second->ready() && !item.second->dynamic());
+  std::vector<std::string> unreached;
+  for (auto item = layers.begin(); check_observed && ready && item != layers.end();) {
+    if (item->second->ready()) {
+      ++item;
+      continue;
+    }
+    unreached.push_back(item->first);
+    left.push_back(item->second);
+    item = layers.erase(item);
+  }
+  for (const auto& item : layers) item.second->check_convertible(check_observed);
+  if (!unreached.empty()) {
+    TORCH_WARN(detail::listed(unreached, "convert: layers that stay in floating point, as no batch reached them"));
+  }
+  for (QuantModule* layer : left) layer->leave_float();
+  for (const auto& item : layers) item.second->convert_(check_observed);
 }
 
 }  // namespace quantrain::nn

@@ -38,6 +38,7 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
   bool has_bias() const { return bias_; }
   const Recipe& recipe() const { return recipe_; }
   bool converted() const { return converted_; }
+  bool left_float() const { return left_float_; }  // by leave_float(): a float layer from then on
   const std::vector<int64_t>& weight_shape() const {
     return weight_shape_;
   }  // of the float weight; codes may be packed
@@ -62,6 +63,13 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
 
   // Replaces the float weight by its codes, in place, and sets evaluation mode. check_observed = false makes a skeleton to load a converted checkpoint into.
   void convert_(bool check_observed = true);
+
+  // Makes this a float layer again: drops the quantisers and what the recipe says of gradients. What convert(module) does to a layer that
+  // no batch reached. ValueError for a converted one.
+  void leave_float();
+
+  bool ready();    // whether every scale is observed, loaded or dynamic
+  bool dynamic();  // whether every scale is computed from its tensor at each call, so that none needs a batch
 
   // Converted: (codes - zero_point) * scale in weight_shape(); without `dtype` in the type of the float weight, or that of to() since.
   // Computed at each call. ValueError before conversion, where `weight` is the float weight.
@@ -109,7 +117,8 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
   }
   at::Tensor integer_product(const at::Tensor& input) const;  // where multiplies_integers(); before output_fake_quant
   bool quantises_gradients() const {
-    return gradient_quant_enabled_ && !converted_ && (recipe_.grad_input || recipe_.grad_weight || recipe_.int8);
+    return gradient_quant_enabled_ && !converted_ && !left_float_ &&
+           (recipe_.grad_input || recipe_.grad_weight || recipe_.int8);
   }
   const at::Tensor& watched(const at::Tensor& output) const {
     if (output_hook_) output_hook_(output, !quantises_gradients());
@@ -131,6 +140,7 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
   at::ScalarType float_dtype_ = at::kFloat;
   bool bias_ = false;
   bool converted_ = false;
+  bool left_float_ = false;
   bool gradient_quant_enabled_ = true;
   OutputHook output_hook_;
 };
@@ -234,9 +244,13 @@ QUANTRAIN_API void enable_gradient_quant(torch::nn::Module& module, bool on = tr
 // edge_bits is 0. ValueError: no quantised layer; one of the two that has observed, loaded or stored something already.
 QUANTRAIN_API void use_edge_recipes(torch::nn::Module& module);
 
-// Converts every quantised layer in the module (held by a shared_ptr, as a module holder does), itself included. ValueError, with nothing changed, where the module has none or one
-// of them cannot convert (QuantModule::check_convertible).
-QUANTRAIN_API void convert(torch::nn::Module& module, bool check_observed = true);
+// Converts every quantised layer in the module (held by a shared_ptr, as a module holder does), itself included.
+//
+// Where some layers have their ranges and others were never reached (heads that no batch used), the others become float layers
+// (QuantModule::leave_float) and TORCH_WARN names them; so do those named in `skip`. A file of such a model loads after
+// convert(module, false, {those names}). ValueError, with nothing changed, where the module has no quantised layer, `skip` names none, no
+// layer that needs ranges has them, or a layer cannot convert (QuantModule::check_convertible).
+QUANTRAIN_API void convert(torch::nn::Module& module, bool check_observed = true, const std::vector<std::string>& skip = {});
 
 // What calibration did not reach, by the names of fake-quantisers ("fc.input_fake_quant") and fixed-point activations.
 struct QUANTRAIN_API CalibrationReport {

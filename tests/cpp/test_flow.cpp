@@ -289,9 +289,56 @@ TEST_CASE("calibration names what it did not reach, and empty batches pass", "[f
   CHECK(model->forward(x).isfinite().all().item<bool>());
   CHECK_THAT(value_error([&] { model->b->forward(x); }),
              Contains("FakeQuantize 'b.input_fake_quant': expected a scale"));
-  CHECK_THAT(value_error([&] { convert(*model); }),
-             Contains("convert: expected every scale of layer 'b' (QuantLinear)"));
-  CHECK_FALSE(model->a->converted());
+}
+
+TEST_CASE("convert leaves float what no batch reached, and its file comes back", "[flow]") {
+  torch::manual_seed(9);
+  const std::string recipe = GENERATE("ptq-w4a8", "qat-w8a8", "fqt-psq8");
+  CAPTURE(recipe);
+  Net net(Recipe::from_name(recipe));
+  CHECK_THAT(value_error([&] { convert(*net); }), Contains("convert: expected every scale of layer"));
+  const at::Tensor x = at::randn({4, 2, 6, 6});
+  {
+    Calibration calibration(*net);
+    at::relu(net->conv->forward(x));
+    net->head->forward(at::randn({4, 32}));
+    CHECK(calibration.finish().unreached == std::vector<std::string>{"middle.input_fake_quant"});
+  }
+  CHECK_THAT(value_error([&] { convert(*net, true, {"midle"}); }), Contains("expected skip to name a layer"));
+  CHECK_FALSE(net->head->converted());
+  convert(*net);
+  CHECK(net->conv->converted());
+  CHECK(net->head->converted());
+  CHECK(net->middle->left_float());
+  const at::Tensor rows = at::randn({4, 32});
+  CHECK(same_bits(net->middle->forward(rows), at::linear(rows, net->middle->weight, net->middle->bias)));
+  CHECK_THAT(value_error([&] { convert(*net); }), Contains("got one converted already"));
+  const at::Tensor want = net->forward(x);
+
+  const TemporaryFolder folder;
+  save_checkpoint(folder / "net.safetensors", *net, Recipe::from_name(recipe));
+  Net other(Recipe::from_name(recipe));
+  convert(*other, /*check_observed=*/false);
+  CHECK_THAT(value_error([&] { load_checkpoint(folder / "net.safetensors", *other); }), Contains("'middle'"));
+  Net skeleton(Recipe::from_name(recipe));
+  convert(*skeleton, /*check_observed=*/false, {"middle"});
+  load_checkpoint(folder / "net.safetensors", *skeleton);
+  CHECK(same_bits(skeleton->forward(x), want));
+}
+
+TEST_CASE("a convolution with batch norm that stays float is the float pair", "[flow]") {
+  torch::manual_seed(10);
+  Net net(Recipe::from_name("qat-w8a8"));
+  const at::Tensor x = at::randn({4, 2, 6, 6});
+  net->forward(x);
+  convert(*net, true, {"conv"});
+  CHECK(net->conv->left_float());
+  const at::Tensor y = at::conv2d(x, net->conv->weight);
+  for (const bool training : {false, true}) {
+    net->conv->train(training);
+    const auto bn = std::dynamic_pointer_cast<torch::nn::BatchNorm2dImpl>(net->conv->bn->clone());
+    CHECK(at::allclose(net->conv->forward(x), bn->forward(y), 1e-4, 1e-5));
+  }
 }
 
 TEST_CASE("the first and the last layer take the edge bits in one call", "[flow]") {

@@ -117,6 +117,25 @@ def test_every_fault_is_named_before_anything_is_trained(tmp_path, capsys):
     assert not (tmp_path / "t").exists()
 
 
+def test_a_recipe_that_cannot_convert_is_refused(tmp_path, capsys):
+    assert run(tmp_path, "--recipes", "qat-w8a8", "--override", "weight.bits=12") == 2
+    error = capsys.readouterr().err
+    assert "qat-w8a8-custom: " in error and "12" in error
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--name", "x" * 300), "--name: expected a name of at most 200 bytes, got 300"),
+        (("--runs", __file__), "--runs: expected a folder, got the file"),
+    ],
+)
+def test_places_that_cannot_be_written_are_named(tmp_path, capsys, words, message):
+    assert run(tmp_path, *words) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_model_that_cannot_be_trained_is_refused(tmp_path, capsys):
     assert run(tmp_path, "--recipes", "qat-w8a8", model="no_gradient") == 2
     error = capsys.readouterr().err

@@ -49,6 +49,11 @@ def test_image_folder_holds_out_every_tenth(photos):
     assert abs(float(images.mean())) < 1e-5 and found.model_arguments == {"in_channels": 1}
 
 
+def test_images_are_not_resized_beyond_memory(photos):
+    with pytest.raises(ValueError, match="--image-size: expected at most 2048 pixels, got 100000"):
+        data.load_image_data(str(photos), 100000)
+
+
 @pytest.mark.parametrize("name", own_data.TEST_FOLDERS)
 def test_image_folder_with_a_test_set(photos, name):
     (photos.parent / "both").mkdir()

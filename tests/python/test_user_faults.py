@@ -90,6 +90,9 @@ def test_integer_networks_do_not_go_into_checkpoints(tmp_path):
         ValueError, match=r"save_checkpoint: expected a model without an integer network.*FixedPointModel.save"
     ):
         save_checkpoint(tmp_path / "f.safetensors", qnn.convert(prepared))
+    qnn.convert(prepared).save(tmp_path / "g.safetensors")
+    with pytest.raises(ValueError, match=r"an integer network, which FixedPointModel.load reads"):
+        load_checkpoint(tmp_path / "g.safetensors", prepared)
     with pytest.raises(ValueError, match="use what prepare returned"):
         qnn.calibrate(model, [x])
     with pytest.raises(ValueError, match="use what prepare returned"):
@@ -133,3 +136,36 @@ def test_a_batch_norm_with_a_hook_is_not_folded():
     assert type(model[1]) is nn.BatchNorm2d and isinstance(model[2], qnn.QuantConvBn2d)
     qnn.calibrate(model, [x])
     assert (model(x) - want).norm() < 0.1 * want.norm()
+
+
+class TiedByFunction(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb, self.fc = nn.Embedding(16, 8), nn.Linear(8, 8)
+
+    def forward(self, ids):
+        return nn.functional.linear(self.fc(self.emb(ids)), self.emb.weight)
+
+
+def test_a_layer_that_is_called_and_read_is_named():
+    with pytest.warns(UserWarning, match=r"1 layers are called and their weight is read by a function too: 'emb'"):
+        qnn.prepare(TiedByFunction(), "qat-w8a8")
+    model = qnn.prepare(TiedByFunction(), "qat-w8a8-token", skip=["emb"])
+    ids = torch.arange(16).reshape(2, 8)
+    simulated = model.eval()(ids)
+    assert torch.equal(qnn.convert(model)(ids), simulated)
+
+
+@pytest.mark.parametrize("recipe", ["int8-training", "fqt-psq8"])
+def test_recipes_without_float64_say_so_at_once(recipe):
+    model = nn.Sequential(nn.Linear(8, 4)).double()
+    with pytest.raises(ValueError, match=f"prepare: expected float32, .* under '{recipe}', got float64 in '0'"):
+        qnn.prepare(model, recipe)
+    assert type(model[0]) is nn.Linear
+
+
+def test_the_weight_of_a_converted_layer_cannot_be_assigned():
+    model, _, _ = small()
+    model = qnn.convert(qnn.prepare(model, "qat-w8a8-token"))
+    with pytest.raises(AttributeError, match="QuantizedLinear: expected no assignment to weight"):
+        model[0].weight = nn.Parameter(torch.zeros(8, 8))

@@ -82,6 +82,8 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         check_name(self.name, "--name")
+        if self.runs.exists() and not self.runs.is_dir():
+            raise ValueError(f"--runs: expected a folder, got the file {self.runs}")
 
     @property
     def folder(self) -> Path:

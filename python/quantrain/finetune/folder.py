@@ -20,6 +20,7 @@ RUN_FILES = (
     "plots/curves.png",
     "plots/sqnr.png",
 )
+LONGEST_NAME = 200  # file systems take 255, and endings are added
 SUBFOLDERS = ("plots", "state", "tensorboard")
 
 
@@ -35,6 +36,8 @@ def check_name(name: str, what: str) -> str:
     """
     if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
         raise ValueError(f"{what}: expected a name without / and \\ that is not empty, '.' or '..', got {name!r}")
+    if len(name.encode()) > LONGEST_NAME:
+        raise ValueError(f"{what}: expected a name of at most {LONGEST_NAME} bytes, got {len(name.encode())}")
     return name
 
 

@@ -19,6 +19,7 @@ from quantrain.finetune.data import Batch, ImageData, LabelledData, pixel_statis
 from quantrain.finetune.models import import_function
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
+LARGEST_IMAGE = 2048  # all images are held in memory
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 _GREY_MODES = ("1", "L", "LA")
 _WIDE_MODES = ("I", "F")  # and "I;16" and its kin: Pillow would cut what is above 255
@@ -114,9 +115,11 @@ def load_image_folder(folder: Path, size: int | None = None) -> ImageData:
         size: Images are resized to this many pixels either way; None takes them as they are, all of one size.
 
     Raises:
-        ValueError: A file is no image, sizes differ, or the test set has other classes.
+        ValueError: A file is no image, sizes differ, the test set has other classes, or ``size`` is above 2048.
         ModuleNotFoundError: The package Pillow is missing.
     """
+    if size is not None and size > LARGEST_IMAGE:
+        raise ValueError(f"--image-size: expected at most {LARGEST_IMAGE} pixels, got {size}")
     train = _images(folder / "train")
     if train:
         test = next((paths for name in TEST_FOLDERS if (paths := _images(folder / name))), None)

@@ -61,8 +61,8 @@ def rehearse(
 ) -> float:
     """Take training steps (forward only where the recipe does not train) on a copy of ``baseline`` prepared with ``recipe``.
 
-    One step is on a few samples; of several steps on whole batches the first warms up and the others are timed. Whatever
-    does not fit raises here.
+    One step is on a few samples; of several steps on whole batches the first warms up and the others are timed. The copy is
+    then converted. Whatever does not fit raises here.
 
     Args:
         recipe: None tries the model as it is.
@@ -88,6 +88,8 @@ def rehearse(
                 with torch.no_grad():
                     float(model(*batch[0]).sum())
             times.append(time.perf_counter() - started)
+        if recipe is not None:
+            qnn.convert(model.eval(), check_observed=recipe.fixed_point is not None)
     return statistics.median(times[1:] or times)
 
 

@@ -237,6 +237,8 @@ def _read_metadata(path: Path) -> dict[str, str]:
 
 
 def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
+    if metadata.get("format") == "quantrain.fixed_point":
+        _fail(path, "a checkpoint of a model", "an integer network, which FixedPointModel.load reads")
     if metadata.get("format") != _FORMAT:
         _fail(path, f"metadata with format {_FORMAT!r}", metadata.get("format"))
     if metadata.get("version") != _VERSION:

@@ -26,12 +26,14 @@ class ModelGraph:
     order: names of the called modules, first call first: those of training, then those that evaluation alone calls; empty where
         the model was not traced.
     bypassed: names of modules that are never called while a function reads their weight.
+    read_too: names of modules that are called and whose weight a function reads besides.
     error: why tracing failed, or "".
     """
 
     pairs: dict[str, str] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
     bypassed: set[str] = field(default_factory=set)
+    read_too: set[str] = field(default_factory=set)
     error: str = ""
 
 
@@ -57,7 +59,8 @@ def trace_model(model: nn.Module, example_inputs: tuple | None = None) -> ModelG
     for one, other in ((first, last), (last, first)):  # a mode that calls neither has no say
         pairs |= {c: b for c, b in one.pairs.items() if c not in other.order and b not in other.order}
     order = list(dict.fromkeys(first.order + last.order))
-    return ModelGraph(pairs, order, (first.bypassed | last.bypassed) - set(order))
+    read = first.bypassed | last.bypassed
+    return ModelGraph(pairs, order, read - set(order), first.read_too | last.read_too | (read & set(order)))
 
 
 def symbolic_graph(model: nn.Module, training: bool | None = None) -> fx.Graph:
@@ -161,10 +164,10 @@ def _collect(model: nn.Module, nodes: Iterable[fx.Node], module_of: Callable[[fx
         # A hook may change what lies between the two, or behind.
         if plain and calls[id(bn)] == 1 and not (conv._forward_hooks or bn._forward_hooks or bn._forward_pre_hooks):
             graph.pairs[name] = user
-    read = (str(node.target).rpartition(".") for node in nodes if node.op == "get_attr" and node.users)
-    graph.bypassed = {
-        owner for owner, _, name in read if owner and name == "weight" and calls[id(modules.get(owner))] == 0
-    }
+    targets = (str(node.target).rpartition(".") for node in nodes if node.op == "get_attr" and node.users)
+    read = {owner for owner, _, name in targets if owner and name == "weight"}
+    graph.bypassed = {owner for owner in read if calls[id(modules.get(owner))] == 0}
+    graph.read_too = read - graph.bypassed
     return graph
 
 

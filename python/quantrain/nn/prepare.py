@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -109,7 +110,8 @@ def prepare(
     Warns:
         UserWarning: a model with batch norms that could not be traced; more than a tenth of the parameters left in floating point
             though neither ``skip`` nor the recipe says so (``quantization_summary.left_float`` has every module and why).
-            Also a model that was prepared before, and an optimiser made before that lacks new parameters.
+            Also a layer that is called and whose weight a function reads too (a tied head by ``F.linear``), a model that was
+            prepared before, and an optimiser made before that lacks new parameters.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     >>> print(prepare(model, "qat-w8a8").quantization_summary)
@@ -142,6 +144,12 @@ def prepare(
             f"prepare: the model could not be traced, batch norms stay float ({graph.error}){hint}", stacklevel=2
         )
     names = [name for name in layers if name not in skipped]
+    if read_too := [repr(name) for name in names if name in graph.read_too]:
+        warnings.warn(
+            f"prepare: {len(read_too)} layers are called and their weight is read by a function too: {some(read_too)}. What the "
+            "function computes is not rounded until convert, which rounds it; skip=[...] leaves such a layer in floating point",
+            stacklevel=2,
+        )
     unable = {name: reason for name in names if (reason := _unable(name, layers[name], graph))}
     names = [name for name in names if name not in unable]
     recipes = _layer_recipes(base, names, _call_order(model, graph, names), overrides, matches)
@@ -149,6 +157,8 @@ def prepare(
     unable |= {name: reason for name in names if (reason := _no_twin(layers[name], recipes[name]))}
     without |= unable
     names = [name for name in names if name not in without]
+    for name in names:
+        _check_dtype(name, layers[name].weight.dtype, recipes[name])
     if not names:
         raise ValueError(
             f"prepare: expected at least one layer to quantise under {base.name!r}, got none after skip={list(skip)}"
@@ -280,6 +290,14 @@ def _no_twin(layer: nn.Module, recipe: Recipe) -> str:
     if isinstance(layer, nn.ConvTranspose2d) and (recipe.grad_input or recipe.grad_weight):
         return "gradients of ConvTranspose2d are not quantised"
     return ""
+
+
+def _check_dtype(name: str, dtype: torch.dtype, recipe: Recipe) -> None:
+    """The operators that quantise gradients or multiply integers take no float64, which fake-quantisation does."""
+    if dtype == torch.float64 and (recipe.int8 or recipe.grad_input or recipe.grad_weight):
+        raise ValueError(
+            f"prepare: expected float32, float16 or bfloat16 weights under {recipe.name!r}, got float64 in '{name}'"
+        )
 
 
 def _warn_of_share(model: nn.Module, left: Sequence[str]) -> None:

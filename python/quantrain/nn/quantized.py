@@ -124,9 +124,18 @@ class QuantizedLayer(Float32State):
         """The float weight that the layer stands for, in the float layer's shape and of type ``weight_dtype``.
 
         ``weight_dtype`` is the type that the float weight had, or what ``.to(dtype)`` set since. It is a new tensor at each reading:
-        nothing is kept, so that a model takes the memory of its codes, and a reading costs a pass over them.
+        nothing is kept, so that a model takes the memory of its codes, and a reading costs a pass over them. Writing into it
+        changes nothing; assigning to it raises.
         """
         return self._from_rows(self.dequantized_weight(self.weight_dtype))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(
+                f"{type(self).__name__}: expected no assignment to weight, which a converted layer computes from its codes, "
+                f"got one of {type(value).__name__} (assign and tie weights before convert)"
+            )
+        super().__setattr__(name, value)
 
     def _from_rows(self, rows: Tensor) -> Tensor:
         """``[O, ...]``, as the codes are stored, in the float layer's shape."""
