@@ -1,8 +1,8 @@
-#include "amp/autocast.h"
+#include "quantrain/amp/autocast.h"
 
 #include <ATen/autocast_mode.h>
 
-#include "ops/check.h"
+#include "ops/common/check.h"
 
 namespace quantrain::amp {
 

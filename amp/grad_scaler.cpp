@@ -1,4 +1,4 @@
-#include "amp/grad_scaler.h"
+#include "quantrain/amp/grad_scaler.h"
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_amp_foreach_non_finite_check_and_unscale.h>
@@ -11,7 +11,7 @@
 #include <cmath>
 
 #include "ops/amp.h"
-#include "ops/check.h"
+#include "ops/common/check.h"
 
 namespace quantrain::amp {
 namespace {

@@ -1,11 +1,11 @@
-#include "amp/master_weights.h"
+#include "quantrain/amp/master_weights.h"
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/empty_like.h>
 
 #include "ops/amp.h"
-#include "ops/check.h"
+#include "ops/common/check.h"
 
 namespace quantrain::amp {
 namespace {

@@ -6,8 +6,8 @@
 #include "autograd/node.h"
 #include "autograd/second_derivative.h"
 #include "autograd/straight_through.h"
-#include "ops/check.h"
-#include "ops/fake_quant.h"
+#include "ops/common/check.h"
+#include "quantrain/ops/fake_quant.h"
 
 // Gradients of the fake_quant family. Where nothing needs a gradient the call goes straight to the kernel: no mask, no node.
 

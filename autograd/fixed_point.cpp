@@ -4,7 +4,7 @@
 
 #include "autograd/node.h"
 #include "autograd/straight_through.h"
-#include "ops/fixed_point.h"
+#include "quantrain/ops/fixed_point.h"
 
 // The gradient of fixed_point_quantize: fake_quantize's, from a mask that leaves out the end codes. The other operators have none.
 

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "python"))
 from fixed_point_graphs import GraphBuilder  # noqa: E402
 
-from quantrain.nn.fixed_point_onnx import export_onnx  # noqa: E402
+from quantrain.nn.fixed_point.onnx import export_onnx  # noqa: E402
 
 NETWORKS = {"resnet20": (32, (64, 1)), "resnet18": (224, (16, 1))}
 OURS, PEERS = "quantrain integers", ("torch float32", "onnxruntime float32", "onnxruntime int8")

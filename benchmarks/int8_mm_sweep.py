@@ -1,4 +1,4 @@
-"""Times every Hopper kernel of int8_mm on shapes of transformers, and fits the model by which int8_mm picks one (csrc/cuda/int8_mm.cu).
+"""Times every Hopper kernel of int8_mm on shapes of transformers, and fits the model by which int8_mm picks one (csrc/cuda/int8_mm/int8_mm.cu).
 
 python benchmarks/int8_mm_sweep.py measure --csv FILE     on an H200 or H100, a minute
 python benchmarks/int8_mm_sweep.py fit --csv FILE         coefficients, and how far the picked kernel is from the best

@@ -10,7 +10,7 @@
 #include <c10/util/Exception.h>
 
 #include "nn/labels.h"
-#include "quantrain/nn/fixed_point_layers.h"
+#include "quantrain/nn/fixed_point/layers.h"
 
 namespace quantrain::nn {
 namespace {

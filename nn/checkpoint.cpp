@@ -22,7 +22,7 @@
 #include "nn/labels.h"
 #include "nn/replace_file.h"
 #include "nn/safetensors.h"
-#include "quantrain/nn/fixed_point_layers.h"
+#include "quantrain/nn/fixed_point/layers.h"
 #include "quantrain/nn/layers.h"
 
 namespace quantrain::nn {

@@ -19,7 +19,7 @@
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/graph_task.h>
 
-#include "quantrain/nn/fixed_point_layers.h"
+#include "quantrain/nn/fixed_point/layers.h"
 #include "quantrain/ops/fake_quant.h"
 
 namespace quantrain::nn {

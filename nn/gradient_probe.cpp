@@ -1,4 +1,4 @@
-#include "nn/gradient_probe.h"
+#include "quantrain/nn/gradient_probe.h"
 
 // State is shared with the hooks that watch() leaves in autograd's graph, which hold it weakly: a probe may go before a backward pass.
 
@@ -16,9 +16,9 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include "nn/gradient_probe_statistics.h"
-#include "nn/layers.h"
-#include "ops/check.h"
-#include "ops/gradient_quant.h"
+#include "ops/common/check.h"
+#include "quantrain/nn/layers.h"
+#include "quantrain/ops/gradient_quant.h"
 
 namespace quantrain::nn {
 namespace {

@@ -1,4 +1,4 @@
-#include "nn/gradient_probe.h"
+#include "quantrain/nn/gradient_probe.h"
 
 // JSON and text of a GradientProbe. The names of the JSON are those of the structs in the header.
 

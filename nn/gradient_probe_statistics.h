@@ -6,8 +6,8 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "nn/gradient_probe.h"
-#include "ops/gradient_quant.h"
+#include "quantrain/nn/gradient_probe.h"
+#include "quantrain/ops/gradient_quant.h"
 
 namespace quantrain::nn::probe {
 

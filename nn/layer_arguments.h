@@ -8,7 +8,7 @@
 #include <c10/util/Exception.h>
 
 #include "quantrain/nn/recipe.h"
-#include "quantrain/ops/gradient_quant_layers.h"
+#include "quantrain/ops/fqt.h"
 
 namespace quantrain::nn::detail {
 

@@ -25,9 +25,9 @@
 #include "nn/labels.h"
 #include "nn/layer_arguments.h"
 #include "nn/parameters.h"
-#include "quantrain/nn/fixed_point_layers.h"
+#include "quantrain/nn/fixed_point/layers.h"
 #include "quantrain/ops/fake_quant.h"
-#include "quantrain/ops/gradient_quant_layers.h"
+#include "quantrain/ops/fqt.h"
 #include "quantrain/ops/int8.h"
 
 namespace quantrain::nn {

@@ -9,9 +9,9 @@
 #include <limits>
 
 #include "csrc/cpu/amp.h"
-#include "ops/check.h"
-#include "ops/launch.h"
-#include "ops/random.h"
+#include "ops/common/check.h"
+#include "ops/common/launch.h"
+#include "ops/common/random.h"
 
 #if defined(QUANTRAIN_WITH_CUDA)
 #include "csrc/cuda/amp.h"

@@ -1,4 +1,4 @@
-#include "ops/fake_quant.h"
+#include "quantrain/ops/fake_quant.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
@@ -14,9 +14,9 @@
 #include <vector>
 
 #include "csrc/cpu/fake_quant.h"
-#include "ops/check.h"
+#include "ops/common/check.h"
+#include "ops/common/launch.h"
 #include "ops/fake_quant_check.h"
-#include "ops/launch.h"
 
 #if defined(QUANTRAIN_WITH_CUDA)
 #include "csrc/cuda/fake_quant.h"

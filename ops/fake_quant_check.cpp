@@ -5,8 +5,8 @@
 #include <cmath>
 #include <limits>
 
-#include "ops/check.h"
-#include "ops/layout.h"
+#include "ops/common/check.h"
+#include "ops/common/layout.h"
 
 namespace quantrain {
 namespace {

@@ -7,10 +7,10 @@
 #include <torch/library.h>
 
 #include "csrc/cpu/fake_quant.h"
-#include "ops/check.h"
-#include "ops/fake_quant.h"
+#include "ops/common/check.h"
+#include "ops/common/launch.h"
 #include "ops/fake_quant_check.h"
-#include "ops/launch.h"
+#include "quantrain/ops/fake_quant.h"
 
 #if defined(QUANTRAIN_WITH_CUDA)
 #include "csrc/cuda/fake_quant.h"

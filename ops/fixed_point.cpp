@@ -1,4 +1,4 @@
-#include "ops/fixed_point.h"
+#include "quantrain/ops/fixed_point.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
@@ -10,9 +10,9 @@
 
 #include "csrc/cpu/fake_quant.h"
 #include "csrc/cpu/fixed_point.h"
-#include "ops/check.h"
+#include "ops/common/check.h"
+#include "ops/common/launch.h"
 #include "ops/fake_quant_check.h"
-#include "ops/launch.h"
 
 #if defined(QUANTRAIN_WITH_CUDA)
 #include "csrc/cuda/fake_quant.h"

@@ -1,4 +1,4 @@
-#include "ops/gradient_quant.h"
+#include "quantrain/ops/gradient_quant.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/arange.h>
@@ -13,10 +13,10 @@
 
 #include "csrc/cpu/fake_quant.h"
 #include "csrc/cpu/gradient_quant.h"
-#include "ops/check.h"
-#include "ops/fake_quant.h"
-#include "ops/launch.h"
-#include "ops/random.h"
+#include "ops/common/check.h"
+#include "ops/common/launch.h"
+#include "ops/common/random.h"
+#include "quantrain/ops/fake_quant.h"
 
 #if defined(QUANTRAIN_WITH_CUDA)
 #include "csrc/cuda/fake_quant.h"

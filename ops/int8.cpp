@@ -1,4 +1,4 @@
-#include "ops/int8.h"
+#include "quantrain/ops/int8.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
@@ -8,9 +8,9 @@
 #include <tuple>
 
 #include "csrc/cpu/int8.h"
-#include "ops/check.h"
-#include "ops/launch.h"
-#include "ops/random.h"
+#include "ops/common/check.h"
+#include "ops/common/launch.h"
+#include "ops/common/random.h"
 
 #if defined(QUANTRAIN_WITH_CUDA)
 #include "csrc/cuda/int8.h"

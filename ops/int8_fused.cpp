@@ -1,4 +1,4 @@
-#include "ops/int8_fused.h"
+#include "quantrain/ops/int8_fused.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
@@ -7,8 +7,8 @@
 #include <tuple>
 
 #include "csrc/cpu/int8.h"
-#include "ops/check.h"
-#include "ops/launch.h"
+#include "ops/common/check.h"
+#include "ops/common/launch.h"
 
 #if defined(QUANTRAIN_WITH_CUDA)
 #include "csrc/cuda/int8.h"

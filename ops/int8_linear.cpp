@@ -1,4 +1,4 @@
-#include "ops/int8_linear.h"
+#include "quantrain/ops/int8_linear.h"
 
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -6,13 +6,13 @@
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
-#include "ops/check.h"
-#include "ops/fake_quant.h"
-#include "ops/int8.h"
+#include "ops/common/check.h"
+#include "ops/common/layout.h"
 #include "ops/int8_linear_plan.h"
-#include "ops/layout.h"
+#include "quantrain/ops/fake_quant.h"
+#include "quantrain/ops/int8.h"
 
-// Arguments and output of int8_linear. Its derivative is in autograd/int8.cpp.
+// Arguments and output of int8_linear. Its derivative is in autograd/int8_linear.cpp.
 
 namespace quantrain {
 namespace {

@@ -8,7 +8,7 @@
 #include <string_view>
 
 #include "ops/int8_auto.h"
-#include "ops/int8_linear.h"
+#include "quantrain/ops/int8_linear.h"
 
 namespace quantrain {
 

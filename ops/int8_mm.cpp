@@ -4,10 +4,10 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "ops/check.h"
-#include "ops/int8.h"
+#include "ops/common/check.h"
+#include "ops/common/launch.h"
 #include "ops/int8_mm_cpu.h"
-#include "ops/launch.h"
+#include "quantrain/ops/int8.h"
 
 #if defined(QUANTRAIN_WITH_CUDA)
 #include "csrc/cuda/int8.h"

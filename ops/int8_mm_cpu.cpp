@@ -9,8 +9,8 @@
 #include <string_view>
 
 #include "csrc/cpu/int8_mm.h"
-#include "ops/check.h"
-#include "ops/parallel.h"
+#include "ops/common/check.h"
+#include "ops/common/parallel.h"
 
 namespace quantrain {
 namespace {

@@ -5,8 +5,8 @@
 void bind_amp(pybind11::module_& module);
 void bind_files(pybind11::module_& module);
 void bind_fixed_point(pybind11::module_& module);
-void bind_fixed_point_layers(pybind11::module_& module);
-void bind_nn(pybind11::module_& module);
+void bind_fixed_point_conv(pybind11::module_& module);
+void bind_recipe(pybind11::module_& module);
 void bind_probe(pybind11::module_& module);
 
 PYBIND11_MODULE(_C, module) {
@@ -16,7 +16,7 @@ PYBIND11_MODULE(_C, module) {
   bind_amp(module);
   bind_files(module);
   bind_fixed_point(module);
-  bind_fixed_point_layers(module);
-  bind_nn(module);
+  bind_fixed_point_conv(module);
+  bind_recipe(module);
   bind_probe(module);
 }

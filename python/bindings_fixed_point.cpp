@@ -1,10 +1,10 @@
-// Python binding of FixedPointNetwork, documented in quantrain/nn/fixed_point_network.py. Other Python threads run during every call that computes.
+// Python binding of FixedPointNetwork, documented in quantrain/nn/fixed_point/network.py. Other Python threads run during every call that computes.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include "quantrain/nn/fixed_point_network.h"
+#include "quantrain/nn/fixed_point/network.h"
 
 namespace py = pybind11;
 using quantrain::nn::FixedPointAuditRow;

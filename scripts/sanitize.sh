@@ -26,7 +26,7 @@ run build/asan/tests/cpp/quantrain_tests '~[cuda]'
 for path in plain avx2 avx512 avx_vnni avx512_vnni; do
   # The tests of a path that the processor lacks fail with a message of their own: ask first.
   if QUANTRAIN_CPU_INT8=$path build/asan/tests/cpp/quantrain_tests '[path_is_here]' >/dev/null 2>&1; then
-    QUANTRAIN_CPU_INT8=$path run build/asan/tests/cpp/quantrain_tests '[fixed_point_layers],[fixed_point_network],[int8]'
+    QUANTRAIN_CPU_INT8=$path run build/asan/tests/cpp/quantrain_tests '[fixed_point_conv],[fixed_point_network],[int8]'
   else
     echo "sanitize: this processor lacks $path"
   fi

@@ -1,4 +1,4 @@
-"""Fits the constants of csrc/cuda/fixed_point_conv_mma.cu's estimate, by which it chooses a tile, to a sweep over ResNet-50's layers.
+"""Fits the constants of csrc/cuda/fixed_point_conv/mma.cu's estimate, by which it chooses a tile, to a sweep over ResNet-50's layers.
 
     python benchmarks/fixed_point/fit_tiles.py benchmarks/results/fixed-point-resnet50-<gpu>-<date>.json
 

@@ -1,5 +1,5 @@
 #include "csrc/cuda/common.cuh"
-#include "csrc/cuda/fixed_point_conv.h"
+#include "csrc/cuda/fixed_point_conv/conv.h"
 
 // Pools of codes and the addition of two tensors.
 

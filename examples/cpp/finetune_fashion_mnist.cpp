@@ -17,7 +17,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/cross_entropy_loss.h>
 #include <quantrain/nn/checkpoint.h>
-#include <quantrain/nn/fixed_point_network.h>
+#include <quantrain/nn/fixed_point/network.h>
 #include <quantrain/nn/layers.h>
 #include <torch/utils.h>
 

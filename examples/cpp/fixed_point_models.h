@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include <quantrain/nn/fixed_point_model.h>
+#include <quantrain/nn/fixed_point/graph.h>
 #include <torch/nn/init.h>
 
 namespace example {

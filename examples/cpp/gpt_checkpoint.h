@@ -6,8 +6,8 @@
 // the course of the training).
 #pragma once
 
-#include <quantrain/amp/fused_adamw.h>
 #include <quantrain/nn/checkpoint.h>
+#include <quantrain/optim/fused_adamw.h>
 
 #include <cstdint>
 #include <map>

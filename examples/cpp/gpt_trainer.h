@@ -2,10 +2,10 @@
 #pragma once
 
 #include <quantrain/amp/autocast.h>
-#include <quantrain/amp/fused_adamw.h>
 #include <quantrain/amp/grad_scaler.h>
 #include <quantrain/nn/int8_linear.h>
 #include <quantrain/nn/layers.h>
+#include <quantrain/optim/fused_adamw.h>
 #include <torch/utils.h>
 
 #include <algorithm>

@@ -21,7 +21,7 @@
 #include <ATen/TensorOperators.h>
 #include <c10/core/Device.h>
 
-#include <quantrain/nn/fixed_point_network.h>
+#include <quantrain/nn/fixed_point/network.h>
 
 #include "fashion_mnist.h"
 

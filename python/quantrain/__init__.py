@@ -28,24 +28,22 @@ from quantrain.fake_quant import (  # noqa: E402
     unpack_int4,
 )
 from quantrain.fixed_point import (  # noqa: E402
-    fixed_point_fraction_length,
-    fixed_point_quantize,
-    fixed_point_requantize,
-)
-from quantrain.fixed_point_layers import (  # noqa: E402
     fixed_point_add,
     fixed_point_conv2d,
     fixed_point_conv2d_requantize,
+    fixed_point_fraction_length,
     fixed_point_linear,
     fixed_point_max_pool2d,
+    fixed_point_quantize,
+    fixed_point_requantize,
     fixed_point_sum_pool2d,
 )
+from quantrain.fqt import fqt_conv2d, fqt_linear  # noqa: E402
 from quantrain.gradient_quant import (  # noqa: E402
     QuantizedGradient,
     quantize_gradient,
     quantize_gradient_codes,
 )
-from quantrain.gradient_quant_layers import fqt_conv2d, fqt_linear  # noqa: E402
 from quantrain.int8 import (  # noqa: E402
     int8_add_layer_norm,
     int8_add_rms_norm,

@@ -13,9 +13,22 @@ raises on CPU; on CUDA, where the check would wait for the device, :func:`fixed_
 threshold. Under ``torch.autocast`` every operator keeps its input's element type.
 
 Errors are ``ValueError`` (values and shapes) and ``TypeError`` (element types and devices).
+
+Layers take 8-bit codes in, exact int32 sums, one shift out; no scale and no float.
+
+Codes are uint8 in [0, 255] or int8 in [-127, 127]; weights are int8. The sums of a
+convolution have ``FL_acc = FL_input + FL_weight`` (per output channel where the weight's is), and so has the bias. Codes of fraction length
+FL_out come from sums by ``shift = FL_acc - FL_out``: ``acc / 2**shift`` rounded half to even (``acc * 2**-shift`` for ``shift <= 0``), then
+clamped to the codes. A convolution followed by a shift alone is F8Net's (Jin et al., ICLR 2022, section 3).
+
+Images are ``[N, C, H, W]`` in any strides; results are channels_last. CPU and CUDA give the same bits, whatever the number of threads. A
+sum that passes int32 wraps: whoever builds a network proves that none does. No gradients. Errors are ``ValueError`` (values and shapes) and
+``TypeError`` (element types and devices).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -119,3 +132,153 @@ def fixed_point_requantize(
     return _ops.fixed_point_requantize(
         accumulator, lengths, _arguments.integer(op, "fraction_length", fraction_length), signed=signed
     )
+
+
+def _pair(op: str, name: str, size: int | Sequence[int]) -> tuple[int, int]:
+    """One size for both dimensions, or two."""
+    sizes = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(sizes) != 2:
+        raise ValueError(f"{op}: expected {name} to be one size or two, got {size!r}")
+    return tuple(_arguments.integer(op, name, one) for one in sizes)
+
+
+def _lengths(op: str, name: str, value: Tensor | int, input: Tensor) -> Tensor:
+    return _arguments.parameter(op, name, value, input, dtype=torch.int32)
+
+
+def fixed_point_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    groups: int = 1,
+) -> Tensor:
+    """The exact sums of a convolution of codes.
+
+    Shapes: input uint8 or int8 ``[N, C, H, W]``, weight int8 ``[O, C / groups, KH, KW]``, bias int32 ``[O]`` -> int32 ``[N, O, OH, OW]``. Padding
+    is zeros. Fraction length of the result and of the bias: the input's plus the weight's.
+
+    >>> x = torch.full((1, 1, 3, 3), 200, dtype=torch.uint8)
+    >>> fixed_point_conv2d(x, torch.full((1, 1, 3, 3), -2, dtype=torch.int8), padding=1)[0, 0].tolist()
+    [[-1600, -2400, -1600], [-2400, -3600, -2400], [-1600, -2400, -1600]]
+    """
+    op = "fixed_point_conv2d"
+    return _ops.fixed_point_conv2d(
+        _arguments.tensor(op, "input", input),
+        _arguments.tensor(op, "weight", weight),
+        bias,
+        stride=_pair(op, "stride", stride),
+        padding=_pair(op, "padding", padding),
+        groups=_arguments.integer(op, "groups", groups),
+    )
+
+
+def fixed_point_conv2d_requantize(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | int,
+    residual: Tensor | None = None,
+    residual_shift: Tensor | int | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    groups: int = 1,
+    signed: bool = False,
+) -> Tensor:
+    """A convolution of codes with codes as its result: ``clamp(round((acc + residual) / 2**shift))``.
+
+    Shapes: as :func:`fixed_point_conv2d`; shift an int, or integers of one element or O, in [-31, 31] -> uint8 (``signed=False``: clamped at 0, so a ReLU is
+    in it) or int8. residual is uint8, int8 or int32 of the result's shape, with ``residual_shift = FL_acc - FL_residual`` int32 of one element
+    or O; whichever of the two has fewer fraction bits is shifted left before they are added, so there is one rounding. Give
+    ``residual`` and the output different memory.
+
+    >>> x = torch.tensor([[[[3, 5, 255]]]], dtype=torch.uint8)
+    >>> w, shift = torch.ones(1, 1, 1, 1, dtype=torch.int8), torch.tensor([1], dtype=torch.int32)
+    >>> fixed_point_conv2d_requantize(x, w, None, shift).flatten().tolist()  # 1.5, 2.5 and 127.5, half to even
+    [2, 2, 128]
+    >>> fixed_point_conv2d_requantize(x, w, None, shift, x, shift, signed=True).flatten().tolist()  # (x + 2 x) / 2
+    [4, 8, 127]
+    """
+    op = "fixed_point_conv2d_requantize"
+    _arguments.tensor(op, "input", input)
+    return _ops.fixed_point_conv2d_requantize(
+        input,
+        _arguments.tensor(op, "weight", weight),
+        bias,
+        _lengths(op, "shift", shift, input),
+        residual,
+        None if residual_shift is None else _lengths(op, "residual_shift", residual_shift, input),
+        stride=_pair(op, "stride", stride),
+        padding=_pair(op, "padding", padding),
+        groups=_arguments.integer(op, "groups", groups),
+        signed=signed,
+    )
+
+
+def fixed_point_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The exact sums of a linear layer of codes.
+
+    Shapes: input uint8 or int8 ``[..., K]``, weight int8 ``[O, K]``, bias int32 ``[O]`` -> int32 ``[..., O]``.
+
+    >>> w, bias = torch.tensor([[1, -2], [3, 4]], dtype=torch.int8), torch.tensor([10, 0], dtype=torch.int32)
+    >>> fixed_point_linear(torch.tensor([[255, 1]], dtype=torch.uint8), w, bias).tolist()
+    [[263, 769]]
+    """
+    return _ops.fixed_point_linear(input, weight, bias)
+
+
+def fixed_point_add(a: Tensor, b: Tensor, a_fraction_length: Tensor | int, b_fraction_length: Tensor | int) -> Tensor:
+    """The sum of two tensors in fixed point, exact: int32 of fraction length ``max(a_fraction_length, b_fraction_length)``.
+
+    Shapes: a and b uint8, int8 or int32 of one shape; fraction lengths an int, or integers of one element, or of a's rank with one size other than 1
+    (``[1, C, 1, 1]``: per channel). Saturates at the ends of int32.
+
+    >>> a, b = torch.tensor([1, 255], dtype=torch.uint8), torch.tensor([-3, 4], dtype=torch.int8)
+    >>> fixed_point_add(a, b, torch.tensor([2], dtype=torch.int32), torch.tensor([5], dtype=torch.int32)).tolist()
+    [5, 2044]
+    """
+    op = "fixed_point_add"
+    _arguments.tensor(op, "a", a)
+    return _ops.fixed_point_add(
+        a,
+        _arguments.tensor(op, "b", b),
+        _lengths(op, "a_fraction_length", a_fraction_length, a),
+        _lengths(op, "b_fraction_length", b_fraction_length, a),
+    )
+
+
+def fixed_point_max_pool2d(
+    input: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int] = 0,
+) -> Tensor:
+    """The largest code of each window; the padding never wins, and is at most half the kernel.
+
+    Shapes: input uint8 or int8 ``[N, C, H, W]`` -> codes of the same type ``[N, C, OH, OW]``.
+
+    >>> x = torch.tensor([[[[-5, -4], [-3, -100]]]], dtype=torch.int8)
+    >>> fixed_point_max_pool2d(x, 3, 2, 1).tolist()
+    [[[[-3]]]]
+    """
+    op = "fixed_point_max_pool2d"
+    return _ops.fixed_point_max_pool2d(
+        _arguments.tensor(op, "input", input),
+        _pair(op, "kernel_size", kernel_size),
+        _pair(op, "stride", stride),
+        _pair(op, "padding", padding),
+    )
+
+
+def fixed_point_sum_pool2d(input: Tensor) -> Tensor:
+    """The sum of each image's codes; an average pool is this and a shift.
+
+    Shapes: input uint8 or int8 ``[N, C, H, W]`` -> int32 ``[N, C, 1, 1]``.
+
+    >>> fixed_point_sum_pool2d(torch.full((1, 2, 8, 8), 255, dtype=torch.uint8)).flatten().tolist()
+    [16320, 16320]
+    """
+    return _ops.fixed_point_sum_pool2d(input)

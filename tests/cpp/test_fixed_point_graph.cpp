@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include <quantrain/nn/fixed_point_model.h>
+#include <quantrain/nn/fixed_point/graph.h>
 #include <quantrain/nn/layers.h>
 #include <torch/optim/sgd.h>
 

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include <ATen/TensorOperators.h>
-#include <quantrain/nn/fixed_point_network.h>
+#include <quantrain/nn/fixed_point/network.h>
 
 using Catch::Matchers::Contains;
 using quantrain::nn::FixedPointNetwork;

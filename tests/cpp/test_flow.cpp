@@ -8,7 +8,7 @@
 #include <vector>
 
 #include <quantrain/nn/checkpoint.h>
-#include <quantrain/nn/fixed_point_model.h>
+#include <quantrain/nn/fixed_point/graph.h>
 #include <quantrain/nn/int8_linear.h>
 #include <quantrain/nn/layers.h>
 #include <torch/csrc/autograd/custom_function.h>

@@ -11,7 +11,7 @@ from reference import fixed_point_layers as reference
 from torch.library import opcheck
 
 import quantrain
-import quantrain.fixed_point_layers
+import quantrain.fixed_point
 
 ops = torch.ops.quantrain
 on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
@@ -350,6 +350,6 @@ def test_shifts_out_of_range_are_refused_on_cpu():
 
 
 def test_examples():
-    assert doctest.testmod(quantrain.fixed_point_layers).failed == 0
+    assert doctest.testmod(quantrain.fixed_point).failed == 0
     for name in ("conv2d", "conv2d_requantize", "linear", "add", "max_pool2d", "sum_pool2d"):
         assert getattr(quantrain, f"fixed_point_{name}").__doc__

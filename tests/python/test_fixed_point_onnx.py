@@ -12,7 +12,7 @@ import torch
 from reference import fixed_point_network as oracle
 
 import quantrain
-from quantrain.nn.fixed_point_onnx import export_onnx
+from quantrain.nn.fixed_point.onnx import export_onnx
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -151,6 +151,6 @@ def test_refuses_what_it_cannot_write(tmp_path):
 def test_names_the_package_that_is_missing(tmp_path, monkeypatch):
     graph, tensors, _ = graphs.sample("conv_chain")
     monkeypatch.setitem(sys.modules, "onnx", None)
-    module = importlib.import_module("quantrain.nn.fixed_point_onnx")
+    module = importlib.import_module("quantrain.nn.fixed_point.onnx")
     with pytest.raises(ImportError, match="expected the package onnx, which is not installed"):
         module.export_onnx((graph, tensors), tmp_path / "network.onnx")

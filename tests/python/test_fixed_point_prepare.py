@@ -14,7 +14,7 @@ import quantrain
 import quantrain.nn as qnn
 from quantrain.finetune.data import DEBIAN_FOLDER, load_image_data
 from quantrain.finetune.models import resnet20
-from quantrain.nn.fixed_point_prepare import layers_of
+from quantrain.nn.fixed_point.prepare import layers_of
 
 BUILDERS = {
     "resnet-mean": ResNet,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantrain import _C
-from quantrain.nn.tables import Table
+from quantrain.tables import Table
 
 __all__ = ["GradScaler"]
 

@@ -10,37 +10,7 @@ import numpy as np
 
 from quantrain.finetune.grids import Grid
 from quantrain.finetune.results import StageResult
-
-# Okabe & Ito's colours, which people with colour-blindness tell apart; the baseline is grey.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-BASELINE_COLOR = "#555555"
-INK, FAINT = "#222222", "#D9D9D9"
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.edgecolor": "#888888",
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "text.color": INK,
-    "legend.frameon": False,
-    "savefig.dpi": 130,
-    "figure.constrained_layout.use": True,
-}
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+from quantrain.plotting import BASELINE_COLOR, COLORS, FAINT, STYLE, pyplot_for_files
 
 
 def stage_colors(stages: Sequence[str]) -> dict[str, str]:
@@ -59,7 +29,7 @@ def smooth(values: Sequence[float], window: int) -> np.ndarray:
 
 def plot_curves(entries: Sequence[dict], results: Sequence[StageResult], path: Path) -> None:
     """Training loss by step, and the test accuracy each stage reached, from metrics.jsonl and the results."""
-    pyplot = _pyplot()
+    pyplot = pyplot_for_files()
     from matplotlib import ticker
 
     colors = stage_colors([result.stage for result in results])
@@ -114,7 +84,7 @@ def _accuracy_panel(axes, entries: Sequence[dict], results: Sequence[StageResult
 
 def plot_histograms(grids: Sequence[Grid], stage: str, color: str, path: Path) -> None:
     """One panel a tensor: the float values as a histogram, and the codes of the grid that they are rounded to."""
-    pyplot = _pyplot()
+    pyplot = pyplot_for_files()
     with pyplot.rc_context(STYLE):
         figure, panels = pyplot.subplots(1, len(grids), figsize=(3.8 * len(grids), 3.3), squeeze=False)
         for axes, grid in zip(panels[0], grids, strict=True):
@@ -167,7 +137,7 @@ def _draw_codes(axes, grid: Grid, few: bool) -> None:
 
 def plot_sqnr(results: Sequence[StageResult], path: Path) -> None:
     """Signal to quantisation noise of each layer: a panel a tensor, a line a recipe."""
-    pyplot = _pyplot()
+    pyplot = pyplot_for_files()
     measured = [result for result in results if result.layer_errors]
     colors = stage_colors([result.stage for result in results])
     tensors = list(dict.fromkeys(error.tensor for result in measured for error in result.layer_errors))

@@ -1,5 +1,7 @@
 """Layers, observers and model transforms for quantised training: prepare -> train or calibrate -> convert."""
 
+from quantrain.tables import Table
+
 from .calibrate import (
     CalibrationReport,
     calibrate,
@@ -21,12 +23,12 @@ from .convert import convert
 from .convolutions import QuantConv1d, QuantConvTranspose2d
 from .dynamic import fake_quantize_per_token, quantize_per_token
 from .fake_quantize import FakeQuantize
-from .fixed_point import FixedPointAvgPool2d, FixedPointConv2d, FixedPointLinear
-from .fixed_point_activation import FixedPointActivation
-from .fixed_point_convert import audit, fixed_point_graph, simulated_codes
-from .fixed_point_network import FixedPointModel
-from .fixed_point_onnx import export_onnx
-from .fixed_point_prepare import FixedPointPrepared
+from .fixed_point.activation import FixedPointActivation
+from .fixed_point.convert import audit, fixed_point_graph, simulated_codes
+from .fixed_point.layers import FixedPointAvgPool2d, FixedPointConv2d, FixedPointLinear
+from .fixed_point.network import FixedPointModel
+from .fixed_point.onnx import export_onnx
+from .fixed_point.prepare import FixedPointPrepared
 from .gradient_probe import GradientProbe, ProbeTable
 from .int8_linear import Int8Linear, Int8TransposedLinear, enable_weight_cache
 from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear, QuantTransposedLinear
@@ -51,7 +53,6 @@ from .quantized import (
 )
 from .recipes import as_recipe, changed_recipe, gradient_arguments, weight_scale_shape
 from .report import ErrorTable, SizeTable, model_size, quantization_error
-from .tables import Table
 
 __all__ = [
     "PACT",

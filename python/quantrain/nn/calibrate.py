@@ -16,8 +16,14 @@ import torch
 from torch import nn
 
 from .fake_quantize import FakeQuantize
-from .fixed_point import FixedPointAvgPool2d, FixedPointLayer, begin_calibration, end_calibration, has_fixed_point
-from .fixed_point_activation import FixedPointActivation
+from .fixed_point.activation import FixedPointActivation
+from .fixed_point.layers import (
+    FixedPointAvgPool2d,
+    FixedPointLayer,
+    begin_calibration,
+    end_calibration,
+    has_fixed_point,
+)
 from .layers import QuantLayer
 
 __all__ = [

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from quantrain._C import QuantSpec, Recipe, write_safetensors
 
 from .convert import convert, is_converted
-from .fixed_point import FixedPointLayer
-from .fixed_point_network import FixedPointModel
+from .fixed_point.layers import FixedPointLayer
+from .fixed_point.network import FixedPointModel
 from .layers import QuantEmbedding, QuantLayer
 from .prepare import prepare, quantisable
 from .quantized import QuantizedEmbedding, QuantizedLayer, name_codes

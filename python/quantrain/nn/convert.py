@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from .conv_bn import FoldedBatchNorm2d, QuantConvBn2d
-from .fixed_point_convert import FixedPointModel, convert_fixed_point
-from .fixed_point_prepare import FixedPointPrepared, summary_rows
+from .fixed_point.convert import FixedPointModel, convert_fixed_point
+from .fixed_point.prepare import FixedPointPrepared, summary_rows
 from .graph import copied
 from .layers import QuantEmbedding, QuantLayer
 from .prepare import PrepareSummary, matching, some, swapped

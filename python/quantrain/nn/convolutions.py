@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantrain._C import Recipe
-from quantrain.gradient_quant_layers import fqt_conv2d
+from quantrain.fqt import fqt_conv2d
 
 from .layers import QuantLayer
 from .recipes import gradient_arguments

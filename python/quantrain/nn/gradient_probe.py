@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from quantrain import _C
 from quantrain._C import GradientSpec
+from quantrain.tables import Table
 
 from .layers import QuantEmbedding, QuantLayer
-from .tables import Table
 
 __all__ = ["GradientProbe", "ProbeTable"]
 
@@ -210,7 +210,7 @@ class GradientProbe:
             ImportError: matplotlib is not installed (extra [train]).
             ValueError: nothing was observed.
         """
-        from quantrain.finetune.probe_plot import plot_probe
+        from quantrain.nn.gradient_probe_plot import plot_probe
 
         plot_probe(self.rows, self.recommend(), path)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantrain._C import Recipe
-from quantrain.gradient_quant_layers import fqt_conv2d, fqt_linear
+from quantrain.fqt import fqt_conv2d, fqt_linear
 
 from .fake_quantize import FakeQuantize
 from .recipes import as_recipe, gradient_arguments, weight_scale_shape

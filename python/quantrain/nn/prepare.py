@@ -14,17 +14,17 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from quantrain._C import Recipe
+from quantrain.tables import Table
 
 from .conv_bn import FoldedBatchNorm2d, QuantConvBn2d
 from .convolutions import QuantConv1d, QuantConvTranspose2d
-from .fixed_point_prepare import FixedPointPrepared, prepare_fixed_point, summary_rows
+from .fixed_point.prepare import FixedPointPrepared, prepare_fixed_point, summary_rows
 from .graph import ModelGraph, copied, trace_model
 from .int8_linear import Int8Layer, Int8Linear, Int8TransposedLinear
 from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear, QuantTransposedLinear
 from .new_parameters import new_parameters
 from .quantized import QuantizedLayer
 from .recipes import as_recipe, changed_recipe
-from .tables import Table
 from .weight_hooks import unknown_weight
 
 __all__ = ["PrepareSummary", "matching", "prepare", "quantisable", "some", "swapped"]

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantrain.tables import Table
+
 from .calibrate import enable_fake_quant, evaluating, fake_quants, run_batch
 from .fake_quantize import FakeQuantize
 from .int8_linear import Int8Layer
 from .layers import QuantLayer
 from .observers import to_blocks
 from .quantized import QuantizedInt8Linear, QuantizedLayer, kPackedBits
-from .tables import Table
 
 __all__ = ["ErrorTable", "SizeTable", "model_size", "quantization_error"]
 

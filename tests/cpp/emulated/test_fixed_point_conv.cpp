@@ -13,9 +13,9 @@
 #define ASAN_UNPOISON_MEMORY_REGION(address, bytes)
 #endif
 
-#include "csrc/cuda/fixed_point_conv_gather.cuh"
-#include "csrc/cuda/fixed_point_conv_patch.cuh"
-#include "csrc/cuda/fixed_point_conv_wgmma.cuh"
+#include "csrc/cuda/fixed_point_conv/gather.cuh"
+#include "csrc/cuda/fixed_point_conv/patch.cuh"
+#include "csrc/cuda/fixed_point_conv/wgmma.cuh"
 
 using namespace quantrain;
 using namespace quantrain::cuda;

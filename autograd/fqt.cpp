@@ -1,0 +1,189 @@
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/matmul.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "autograd/node.h"
+#include "autograd/second_derivative.h"
+#include "ops/common/check.h"
+#include "ops/fqt_check.h"
+
+// Gradients of fqt_linear and fqt_conv2d: PyTorch's own products, of a gradient that is quantised anew for each.
+
+namespace quantrain {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+using OptionalTensor = std::optional<at::Tensor>;
+
+// ---- what both share -------------------------------------------------------------------------------------------------------
+
+void save(AutogradContext* ctx, const std::string& name, const GradientQuantizer& q) {
+  ctx->saved_data[name] = q.quantizer;
+  ctx->saved_data[name + "_bits"] = q.bits;
+  ctx->saved_data[name + "_rows"] = q.rows;
+  ctx->saved_data[name + "_preserve_zero"] = q.preserve_zero;
+  ctx->saved_data[name + "_max_group"] = q.max_group;
+}
+
+GradientQuantizer saved(AutogradContext* ctx, const std::string& name) {
+  return {ctx->saved_data[name].toStringRef(), ctx->saved_data[name + "_bits"].toInt(),
+          ctx->saved_data[name + "_rows"].toStringRef(), ctx->saved_data[name + "_preserve_zero"].toBool(),
+          ctx->saved_data[name + "_max_group"].toInt()};
+}
+
+bool is_tensor(const OptionalTensor& tensor) { return tensor && tensor->defined(); }
+
+// Whether the bias needs its gradient. Without a bias it has no edge that could be asked.
+bool needs_bias_grad(AutogradContext* ctx) { return ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2); }
+
+// Q(dY), a new draw at each call.
+at::Tensor quantized(const at::Tensor& grad_output, const GradientQuantizer& q) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("quantrain::quantize_gradient", "")
+                             .typed<at::Tensor(const at::Tensor&, int64_t, std::string_view, std::string_view, bool,
+                                               int64_t, bool, const std::optional<at::Generator>&)>();
+  if (q.quantizer == "none" || grad_output.sym_numel() == 0) return grad_output;
+  return op.call(grad_output, q.bits, q.quantizer, q.rows, q.preserve_zero, q.max_group, /*stochastic=*/true,
+                 std::nullopt);
+}
+
+bool any_needs_grad(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias) {
+  return needs_grad(input) || needs_grad(weight) || (bias && needs_grad(*bias));
+}
+
+// ---- nodes -----------------------------------------------------------------------------------------------------------------
+
+struct FqtLinearFunction : torch::autograd::Function<FqtLinearFunction> {
+  static constexpr bool is_traceable = true;
+
+  static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& weight,
+                          const OptionalTensor& bias, const GradientQuantizer& grad_input,
+                          const GradientQuantizer& grad_weight) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({weight.requires_grad() ? input : Variable(), input.requires_grad() ? weight : Variable()});
+    ctx->saved_data["has_bias"] = is_tensor(bias);
+    save(ctx, "grad_input", grad_input);
+    save(ctx, "grad_weight", grad_weight);
+    return at::linear(input, weight, bias);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const Variable& grad_output = grad_outputs[0];
+    const variable_list tensors = ctx->get_saved_variables();
+    const Variable &input = tensors[0], &weight = tensors[1];
+    variable_list gradients(5);
+    {
+      const at::NoGradGuard no_grad;
+      if (ctx->needs_input_grad(0)) gradients[0] = at::matmul(quantized(grad_output, saved(ctx, "grad_input")), weight);
+      if (ctx->needs_input_grad(1))
+        gradients[1] = matrix(quantized(grad_output, saved(ctx, "grad_weight"))).t().mm(matrix(input));
+      if (needs_bias_grad(ctx)) gradients[2] = matrix(grad_output).sum(0);
+    }
+    refuse_second_derivative(gradients, grad_output, "fqt_linear");
+    return gradients;
+  }
+};
+
+struct Convolution {
+  c10::SymIntArrayRef stride, padding, dilation;
+  c10::SymInt groups;
+};
+
+// With one pixel in a row, channels_last is not a layout that PyTorch's own backward pass takes on the CPU.
+at::Tensor plain_weight(const at::Tensor& weight) {
+  const auto is_one = [&](int64_t dim) { return TORCH_GUARD_OR_FALSE(weight.sym_size(dim).sym_eq(1)); };
+  return is_one(2) || is_one(3) ? weight.contiguous() : weight;
+}
+
+struct FqtConv2dFunction : torch::autograd::Function<FqtConv2dFunction> {
+  static constexpr bool is_traceable = true;
+
+  static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& given_weight,
+                          const OptionalTensor& bias, const Convolution& conv, const GradientQuantizer& grad_input,
+                          const GradientQuantizer& grad_weight) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const at::Tensor weight = regular_weight(given_weight);
+    ctx->save_for_backward({input, weight});
+    ctx->saved_data["stride"] = conv.stride;
+    ctx->saved_data["padding"] = conv.padding;
+    ctx->saved_data["dilation"] = conv.dilation;
+    ctx->saved_data["groups"] = conv.groups;
+    ctx->saved_data["has_bias"] = is_tensor(bias);
+    save(ctx, "grad_input", grad_input);
+    save(ctx, "grad_weight", grad_weight);
+    return at::convolution_symint(input, weight, bias, conv.stride, conv.padding, conv.dilation, /*transposed=*/false,
+                                  {0, 0}, conv.groups);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const Variable& grad_output = grad_outputs[0];
+    const variable_list tensors = ctx->get_saved_variables();
+    const Variable& input = tensors[0];
+    const at::Tensor weight = plain_weight(tensors[1]);
+    const auto stride = ctx->saved_data["stride"].toSymIntVector();
+    const auto padding = ctx->saved_data["padding"].toSymIntVector();
+    const auto dilation = ctx->saved_data["dilation"].toSymIntVector();
+    const c10::SymInt groups = ctx->saved_data["groups"].toSymInt();
+    const auto products = [&](const at::Tensor& gradient, bool of_input, bool of_weight) {
+      return at::convolution_backward_symint(gradient, input, weight, at::OptionalSymIntArrayRef(), stride, padding,
+                                             dilation, /*transposed=*/false, {0, 0}, groups,
+                                             {of_input, of_weight, false});
+    };
+    variable_list gradients(6);
+    {
+      const at::NoGradGuard no_grad;
+      if (ctx->needs_input_grad(0))
+        gradients[0] = std::get<0>(products(quantized(grad_output, saved(ctx, "grad_input")), true, false));
+      if (ctx->needs_input_grad(1))
+        gradients[1] = std::get<1>(products(quantized(grad_output, saved(ctx, "grad_weight")), false, true));
+      if (needs_bias_grad(ctx)) gradients[2] = grad_output.sum({0, 2, 3});
+    }
+    refuse_second_derivative(gradients, grad_output, "fqt_conv2d");
+    return gradients;
+  }
+};
+
+// ---- Autograd kernels ------------------------------------------------------------------------------------------------------
+
+at::Tensor fqt_linear_autograd(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                               QUANTRAIN_GRADIENTS_PARAMETERS) {
+  const auto for_input = QUANTRAIN_GRADIENT_STRUCT(grad_input), for_weight = QUANTRAIN_GRADIENT_STRUCT(grad_weight);
+  check_fqt_linear(input, weight, bias, for_input, for_weight);
+  refuse_transforms("fqt_linear", {input, weight, bias ? *bias : weight});
+  if (any_needs_grad(input, weight, bias)) return FqtLinearFunction::apply(input, weight, bias, for_input, for_weight);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return at::linear(input, weight, bias);
+}
+
+at::Tensor fqt_conv2d_autograd(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                               c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
+                               c10::SymInt groups, QUANTRAIN_GRADIENTS_PARAMETERS) {
+  const auto for_input = QUANTRAIN_GRADIENT_STRUCT(grad_input), for_weight = QUANTRAIN_GRADIENT_STRUCT(grad_weight);
+  check_fqt_conv2d(input, weight, bias, stride, padding, dilation, groups, for_input, for_weight);
+  refuse_transforms("fqt_conv2d", {input, weight, bias ? *bias : weight});
+  const bool batched = input.dim() == 4;
+  const at::Tensor batch = batched ? input : input.unsqueeze(0);
+  at::Tensor output;
+  if (any_needs_grad(input, weight, bias)) {
+    output = FqtConv2dFunction::apply(batch, weight, bias, Convolution{stride, padding, dilation, groups}, for_input,
+                                      for_weight);
+  } else {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    output = at::convolution_symint(batch, regular_weight(weight), bias, stride, padding, dilation,
+                                    /*transposed=*/false, {0, 0}, groups);
+  }
+  return batched ? output : output.squeeze(0);
+}
+
+}  // namespace
+}  // namespace quantrain
+
+TORCH_LIBRARY_IMPL(quantrain, Autograd, m) {
+  m.impl("fqt_linear", &quantrain::fqt_linear_autograd);
+  m.impl("fqt_conv2d", &quantrain::fqt_conv2d_autograd);
+}

@@ -1,0 +1,270 @@
+#include <cmath>
+
+#include "csrc/cuda/common.cuh"
+#include "csrc/cuda/int8.h"
+
+#if defined(QUANTRAIN_WITH_SM90)
+#include "csrc/cuda/int8_mm/sm90/kernels.h"
+#endif
+
+// The int8 matrix product for sm_80 and later (mma.sync), any m and n, and the choice between it and Hopper's kernels.
+
+namespace quantrain::cuda {
+namespace {
+
+// ---- mma.sync --------------------------------------------------------------------------------------------------------------
+
+constexpr int kTile = 128;  // of d, both ways
+constexpr int kDepth = 64;  // bytes of a row that a stage holds
+constexpr int kStages = 4;
+constexpr int kThreads = 256;  // eight warps, two down and four across: 64 x 32 of d each
+constexpr int kChunk = 16;     // bytes of one cp.async and of one row of ldmatrix
+constexpr int kStageBytes = 2 * kTile * kDepth;
+constexpr int kSharedBytes = kStages * kStageBytes;
+constexpr int kBand = 8;  // row tiles that run side by side, so that their operands are met in the second-level cache
+
+// Two rows fill a line of 128 bytes; chunks are permuted so that eight rows' chunks of one column lie in different banks.
+__device__ __forceinline__ int chunk_place(int row, int chunk) {
+  return row * kDepth + ((chunk ^ (row >> 1 & 3)) * kChunk);
+}
+
+__device__ __forceinline__ void copy_chunk(uint32_t shared, const int8_t* global, bool inside) {
+  const int bytes = inside ? kChunk : 0;  // the rest is filled with zeros
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes));
+}
+
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared));
+}
+
+__device__ __forceinline__ void multiply(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// One operand's part of a stage: kTile rows of kDepth bytes, two chunks a thread.
+__device__ __forceinline__ void copy_operand(uint32_t shared, const int8_t* __restrict__ x, int64_t first_row,
+                                             int64_t rows, int64_t first_byte, int64_t k) {
+#pragma unroll
+  for (int i = 0; i < kTile * kDepth / kChunk / kThreads; ++i) {
+    const int index = static_cast<int>(threadIdx.x) + i * kThreads;
+    const int row = index / (kDepth / kChunk), chunk = index % (kDepth / kChunk);
+    const int64_t byte = first_byte + chunk * kChunk;
+    const bool inside = first_row + row < rows && byte < k;
+    copy_chunk(shared + chunk_place(row, chunk), inside ? x + (first_row + row) * k + byte : x, inside);
+  }
+}
+
+template <typename Out>
+__global__ void __launch_bounds__(kThreads, 2) int8_mm_kernel(const Int8MmArgs g, int row_tiles, int column_tiles) {
+  extern __shared__ __align__(128) int8_t shared_bytes[];
+  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(shared_bytes));
+  // Bands of kBand row tiles, within a band column by column.
+  const int band = static_cast<int>(blockIdx.x) / (kBand * column_tiles);
+  const int height = min(kBand, row_tiles - band * kBand);
+  const int in_band = static_cast<int>(blockIdx.x) - band * kBand * column_tiles;
+  const int64_t first_row = static_cast<int64_t>(band * kBand + in_band % height) * kTile;
+  const int64_t first_column = static_cast<int64_t>(in_band / height) * kTile;
+
+  const auto start_stage = [&](int64_t step) {
+    const uint32_t stage = shared + static_cast<uint32_t>(step % kStages) * kStageBytes;
+    if (step * kDepth < g.k) {
+      copy_operand(stage, g.a, first_row, g.m, step * kDepth, g.k);
+      copy_operand(stage + kTile * kDepth, g.b, first_column, g.n, step * kDepth, g.k);
+    }
+    asm volatile("cp.async.commit_group;");
+  };
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp_row = warp / 4 * 64, warp_column = warp % 4 * 32;
+  int sums[4][4][4] = {};  // four tiles of 16 rows by four of 8 columns
+  const int64_t steps = (g.k + kDepth - 1) / kDepth;
+  for (int s = 0; s < kStages - 1; ++s) start_stage(s);
+  for (int64_t step = 0; step < steps; ++step) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2));
+    __syncthreads();
+    start_stage(step + kStages - 1);
+    const uint32_t a_stage = shared + static_cast<uint32_t>(step % kStages) * kStageBytes;
+    const uint32_t b_stage = a_stage + kTile * kDepth;
+#pragma unroll
+    for (int half = 0; half < kDepth / 32; ++half) {
+      uint32_t a[4][4], b[2][4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        load_matrices(a[i], a_stage + chunk_place(warp_row + i * 16 + lane % 16, half * 2 + lane / 16));
+      // Two column tiles at once: rows 0 to 7 and 8 to 15 of b, each with both chunks.
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        load_matrices(b[j],
+                      b_stage + chunk_place(warp_column + j * 16 + lane % 8 + lane / 16 * 8, half * 2 + lane / 8 % 2));
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) multiply(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+    }
+  }
+  asm volatile("cp.async.wait_group 0;");
+
+  Out* __restrict__ d = static_cast<Out*>(g.d);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int64_t row = first_row + warp_row + i * 16 + r * 8 + lane / 4;
+      if (row >= g.m) continue;
+      const float a_scale = g.a_scale ? g.a_scale[row * g.a_scale_stride] : 1.0f;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int64_t column = first_column + warp_column + j * 8 + lane % 4 * 2 + c;
+          if (column >= g.n) continue;
+          const float b_scale = g.b_scale ? g.b_scale[column * g.b_scale_stride] : 1.0f;
+          Out* at = d + row * g.n + column;
+          const float added = g.accumulate ? to_float(*at) : g.bias ? g.bias[column] : 0.0f;
+          *at = from_float<Out>((static_cast<float>(sums[i][j][r * 2 + c]) * b_scale) * a_scale + added);
+        }
+      }
+    }
+  }
+}
+
+template <typename Out>
+int launch_sm80(const Int8MmArgs& a, cudaStream_t stream) {
+  if (const auto error =
+          cudaFuncSetAttribute(int8_mm_kernel<Out>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes))
+    return error;
+  const auto row_tiles = static_cast<int>(ceil_div(a.m, kTile)), column_tiles = static_cast<int>(ceil_div(a.n, kTile));
+  const int64_t tiles = static_cast<int64_t>(row_tiles) * column_tiles;
+  int8_mm_kernel<Out><<<static_cast<unsigned>(tiles), kThreads, kSharedBytes, stream>>>(a, row_tiles, column_tiles);
+  return cudaGetLastError();
+}
+
+int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess)
+    return 0;
+  return value;
+}
+
+// ---- Hopper: which kernel --------------------------------------------------------------------------------------------------
+
+#if defined(QUANTRAIN_WITH_SM90)
+struct Candidate {
+  const char* name;
+  int (*run)(const Int8MmArgs&, const sm90::Tuning&, void*);
+  size_t (*workspace)(const Int8MmArgs&, const sm90::Tuning&);
+  int tile_rows, tile_columns, cluster_rows;
+  // Microseconds: of a wave of tiles (one a multiprocessor) for each 1000 of k, of a wave beside that, and of the launch. Fitted to 60 shapes of
+  // transformers on an H200 (benchmarks/int8_mm_sweep.py, results/int8-mm-sweep-h200-2026-11-23.csv): the kernel that the fit picks takes
+  // 0.3 % longer than the best of the four on average, 3 % at worst.
+  double by_depth, by_wave, fixed;
+};
+
+#define QUANTRAIN_CANDIDATE(name) #name, &sm90::name, &sm90::name##_workspace
+constexpr Candidate kNarrow[] = {
+    {QUANTRAIN_CANDIDATE(pingpong_128x128_2x1), 128, 128, 2, 2.58, 0.87, 3.9},
+    {QUANTRAIN_CANDIDATE(pingpong_64x128_2x1), 64, 128, 2, 1.70, 0.55, 3.2},
+    {QUANTRAIN_CANDIDATE(cooperative_128x192_2x1), 128, 192, 2, 3.82, 2.55, 2.2},
+    {QUANTRAIN_CANDIDATE(cooperative_128x256_1x1), 128, 256, 1, 5.07, 3.37, 1.2},
+};
+constexpr Candidate kNarrowStreamK = {QUANTRAIN_CANDIDATE(stream_k_128x128_2x1), 128, 128, 2, 2.69, 0.0, 10.5};
+constexpr Candidate kWide[] = {{QUANTRAIN_CANDIDATE(cooperative_128x256_2x1_float32), 128, 256, 2, 5.07, 3.37, 1.2}};
+constexpr Candidate kWideStreamK = {QUANTRAIN_CANDIDATE(stream_k_128x128_2x1_float32), 128, 128, 2, 2.69, 0.0, 10.5};
+constexpr Candidate kAccumulate = {QUANTRAIN_CANDIDATE(cooperative_128x128_2x1_accumulate), 128, 128, 2, 0, 0, 0};
+
+struct Choice {
+  const Candidate* kernel = nullptr;
+  sm90::Tuning tuning;
+};
+
+int64_t tiles_of(const Candidate& c, const Int8MmArgs& a) {
+  return ceil_div(ceil_div(a.m, c.tile_rows), c.cluster_rows) * c.cluster_rows * ceil_div(a.n, c.tile_columns);
+}
+
+double expected_time(const Candidate& c, const Int8MmArgs& a, int64_t multiprocessors) {
+  const auto waves = static_cast<double>(ceil_div(tiles_of(c, a), multiprocessors));
+  return waves * (c.by_depth * static_cast<double>(a.k) / 1000.0 + c.by_wave) + c.fixed;
+}
+
+// Sums are shared, so that a wave may be a fraction.
+double expected_stream_k_time(const Candidate& c, const Int8MmArgs& a, int64_t multiprocessors) {
+  const double waves = static_cast<double>(tiles_of(c, a)) / static_cast<double>(multiprocessors);
+  return waves * c.by_depth * static_cast<double>(a.k) / 1000.0 + c.fixed;
+}
+
+Choice choose(const Int8MmArgs& a, const Int8MmKernel& asked) {
+  constexpr int64_t kMaxSize = int64_t{1} << 31;
+  const bool narrow = a.dtype != DType::kFloat32;
+  if (compute_capability() / 10 != 9 || a.n % (narrow ? 8 : 4) != 0 || a.m >= kMaxSize || a.n >= kMaxSize) return {};
+  for (const void* pointer :
+       {static_cast<const void*>(a.a), static_cast<const void*>(a.b), static_cast<const void*>(a.d),
+        static_cast<const void*>(a.b_scale), static_cast<const void*>(a.bias)})
+    if (!is_aligned(pointer)) return {};
+  Choice choice;
+  const int multiprocessors = choice.tuning.multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
+  if (a.accumulate) {
+    if (!narrow) choice.kernel = &kAccumulate;
+    return choice;
+  }
+  if (!asked.name.empty()) {
+    choice.tuning.swizzle = asked.swizzle;
+    choice.tuning.splits = asked.splits;
+    for (const auto* candidates : {&kNarrow[0], &kNarrow[1], &kNarrow[2], &kNarrow[3], &kNarrowStreamK})
+      if (narrow && asked.name == candidates->name) choice.kernel = candidates;
+    for (const auto* candidates : {&kWide[0], &kWideStreamK})
+      if (!narrow && asked.name == candidates->name) choice.kernel = candidates;
+    return choice;
+  }
+  double least = INFINITY;
+  const auto consider = [&](const Candidate& candidate, double time) {
+    if (time >= least) return;
+    least = time;
+    choice.kernel = &candidate;
+  };
+  for (const Candidate& candidate : kNarrow)
+    if (narrow) consider(candidate, expected_time(candidate, a, multiprocessors));
+  for (const Candidate& candidate : kWide)
+    if (!narrow) consider(candidate, expected_time(candidate, a, multiprocessors));
+  const Candidate& stream_k = narrow ? kNarrowStreamK : kWideStreamK;
+  const int64_t tiles = tiles_of(stream_k, a);
+  if (tiles <= 2 * multiprocessors && a.k >= 4096)  // where its model was fitted
+    consider(stream_k, expected_stream_k_time(stream_k, a, multiprocessors));
+  if (choice.kernel == &stream_k && tiles * 2 <= multiprocessors)
+    choice.tuning.splits = static_cast<int>(multiprocessors / tiles);
+  // Two tiles wide where d is narrow and there are waves enough; no width is better for all (sweep as above).
+  if (a.n <= 3072 && tiles >= 2 * multiprocessors) choice.tuning.swizzle = 2;
+  return choice;
+}
+#endif
+
+}  // namespace
+
+int compute_capability() {
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor);
+}
+
+size_t int8_mm_workspace([[maybe_unused]] const Int8MmArgs& a, [[maybe_unused]] const Int8MmKernel& asked) {
+#if defined(QUANTRAIN_WITH_SM90)
+  if (const Choice choice = choose(a, asked); choice.kernel) return choice.kernel->workspace(a, choice.tuning);
+#endif
+  return 0;
+}
+
+int int8_mm(const Int8MmArgs& a, void* stream, const Int8MmKernel& asked) {
+#if defined(QUANTRAIN_WITH_SM90)
+  if (const Choice choice = choose(a, asked); choice.kernel) return choice.kernel->run(a, choice.tuning, stream);
+#endif
+  if (!asked.name.empty() && asked.name != "mma_128x128") return cudaErrorInvalidValue;
+  int error = cudaSuccess;
+  dispatch_float(a.dtype, [&](auto* type) {
+    error = launch_sm80<std::remove_pointer_t<decltype(type)>>(a, static_cast<cudaStream_t>(stream));
+  });
+  return error;
+}
+
+}  // namespace quantrain::cuda

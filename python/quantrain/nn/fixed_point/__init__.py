@@ -1,0 +1,1 @@
+"""Integer-only networks: the prepared graph trains, the program is proven, the network runs."""
