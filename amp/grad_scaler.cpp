@@ -90,7 +90,7 @@ GradScaler::GradScaler(const GradScalerOptions& options) : options_(options), in
   if (options.enabled) check_options(options);
 }
 
-// ---- scale -----------------------------------------------------------------------------------------------------------------
+// ---- scale ----------------------------------------------------------------------------------------------------------
 
 at::Tensor GradScaler::scale(const at::Tensor& outputs) {
   if (!options_.enabled) return outputs;
@@ -113,7 +113,7 @@ void GradScaler::check_scale(const char* method) const {
               ": expected scale(loss) to be called before, got no scale yet: call scaler.scale(loss).backward()");
 }
 
-// ---- unscale, check and clip -----------------------------------------------------------------------------------------------
+// ---- unscale, check and clip ----------------------------------------------------------------------------------------
 
 GradScaler::PerOptimizer& GradScaler::state_of(const OptimizerView& optimizer, const char* method) {
   check_scale(method);
@@ -203,7 +203,7 @@ at::Tensor GradScaler::clip_grad_norm_(const OptimizerView& optimizer, double ma
   return check.norm;
 }
 
-// ---- step ------------------------------------------------------------------------------------------------------------------
+// ---- step -----------------------------------------------------------------------------------------------------------
 
 bool GradScaler::step(torch::optim::Optimizer& optimizer) { return step(view_of(optimizer)); }
 
@@ -267,7 +267,7 @@ bool GradScaler::overflowed_on_host(const PerOptimizer& state) {
   return overflowed_last_ = both.const_data_ptr<float>()[0] != 0.0f;
 }
 
-// ---- overflow report -------------------------------------------------------------------------------------------------------
+// ---- overflow report ------------------------------------------------------------------------------------------------
 
 GradScaler::Overflows& GradScaler::overflows_of(const Gradients& gradients) {
   for (Overflows& overflows : overflows_)
@@ -332,7 +332,7 @@ std::vector<OverflowRecord> GradScaler::overflow_report(const torch::nn::Module&
   return overflow_report(named);
 }
 
-// ---- update and state ------------------------------------------------------------------------------------------------------
+// ---- update and state -----------------------------------------------------------------------------------------------
 
 void GradScaler::end_step() {
   per_optimizer_.clear();

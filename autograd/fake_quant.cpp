@@ -9,7 +9,8 @@
 #include "ops/common/check.h"
 #include "quantrain/ops/fake_quant.h"
 
-// Gradients of the fake_quant family. Where nothing needs a gradient the call goes straight to the kernel: no mask, no node.
+// Gradients of the fake_quant family. Where nothing needs a gradient the call goes straight to the kernel: no mask, no
+// node.
 
 namespace quantrain {
 namespace {
@@ -19,7 +20,7 @@ using torch::autograd::Variable;
 using torch::autograd::variable_list;
 using OptionalTensor = std::optional<at::Tensor>;
 
-// ---- operators, below and above this layer ---------------------------------------------------------------------------------
+// ---- operators, below and above this layer --------------------------------------------------------------------------
 
 template <typename Signature>
 c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
@@ -37,7 +38,7 @@ std::tuple<at::Tensor, at::Tensor> fake_quantize_mask(const at::Tensor& input, c
   return op.call(input, scale, zero_point, quant_min, quant_max, check_values);
 }
 
-// ---- nodes -----------------------------------------------------------------------------------------------------------------
+// ---- nodes ----------------------------------------------------------------------------------------------------------
 
 struct FakeQuantizeFunction : torch::autograd::Function<FakeQuantizeFunction> {
   static constexpr bool is_traceable = true;
@@ -106,7 +107,7 @@ struct FakeQuantizeLearnableFunction : torch::autograd::Function<FakeQuantizeLea
   }
 };
 
-// ---- Autograd kernels ------------------------------------------------------------------------------------------------------
+// ---- Autograd kernels -----------------------------------------------------------------------------------------------
 
 at::Tensor fake_quantize_autograd(const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
                                   int64_t quant_min, int64_t quant_max) {

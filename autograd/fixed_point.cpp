@@ -6,7 +6,8 @@
 #include "autograd/straight_through.h"
 #include "quantrain/ops/fixed_point.h"
 
-// The gradient of fixed_point_quantize: fake_quantize's, from a mask that leaves out the end codes. The other operators have none.
+// The gradient of fixed_point_quantize: fake_quantize's, from a mask that leaves out the end codes. The other operators
+// have none.
 
 namespace quantrain {
 namespace {

@@ -20,7 +20,7 @@ using torch::autograd::Variable;
 using torch::autograd::variable_list;
 using OptionalTensor = std::optional<at::Tensor>;
 
-// ---- what both share -------------------------------------------------------------------------------------------------------
+// ---- what both share ------------------------------------------------------------------------------------------------
 
 void save(AutogradContext* ctx, const std::string& name, const GradientQuantizer& q) {
   ctx->saved_data[name] = q.quantizer;
@@ -56,7 +56,7 @@ bool any_needs_grad(const at::Tensor& input, const at::Tensor& weight, const Opt
   return needs_grad(input) || needs_grad(weight) || (bias && needs_grad(*bias));
 }
 
-// ---- nodes -----------------------------------------------------------------------------------------------------------------
+// ---- nodes ----------------------------------------------------------------------------------------------------------
 
 struct FqtLinearFunction : torch::autograd::Function<FqtLinearFunction> {
   static constexpr bool is_traceable = true;
@@ -148,7 +148,7 @@ struct FqtConv2dFunction : torch::autograd::Function<FqtConv2dFunction> {
   }
 };
 
-// ---- Autograd kernels ------------------------------------------------------------------------------------------------------
+// ---- Autograd kernels -----------------------------------------------------------------------------------------------
 
 at::Tensor fqt_linear_autograd(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                                QUANTRAIN_GRADIENTS_PARAMETERS) {

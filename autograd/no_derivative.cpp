@@ -1,7 +1,8 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
-// Operators without a derivative. Without an entry here PyTorch would mark their results as requiring a gradient that then never comes.
+// Operators without a derivative. Without an entry here PyTorch would mark their results as requiring a gradient that
+// then never comes.
 
 // Ranges, scales and codes are constants: the results carry no gradient.
 TORCH_LIBRARY_IMPL(quantrain, Autograd, m) {
@@ -29,8 +30,8 @@ TORCH_LIBRARY_IMPL(quantrain, Autograd, m) {
   }
 }
 
-// Real numbers that depend on their inputs: a backward pass, and forward-mode differentiation, raise NotImplementedError with the
-// operator's name.
+// Real numbers that depend on their inputs: a backward pass, and forward-mode differentiation, raise
+// NotImplementedError with the operator's name.
 TORCH_LIBRARY_IMPL(quantrain, Autograd, m) {
   for (const char* op : {
            "dequantize",

@@ -25,7 +25,8 @@ struct NoSecondDerivative : torch::autograd::Node {
   const char* op_;
 };
 
-// Called at the end of a backward pass with its results. With create_graph they depend on grad_output and on whatever the node depends on.
+// Called at the end of a backward pass with its results. With create_graph they depend on grad_output and on whatever
+// the node depends on.
 inline void refuse_second_derivative(torch::autograd::variable_list& gradients,
                                      const torch::autograd::Variable& grad_output, const char* op) {
   if (!c10::GradMode::is_enabled()) return;

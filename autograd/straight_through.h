@@ -20,9 +20,9 @@ inline at::Tensor fake_quantize_backward(const at::Tensor& grad_output, const at
   return op.call(grad_output, mask, stride);
 }
 
-// The same derivative made of PyTorch's own operators, for forward mode and torch.func, which no custom node serves: the result is
-// output - (kept - kept), exactly output, with the derivative of kept = input where the mask lets it pass.
-// forward() gives output and mask.
+// The same derivative made of PyTorch's own operators, for forward mode and torch.func, which no custom node serves:
+// the result is output - (kept - kept), exactly output, with the derivative of kept = input where the mask lets it
+// pass. forward() gives output and mask.
 template <typename Forward>
 at::Tensor straight_through(const at::Tensor& input, const Forward& forward) {
   at::Tensor output, passes;

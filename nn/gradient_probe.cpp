@@ -1,6 +1,7 @@
 #include "quantrain/nn/gradient_probe.h"
 
-// State is shared with the hooks that watch() leaves in autograd's graph, which hold it weakly: a probe may go before a backward pass.
+// State is shared with the hooks that watch() leaves in autograd's graph, which hold it weakly: a probe may go before a
+// backward pass.
 
 #include <algorithm>
 #include <cmath>

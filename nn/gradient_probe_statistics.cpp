@@ -17,8 +17,8 @@
 namespace quantrain::nn::probe {
 namespace {
 
-// An element's noise counts as at least this part of scale^2 in the z-score's denominator: one that lies on the grid up to float32
-// rounding has no noise to speak of, and its rounding error would pass for bias.
+// An element's noise counts as at least this part of scale^2 in the z-score's denominator: one that lies on the grid up
+// to float32 rounding has no noise to speak of, and its rounding error would pass for bias.
 constexpr double kLeastNoise = 0x1p-12;
 constexpr double kFloatStep = 0x1p-23;
 

@@ -1,4 +1,5 @@
-// One gradient under one quantizer, in float64: what theorem 3 of StatQuant predicts, and what draws show. Private to gradient_probe.
+// One gradient under one quantizer, in float64: what theorem 3 of StatQuant predicts, and what draws show. Private to
+// gradient_probe.
 #pragma once
 
 #include <functional>
@@ -11,8 +12,8 @@
 
 namespace quantrain::nn::probe {
 
-// The error Q(x) - x of stochastic rounding by a plan: uncorrelated elements of variance p (1 - p) scale^2 in the rows that are
-// rounded, y = T x, mapped back by T^-1 = diag(t) Q. T is the identity but for householder.
+// The error Q(x) - x of stochastic rounding by a plan: uncorrelated elements of variance p (1 - p) scale^2 in the rows
+// that are rounded, y = T x, mapped back by T^-1 = diag(t) Q. T is the identity but for householder.
 class ErrorModel {
  public:
   // x float32 [N, D]; the plan is that of quantize_gradient_codes.
@@ -21,7 +22,8 @@ class ErrorModel {
   at::Tensor variance() const;  // sum of the elements' variance, [] float64
   at::Tensor bound() const;     // (D / 4) ||S^-1||_F^2, [] float64
 
-  // Variance of <direction, Q(x) - x>, [] float64. Floored where an element is so close to the grid that float32 rounding counts.
+  // Variance of <direction, Q(x) - x>, [] float64. Floored where an element is so close to the grid that float32
+  // rounding counts.
   at::Tensor variance_along(const at::Tensor& direction) const;
 
  private:

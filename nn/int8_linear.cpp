@@ -7,29 +7,13 @@
 #include <c10/util/Exception.h>
 
 #include "nn/layer_arguments.h"
+#include "ops/common/stream.h"
 #include "quantrain/ops/int8.h"
 #include "quantrain/ops/int8_linear.h"
-
-#if defined(QUANTRAIN_WITH_CUDA)
-#include <c10/cuda/CUDAGraphsC10Utils.h>
-#endif
 
 namespace quantrain::nn {
 
 using detail::defined_or_none;
-
-namespace {
-
-// Whether work is recorded for replays, in which a kept tensor would be stale.
-bool capturing([[maybe_unused]] const at::Tensor& tensor) {
-#if defined(QUANTRAIN_WITH_CUDA)
-  return tensor.is_cuda() && c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
-#else
-  return false;
-#endif
-}
-
-}  // namespace
 
 Int8LinearImpl::Int8LinearImpl(const torch::nn::LinearOptions& options, const Recipe& recipe)
     : Copied("Int8Linear", recipe, {options.out_features(), options.in_features()}, {1}) {
@@ -53,7 +37,8 @@ at::Tensor Int8LinearImpl::forward(const at::Tensor& input) {
                                   gradients ? std::string_view(spec.grad_weight) : "none", spec.weight_scheme,
                                   recipe().backend == "simulate"};
   std::optional<at::Tensor> codes, scale;
-  if (cache_weight_ && at::GradMode::is_enabled() && !capturing(weight)) {
+  // What is recorded for replays would find a kept tensor stale.
+  if (cache_weight_ && at::GradMode::is_enabled() && !is_capturing(weight.device())) {
     const WeightCodes& kept = kept_codes();
     codes = kept.codes;
     scale = kept.scale;

@@ -1,4 +1,5 @@
-// Text from outside as JSON. The parser takes any depth, but what follows it (copies, dumps) recurses: 80,000 brackets overflow the stack.
+// Text from outside as JSON. The parser takes any depth, but what follows it (copies, dumps) recurses: 80,000 brackets
+// overflow the stack.
 #pragma once
 
 #include <string_view>

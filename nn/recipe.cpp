@@ -1,7 +1,8 @@
 #include "quantrain/nn/recipe.h"
 
-// Named recipes, the rules of a valid recipe, and the JSON form. The JSON holds every field under its C++ name; on reading,
-// a missing field takes its default and an unknown one is an error, so that a misspelt field never passes in silence.
+// Named recipes, the rules of a valid recipe, and the JSON form. The JSON holds every field under its C++ name; on
+// reading, a missing field takes its default and an unknown one is an error, so that a misspelt field never passes in
+// silence.
 
 #include <algorithm>
 #include <cmath>
@@ -236,8 +237,8 @@ QuantSpec affine_input(int64_t bits, const std::string& observer) {
 
 // "fqt-8", or "fqt-<ptq|psq|bhq><bits>" with or without "-paper"; none where `name` is neither. Forward as qat-w8a8.
 //
-// As they are: scales that an integer product allows. "-paper": as the authors trained, rows are samples everywhere and grad_weight
-// has a range for each column over the samples (per tensor for ptq).
+// As they are: scales that an integer product allows. "-paper": as the authors trained, rows are samples everywhere and
+// grad_weight has a range for each column over the samples (per tensor for ptq).
 std::optional<Recipe> fqt_recipe(const std::string& name) {
   static const std::map<std::string, std::string> kQuantizers = {
       {"ptq", "per_tensor"}, {"psq", "per_sample"}, {"bhq", "householder"}};

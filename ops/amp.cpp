@@ -24,7 +24,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 using OptionalGenerator = std::optional<at::Generator>;
 using CheckTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// ---- checks, shared with Meta ----------------------------------------------------------------------------------------------
+// ---- checks, shared with Meta ---------------------------------------------------------------------------------------
 
 void check_list(std::string_view op, std::string_view name, at::TensorList tensors) {
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -121,14 +121,15 @@ void amp_round_stochastic_seeded_nothing(at::TensorList parameters, at::TensorLi
   amp_round_stochastic_nothing(parameters, masters, std::nullopt);
 }
 
-// ---- CPU and CUDA ----------------------------------------------------------------------------------------------------------
+// ---- CPU and CUDA ---------------------------------------------------------------------------------------------------
 
 at::Tensor with_strides_of(const at::Tensor& like, const at::Tensor& tensor) {
   if (tensor.strides() == like.strides()) return tensor;
   return at::empty_strided(like.sizes(), like.strides(), tensor.options()).copy_(tensor);
 }
 
-// The tensors as kernels take them. Those with gaps in memory are copied; `write_back` puts the copies' values where they belong.
+// The tensors as kernels take them. Those with gaps in memory are copied; `write_back` puts the copies' values where
+// they belong.
 struct DenseList {
   std::vector<at::Tensor> tensors;
   std::vector<ListTensor> entries;
@@ -228,7 +229,7 @@ void amp_round_stochastic_seeded_kernel(at::TensorList parameters, at::TensorLis
 
 }  // namespace
 
-// ---- public functions ------------------------------------------------------------------------------------------------------
+// ---- public functions -----------------------------------------------------------------------------------------------
 
 namespace detail {
 
@@ -257,11 +258,12 @@ void amp_round_stochastic_(at::TensorList parameters, at::TensorList masters, co
 }  // namespace detail
 }  // namespace quantrain
 
-// ---- registration ----------------------------------------------------------------------------------------------------------
+// ---- registration ---------------------------------------------------------------------------------------------------
 
 TORCH_LIBRARY_FRAGMENT(quantrain, m) {
   m.def(
-      "_amp_check_norm(Tensor[] grads, Tensor scale, *, float? max_norm=None) -> (Tensor found_inf, Tensor norm, Tensor "
+      "_amp_check_norm(Tensor[] grads, Tensor scale, *, float? max_norm=None) -> (Tensor found_inf, Tensor norm, "
+      "Tensor "
       "grad_scale, Tensor non_finite)");
   m.def("_amp_scale_(Tensor(a!)[] grads, Tensor scale, Tensor? norm=None, *, float? max_norm=None) -> ()");
   m.def("_amp_round_stochastic_(Tensor(a!)[] parameters, Tensor[] masters, *, Generator? generator=None) -> ()",

@@ -29,7 +29,7 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// ---- shapes, shared with Meta ----------------------------------------------------------------------------------------------
+// ---- shapes, shared with Meta ---------------------------------------------------------------------------------------
 
 void check_fake_quantize(std::string_view op, const at::Tensor& input, const at::Tensor& scale,
                          const OptionalTensor& zero_point, int64_t quant_min, int64_t quant_max, bool learnable) {
@@ -136,7 +136,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_learnable_backward_
           learned ? at::empty_symint(scale.sym_sizes(), zero_point->options()) : at::empty({0}, scale.options())};
 }
 
-// ---- CPU and CUDA ----------------------------------------------------------------------------------------------------------
+// ---- CPU and CUDA ---------------------------------------------------------------------------------------------------
 
 // The forward pass without checks of values, which dynamic scales do not need. `mask` may be undefined.
 at::Tensor fake_quantize_unchecked(std::string_view op, const at::Tensor& input, const at::Tensor& scale,
@@ -285,7 +285,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> learnable_backward_regrouped(
 
 }  // namespace
 
-// ---- public functions ------------------------------------------------------------------------------------------------------
+// ---- public functions -----------------------------------------------------------------------------------------------
 
 at::Tensor fake_quantize(const at::Tensor& input, const at::Tensor& scale, const std::optional<at::Tensor>& zero_point,
                          int64_t quant_min, int64_t quant_max) {
@@ -314,25 +314,30 @@ at::Tensor fake_quantize_dynamic(const at::Tensor& input, at::IntArrayRef scale_
 
 }  // namespace quantrain
 
-// ---- registration ----------------------------------------------------------------------------------------------------------
+// ---- registration ---------------------------------------------------------------------------------------------------
 
 TORCH_LIBRARY_FRAGMENT(quantrain, m) {
   m.def(
-      "fake_quantize(Tensor input, Tensor scale, Tensor? zero_point=None, *, int quant_min=-128, int quant_max=127) -> Tensor");
+      "fake_quantize(Tensor input, Tensor scale, Tensor? zero_point=None, *, int quant_min=-128, int quant_max=127) "
+      "-> Tensor");
   m.def(
-      "fake_quantize_learnable(Tensor input, Tensor scale, Tensor? zero_point=None, *, int quant_min=-128, int quant_max=127, "
+      "fake_quantize_learnable(Tensor input, Tensor scale, Tensor? zero_point=None, *, int quant_min=-128, int "
+      "quant_max=127, "
       "float grad_factor=1.0) -> Tensor");
   m.def(
-      "fake_quantize_dynamic(Tensor input, SymInt[] scale_shape, *, int quant_min=-128, int quant_max=127, bool symmetric=True) "
+      "fake_quantize_dynamic(Tensor input, SymInt[] scale_shape, *, int quant_min=-128, int quant_max=127, bool "
+      "symmetric=True) "
       "-> Tensor");
   // The mask is in the order of memory: a compiler must keep the strides that it was traced with.
   m.def(
-      "_fake_quantize_mask(Tensor input, Tensor scale, Tensor? zero_point, int quant_min, int quant_max, bool check_values) -> "
+      "_fake_quantize_mask(Tensor input, Tensor scale, Tensor? zero_point, int quant_min, int quant_max, bool "
+      "check_values) -> "
       "(Tensor output, Tensor mask)",
       {at::Tag::needs_exact_strides});
   m.def("_fake_quantize_backward(Tensor grad_output, Tensor mask, SymInt[] stride) -> Tensor");
   m.def(
-      "_fake_quantize_learnable_backward(Tensor grad_output, Tensor input, Tensor scale, Tensor? zero_point, int quant_min, int "
+      "_fake_quantize_learnable_backward(Tensor grad_output, Tensor input, Tensor scale, Tensor? zero_point, int "
+      "quant_min, int "
       "quant_max, float grad_factor) -> (Tensor grad_input, Tensor grad_scale, Tensor grad_zero_point)");
 }
 

@@ -1,5 +1,6 @@
-// The checks and result shapes of the fake_quant family, some of them fixed_point's too, one function a schema: used by the CPU and CUDA kernels and, with symbolic
-// sizes, as the Meta kernels, so that eager and compiled runs cannot disagree.
+// The checks and result shapes of the fake_quant family, some of them fixed_point's too, one function a schema: used by
+// the CPU and CUDA kernels and, with symbolic sizes, as the Meta kernels, so that eager and compiled runs cannot
+// disagree.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -28,7 +28,7 @@ namespace {
 using OptionalTensor = std::optional<at::Tensor>;
 using OptionalGenerator = std::optional<at::Generator>;
 
-// ---- shapes, shared with Meta ----------------------------------------------------------------------------------------------
+// ---- shapes, shared with Meta ---------------------------------------------------------------------------------------
 
 bool holds_codes(at::ScalarType type) {
   return type == at::kChar || type == at::kByte || type == at::kShort || type == at::kInt;
@@ -112,7 +112,7 @@ at::Tensor unpack_int4_meta(const at::Tensor& input, c10::SymInt size, bool is_s
   return at::empty_symint(sizes, input.options().dtype(is_signed ? at::kChar : at::kByte));
 }
 
-// ---- CPU and CUDA ----------------------------------------------------------------------------------------------------------
+// ---- CPU and CUDA ---------------------------------------------------------------------------------------------------
 
 at::Tensor quantize_with_state(const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& zero_point,
                                int64_t quant_min, int64_t quant_max, at::ScalarType dtype, bool stochastic,
@@ -212,7 +212,7 @@ at::Tensor unpack_int4_kernel(const at::Tensor& input, c10::SymInt size, bool is
 
 }  // namespace
 
-// ---- public functions ------------------------------------------------------------------------------------------------------
+// ---- public functions -----------------------------------------------------------------------------------------------
 
 at::Tensor quantize(const at::Tensor& input, const at::Tensor& scale, const std::optional<at::Tensor>& zero_point,
                     int64_t quant_min, int64_t quant_max, at::ScalarType dtype, bool stochastic,
@@ -253,20 +253,23 @@ at::Tensor unpack_int4(const at::Tensor& input, int64_t size, bool is_signed) {
 
 }  // namespace quantrain
 
-// ---- registration ----------------------------------------------------------------------------------------------------------
+// ---- registration ---------------------------------------------------------------------------------------------------
 
 TORCH_LIBRARY_FRAGMENT(quantrain, m) {
   const std::vector<at::Tag> random{at::Tag::nondeterministic_seeded};
   m.def(
-      "quantize(Tensor input, Tensor scale, Tensor? zero_point=None, *, int quant_min=-128, int quant_max=127, ScalarType "
+      "quantize(Tensor input, Tensor scale, Tensor? zero_point=None, *, int quant_min=-128, int quant_max=127, "
+      "ScalarType "
       "dtype=int8, bool stochastic=False, Generator? generator=None) -> Tensor",
       random);
   m.def(
-      "quantize.seeded(Tensor input, Tensor scale, Tensor? zero_point=None, *, int quant_min=-128, int quant_max=127, ScalarType "
+      "quantize.seeded(Tensor input, Tensor scale, Tensor? zero_point=None, *, int quant_min=-128, int "
+      "quant_max=127, ScalarType "
       "dtype=int8, int seed, int offset) -> Tensor");
   // To nearest: without the tag of random operators, so that a recomputation may repeat it, and with the type by name.
   m.def(
-      "quantize.nearest(Tensor input, Tensor scale, Tensor? zero_point=None, *, int quant_min=-128, int quant_max=127, str "
+      "quantize.nearest(Tensor input, Tensor scale, Tensor? zero_point=None, *, int quant_min=-128, int "
+      "quant_max=127, str "
       "dtype=\"int8\") -> Tensor");
   m.def("dequantize(Tensor input, Tensor scale, Tensor? zero_point=None, *, ScalarType dtype=float) -> Tensor");
   m.def("dequantize.typed(Tensor input, Tensor scale, Tensor? zero_point=None, *, str dtype=\"float32\") -> Tensor");

@@ -23,7 +23,7 @@ namespace {
 
 using TensorPair = std::tuple<at::Tensor, at::Tensor>;
 
-// ---- shapes, shared with Meta ----------------------------------------------------------------------------------------------
+// ---- shapes, shared with Meta ---------------------------------------------------------------------------------------
 
 // A scale is a width over a number of steps: at least one.
 void check_steps(std::string_view op, int64_t quant_min, int64_t quant_max) {
@@ -78,7 +78,7 @@ TensorPair mse_range_meta(const at::Tensor& input, c10::SymIntArrayRef scale_sha
   return {empty_scale(input, scale_shape, at::kFloat), empty_scale(input, scale_shape, at::kFloat)};
 }
 
-// ---- CPU and CUDA ----------------------------------------------------------------------------------------------------------
+// ---- CPU and CUDA ---------------------------------------------------------------------------------------------------
 
 TensorPair min_max_kernel(const at::Tensor& input, c10::SymIntArrayRef symbolic_shape) {
   check_reduced_input("_min_max", input, symbolic_shape);
@@ -128,7 +128,8 @@ TensorPair choose_qparams_kernel(const at::Tensor& input, c10::SymIntArrayRef sc
   return qparams_from_range_kernel(min, max, quant_min, quant_max, symmetric);
 }
 
-// The sum over the last dimension by halves: additions of two tensors, so in one order on every device. It decides scales.
+// The sum over the last dimension by halves: additions of two tensors, so in one order on every device. It decides
+// scales.
 at::Tensor sum_of_chunks(at::Tensor partial) {
   int64_t size = 1;
   while (size < partial.size(-1)) size *= 2;
@@ -167,7 +168,7 @@ TensorPair mse_range_kernel(const at::Tensor& input, c10::SymIntArrayRef symboli
 
 }  // namespace
 
-// ---- public functions ------------------------------------------------------------------------------------------------------
+// ---- public functions -----------------------------------------------------------------------------------------------
 
 TensorPair choose_qparams(const at::Tensor& input, at::IntArrayRef scale_shape, int64_t quant_min, int64_t quant_max,
                           bool symmetric) {
@@ -203,18 +204,21 @@ TensorPair mse_range(const at::Tensor& input, at::IntArrayRef scale_shape, int64
 }  // namespace detail
 }  // namespace quantrain
 
-// ---- registration ----------------------------------------------------------------------------------------------------------
+// ---- registration ---------------------------------------------------------------------------------------------------
 
 TORCH_LIBRARY_FRAGMENT(quantrain, m) {
   m.def(
-      "choose_qparams(Tensor input, SymInt[] scale_shape, *, int quant_min=-128, int quant_max=127, bool symmetric=True) -> "
+      "choose_qparams(Tensor input, SymInt[] scale_shape, *, int quant_min=-128, int quant_max=127, bool "
+      "symmetric=True) -> "
       "(Tensor scale, Tensor zero_point)");
   m.def("_min_max(Tensor input, SymInt[] scale_shape) -> (Tensor min, Tensor max)");
   m.def(
-      "_qparams_from_range(Tensor min, Tensor max, *, int quant_min, int quant_max, bool symmetric) -> (Tensor scale, Tensor "
+      "_qparams_from_range(Tensor min, Tensor max, *, int quant_min, int quant_max, bool symmetric) -> (Tensor "
+      "scale, Tensor "
       "zero_point)");
   m.def(
-      "_mse_range(Tensor input, SymInt[] scale_shape, *, int quant_min, int quant_max, bool symmetric, int steps=80) -> (Tensor "
+      "_mse_range(Tensor input, SymInt[] scale_shape, *, int quant_min, int quant_max, bool symmetric, int "
+      "steps=80) -> (Tensor "
       "min, Tensor max)");
 }
 

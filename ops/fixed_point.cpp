@@ -29,7 +29,7 @@ constexpr std::string_view kFractionLength = "fixed_point_fraction_length";
 constexpr std::string_view kRequantize = "fixed_point_requantize";
 constexpr int64_t kLongestAccumulator = 31;  // an int32 holds no longer fraction
 
-// ---- checks and shapes, shared with Meta -----------------------------------------------------------------------------------
+// ---- checks and shapes, shared with Meta ----------------------------------------------------------------------------
 
 void check_word_length(std::string_view op, int64_t word_length) {
   QUANTRAIN_CHECK_VALUE(word_length >= 2 && word_length <= kMaxWordLength,
@@ -121,7 +121,7 @@ at::Tensor fixed_point_requantize_meta(const at::Tensor& accumulator, const at::
   return at::empty_like(accumulator, accumulator.options().dtype(is_signed ? at::kChar : at::kByte));
 }
 
-// ---- CPU and CUDA ----------------------------------------------------------------------------------------------------------
+// ---- CPU and CUDA ---------------------------------------------------------------------------------------------------
 
 QuantRange code_range(int64_t word_length, bool is_signed) {
   const int64_t largest = (int64_t{1} << (word_length - is_signed)) - 1;
@@ -231,7 +231,7 @@ at::Tensor fixed_point_requantize_kernel(const at::Tensor& accumulator, const at
 
 }  // namespace
 
-// ---- public functions ------------------------------------------------------------------------------------------------------
+// ---- public functions -----------------------------------------------------------------------------------------------
 
 at::Tensor fixed_point_quantize(const at::Tensor& input, const at::Tensor& fraction_length, int64_t word_length,
                                 bool is_signed) {
@@ -260,19 +260,21 @@ at::Tensor fixed_point_requantize(const at::Tensor& accumulator, const at::Tenso
 
 }  // namespace quantrain
 
-// ---- registration ----------------------------------------------------------------------------------------------------------
+// ---- registration ---------------------------------------------------------------------------------------------------
 
 TORCH_LIBRARY_FRAGMENT(quantrain, m) {
   m.def("fixed_point_quantize(Tensor input, Tensor fraction_length, *, int word_length=8, bool signed=True) -> Tensor");
   m.def(
-      "fixed_point_fraction_length(Tensor input, *, int? axis=None, int word_length=8, bool signed=True, str method=\"std\", "
+      "fixed_point_fraction_length(Tensor input, *, int? axis=None, int word_length=8, bool signed=True, str "
+      "method=\"std\", "
       "Tensor? previous=None, float hysteresis=0.0) -> Tensor");
   m.def(
       "fixed_point_requantize(Tensor accumulator, Tensor accumulator_fraction_length, int fraction_length, *, bool "
       "signed=True) -> Tensor");
   // The mask is in the order of memory, as _fake_quantize_mask's; _fake_quantize_backward takes it.
   m.def(
-      "_fixed_point_quantize_mask(Tensor input, Tensor fraction_length, int word_length, bool signed) -> (Tensor output, "
+      "_fixed_point_quantize_mask(Tensor input, Tensor fraction_length, int word_length, bool signed) -> (Tensor "
+      "output, "
       "Tensor mask)",
       {at::Tag::needs_exact_strides});
 }

@@ -36,7 +36,7 @@ constexpr std::string_view kMaxPool = "fixed_point_max_pool2d";
 constexpr std::string_view kSumPool = "fixed_point_sum_pool2d";
 constexpr int kMaxShift = 31;
 
-// ---- checks and shapes, shared with Meta -----------------------------------------------------------------------------------
+// ---- checks and shapes, shared with Meta ----------------------------------------------------------------------------
 
 bool equal(const c10::SymInt& a, const c10::SymInt& b) { return TORCH_GUARD_OR_TRUE(a.sym_eq(b)); }
 
@@ -233,7 +233,7 @@ at::Tensor sum_pool2d_meta(const at::Tensor& input) {
   return image_result(input, input.sym_size(1), 1, 1, at::kInt);
 }
 
-// ---- arguments of kernels --------------------------------------------------------------------------------------------------
+// ---- arguments of kernels -------------------------------------------------------------------------------------------
 
 const void* pointer(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
 
@@ -269,7 +269,7 @@ FixedPointConvOptions options_of(c10::SymIntArrayRef stride, c10::SymIntArrayRef
   return {{known(stride[0]), known(stride[1])}, {known(padding[0]), known(padding[1])}, known(groups)};
 }
 
-// ---- CPU and CUDA ----------------------------------------------------------------------------------------------------------
+// ---- CPU and CUDA ---------------------------------------------------------------------------------------------------
 
 at::Tensor conv2d_kernel(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                          c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, const c10::SymInt& groups) {
@@ -355,7 +355,7 @@ std::array<c10::SymInt, 2> symbolic(const std::array<int64_t, 2>& sizes) { retur
 
 }  // namespace
 
-// ---- a layer that runs many times ------------------------------------------------------------------------------------------
+// ---- a layer that runs many times -----------------------------------------------------------------------------------
 
 struct FixedPointConv::Packed {
   at::Tensor weight;  // [o, kh, kw, c / groups]
@@ -436,7 +436,7 @@ void fixed_point_sum_pool2d_out(const at::Tensor& input, at::Tensor& output) {
             QUANTRAIN_KERNELS(fixed_point_sum_pool2d));
 }
 
-// ---- public functions ------------------------------------------------------------------------------------------------------
+// ---- public functions -----------------------------------------------------------------------------------------------
 
 at::Tensor fixed_point_conv2d(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                               const FixedPointConvOptions& options) {
@@ -477,7 +477,7 @@ at::Tensor fixed_point_sum_pool2d(const at::Tensor& input) {
 
 }  // namespace quantrain
 
-// ---- registration ----------------------------------------------------------------------------------------------------------
+// ---- registration ---------------------------------------------------------------------------------------------------
 
 TORCH_LIBRARY_FRAGMENT(quantrain, m) {
   const std::vector<at::Tag> fixed{at::Tag::needs_exact_strides};

@@ -22,7 +22,7 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// ---- checks ----------------------------------------------------------------------------------------------------------------
+// ---- checks ---------------------------------------------------------------------------------------------------------
 
 void check_quantizer(std::string_view op, std::string_view gradient, const GradientQuantizer& quantizer) {
   static constexpr std::array<std::string_view, 5> kQuantizers = {"none", "per_tensor", "per_sample", "per_channel",
@@ -100,7 +100,7 @@ void check_windows(c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10:
   check("dilation", dilation, 1);
 }
 
-// ---- kernels, also of Meta -------------------------------------------------------------------------------------------------
+// ---- kernels, also of Meta ------------------------------------------------------------------------------------------
 
 at::Tensor fqt_linear_kernel(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                              QUANTRAIN_GRADIENTS_PARAMETERS) {
@@ -119,7 +119,7 @@ at::Tensor fqt_conv2d_kernel(const at::Tensor& input, const at::Tensor& weight, 
   return batched ? output : output.squeeze(0);
 }
 
-// ---- "same" and "valid" ----------------------------------------------------------------------------------------------------
+// ---- "same" and "valid" ---------------------------------------------------------------------------------------------
 
 c10::TypedOperatorHandle<FqtConv2dSignature> fqt_conv2d_operator() {
   static const auto op =
@@ -154,7 +154,7 @@ at::Tensor fqt_conv2d_padding(const at::Tensor& input, const at::Tensor& weight,
                                     QUANTRAIN_GRADIENTS_ARGUMENTS);
 }
 
-// ---- autocast --------------------------------------------------------------------------------------------------------------
+// ---- autocast -------------------------------------------------------------------------------------------------------
 
 at::Tensor cast(const at::Tensor& tensor, c10::DeviceType device) {
   return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), tensor, device);
@@ -261,28 +261,34 @@ at::Tensor fqt_conv2d(const at::Tensor& input, const at::Tensor& weight, const O
 
 }  // namespace quantrain
 
-// ---- registration ----------------------------------------------------------------------------------------------------------
+// ---- registration ---------------------------------------------------------------------------------------------------
 
 TORCH_LIBRARY_FRAGMENT(quantrain, m) {
   m.def(
       "fqt_linear(Tensor input, Tensor weight, Tensor? bias=None, *, "
-      "str grad_input=\"none\", int grad_input_bits=8, str grad_input_rows=\"token\", bool grad_input_preserve_zero=False, "
+      "str grad_input=\"none\", int grad_input_bits=8, str grad_input_rows=\"token\", bool "
+      "grad_input_preserve_zero=False, "
       "int grad_input_max_group=128, "
-      "str grad_weight=\"none\", int grad_weight_bits=8, str grad_weight_rows=\"token\", bool grad_weight_preserve_zero=False, "
+      "str grad_weight=\"none\", int grad_weight_bits=8, str grad_weight_rows=\"token\", bool "
+      "grad_weight_preserve_zero=False, "
       "int grad_weight_max_group=128) -> Tensor");
   m.def(
       "fqt_conv2d(Tensor input, Tensor weight, Tensor? bias=None, SymInt[2] stride=1, SymInt[2] padding=0, "
       "SymInt[2] dilation=1, SymInt groups=1, *, "
-      "str grad_input=\"none\", int grad_input_bits=8, str grad_input_rows=\"sample\", bool grad_input_preserve_zero=False, "
+      "str grad_input=\"none\", int grad_input_bits=8, str grad_input_rows=\"sample\", bool "
+      "grad_input_preserve_zero=False, "
       "int grad_input_max_group=128, "
-      "str grad_weight=\"none\", int grad_weight_bits=8, str grad_weight_rows=\"sample\", bool grad_weight_preserve_zero=False, "
+      "str grad_weight=\"none\", int grad_weight_bits=8, str grad_weight_rows=\"sample\", bool "
+      "grad_weight_preserve_zero=False, "
       "int grad_weight_max_group=128) -> Tensor");
   m.def(
       "fqt_conv2d.padding(Tensor input, Tensor weight, Tensor? bias=None, SymInt[2] stride=1, str padding=\"valid\", "
       "SymInt[2] dilation=1, SymInt groups=1, *, "
-      "str grad_input=\"none\", int grad_input_bits=8, str grad_input_rows=\"sample\", bool grad_input_preserve_zero=False, "
+      "str grad_input=\"none\", int grad_input_bits=8, str grad_input_rows=\"sample\", bool "
+      "grad_input_preserve_zero=False, "
       "int grad_input_max_group=128, "
-      "str grad_weight=\"none\", int grad_weight_bits=8, str grad_weight_rows=\"sample\", bool grad_weight_preserve_zero=False, "
+      "str grad_weight=\"none\", int grad_weight_bits=8, str grad_weight_rows=\"sample\", bool "
+      "grad_weight_preserve_zero=False, "
       "int grad_weight_max_group=128) -> Tensor");
 }
 

@@ -39,8 +39,8 @@ void check_fqt_conv2d(const at::Tensor& input, const at::Tensor& weight, const s
                       const c10::SymInt& groups, const GradientQuantizer& grad_input,
                       const GradientQuantizer& grad_weight);
 
-// The weight itself where it is contiguous or channels_last, else a contiguous copy: PyTorch 2.11's CPU convolution crashes, or has a wrong
-// gradient, with a weight of other dense strides.
+// The weight itself where it is contiguous or channels_last, else a contiguous copy: PyTorch 2.11's CPU convolution
+// crashes, or has a wrong gradient, with a weight of other dense strides.
 at::Tensor regular_weight(const at::Tensor& weight);
 
 }  // namespace quantrain

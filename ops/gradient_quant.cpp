@@ -45,7 +45,7 @@ struct Request {
   int64_t max_group = 128;
 };
 
-// ---- checks and shapes, shared with Meta -----------------------------------------------------------------------------------
+// ---- checks and shapes, shared with Meta ----------------------------------------------------------------------------
 
 Quantizer parse_quantizer(std::string_view op, std::string_view quantizer) {
   if (quantizer == "per_tensor") return Quantizer::kPerTensor;
@@ -189,9 +189,10 @@ at::Tensor reflect_rows_meta(const at::Tensor& input, const at::Tensor& order, c
   return at::empty_symint(input.sym_sizes(), input.options());
 }
 
-// ---- CPU and CUDA ----------------------------------------------------------------------------------------------------------
+// ---- CPU and CUDA ---------------------------------------------------------------------------------------------------
 
-// A tensor whose memory is the matrix X [N, D]: rows one after the other. Columns may lie in another order than the dimensions'.
+// A tensor whose memory is the matrix X [N, D]: rows one after the other. Columns may lie in another order than the
+// dimensions'.
 at::Tensor row_major(const at::Tensor& grad, bool token_rows) {
   if (grad.is_contiguous()) return grad;
   if (token_rows) return grad.contiguous();
@@ -416,7 +417,8 @@ CodesTuple quantize_gradient_codes_seeded_kernel(const at::Tensor& grad, int64_t
   return codes_with(grad, request, seeded(seed, offset));
 }
 
-// A plan made by hand must not lead outside the tensor, and must leave no row out. On CUDA the check would wait for the device.
+// A plan made by hand must not lead outside the tensor, and must leave no row out. On CUDA the check would wait for the
+// device.
 void check_positions(const at::Tensor& order) {
   if (!order.is_cpu()) return;
   const auto* positions = order.const_data_ptr<int32_t>();
@@ -462,7 +464,7 @@ at::Tensor dequantize_gradient_kernel(const at::Tensor& codes, const at::Tensor&
 
 }  // namespace
 
-// ---- public functions ------------------------------------------------------------------------------------------------------
+// ---- public functions -----------------------------------------------------------------------------------------------
 
 at::Tensor quantize_gradient(const at::Tensor& grad, int64_t bits, std::string_view quantizer,
                              const GradientQuantOptions& options, const OptionalGenerator& generator) {
@@ -510,7 +512,7 @@ at::Tensor reflect_rows(const at::Tensor& input, const at::Tensor& order, const 
 }  // namespace detail
 }  // namespace quantrain
 
-// ---- registration ----------------------------------------------------------------------------------------------------------
+// ---- registration ---------------------------------------------------------------------------------------------------
 
 TORCH_LIBRARY_FRAGMENT(quantrain, m) {
   const std::vector<at::Tag> random{at::Tag::nondeterministic_seeded};
@@ -519,10 +521,12 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
       "max_group=128, bool stochastic=True, Generator? generator=None) -> Tensor",
       random);
   m.def(
-      "quantize_gradient.seeded(Tensor grad, int bits, str quantizer, *, str rows=\"sample\", bool preserve_zero=False, int "
+      "quantize_gradient.seeded(Tensor grad, int bits, str quantizer, *, str rows=\"sample\", bool "
+      "preserve_zero=False, int "
       "max_group=128, int seed, int offset) -> Tensor");
   m.def(
-      "quantize_gradient_codes(Tensor grad, int bits, str quantizer, *, str rows=\"sample\", bool preserve_zero=False, int "
+      "quantize_gradient_codes(Tensor grad, int bits, str quantizer, *, str rows=\"sample\", bool "
+      "preserve_zero=False, int "
       "max_group=128, bool stochastic=True, Generator? generator=None) -> (Tensor codes, Tensor scale, Tensor offset, "
       "Tensor order, Tensor reflector)",
       random);

@@ -31,7 +31,7 @@ constexpr std::string_view kRowsAndColumns = "int8_quantize_rows_and_columns";
 constexpr std::string_view kTranspose = "int8_transpose";
 constexpr std::string_view kWeightTranspose = "int8_weight_transpose";
 
-// ---- checks and shapes, shared with Meta -----------------------------------------------------------------------------------
+// ---- checks and shapes, shared with Meta ----------------------------------------------------------------------------
 
 void check_input(std::string_view op, const char* name, const at::Tensor& input, bool codes_allowed = false) {
   const auto type = input.scalar_type();
@@ -142,7 +142,7 @@ Triple weight_transpose_meta(const at::Tensor& weight, const at::Tensor& scale, 
           at::empty_symint({in, 1}, weight.options().dtype(at::kFloat))};
 }
 
-// ---- CPU and CUDA ----------------------------------------------------------------------------------------------------------
+// ---- CPU and CUDA ---------------------------------------------------------------------------------------------------
 
 int64_t matrix_rows(const at::Tensor& input) { return input.numel() / input.size(-1); }
 
@@ -334,7 +334,7 @@ Triple weight_transpose_kernel(const at::Tensor& weight, const at::Tensor& scale
 
 }  // namespace
 
-// ---- public functions ------------------------------------------------------------------------------------------------------
+// ---- public functions -----------------------------------------------------------------------------------------------
 
 Int8Codes int8_quantize_rows(const at::Tensor& input, const Int8QuantizeOptions& options) {
   static const auto op = c10::Dispatcher::singleton()
@@ -378,13 +378,14 @@ Int8WeightTranspose int8_weight_transpose(const at::Tensor& weight, const at::Te
 
 }  // namespace quantrain
 
-// ---- registration ----------------------------------------------------------------------------------------------------------
+// ---- registration ---------------------------------------------------------------------------------------------------
 
 TORCH_LIBRARY_FRAGMENT(quantrain, m) {
   const std::vector<at::Tag> fixed{at::Tag::needs_exact_strides};
   const std::vector<at::Tag> random{at::Tag::needs_exact_strides, at::Tag::nondeterministic_seeded};
   m.def(
-      "int8_quantize_rows(Tensor input, *, Tensor? column_factor=None, bool stochastic=False, Generator? generator=None) -> "
+      "int8_quantize_rows(Tensor input, *, Tensor? column_factor=None, bool stochastic=False, Generator? "
+      "generator=None) -> "
       "(Tensor codes, Tensor scale)",
       random);
   m.def(
@@ -392,7 +393,8 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
       "Tensor scale)",
       fixed);
   m.def(
-      "int8_quantize_columns(Tensor input, *, Tensor? row_factor=None, bool stochastic=False, Generator? generator=None) -> "
+      "int8_quantize_columns(Tensor input, *, Tensor? row_factor=None, bool stochastic=False, Generator? "
+      "generator=None) -> "
       "(Tensor codes, Tensor scale)",
       random);
   m.def(
@@ -404,7 +406,8 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
       "stochastic=False, Generator? generator=None) -> (Tensor codes, Tensor scale, Tensor codes_t, Tensor scale_t)",
       random);
   m.def(
-      "int8_quantize_rows_and_columns.seeded(Tensor input, *, Tensor? column_factor=None, Tensor? row_factor=None, int seed, "
+      "int8_quantize_rows_and_columns.seeded(Tensor input, *, Tensor? column_factor=None, Tensor? row_factor=None, "
+      "int seed, "
       "int offset) -> (Tensor codes, Tensor scale, Tensor codes_t, Tensor scale_t)",
       fixed);
   // To nearest: without the tag of random operators, so that a recomputation may repeat them.
@@ -413,12 +416,14 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
   m.def("int8_quantize_columns.nearest(Tensor input, *, Tensor? row_factor=None) -> (Tensor codes, Tensor scale)",
         fixed);
   m.def(
-      "int8_quantize_rows_and_columns.nearest(Tensor input, *, Tensor? column_factor=None, Tensor? row_factor=None) -> (Tensor "
+      "int8_quantize_rows_and_columns.nearest(Tensor input, *, Tensor? column_factor=None, Tensor? row_factor=None) "
+      "-> (Tensor "
       "codes, Tensor scale, Tensor codes_t, Tensor scale_t)",
       fixed);
   m.def("int8_transpose(Tensor codes) -> Tensor", fixed);
   m.def(
-      "int8_weight_transpose(Tensor weight, Tensor scale, *, str scheme=\"auto\") -> (Tensor codes, Tensor column_factor, "
+      "int8_weight_transpose(Tensor weight, Tensor scale, *, str scheme=\"auto\") -> (Tensor codes, Tensor "
+      "column_factor, "
       "Tensor scale)",
       fixed);
 }

@@ -13,7 +13,7 @@
 namespace quantrain {
 namespace {
 
-// ---- what a GPU does in a microsecond ---------------------------------------------------------------------------------------
+// ---- what a GPU does in a microsecond -------------------------------------------------------------------------------
 
 struct Machine {
   double int8;         // operations of int8_mm, 10^6 a second, in its main loop
@@ -24,8 +24,9 @@ struct Machine {
   int64_t processors;  // streaming multiprocessors
 };
 
-// Fitted to 54 layers' products and passes on an H200 (benchmarks/results/int8-grid-h200-2026-11-23.csv): of the eight combinations the model
-// takes the best or one within 1 %, and none that is slower than bfloat16. The kernels for sm_80 are modelled on an A100, not measured.
+// Fitted to 54 layers' products and passes on an H200 (benchmarks/results/int8-grid-h200-2026-11-23.csv): of the eight
+// combinations the model takes the best or one within 1 %, and none that is slower than bfloat16. The kernels for sm_80
+// are modelled on an A100, not measured.
 constexpr Machine kHopper{1.61e9, 0.78e9, 0.05e9, 3.88e6, 4.3, 132};
 constexpr Machine kAmpere{0.42e9, 0.24e9, 0.018e9, 1.5e6, 4.3, 108};
 constexpr double kInt8Result = 0.85;  // share of a result's bytes that its sum does not hide

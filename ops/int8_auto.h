@@ -1,7 +1,8 @@
 // "auto": which of a linear layer's three products run in int8. Private to the int8 family.
 //
-// An int8 product is faster, but its operands have to be quantised and transposed first, passes over memory that narrow layers do not win
-// back; and the products share them. So the choice is made for all three at once: the combination with the least modelled time.
+// An int8 product is faster, but its operands have to be quantised and transposed first, passes over memory that narrow
+// layers do not win back; and the products share them. So the choice is made for all three at once: the combination
+// with the least modelled time.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -31,8 +32,8 @@ struct Int8LinearShape {
   at::ScalarType weight_type;
 };
 
-// A number of tokens as the choice takes it: the power of two at or below. Of a symbolic size the guards are then ranges, and a compiled
-// program chooses as an eager one. Unknown at compile time: 0.
+// A number of tokens as the choice takes it: the power of two at or below. Of a symbolic size the guards are then
+// ranges, and a compiled program chooses as an eager one. Unknown at compile time: 0.
 int64_t int8_token_bucket(const c10::SymInt& tokens);
 
 // Each kAuto decided: true for int8. On a GPU without int8 tensor cores (below sm_80) false; on CPU true.

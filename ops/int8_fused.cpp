@@ -21,7 +21,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 using Pair = std::tuple<at::Tensor, at::Tensor>;
 using Triple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-// ---- checks and shapes, shared with Meta -----------------------------------------------------------------------------------
+// ---- checks and shapes, shared with Meta ----------------------------------------------------------------------------
 
 void check_input(std::string_view op, const char* name, const at::Tensor& input) {
   const auto type = input.scalar_type();
@@ -197,7 +197,7 @@ Int8AddNorm as_add_norm(Triple triple) {
 
 }  // namespace
 
-// ---- public functions ------------------------------------------------------------------------------------------------------
+// ---- public functions -----------------------------------------------------------------------------------------------
 
 Int8Codes int8_layer_norm(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                           double eps) {
@@ -234,20 +234,23 @@ Int8Codes int8_silu_mul(const at::Tensor& gate, const at::Tensor& up) {
 
 }  // namespace quantrain
 
-// ---- registration ----------------------------------------------------------------------------------------------------------
+// ---- registration ---------------------------------------------------------------------------------------------------
 
 TORCH_LIBRARY_FRAGMENT(quantrain, m) {
   const std::vector<at::Tag> fixed{at::Tag::needs_exact_strides};
   m.def(
-      "int8_layer_norm(Tensor input, Tensor? weight=None, Tensor? bias=None, float eps=1e-05) -> (Tensor codes, Tensor scale)",
+      "int8_layer_norm(Tensor input, Tensor? weight=None, Tensor? bias=None, float eps=1e-05) -> (Tensor codes, "
+      "Tensor scale)",
       fixed);
   m.def("int8_rms_norm(Tensor input, Tensor? weight=None, float eps=1e-06) -> (Tensor codes, Tensor scale)", fixed);
   m.def(
-      "int8_add_layer_norm(Tensor input, Tensor residual, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, *, bool "
+      "int8_add_layer_norm(Tensor input, Tensor residual, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, "
+      "*, bool "
       "post_norm=False) -> (Tensor codes, Tensor scale, Tensor carried)",
       fixed);
   m.def(
-      "int8_add_rms_norm(Tensor input, Tensor residual, Tensor? weight=None, float eps=1e-06, *, bool post_norm=False) -> "
+      "int8_add_rms_norm(Tensor input, Tensor residual, Tensor? weight=None, float eps=1e-06, *, bool "
+      "post_norm=False) -> "
       "(Tensor codes, Tensor scale, Tensor carried)",
       fixed);
   m.def("int8_gelu(Tensor input, *, str approximate=\"none\") -> (Tensor codes, Tensor scale)", fixed);

@@ -21,7 +21,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 constexpr std::string_view kOp = "int8_linear";
 
-// ---- checks ----------------------------------------------------------------------------------------------------------------
+// ---- checks ---------------------------------------------------------------------------------------------------------
 
 void check_float(const char* name, const at::Tensor& tensor, const at::Tensor& input) {
   const at::ScalarType type = tensor.scalar_type();
@@ -63,7 +63,7 @@ std::string_view parse_scheme(std::string_view scheme) {
 
 int64_t known_or_largest(const c10::SymInt& size) { return size.maybe_as_int().value_or(int64_t{1} << 20); }
 
-// ---- kernel, also of Meta --------------------------------------------------------------------------------------------------
+// ---- kernel, also of Meta -------------------------------------------------------------------------------------------
 
 OptionalTensor cast_to(const OptionalTensor& tensor, at::ScalarType type) {
   return tensor ? OptionalTensor(in_type(*tensor, type)) : std::nullopt;
@@ -86,7 +86,7 @@ c10::TypedOperatorHandle<Int8LinearSignature> int8_linear_operator() {
   return op;
 }
 
-// ---- autocast --------------------------------------------------------------------------------------------------------------
+// ---- autocast -------------------------------------------------------------------------------------------------------
 
 bool needs_grad(const at::Tensor& tensor) { return at::GradMode::is_enabled() && tensor.requires_grad(); }
 
@@ -112,7 +112,7 @@ at::Tensor int8_linear_autocast(const at::Tensor& input, const at::Tensor& weigh
 
 }  // namespace
 
-// ---- what the derivative uses too ------------------------------------------------------------------------------------------
+// ---- what the derivative uses too -----------------------------------------------------------------------------------
 
 void check_int8_linear(const Int8LinearTensors& t) {
   check_float("input", t.input, t.input);
@@ -182,7 +182,7 @@ Int8LinearResult int8_linear_forward(const Int8LinearTensors& t, const Int8Linea
   return result;
 }
 
-// ---- public function -------------------------------------------------------------------------------------------------------
+// ---- public function ------------------------------------------------------------------------------------------------
 
 at::Tensor int8_linear(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                        const Int8LinearOptions& options, const OptionalTensor& weight_codes,
@@ -193,7 +193,7 @@ at::Tensor int8_linear(const at::Tensor& input, const at::Tensor& weight, const 
 
 }  // namespace quantrain
 
-// ---- registration ----------------------------------------------------------------------------------------------------------
+// ---- registration ---------------------------------------------------------------------------------------------------
 
 TORCH_LIBRARY_FRAGMENT(quantrain, m) {
   m.def(

@@ -26,7 +26,7 @@ constexpr std::string_view kAccumulate = "int8_mm_accumulate_";
 // So many products of two codes fit in int32; longer sums are split, and the parts added in float32.
 constexpr int64_t kMaxSum = 131056;  // a multiple of 16 below 2^31 / 128^2
 
-// ---- checks and shapes, shared with Meta -----------------------------------------------------------------------------------
+// ---- checks and shapes, shared with Meta ----------------------------------------------------------------------------
 
 void check_operands(std::string_view op, const at::Tensor& a, const at::Tensor& b) {
   QUANTRAIN_CHECK_TYPE(a.scalar_type() == at::kChar && b.scalar_type() == at::kChar,
@@ -93,7 +93,7 @@ void accumulate_meta(at::Tensor& accumulator, const at::Tensor& a, const at::Ten
                         detail::shape_text(accumulator), detail::shape_text(a), detail::shape_text(b));
 }
 
-// ---- CPU and CUDA ----------------------------------------------------------------------------------------------------------
+// ---- CPU and CUDA ---------------------------------------------------------------------------------------------------
 
 #if defined(QUANTRAIN_WITH_CUDA)
 // Rows of whole 16-byte groups on 16-byte boundaries, filled up with zeros: what the tensor-core kernels load.
@@ -241,7 +241,7 @@ void accumulate_kernel(at::Tensor& accumulator, const at::Tensor& a, const at::T
 
 }  // namespace
 
-// ---- public functions ------------------------------------------------------------------------------------------------------
+// ---- public functions -----------------------------------------------------------------------------------------------
 
 at::Tensor int8_mm(const at::Tensor& a, const at::Tensor& b, const OptionalTensor& a_scale,
                    const OptionalTensor& b_scale, const OptionalTensor& bias, at::ScalarType out_dtype) {
@@ -260,7 +260,7 @@ void int8_mm_accumulate_(at::Tensor& accumulator, const at::Tensor& a, const at:
 
 }  // namespace quantrain
 
-// ---- registration ----------------------------------------------------------------------------------------------------------
+// ---- registration ---------------------------------------------------------------------------------------------------
 
 TORCH_LIBRARY_FRAGMENT(quantrain, m) {
   const std::vector<at::Tag> fixed{at::Tag::needs_exact_strides};
@@ -273,11 +273,13 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
       "out_dtype=\"float32\") -> Tensor",
       fixed);
   m.def(
-      "int8_mm_accumulate_(Tensor(a!) accumulator, Tensor a, Tensor b, Tensor? a_scale=None, Tensor? b_scale=None) -> ()",
+      "int8_mm_accumulate_(Tensor(a!) accumulator, Tensor a, Tensor b, Tensor? a_scale=None, Tensor? b_scale=None) "
+      "-> ()",
       fixed);
 #if defined(QUANTRAIN_WITH_CUDA)
   m.def(
-      "_int8_mm_by_kernel(Tensor a, Tensor b, Tensor? a_scale, Tensor? b_scale, Tensor? bias, *, ScalarType out_dtype, str "
+      "_int8_mm_by_kernel(Tensor a, Tensor b, Tensor? a_scale, Tensor? b_scale, Tensor? bias, *, ScalarType "
+      "out_dtype, str "
       "kernel, int swizzle=1, int splits=0) -> Tensor",
       fixed);
 #endif

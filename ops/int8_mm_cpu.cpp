@@ -43,7 +43,8 @@ bool has_amx() {
 #endif
 }
 
-// Rows of a below which packing b costs more than it brings: oneDNN takes a third of the time for one row, about the same for eight (Cascade Lake).
+// Rows of a below which packing b costs more than it brings: oneDNN takes a third of the time for one row, about the
+// same for eight (Cascade Lake).
 constexpr int64_t kFewRows = 8;
 
 // None: oneDNN, whose own kernels need VNNI or AMX.
@@ -86,7 +87,8 @@ void int8_mm_cpu(const at::Tensor& a, const at::Tensor& b, const Int8MmArgs& arg
   // torch._int_mm of 2.11 is wrong for k = 1 on the CPU.
   if (const std::optional<Int8Isa> isa = chosen_path(args.m); isa || args.k < 2)
     return multiply(args, isa.value_or(Int8Isa::kPlain));
-  // Both with the strides of their shapes: a dimension of size 1 may have any, which _int_mm hands on as a leading dimension.
+  // Both with the strides of their shapes: a dimension of size 1 may have any, which _int_mm hands on as a leading
+  // dimension.
   const at::Tensor x = a.as_strided({args.m, args.k}, {args.k, 1}), y = b.as_strided({args.k, args.n}, {1, args.k});
   const at::Tensor sums = at::_int_mm(x, y);
   parallel_for(args.m, grain_of(args.n), [&](int64_t begin, int64_t end) {

@@ -10,11 +10,13 @@
 
 namespace quantrain {
 
-// The instructions that the environment variable QUANTRAIN_CPU_INT8 names, for `op`; the best of this processor where it names none of its own.
+// The instructions that the environment variable QUANTRAIN_CPU_INT8 names, for `op`; the best of this processor where
+// it names none of its own.
 cpu::Int8Isa named_int8_isa(std::string_view op);
 
 // a [m, k], b [n, k]: contiguous int8 on the CPU, to which args point. Any k; args.workspace is not used.
-// The environment variable QUANTRAIN_CPU_INT8 picks a path by name: "plain", "avx2", "avx512", "avx_vnni", "avx512_vnni" or "onednn".
+// The environment variable QUANTRAIN_CPU_INT8 picks a path by name: "plain", "avx2", "avx512", "avx_vnni",
+// "avx512_vnni" or "onednn".
 void int8_mm_cpu(const at::Tensor& a, const at::Tensor& b, const Int8MmArgs& args);
 
 }  // namespace quantrain

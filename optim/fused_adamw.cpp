@@ -73,7 +73,7 @@ std::vector<at::Tensor> FusedAdamW::all_parameters() const {
   return parameters;
 }
 
-// ---- step ------------------------------------------------------------------------------------------------------------------
+// ---- step -----------------------------------------------------------------------------------------------------------
 
 at::Tensor FusedAdamW::step(LossClosure closure) {
   at::Tensor loss;
@@ -127,7 +127,8 @@ void FusedAdamW::step_group(size_t group, size_t first_parameter, const at::Tens
       run(lr_);
     else
       run(options.lr());
-    // PyTorch's operator leaves the versions alone; what is kept of a parameter (include/quantrain/nn/int8_linear.h) would seem current.
+    // PyTorch's operator leaves the versions alone; what is kept of a parameter (include/quantrain/nn/int8_linear.h)
+    // would seem current.
     for (const at::Tensor& parameter : lists.parameters) parameter.unsafeGetTensorImpl()->bump_version();
     // A step that the device skips does not count.
     if (found_inf.defined())
@@ -135,7 +136,7 @@ void FusedAdamW::step_group(size_t group, size_t first_parameter, const at::Tens
   }
 }
 
-// ---- learning rate ---------------------------------------------------------------------------------------------------------
+// ---- learning rate --------------------------------------------------------------------------------------------------
 
 void FusedAdamW::set_lr(double lr) {
   QUANTRAIN_CHECK_VALUE(lr >= 0, "FusedAdamW.set_lr: expected lr >= 0, got {}", lr);
@@ -152,7 +153,7 @@ void FusedAdamW::use_tensor_lr() {
   lr_ = at::full({}, lr, all_parameters()[0].options().dtype(at::kFloat).requires_grad(false));
 }
 
-// ---- state -----------------------------------------------------------------------------------------------------------------
+// ---- state ----------------------------------------------------------------------------------------------------------
 
 const std::vector<FusedAdamW::State>& FusedAdamW::state_tensors() {
   if (!states_.empty()) return states_;

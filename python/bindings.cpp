@@ -1,5 +1,5 @@
-// quantrain._C: importing it loads libquantrain, and with it the operators in torch.ops.quantrain. Beside that it says how the library
-// was built, and binds the classes that are not operators.
+// quantrain._C: importing it loads libquantrain, and with it the operators in torch.ops.quantrain. Beside that it says
+// how the library was built, and binds the classes that are not operators.
 #include <pybind11/pybind11.h>
 
 void bind_amp(pybind11::module_& module);

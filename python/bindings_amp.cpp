@@ -1,4 +1,5 @@
-// Python bindings of GradScaler and MasterWeights: the C++ classes, on torch.optim optimizers. Documented in quantrain/amp/.
+// Python bindings of GradScaler and MasterWeights: the C++ classes, on torch.optim optimizers. Documented in
+// quantrain/amp/.
 
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>

@@ -1,4 +1,5 @@
-// Python binding of FixedPointNetwork, documented in quantrain/nn/fixed_point/network.py. Other Python threads run during every call that computes.
+// Python binding of FixedPointNetwork, documented in quantrain/nn/fixed_point/network.py. Other Python threads run
+// during every call that computes.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,4 +1,5 @@
-// Python bindings of QuantSpec, GradientSpec, Int8Spec, FixedPointSpec and Recipe: keyword constructors, properties, equality, copy and pickle (through JSON).
+// Python bindings of QuantSpec, GradientSpec, Int8Spec, FixedPointSpec and Recipe: keyword constructors, properties,
+// equality, copy and pickle (through JSON).
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -30,8 +31,8 @@ std::string repr_of(const char* name, const T& self, std::initializer_list<const
   return text + ")";
 }
 
-// to_json, from_json, ==, copy, deepcopy and pickle, the same for all five structs. Pickle keeps a value that is not valid, as an
-// assignment can make it, only as far as JSON does: reading it back raises.
+// to_json, from_json, ==, copy, deepcopy and pickle, the same for all five structs. Pickle keeps a value that is not
+// valid, as an assignment can make it, only as far as JSON does: reading it back raises.
 template <typename T>
 void bind_value_semantics(py::class_<T>& cls) {
   cls.def("to_json", &T::to_json, "The JSON form, every field under its name.")
@@ -164,7 +165,8 @@ void bind_recipe(py::module_& module) {
   py::class_<Recipe> cls(
       module, "Recipe",
       "How a layer is quantised: a QuantSpec (or None) for weight, input and output, a GradientSpec (or None) for "
-      "grad_input and grad_weight, an Int8Spec (or None) for training on int8 products, and a FixedPointSpec (or None) for "
+      "grad_input and grad_weight, an Int8Spec (or None) for training on int8 products, and a FixedPointSpec (or "
+      "None) for "
       "training in fixed point.");
   cls.def(py::init([](const std::string& name, const Spec& weight, const Spec& input, const Spec& output,
                       const std::string& backend, bool training, int64_t edge_bits, const Gradient& grad_input,

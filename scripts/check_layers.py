@@ -1,14 +1,21 @@
 #!/usr/bin/env python3
-"""Checks that the tree keeps the layers `python -> amp, nn -> autograd -> ops -> csrc`.
+"""Checks that the tree keeps the layers `python -> optim, amp, nn -> autograd -> ops -> csrc`.
+
+A public header, include/quantrain/<layer>/..., belongs to its layer.
 
 Rules, each a function below:
-  includes   a folder includes only itself and folders right of it in the line above; amp and nn do not include each other
+  includes   a layer includes only itself and layers right of it in the line above; nn and amp do not include each other, and nn, amp and
+             optim do not reach past ops into csrc
+  spelling   a public header is included as "quantrain/<layer>/...", a private one by its path from the root
+  autograd   a file of autograd has the basename of the file of ops whose operator it differentiates
+  imports    Python's packages import only what stands right of them in finetune -> nn, amp, optim -> the modules of operators
   cuda       a .cu or .cuh file lives in csrc/cuda only
   torch      csrc includes no header of torch or Python
   heavy      torch/all.h, torch/torch.h and torch/extension.h are included in python/ and examples/ only
              (torch/torch.h also under tests/, which are users of the library)
   opcheck    every public op (m.def without a leading underscore) is named by a test in tests/python that calls opcheck
   readme     every public op has a row in a table of README.md
+  columns    no line of C++ and CUDA has more than 120 columns, but in a raw string, such as a schema
 
 Usage: check_layers.py [ROOT]. Prints what it checked, one line a violation, and exits 1 where there is one.
 """
@@ -27,10 +34,16 @@ LAYERS = {
     "csrc": {"csrc"},
     "ops": {"ops", "csrc"},
     "autograd": {"autograd", "ops", "csrc"},
-    "nn": {"nn", "autograd", "ops", "csrc"},
-    "amp": {"amp", "autograd", "ops", "csrc"},
-    "python": {"python", "amp", "nn", "autograd", "ops", "csrc"},
+    "nn": {"nn", "autograd", "ops"},
+    "amp": {"amp", "autograd", "ops"},
+    "optim": {"optim", "amp", "autograd", "ops"},
+    "python": {"python", "amp", "nn", "optim", "autograd", "ops"},
 }
+PUBLIC = "include/quantrain/"
+COLUMNS = 120
+# folder of python/quantrain -> the other folders that it may import; modules beside them serve all
+PACKAGES = {"finetune": {"nn", "amp", "optim"}, "nn": set(), "amp": set(), "optim": set()}
+SHARED_AUTOGRAD = {"no_derivative"}  # of every operator without a derivative
 UMBRELLA = (
     "quantrain.h"  # <quantrain/quantrain.h>, which includes all of amp, nn and ops: for programs, not for the layers
 )
@@ -41,6 +54,7 @@ SOURCES = {".h", ".hpp", ".cuh", ".cpp", ".cc", ".cu"}
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*[<"]([^>"\n]+)[>"]', re.MULTILINE)
 # m.def("name(...  |  m.def(TORCH_SELECTIVE_SCHEMA("name(...  |  m.def(\n      R"(name(...
 SCHEMA = re.compile(r'\bm\.def\(\s*(?:\w+\(\s*)?(?:R"\w*\()?"?\s*(?:quantrain::)?([A-Za-z_]\w*)(?:\.\w+)?\s*\(')
+RAW_STRING = re.compile(r'R"(\w*)\(.*?\)\1"', re.DOTALL)
 TORCH_FREE = re.compile(r"^(torch|ATen|c10|caffe2|pybind11)/|^Python\.h$")
 
 
@@ -63,7 +77,7 @@ class Include:
 
     @property
     def layer(self) -> str:
-        return self.path.split("/", 1)[0]
+        return self.path.removeprefix(PUBLIC).split("/", 1)[0]
 
 
 def sources(root: Path) -> list[Path]:
@@ -97,7 +111,7 @@ def layer_of(include: Include) -> str | None:
     if target.startswith("."):
         target = os.path.normpath(os.path.join(os.path.dirname(include.path), target))
     if target == UMBRELLA and include.target != target:
-        return "nn"
+        return None if include.path.startswith("include/") else "python"
     folder, _, rest = target.partition("/")
     return folder if rest and folder in LAYERS else None
 
@@ -109,6 +123,73 @@ def check_includes(found: list[Include]) -> list[Violation]:
         if allowed is not None and target is not None and target not in allowed:
             text = f"{include.layer} includes {include.target}: it may include {', '.join(sorted(allowed))} only"
             violations.append(Violation("includes", include.path, include.line, text))
+    return violations
+
+
+def check_spelling(root: Path, found: list[Include]) -> list[Violation]:
+    violations = []
+    for include in found:
+        if include.layer not in LAYERS or layer_of(include) is None:
+            continue
+        name = include.target.removeprefix("quantrain/")
+        public = (root / PUBLIC / name).exists()
+        if (public or (root / name).exists()) and include.target.startswith("quantrain/") != public:
+            right = f"quantrain/{name}" if public else name
+            text = f"a {'public' if public else 'private'} header is included as {right}, got {include.target}"
+            violations.append(Violation("spelling", include.path, include.line, text))
+    return violations
+
+
+def check_autograd(root: Path, files: list[Path]) -> list[Violation]:
+    text = "no file of ops has this basename: it is that of the operator that is differentiated"
+    return [
+        Violation("autograd", path.as_posix(), 1, text)
+        for path in files
+        if path.parts[0] == "autograd" and path.suffix == ".cpp" and path.stem not in SHARED_AUTOGRAD
+        if not (root / "ops" / path.name).exists()
+    ]
+
+
+def check_imports(root: Path) -> list[Violation]:
+    violations = []
+    package = root / "python" / "quantrain"
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).parts
+        if parts == ("__init__.py",):
+            continue
+        own = parts[0] if len(parts) > 1 else ""
+        allowed = PACKAGES.get(own, set()) | {own}
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for name in _imported(node, parts):
+                folder = name.split(".")[0]
+                if folder in PACKAGES and folder not in allowed:
+                    text = f"{own or 'a module of operators'} imports quantrain.{name}"
+                    violations.append(Violation("imports", path.relative_to(root).as_posix(), node.lineno, text))
+    return violations
+
+
+def _imported(node: ast.AST, parts: tuple[str, ...]) -> list[str]:
+    """What a statement of the file `parts` imports from the package, without "quantrain."."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        base = ".".join(("quantrain", *parts[: len(parts) - node.level])) if node.level else ""
+        module = ".".join(filter(None, (base, node.module)))
+        names = [f"{module}.{alias.name}" for alias in node.names]
+    else:
+        names = []
+    return [name.removeprefix("quantrain.") for name in names if name.startswith("quantrain.")]
+
+
+def check_columns(root: Path, files: list[Path]) -> list[Violation]:
+    """Python's lines are ruff's."""
+    violations = []
+    for path in files:
+        text = RAW_STRING.sub(lambda m: "\n" * m[0].count("\n"), (root / path).read_text(encoding="utf-8"))
+        for number, line in enumerate(text.splitlines(), start=1):
+            if len(line) > COLUMNS:
+                text = f"expected at most {COLUMNS} columns, got {len(line)}"
+                violations.append(Violation("columns", path.as_posix(), number, text))
     return violations
 
 
@@ -250,11 +331,15 @@ def check(root: Path) -> tuple[str, list[Violation]]:
     ops = schemas(root, files)
     violations = [
         *check_includes(found),
+        *check_spelling(root, found),
+        *check_autograd(root, files),
+        *check_imports(root),
         *check_cuda(files),
         *check_torch(found),
         *check_heavy(found),
         *check_opcheck(root, ops),
         *check_readme(root, ops),
+        *check_columns(root, files),
     ]
     layered = sum(i.layer in LAYERS for i in found)
     checked = f"{len(files)} sources, {len(found)} includes ({layered} in the layers), {len(ops)} public ops: {', '.join(ops)}"

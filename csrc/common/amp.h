@@ -75,8 +75,9 @@ QUANTRAIN_HOST_DEVICE bool is_finite_bits(float value) {
   return (detail::float_to_bits(value) & 0x7f800000u) != 0x7f800000u;
 }
 
-// value in T: the neighbour below or above in magnitude, with the probability that makes it `value` on average. `random` are 32 even
-// bits. Values that T holds are kept, NaN and Inf too; a finite value that rounds to nearest finitely never becomes Inf.
+// value in T: the neighbour below or above in magnitude, with the probability that makes it `value` on average.
+// `random` are 32 even bits. Values that T holds are kept, NaN and Inf too; a finite value that rounds to nearest
+// finitely never becomes Inf.
 template <typename T>
 QUANTRAIN_HOST_DEVICE T round_stochastic(float value, uint32_t random);
 

@@ -3,7 +3,8 @@
 //   code v = rint(x * (1 / scale)) + zero_point          (half to even)
 //   q = clamp(v, quant_min, quant_max),  y = (q - zero_point) * scale
 //
-// All in float32 and without fused multiply-add, so that CPU and CUDA agree bit for bit. NaN passes through every function.
+// All in float32 and without fused multiply-add, so that CPU and CUDA agree bit for bit. NaN passes through every
+// function.
 #pragma once
 
 #include <cfloat>
@@ -28,7 +29,8 @@ struct QParams {
   float zero_point;
 };
 
-// A scale that is not positive gives NaN, here and so in every result: a device tensor cannot be checked without waiting for it.
+// A scale that is not positive gives NaN, here and so in every result: a device tensor cannot be checked without
+// waiting for it.
 QUANTRAIN_HOST_DEVICE QParams make_qparams(float scale, float zero_point) {
   const float checked = scale > 0.0f ? scale : detail::bits_to_float(0x7fc00000u);
   return QParams{checked, 1.0f / checked, zero_point};
@@ -50,7 +52,8 @@ __device__ __forceinline__ float min_nan(float a, float b) {
 
 QUANTRAIN_HOST_DEVICE float round_half_even(float x) { return rintf(x); }
 
-// NaN stays: on the host because the comparisons are then false, on the device by max.NaN (one instruction); fmin and fmax drop it.
+// NaN stays: on the host because the comparisons are then false, on the device by max.NaN (one instruction); fmin and
+// fmax drop it.
 QUANTRAIN_HOST_DEVICE float clamp_code(float v, QuantRange range) {
 #if defined(__CUDA_ARCH__)
   return min_nan(max_nan(v, range.min), range.max);
@@ -77,7 +80,8 @@ QUANTRAIN_HOST_DEVICE float rounded_zero_point(float zero_point, QuantRange rang
   return clamp_code(round_half_even(zero_point), range);
 }
 
-// LSQ (Esser et al., ICLR 2020, eq. 3) with a zero point (LSQ+, Bhalgat et al. 2020, eq. 4 and 5), per unit of grad_output:
+// LSQ (Esser et al., ICLR 2020, eq. 3) with a zero point (LSQ+, Bhalgat et al. 2020, eq. 4 and 5), per unit of
+// grad_output:
 //   dy/dscale      = inside: (y - x) / scale = q - zero_point - x / scale;  outside: end code - zero_point
 //   dy/dzero_point = inside: 0;  outside: -scale
 struct LearnableGradient {
@@ -86,7 +90,8 @@ struct LearnableGradient {
   uint32_t inside;  // all bits, or none
 };
 
-// `inside` must be all bits or none. By bits on the host: there a choice between floats becomes a branch, and the loop stays scalar.
+// `inside` must be all bits or none. By bits on the host: there a choice between floats becomes a branch, and the loop
+// stays scalar.
 QUANTRAIN_HOST_DEVICE float select(uint32_t inside, float then, float otherwise) {
 #if defined(__CUDA_ARCH__)
   return inside ? then : otherwise;
@@ -104,7 +109,8 @@ QUANTRAIN_HOST_DEVICE LearnableGradient learnable_gradient(float x, QParams p, Q
   return LearnableGradient{select(inside, within, distance), select(inside, 0.0f, -p.scale), inside};
 }
 
-// Unbiased rounding: up with probability v - floor(v). The difference is exact in float32, so the mean error is at most 2^-24.
+// Unbiased rounding: up with probability v - floor(v). The difference is exact in float32, so the mean error is at most
+// 2^-24.
 QUANTRAIN_HOST_DEVICE float round_stochastic(float v, float uniform) {
   const float low = floorf(v);
   return low + (uniform < v - low ? 1.0f : 0.0f);
@@ -116,8 +122,9 @@ QUANTRAIN_HOST_DEVICE float storable_code(float v, QParams p, QuantRange range) 
   return q == q ? q : clamp_code(p.zero_point, range);
 }
 
-// scale and zero_point from a range of real numbers. Symmetric: neither end of [-absmax, absmax] clips. Affine: the range is
-// widened to hold 0, which then is a code exactly. An all-zero range has scale 1; NaN or Inf gives scale NaN and zero_point 0.
+// scale and zero_point from a range of real numbers. Symmetric: neither end of [-absmax, absmax] clips. Affine: the
+// range is widened to hold 0, which then is a code exactly. An all-zero range has scale 1; NaN or Inf gives scale NaN
+// and zero_point 0.
 QUANTRAIN_HOST_DEVICE QParams qparams_from_range(float min, float max, QuantRange range, bool symmetric) {
   const bool finite = fabsf(min) <= FLT_MAX && fabsf(max) <= FLT_MAX;  // false with a NaN
   float width, steps;
@@ -144,7 +151,7 @@ QUANTRAIN_HOST_DEVICE QParams qparams_from_range(float min, float max, QuantRang
   return QParams{scale, 1.0f / scale, zero_point};
 }
 
-// ---- kernel arguments ------------------------------------------------------------------------------------------------------
+// ---- kernel arguments -----------------------------------------------------------------------------------------------
 
 struct QParamTensors {
   const float* scale;                        // [groups]
@@ -163,7 +170,8 @@ QUANTRAIN_HOST_DEVICE T load_parameter(const T* parameter) {
 #endif
 }
 
-// A fraction length must leave a code of the range to 1: 0 <= FL and 2^FL <= max + 1. Another gives NaN, as a scale that is not positive.
+// A fraction length must leave a code of the range to 1: 0 <= FL and 2^FL <= max + 1. Another gives NaN, as a scale
+// that is not positive.
 QUANTRAIN_HOST_DEVICE QParams fixed_point_qparams(int32_t fraction_length, QuantRange range) {
   const uint32_t bounded =
       fraction_length >= 0 && fraction_length <= 16 ? static_cast<uint32_t>(fraction_length) : 127u;
@@ -226,15 +234,16 @@ struct DequantizeArgs {
   QParamTensors qparams;
 };
 
-// Reductions over rows go in two steps: a row is cut into chunks, each chunk gives one partial result, and the operator adds
-// (or takes the extremes of) the partial results in a fixed order. The cut depends on the shape alone, so results repeat.
+// Reductions over rows go in two steps: a row is cut into chunks, each chunk gives one partial result, and the operator
+// adds (or takes the extremes of) the partial results in a fixed order. The cut depends on the shape alone, so results
+// repeat.
 constexpr int64_t kRowChunk = 8192;
 
 inline int64_t chunks_per_row(const Grouping& g) { return (g.inner + kRowChunk - 1) / kRowChunk; }
 
-// The order in which range_error adds the errors of a row chunk, on every device. Element i of the chunk goes to sum i % (size * lanes); those
-// sums are added by halves within a lane (sums lane * size to lane * size + size), then lanes by halves within 32 of them,
-// then the 32s one after the other.
+// The order in which range_error adds the errors of a row chunk, on every device. Element i of the chunk goes to sum i
+// % (size * lanes); those sums are added by halves within a lane (sums lane * size to lane * size + size), then lanes
+// by halves within 32 of them, then the 32s one after the other.
 struct SumOrder {
   int size;   // elements of one load: 16 bytes
   int lanes;  // threads of a chunk on the device

@@ -1,9 +1,10 @@
-// The formulas of the fixed_point family (F8Net, Jin et al., ICLR 2022), once for host and device, and the arguments of its kernels.
+// The formulas of the fixed_point family (F8Net, Jin et al., ICLR 2022), once for host and device, and the arguments of
+// its kernels.
 //
 //   value = code * 2^-FL,  code in [-(2^(WL-1) - 1), 2^(WL-1) - 1] (signed) or [0, 2^WL - 1] (unsigned)
 //
-// with word length WL and fraction length 0 <= FL <= WL - signed. Codes are rounded half to even and rescaled by shifts alone.
-// Simulated quantisation runs on the kernels of fake_quant.h, with 2^-FL for a scale.
+// with word length WL and fraction length 0 <= FL <= WL - signed. Codes are rounded half to even and rescaled by shifts
+// alone. Simulated quantisation runs on the kernels of fake_quant.h, with 2^-FL for a scale.
 #pragma once
 
 #include <cmath>
@@ -17,7 +18,7 @@
 
 namespace quantrain {
 
-// ---- shifts ----------------------------------------------------------------------------------------------------------------
+// ---- shifts ---------------------------------------------------------------------------------------------------------
 
 // acc / 2^shift rounded half to even, 0 < shift < bits of Int. Nothing is added before the shift, so nothing overflows.
 template <typename Int>
@@ -28,7 +29,8 @@ QUANTRAIN_HOST_DEVICE Int shifted_half_even(Int acc, int shift) {
   return floor + static_cast<Int>(rest + static_cast<Unsigned>(floor & 1) > half);
 }
 
-// acc / 2^shift rounded half to even; for shift <= 0, acc * 2^-shift. Saturates at the ends of int32. Any acc, any shift.
+// acc / 2^shift rounded half to even; for shift <= 0, acc * 2^-shift. Saturates at the ends of int32. Any acc, any
+// shift.
 QUANTRAIN_HOST_DEVICE int32_t fixed_point_shift_round(int64_t acc, int shift) {
   constexpr int64_t kMin = INT32_MIN, kMax = INT32_MAX;
   if (shift > 0) {
@@ -46,7 +48,8 @@ QUANTRAIN_HOST_DEVICE int32_t fixed_point_requantized(int64_t acc, int shift, bo
   return code < lo ? lo : code > hi ? hi : code;
 }
 
-// The same of a 32-bit accumulator in 32-bit arithmetic, without a branch on the shift: for loops over one shift or many.
+// The same of a 32-bit accumulator in 32-bit arithmetic, without a branch on the shift: for loops over one shift or
+// many.
 QUANTRAIN_HOST_DEVICE int32_t fixed_point_requantized_int32(int32_t acc, int shift, bool is_signed) {
   const int32_t lo = is_signed ? -127 : 0, hi = is_signed ? 127 : 255;
   const int right = shift < 1 ? 1 : shift > 31 ? 31 : shift, left = shift > -8 ? shift < 0 ? -shift : 0 : 8;
@@ -63,7 +66,7 @@ QUANTRAIN_HOST_DEVICE int requantize_shift(int32_t accumulator_fraction_length, 
   return static_cast<int>(shift < -64 ? -64 : shift > 64 ? 64 : shift);
 }
 
-// ---- choice of a fraction length -------------------------------------------------------------------------------------------
+// ---- choice of a fraction length ------------------------------------------------------------------------------------
 
 enum class FractionLengthMethod {
   kStd,  // unbiased standard deviation over all elements
@@ -73,9 +76,10 @@ enum class FractionLengthMethod {
 
 constexpr int kMaxWordLength = 16;
 
-// FL is the number of f in 1..WL - signed with statistic <= c / 2^f. At c / 2^f a Gaussian is rounded equally well with f and with
-// f - 1; c follows by numerical integration (benchmarks/fixed_point_constants.py), for 8 bits it is the paper's: 40 for 39.2, 70 for
-// 72.1. Unsigned words hold a Gaussian after a ReLU: "std" is meant of the tensor before it, "rms" after it (50 for 51.0).
+// FL is the number of f in 1..WL - signed with statistic <= c / 2^f. At c / 2^f a Gaussian is rounded equally well with
+// f and with f - 1; c follows by numerical integration (benchmarks/fixed_point_constants.py), for 8 bits it is the
+// paper's: 40 for 39.2, 70 for 72.1. Unsigned words hold a Gaussian after a ReLU: "std" is meant of the tensor before
+// it, "rms" after it (50 for 51.0).
 inline double fraction_length_constant(FractionLengthMethod method, int word_length, bool is_signed) {
   static constexpr double kGaussian[] = {1.18862, 2.1361,  3.78574, 6.70404, 11.9572, 21.5431, 39.224,  72.1181,
                                          133.753, 249.931, 470.036, 888.857, 1688.81, 3221.75, 6167.82, 11844.2};
@@ -141,9 +145,10 @@ QUANTRAIN_HOST_DEVICE int chosen_fraction_length(const double* sums, int64_t ele
   return previous >= shortest && previous <= longest ? previous : fraction_length_of(statistic, rule);
 }
 
-// ---- kernel arguments ------------------------------------------------------------------------------------------------------
+// ---- kernel arguments -----------------------------------------------------------------------------------------------
 
-// Each group is cut into chunks of kRowChunk elements; partial sums are added in the order of the chunks, so results repeat.
+// Each group is cut into chunks of kRowChunk elements; partial sums are added in the order of the chunks, so results
+// repeat.
 struct FractionLengthArgs {
   const void* x;            // [groups, elements]
   double* partial;          // [groups, chunks, statistic_terms]

@@ -1,4 +1,5 @@
-// Formulas and kernel arguments of layers in fixed point: 8-bit codes in, int32 sums or 8-bit codes out. Everything is NHWC.
+// Formulas and kernel arguments of layers in fixed point: 8-bit codes in, int32 sums or 8-bit codes out. Everything is
+// NHWC.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +10,9 @@
 
 namespace quantrain {
 
-// The code of acc + residual, where acc has FL_acc, the result has FL_acc - shift and the residual has FL_acc - residual_shift. Whichever of the two
-// has fewer fraction bits is shifted left first, so nothing is lost before the one rounding. |shift|, |residual_shift| <= 31.
+// The code of acc + residual, where acc has FL_acc, the result has FL_acc - shift and the residual has FL_acc -
+// residual_shift. Whichever of the two has fewer fraction bits is shifted left first, so nothing is lost before the one
+// rounding. |shift|, |residual_shift| <= 31.
 QUANTRAIN_HOST_DEVICE int32_t fixed_point_requantized_sum(int32_t acc, int32_t residual, int shift, int residual_shift,
                                                           bool is_signed) {
   return residual_shift >= 0

@@ -1,4 +1,5 @@
-// Kernel arguments of what an integer network does beside its layers: copies of images, and additions that end in codes.
+// Kernel arguments of what an integer network does beside its layers: copies of images, and additions that end in
+// codes.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +8,8 @@
 
 namespace quantrain {
 
-// output[i, j, k, l] = input[i, j, k, l - first] for first <= l < last, else 0. The output is contiguous, the input of any strides.
+// output[i, j, k, l] = input[i, j, k, l - first] for first <= l < last, else 0. The output is contiguous, the input of
+// any strides.
 struct FixedPointCopyArgs {
   const void* input;
   void* output;

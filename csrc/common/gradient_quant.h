@@ -1,11 +1,14 @@
-// Formulas and kernel arguments of the gradient_quant family: StatQuant (Chen, Gai, Yao, Mahoney, Gonzalez, "A statistical framework
-// for low-bitwidth training of deep neural networks", NeurIPS 2020). A gradient is a matrix X [N, D], a row a sample (or token).
+// Formulas and kernel arguments of the gradient_quant family: StatQuant (Chen, Gai, Yao, Mahoney, Gonzalez, "A
+// statistical framework for low-bitwidth training of deep neural networks", NeurIPS 2020). A gradient is a matrix X [N,
+// D], a row a sample (or token).
 //
-// Grid. B = 2^bits - 1 steps over the range of a block (tensor, row or column): value(c) = c * scale + offset for int8 codes c in
-// [-2^(bits-1), 2^(bits-1) - 1]. An element becomes one of its two neighbours on the grid, such that its mean is the element.
+// Grid. B = 2^bits - 1 steps over the range of a block (tensor, row or column): value(c) = c * scale + offset for int8
+// codes c in [-2^(bits-1), 2^(bits-1) - 1]. An element becomes one of its two neighbours on the grid, such that its
+// mean is the element.
 //
-// Householder (BHQ). Rows are put into groups, one large row (the leader) with k - 1 small ones. T = Q diag(s) with Q = I - 2 n n^T /
-// ||n||^2, n = 1 / sqrt(k) - e_1, spreads the leader over the k rows of its group, which are then rounded as rows: x^ = T^-1 Q_rows(T x).
+// Householder (BHQ). Rows are put into groups, one large row (the leader) with k - 1 small ones. T = Q diag(s) with Q =
+// I - 2 n n^T / ||n||^2, n = 1 / sqrt(k) - e_1, spreads the leader over the k rows of its group, which are then rounded
+// as rows: x^ = T^-1 Q_rows(T x).
 #pragma once
 
 #include <cfloat>
@@ -23,7 +26,7 @@ namespace quantrain {
 QUANTRAIN_HOST_DEVICE float smaller(float a, float b) { return a < b || !(a == a) ? a : b; }
 QUANTRAIN_HOST_DEVICE float larger(float a, float b) { return a > b || !(a == a) ? a : b; }
 
-// ---- the grid --------------------------------------------------------------------------------------------------------------
+// ---- the grid -------------------------------------------------------------------------------------------------------
 
 struct Grid {
   float scale;
@@ -38,7 +41,8 @@ QUANTRAIN_HOST_DEVICE Grid nan_grid() {
 // Codes of `bits` bits, as floats.
 QUANTRAIN_HOST_DEVICE float half_codes(int bits) { return static_cast<float>(1 << (bits - 1)); }
 
-// The smallest grid over [min, max]; NaN where the range is not finite, so that a loss scaler sees it. A constant block is code 0.
+// The smallest grid over [min, max]; NaN where the range is not finite, so that a loss scaler sees it. A constant block
+// is code 0.
 QUANTRAIN_HOST_DEVICE Grid affine_grid(float min, float max, int bits) {
   const float range = max - min, half = half_codes(bits);
   if (!(range <= FLT_MAX)) return nan_grid();
@@ -55,7 +59,8 @@ QUANTRAIN_HOST_DEVICE float scale_with_zero(float min, float max, float zero, fl
   return below > above ? below : above;
 }
 
-// The smallest grid over [min, max] and 0 that holds 0 exactly: most elements of a sparse gradient are then kept as they are.
+// The smallest grid over [min, max] and 0 that holds 0 exactly: most elements of a sparse gradient are then kept as
+// they are.
 QUANTRAIN_HOST_DEVICE Grid zero_grid(float min, float max, int bits) {
   const float half = half_codes(bits), steps = 2.0f * half - 1.0f;
   if (!(max - min <= FLT_MAX)) return nan_grid();
@@ -78,7 +83,7 @@ QUANTRAIN_HOST_DEVICE Grid make_grid(float min, float max, int bits, bool preser
   return preserve_zero ? zero_grid(min, max, bits) : affine_grid(min, max, bits);
 }
 
-// ---- random numbers: sixteen bits an element -------------------------------------------------------------------------------
+// ---- random numbers: sixteen bits an element ------------------------------------------------------------------------
 
 constexpr int kPhiloxElements = 8;  // elements that one Philox block serves, consecutive in a row
 constexpr uint64_t kSecondRounding = 1ull
@@ -106,7 +111,7 @@ QUANTRAIN_HOST_DEVICE float philox_uniform16(const Philox4& block, int j) {
   return uniform_of_half(block.word[j / 2], j % 2);
 }
 
-// ---- rounding --------------------------------------------------------------------------------------------------------------
+// ---- rounding -------------------------------------------------------------------------------------------------------
 
 // To nearest, halves to even, for |value| < 2^22: two additions, where an instruction for it is slow on the device.
 QUANTRAIN_HOST_DEVICE float round_small(float value) { return value + 12582912.0f - 12582912.0f; }
@@ -147,9 +152,9 @@ struct Rounded {
   float value;  // representable in T
 };
 
-// Between the grid's two neighbours of x as T holds them, up with the probability that makes the mean x. Exact on grid points, the
-// block's extremes among them. `uniform` 1/2 rounds to nearest, ties down. Where x is a grid point its neighbour below may count as
-// the lower one; it then goes up.
+// Between the grid's two neighbours of x as T holds them, up with the probability that makes the mean x. Exact on grid
+// points, the block's extremes among them. `uniform` 1/2 rounds to nearest, ties down. Where x is a grid point its
+// neighbour below may count as the lower one; it then goes up.
 template <typename T>
 QUANTRAIN_HOST_DEVICE Rounded round_to_grid(float x, Grid grid, float inv_scale, float half, float uniform) {
   const float code = clamp_between(round_small((x - grid.offset) * inv_scale - 0.5f), -half, half - 2.0f);
@@ -165,8 +170,8 @@ QUANTRAIN_HOST_DEVICE Rounded round_to_grid(float x, Grid grid, float inv_scale,
   return Rounded{up ? next : code, up ? high : low};
 }
 
-// The code of a float32 y without bias, where no point of the grid need be met exactly: fewer steps than round_to_grid. `dither` is
-// uniform in (-1/2, 1/2); 0 rounds to nearest.
+// The code of a float32 y without bias, where no point of the grid need be met exactly: fewer steps than round_to_grid.
+// `dither` is uniform in (-1/2, 1/2); 0 rounds to nearest.
 QUANTRAIN_HOST_DEVICE float dithered_code(float y, Grid grid, float inv_scale, float half, float dither) {
   return clamp_between(round_small((y - grid.offset) * inv_scale + dither), -half, half - 1.0f);
 }
@@ -208,10 +213,10 @@ QUANTRAIN_HOST_DEVICE Half round_to_type<Half>(float value, uint32_t random16) {
   return from_float<Half>(result);
 }
 
-// ---- the reflector of a group ----------------------------------------------------------------------------------------------
+// ---- the reflector of a group ---------------------------------------------------------------------------------------
 
-// A row of T: y_p = s x_p - m sum_q(n_q s_q x_q) over the rows q of the group, and back x_p = t (y_p - m sum_q(n_q y_q)).
-// A row on its own has n = m = 0. n is negative at a group's first row, the leader, and nowhere else.
+// A row of T: y_p = s x_p - m sum_q(n_q s_q x_q) over the rows q of the group, and back x_p = t (y_p - m sum_q(n_q
+// y_q)). A row on its own has n = m = 0. n is negative at a group's first row, the leader, and nowhere else.
 struct Reflector {
   float s;
   float n;
@@ -247,8 +252,8 @@ QUANTRAIN_HOST_DEVICE double largest_reflector_entry(int64_t k) {
   return k > 2 && off > largest ? off : largest;
 }
 
-// s_1 / s_2 of a group (statquant's code; the paper's equation for s_1 and s_2 with Q's largest entry for its factor 2): the row ranges
-// of T x are then balanced. Only the ratio matters, each row of T x having its own grid.
+// s_1 / s_2 of a group (statquant's code; the paper's equation for s_1 and s_2 with Q's largest entry for its factor
+// 2): the row ranges of T x are then balanced. Only the ratio matters, each row of T x having its own grid.
 QUANTRAIN_HOST_DEVICE float leader_scale(int64_t k, float leader_range, float small_range) {
   const double lead = leader_range;
   if (!(lead > 0.0)) return 1.0f;
@@ -274,8 +279,8 @@ QUANTRAIN_HOST_DEVICE Reflector make_reflector(int64_t k, bool leads, float lead
   return r;
 }
 
-// Small rows that the leaders 0 to i take together, of `small`: in proportion to their ranges (`sum` of those, `total` of all leaders),
-// halves rounded up. Each leader's share is above one, so each gets at least one.
+// Small rows that the leaders 0 to i take together, of `small`: in proportion to their ranges (`sum` of those, `total`
+// of all leaders), halves rounded up. Each leader's share is above one, so each gets at least one.
 QUANTRAIN_HOST_DEVICE int64_t small_rows_upto(int64_t i, int64_t leaders, int64_t small, double sum, double total) {
   if (i + 1 == leaders || !(total > 0.0)) return small;
   return static_cast<int64_t>(floor(static_cast<double>(small) * sum / total + 0.5));
@@ -287,12 +292,12 @@ QUANTRAIN_HOST_DEVICE float ordering_range(float min, float max) {
   return range <= FLT_MAX ? range : 0.0f;
 }
 
-// ---- blocks of rows --------------------------------------------------------------------------------------------------------
+// ---- blocks of rows -------------------------------------------------------------------------------------------------
 
 constexpr int64_t kMaxGroup = 256;  // rows of a block, and so of a group, at most: what a kernel keeps on chip
 
-// Rows in order of falling range are dealt to `blocks` blocks: block j has those of rank j, j + blocks, ... Each block then has its
-// share of large rows, and is grouped by itself.
+// Rows in order of falling range are dealt to `blocks` blocks: block j has those of rank j, j + blocks, ... Each block
+// then has its share of large rows, and is grouped by itself.
 struct RowBlocks {
   int64_t rows = 0;
   int64_t blocks = 0;
@@ -309,7 +314,7 @@ inline RowBlocks make_row_blocks(int64_t rows, int64_t max_group) {
   return RowBlocks{rows, (rows + max_group - 1) / max_group};
 }
 
-// ---- kernel arguments ------------------------------------------------------------------------------------------------------
+// ---- kernel arguments -----------------------------------------------------------------------------------------------
 
 enum class GridAxis { kTensor, kRow, kColumn };
 

@@ -1,6 +1,6 @@
 // Which scale an element uses. The scale's shape is the granularity: along each dimension element i uses scale index
-// i / (input size / scale size). A contiguous input then is a sequence of `rows` rows of `inner` elements that share one scale,
-// and the scale index of a row is a sum of at most one term per dimension that varies.
+// i / (input size / scale size). A contiguous input then is a sequence of `rows` rows of `inner` elements that share
+// one scale, and the scale index of a row is a sum of at most one term per dimension that varies.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +27,9 @@ struct Grouping {
   }
 };
 
-// Collapses the dimensions of a contiguous input and a contiguous scale of the same rank (or of one element). The operator has
-// checked that every scale size divides its input size. False where more than kMaxLevels separate levels remain.
+// Collapses the dimensions of a contiguous input and a contiguous scale of the same rank (or of one element). The
+// operator has checked that every scale size divides its input size. False where more than kMaxLevels separate levels
+// remain.
 inline bool make_grouping(const int64_t* sizes, const int64_t* scale_sizes, int rank, Grouping& grouping) {
   grouping = Grouping{};
   grouping.numel = 1;

@@ -1,11 +1,12 @@
-// Formulas and kernel arguments of the int8 family: symmetric codes with one scale a row, and their integer matrix product.
+// Formulas and kernel arguments of the int8 family: symmetric codes with one scale a row, and their integer matrix
+// product.
 //
 //   scale = absmax(row) / 127        code = rint(x * (1 / scale))  in [-127, 127]        (half to even)
 //   stochastic: code = rint(x * (1 / scale) * (1 - 2^-20) + d),  d uniform in [-1/2, 1/2) with 16 bits
 //
-// The product's mean is x / scale within 2e-4 steps: the factor keeps the row's largest element below 127.5 for every d. To nearest, codes and
-// scale are those of choose_qparams and quantize (fake_quant.h). An all-zero row has scale 1; NaN or Inf in a row makes its scale NaN
-// and its codes 0.
+// The product's mean is x / scale within 2e-4 steps: the factor keeps the row's largest element below 127.5 for every
+// d. To nearest, codes and scale are those of choose_qparams and quantize (fake_quant.h). An all-zero row has scale 1;
+// NaN or Inf in a row makes its scale NaN and its codes 0.
 #pragma once
 
 #include <cfloat>
@@ -47,13 +48,14 @@ QUANTRAIN_HOST_DEVICE float int8_dither(uint32_t word, int half) {
 #endif
 }
 
-// The code in the low byte. scaled = x * int8_inverse; dither 0 rounds to nearest. Adding 3 * 2^22 leaves the integer in the low bits, without
-// the conversion instruction, which is slow on the device. Of a NaN the byte says nothing: kernels write 0 where the scale is NaN.
+// The code in the low byte. scaled = x * int8_inverse; dither 0 rounds to nearest. Adding 3 * 2^22 leaves the integer
+// in the low bits, without the conversion instruction, which is slow on the device. Of a NaN the byte says nothing:
+// kernels write 0 where the scale is NaN.
 QUANTRAIN_HOST_DEVICE uint32_t int8_code(float scaled, float dither) {
   return detail::float_to_bits((scaled + dither) + 12582912.0f);
 }
 
-// ---- kernel arguments ------------------------------------------------------------------------------------------------------
+// ---- kernel arguments -----------------------------------------------------------------------------------------------
 
 // Codes and scales of rows. With column_factor the matrix is x[r, c] * column_factor[c].
 struct Int8QuantizeRowsArgs {
@@ -99,9 +101,10 @@ struct Int8TransposeArgs {
   int64_t columns;
 };
 
-// How a weight [out, in] enters dX = dY W, whose sum runs over `out`: its codes transposed, [in, out]. The scale s of a row stands inside that
-// sum, so either dY's columns are multiplied by it ("fold": the codes are the forward's), or the columns are quantised anew ("columns").
-// Folding is exact, but a token's scale then follows its largest dY * s; its variance grows by at most max(s^2) / mean(s^2).
+// How a weight [out, in] enters dX = dY W, whose sum runs over `out`: its codes transposed, [in, out]. The scale s of a
+// row stands inside that sum, so either dY's columns are multiplied by it ("fold": the codes are the forward's), or the
+// columns are quantised anew ("columns"). Folding is exact, but a token's scale then follows its largest dY * s; its
+// variance grows by at most max(s^2) / mean(s^2).
 enum class Int8WeightScheme { kFold, kColumns, kAuto };  // kAuto: fold where that bound is at most kInt8FoldBound
 
 constexpr float kInt8FoldBound = 4.0f;
@@ -119,7 +122,8 @@ struct Int8WeightTransposeArgs {
   float* absmax;  // [in], scratch
 };
 
-// d = (float(a b^T) * b_scale) * a_scale + bias, rounded to dtype; the sum is exact in int32. With accumulate: d += that, in float32.
+// d = (float(a b^T) * b_scale) * a_scale + bias, rounded to dtype; the sum is exact in int32. With accumulate: d +=
+// that, in float32.
 struct Int8MmArgs {
   const int8_t* a;       // [m, k], k a multiple of 16, on a 16-byte boundary
   const int8_t* b;       // [n, k] likewise

@@ -1,5 +1,6 @@
-// Formulas and kernel arguments of operators that end in int8 rows: a norm or an activation whose result is quantised before it leaves the
-// registers (token-wise fusion: Yao et al., "ZeroQuant", NeurIPS 2022, section 4.3). Results are float32 until they are codes.
+// Formulas and kernel arguments of operators that end in int8 rows: a norm or an activation whose result is quantised
+// before it leaves the registers (token-wise fusion: Yao et al., "ZeroQuant", NeurIPS 2022, section 4.3). Results are
+// float32 until they are codes.
 #pragma once
 
 #include <cmath>
@@ -9,9 +10,9 @@
 
 namespace quantrain {
 
-// Within a few units in the last place: these values are rounded to 8 bits. On the device by its fast instruction; on the host as 2^n e^r with |r| at most
-// ln(2) / 2 and a Taylor polynomial, so that a loop around it becomes vector instructions, which a call of expf would prevent. Below
-// e^-87 and above e^88 it stays there.
+// Within a few units in the last place: these values are rounded to 8 bits. On the device by its fast instruction; on
+// the host as 2^n e^r with |r| at most ln(2) / 2 and a Taylor polynomial, so that a loop around it becomes vector
+// instructions, which a call of expf would prevent. Below e^-87 and above e^88 it stays there.
 QUANTRAIN_HOST_DEVICE float exponential(float x) {
 #if defined(__CUDA_ARCH__)
   return __expf(x);

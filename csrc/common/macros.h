@@ -1,4 +1,5 @@
-// Marks a function as compiled for host and device, so that a formula is written once and CPU and CUDA agree bit for bit.
+// Marks a function as compiled for host and device, so that a formula is written once and CPU and CUDA agree bit for
+// bit.
 #pragma once
 
 #if defined(__CUDACC__)

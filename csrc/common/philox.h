@@ -1,5 +1,6 @@
-// Philox4x32-10, the counter-based random number generator of Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as
-// 1, 2, 3" (SC 2011). The bits depend on (seed, offset, element index) alone: never on the device or the launch shape.
+// Philox4x32-10, the counter-based random number generator of Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as
+// easy as 1, 2, 3" (SC 2011). The bits depend on (seed, offset, element index) alone: never on the device or the launch
+// shape.
 #pragma once
 
 #include <cstdint>

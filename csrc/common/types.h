@@ -1,4 +1,5 @@
-// Element types of the kernels: half-precision storage without a torch header, and a tag to pick a template at run time.
+// Element types of the kernels: half-precision storage without a torch header, and a tag to pick a template at run
+// time.
 #pragma once
 
 #include <cstdint>

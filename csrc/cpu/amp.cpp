@@ -7,7 +7,8 @@
 
 #include "csrc/cpu/simd.h"
 
-// Plain loops over chunks; sixteen independent sums a chunk, added in a fixed order, so that results repeat whatever the threads.
+// Plain loops over chunks; sixteen independent sums a chunk, added in a fixed order, so that results repeat whatever
+// the threads.
 
 namespace quantrain::cpu {
 namespace {
@@ -43,8 +44,9 @@ QUANTRAIN_INLINE const float* as_floats(const T* x, int64_t n, float* buffer) {
   return buffer;
 }
 
-// Sum of (x inv_scale)^2. A product with 0 is 0 for what is finite and NaN for Inf and NaN: adding them up needs no branch.
-// Vector types, because gcc does not reorder a float sum; two sums, because one would wait for its own addition.
+// Sum of (x inv_scale)^2. A product with 0 is 0 for what is finite and NaN for Inf and NaN: adding them up needs no
+// branch. Vector types, because gcc does not reorder a float sum; two sums, because one would wait for its own
+// addition.
 template <typename T>
 QUANTRAIN_INLINE SumAndFinite sum_squares(const T* __restrict__ x, int64_t size, float inv_scale) {
   constexpr int64_t kBlock = 512;

@@ -1,4 +1,5 @@
-// CPU kernels of the amp family. Each works on the chunks (kListChunk elements) from `begin` to `end` of the whole list.
+// CPU kernels of the amp family. Each works on the chunks (kListChunk elements) from `begin` to `end` of the whole
+// list.
 #pragma once
 
 #include "csrc/common/amp.h"

@@ -7,8 +7,8 @@
 
 #include "csrc/cpu/simd.h"
 
-// Plain loops over blocks that stay in the first-level cache. Half-precision types pass through float32 buffers; float32 is
-// read and written in place.
+// Plain loops over blocks that stay in the first-level cache. Half-precision types pass through float32 buffers;
+// float32 is read and written in place.
 
 namespace quantrain::cpu {
 namespace {
@@ -53,7 +53,8 @@ QUANTRAIN_INLINE void pack_bits(const uint8_t* inside, int n, uint8_t* mask) {
   }
 }
 
-// The parameters of consecutive elements: one set for all, or one an element where the scale varies along the last dimension.
+// The parameters of consecutive elements: one set for all, or one an element where the scale varies along the last
+// dimension.
 struct BlockQParams {
   float scale[kBlock];
   float inv_scale[kBlock];

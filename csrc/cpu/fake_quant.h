@@ -1,5 +1,5 @@
-// CPU kernels of the fake_quant family. Each works on a range of elements (or of row chunks), so that the operator can share
-// one tensor among threads; the results do not depend on the cut.
+// CPU kernels of the fake_quant family. Each works on a range of elements (or of row chunks), so that the operator can
+// share one tensor among threads; the results do not depend on the cut.
 #pragma once
 
 #include <cstdint>

@@ -20,7 +20,7 @@ constexpr int64_t kGroupBytes = 320 * 1024;  // of weight that stays in the seco
 constexpr int64_t kGrainMacs = 3'000'000;    // below it a second thread costs more than it brings
 constexpr int64_t kMaxTile = 16 * 64;        // sums
 
-// ---- any shape -------------------------------------------------------------------------------------------------------------
+// ---- any shape ------------------------------------------------------------------------------------------------------
 
 template <typename T>
 QUANTRAIN_INLINE void plain_row(const FixedPointConvArgs& args, int64_t row) {
@@ -44,7 +44,7 @@ QUANTRAIN_INLINE void plain_row(const FixedPointConvArgs& args, int64_t row) {
   }
 }
 
-// ---- one channel in, one out -----------------------------------------------------------------------------------------------
+// ---- one channel in, one out ----------------------------------------------------------------------------------------
 
 // 64 channels at a time: products fit int16, sums int32. w: [kh, kw, c].
 template <typename T>
@@ -84,7 +84,7 @@ QUANTRAIN_INLINE void depthwise_row(const FixedPointConvArgs& args, const int16_
   }
 }
 
-// ---- memory of a thread ----------------------------------------------------------------------------------------------------
+// ---- memory of a thread ---------------------------------------------------------------------------------------------
 
 // Kept between calls, so that a warm layer allocates nothing.
 struct Scratch {
@@ -205,7 +205,8 @@ class Band {
     return last;
   }
 
-  // Rows of the copy that so many neighbouring rows of output read, and how many of those a copy of so many rows serves.
+  // Rows of the copy that so many neighbouring rows of output read, and how many of those a copy of so many rows
+  // serves.
   int64_t copied_rows(int64_t rows) const { return (rows - 1) * args_.stride_h + args_.kh; }
   int64_t rows_that_fit(int64_t copied) const {
     return copied < args_.kh ? 0 : (copied - args_.kh) / args_.stride_h + 1;  // a negative quotient rounds up
@@ -250,7 +251,7 @@ class Band {
 
 }  // namespace
 
-// ---- packing ---------------------------------------------------------------------------------------------------------------
+// ---- packing --------------------------------------------------------------------------------------------------------
 
 FixedPointConvKernel::FixedPointConvKernel(const FixedPointConvArgs& args, Int8Isa isa)
     : path_(args.groups == 1                                 ? Path::kTiles
@@ -305,7 +306,7 @@ void FixedPointConvKernel::pack(const FixedPointConvArgs& args) {
   }
 }
 
-// ---- running ---------------------------------------------------------------------------------------------------------------
+// ---- running --------------------------------------------------------------------------------------------------------
 
 FixedPointConvPlan FixedPointConvKernel::plan(const FixedPointConvArgs& args) const {
   FixedPointConvPlan plan{};

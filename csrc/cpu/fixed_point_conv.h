@@ -1,5 +1,6 @@
-// The CPU's convolution of 8-bit codes: the weight in the order in which the processor's dot product instruction takes it, and tiles of sums in
-// registers, read straight from the rows of the input. Rows are copied first where they need padding or another type.
+// The CPU's convolution of 8-bit codes: the weight in the order in which the processor's dot product instruction takes
+// it, and tiles of sums in registers, read straight from the rows of the input. Rows are copied first where they need
+// padding or another type.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,8 @@
 
 namespace quantrain::cpu {
 
-// A row is one of the output, n * oh; where a pixel depends on one pixel alone (1 x 1), images are one sequence of pixels, cut into rows.
+// A row is one of the output, n * oh; where a pixel depends on one pixel alone (1 x 1), images are one sequence of
+// pixels, cut into rows.
 struct FixedPointConvPlan {
   int64_t tasks;  // groups of output channels x rows
   int64_t grain;  // tasks that are worth a thread

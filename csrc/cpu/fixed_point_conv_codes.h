@@ -1,4 +1,5 @@
-// What happens to the sums of the fixed-point convolution: a residual is added, a shift makes them codes, they are written.
+// What happens to the sums of the fixed-point convolution: a residual is added, a shift makes them codes, they are
+// written.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,5 @@
-// Register tiles of the fixed-point convolution: sums of a few neighbouring pixels by blocks of 16 channels, for each instruction set.
+// Register tiles of the fixed-point convolution: sums of a few neighbouring pixels by blocks of 16 channels, for each
+// instruction set.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +24,8 @@ struct Tile {
   int32_t* sums;          // [segments * Q][blocks * 16]
 };
 
-// Multiples of the pixel step that the address unit cannot make, kept in registers: the compiler would recompute or spill them.
+// Multiples of the pixel step that the address unit cannot make, kept in registers: the compiler would recompute or
+// spill them.
 struct Steps {
   int64_t one, three, five, seven;
 };
@@ -55,7 +57,8 @@ QUANTRAIN_INLINE int32_t word_at(const uint8_t* x) {
   return word;
 }
 
-// A macro, because intrinsics go only into functions that name their instruction set, and a template cannot take that as an argument.
+// A macro, because intrinsics go only into functions that name their instruction set, and a template cannot take that
+// as an argument.
 #define QUANTRAIN_CONV_TILE(name, isa, Lanes, dot)                                                                 \
   template <int S, int Q, int B>                                                                                   \
   isa void name(const Tile& t) {                                                                                   \

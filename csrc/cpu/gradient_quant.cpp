@@ -8,8 +8,8 @@
 #include "csrc/cpu/philox.h"
 #include "csrc/cpu/simd.h"
 
-// Rounding goes along rows, with random numbers made sixteen Philox blocks at a time. The Householder kernels work on tiles: a block of
-// rows by kColumnTile columns, in float32.
+// Rounding goes along rows, with random numbers made sixteen Philox blocks at a time. The Householder kernels work on
+// tiles: a block of rows by kColumnTile columns, in float32.
 
 namespace quantrain::cpu {
 namespace {
@@ -17,7 +17,7 @@ namespace {
 constexpr int kTile = static_cast<int>(kColumnTile);
 static_assert(kPhiloxBatch * kPhiloxElements == kTile);
 
-// ---- random numbers --------------------------------------------------------------------------------------------------------
+// ---- random numbers -------------------------------------------------------------------------------------------------
 
 // The numbers of the kTile elements from block `first` on.
 QUANTRAIN_INLINE void uniform_tile(const PhiloxState& state, uint64_t first, uint16_t* numbers) {
@@ -44,7 +44,7 @@ QUANTRAIN_INLINE void load(const T* x, int n, float* values) {
   for (int i = 0; i < n; ++i) values[i] = to_float(x[i]);
 }
 
-// ---- rounding --------------------------------------------------------------------------------------------------------------
+// ---- rounding -------------------------------------------------------------------------------------------------------
 
 // One grid for all elements, or one an element.
 struct SameGrid {
@@ -113,7 +113,7 @@ void round_gradient_typed(const RoundGradientArgs& a, int64_t begin, int64_t end
   });
 }
 
-// ---- tiles of a group ------------------------------------------------------------------------------------------------------
+// ---- tiles of a group -----------------------------------------------------------------------------------------------
 
 // The positions of one block of rows, and the columns of one split.
 struct BlockSpan {
@@ -281,10 +281,10 @@ void round_reflected_typed(const RoundReflectedArgs& a, int64_t begin, int64_t e
   });
 }
 
-// ---- the plan --------------------------------------------------------------------------------------------------------------
+// ---- the plan -------------------------------------------------------------------------------------------------------
 
-// The last m of a block's sorted ranges with (rows - m) range[m - 1] > the sum of the m largest: the leaders, each with a share of the
-// small rows above one.
+// The last m of a block's sorted ranges with (rows - m) range[m - 1] > the sum of the m largest: the leaders, each with
+// a share of the small rows above one.
 int64_t count_leaders(const float* range, int64_t rows) {
   double sum = 0.0;
   int64_t leaders = 1;

@@ -7,8 +7,8 @@
 #include "csrc/cpu/philox.h"
 #include "csrc/cpu/simd.h"
 
-// Rows are walked twice: for their absmax, then, from the cache, for their codes. Columns go kInt8ColumnTile at a time down the rows, and their
-// codes leave through square tiles that are transposed in registers.
+// Rows are walked twice: for their absmax, then, from the cache, for their codes. Columns go kInt8ColumnTile at a time
+// down the rows, and their codes leave through square tiles that are transposed in registers.
 
 namespace quantrain::cpu {
 namespace {
@@ -27,7 +27,7 @@ QUANTRAIN_INLINE int8_t stored_code(float scaled, float dither) {
   return static_cast<int8_t>(static_cast<uint8_t>(int8_code(scaled, dither)));
 }
 
-// ---- rows ------------------------------------------------------------------------------------------------------------------
+// ---- rows -----------------------------------------------------------------------------------------------------------
 
 template <typename T, typename Factor>
 QUANTRAIN_INLINE void quantize_row(const Int8QuantizeRowsArgs& a, int64_t row, const Factor& factor) {
@@ -68,12 +68,12 @@ void quantize_rows_typed(const Int8QuantizeRowsArgs& a, int64_t begin, int64_t e
   });
 }
 
-// ---- transposed tiles ------------------------------------------------------------------------------------------------------
+// ---- transposed tiles -----------------------------------------------------------------------------------------------
 
 using Bytes16 = int8_t __attribute__((vector_size(16)));
 
-// Interleaving the two halves of the rows rotates the eight bits of an element's (row, column) by one place: after four times row and
-// column have changed places.
+// Interleaving the two halves of the rows rotates the eight bits of an element's (row, column) by one place: after four
+// times row and column have changed places.
 QUANTRAIN_INLINE void transpose16(const int8_t* from, int64_t from_stride, int8_t* to, int64_t to_stride) {
   Bytes16 x[16], y[16];
   for (int i = 0; i < 16; ++i) std::memcpy(&x[i], from + i * from_stride, 16);
@@ -105,7 +105,8 @@ struct CodeTile {
   }
 };
 
-// Calls fill(tile, at, n, row, rows) for each tile of the column tiles from `begin` to `end`, then stores it into `to` [columns, rows].
+// Calls fill(tile, at, n, row, rows) for each tile of the column tiles from `begin` to `end`, then stores it into `to`
+// [columns, rows].
 template <typename Fill>
 QUANTRAIN_INLINE void transposed_tiles(int8_t* to, int64_t rows, int64_t columns, int64_t tile_index,
                                        const Fill& fill) {
@@ -120,7 +121,7 @@ QUANTRAIN_INLINE void transposed_tiles(int8_t* to, int64_t rows, int64_t columns
   }
 }
 
-// ---- columns ---------------------------------------------------------------------------------------------------------------
+// ---- columns --------------------------------------------------------------------------------------------------------
 
 // The largest magnitudes of n columns from `at` on; value(row, column).
 template <typename Value>
@@ -206,7 +207,7 @@ void quantize_columns_typed(const Int8QuantizeColumnsArgs& a, int64_t begin, int
   });
 }
 
-// ---- weights ---------------------------------------------------------------------------------------------------------------
+// ---- weights --------------------------------------------------------------------------------------------------------
 
 // kAuto's rule. All NaN: folded.
 bool folded(const Int8WeightTransposeArgs& a) {

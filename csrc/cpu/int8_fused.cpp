@@ -47,7 +47,7 @@ QUANTRAIN_INLINE void quantize_values(const float* values, int64_t n, int8_t* co
     codes[c] = static_cast<int8_t>(static_cast<uint8_t>(int8_code(values[c] * inverse, 0.0f)));
 }
 
-// ---- norms -----------------------------------------------------------------------------------------------------------------
+// ---- norms ----------------------------------------------------------------------------------------------------------
 
 template <typename T, typename Parameter>
 QUANTRAIN_INLINE void norm_row(const Int8NormArgs& a, int64_t row, float* s) {
@@ -88,7 +88,7 @@ void norm_typed(const Int8NormArgs& a, int64_t begin, int64_t end) {
   });
 }
 
-// ---- activations -----------------------------------------------------------------------------------------------------------
+// ---- activations ----------------------------------------------------------------------------------------------------
 
 template <typename T>
 void activation_typed(const Int8ActivationArgs& a, int64_t begin, int64_t end) {

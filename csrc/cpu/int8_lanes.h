@@ -1,5 +1,5 @@
-// Vectors of int32 sums and the instructions that add products of small integers to them. Macros, because intrinsics go only into functions that name
-// their instruction set.
+// Vectors of int32 sums and the instructions that add products of small integers to them. Macros, because intrinsics go
+// only into functions that name their instruction set.
 #pragma once
 
 #include <cstdint>

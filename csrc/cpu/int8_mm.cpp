@@ -15,7 +15,7 @@ constexpr int64_t kBlockGroups =
     128;  // words of a block along k: a panel of b, 128 x 48 words, stays in the first-level cache
 constexpr int64_t kMaxColumns = 48;  // of a panel of b
 
-// ---- register tiles --------------------------------------------------------------------------------------------------------
+// ---- register tiles -------------------------------------------------------------------------------------------------
 
 // sums[i][j] = (first ? start[i] : sums[i][j]) + the dot product of rows a[.][i] and b[.][j] over `groups` words.
 struct TileArgs {
@@ -31,8 +31,8 @@ struct TileShape {
   int64_t a_rows, b_rows;
 };
 
-// A macro, because intrinsics go only into functions that name their instruction set, and a template cannot take that as an argument.
-// rows x vectors registers of sums and one row of b must fit.
+// A macro, because intrinsics go only into functions that name their instruction set, and a template cannot take that
+// as an argument. rows x vectors registers of sums and one row of b must fit.
 #define QUANTRAIN_SUM_TILE(name, isa, Lanes, rows, vectors, dot)                                              \
   constexpr TileShape name##_shape{rows, (vectors) * static_cast<int64_t>(sizeof(Lanes) / sizeof(int32_t))};  \
   isa void name(const TileArgs& t) {                                                                          \
@@ -98,7 +98,7 @@ Kernel kernel_of(Int8Isa isa) {
   }
 }
 
-// ---- packing ---------------------------------------------------------------------------------------------------------------
+// ---- packing --------------------------------------------------------------------------------------------------------
 
 QUANTRAIN_INLINE uint32_t word_at(const int8_t* row, int64_t group, bool bytes) {
   uint32_t word;
@@ -135,7 +135,8 @@ QUANTRAIN_INLINE Words4 words_at(const int8_t* row, int64_t group, bool bytes) {
   return words;
 }
 
-// Four words of each of four rows: panel[g * width + i] is word g of row i. Transposed as in int8.cpp, by interleaving halves.
+// Four words of each of four rows: panel[g * width + i] is word g of row i. Transposed as in int8.cpp, by interleaving
+// halves.
 QUANTRAIN_INLINE void pack_square(const int8_t* x, int64_t k, int64_t group, bool bytes, uint32_t flip, int64_t width,
                                   uint32_t* panel) {
   Words4 w[4], t[4];
@@ -168,7 +169,7 @@ QUANTRAIN_INLINE void pack_panel(const int8_t* x, int64_t k, int64_t rows, int64
   }
 }
 
-// ---- results ---------------------------------------------------------------------------------------------------------------
+// ---- results --------------------------------------------------------------------------------------------------------
 
 // One row of args.d: columns `column` to `column + n` from their sums.
 template <typename T>

@@ -1,5 +1,5 @@
-// The CPU's int8 matrix product: panels of both operands in the order in which the processor's dot product instruction takes them, a register
-// tile of exact int32 sums, and their dequantisation while they are in the cache.
+// The CPU's int8 matrix product: panels of both operands in the order in which the processor's dot product instruction
+// takes them, a register tile of exact int32 sums, and their dequantisation while they are in the cache.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,8 @@
 
 namespace quantrain::cpu {
 
-// A word is what one lane of the instruction takes of an operand: four bytes, a (signed) times b + 128 (unsigned), or a pair of int16.
+// A word is what one lane of the instruction takes of an operand: four bytes, a (signed) times b + 128 (unsigned), or a
+// pair of int16.
 enum class Int8Isa {
   kPlain,      // pairs; on x86-64 by SSE2
   kAvx2,       // pairs: vpmaddwd, exact where vpmaddubsw would saturate
@@ -20,7 +21,8 @@ enum class Int8Isa {
 Int8Isa best_int8_isa();
 bool int8_isa_supported(Int8Isa isa);
 
-// How [m, k] times [n, k] is cut. A panel is [groups][rows or columns of the register tile] of words; beyond m, n and k there are zeros.
+// How [m, k] times [n, k] is cut. A panel is [groups][rows or columns of the register tile] of words; beyond m, n and k
+// there are zeros.
 struct Int8MmPlan {
   Int8Isa isa;
   int64_t a_rows, b_rows;      // of a panel

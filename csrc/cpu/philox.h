@@ -10,7 +10,8 @@ namespace quantrain::cpu {
 
 constexpr int kPhiloxBatch = 16;  // blocks side by side: one AVX-512 register of 32-bit words
 
-// The random halfwords of philox4x32_10 of csrc/common/philox.h, eight a block in order; index(i) is the index of block i.
+// The random halfwords of philox4x32_10 of csrc/common/philox.h, eight a block in order; index(i) is the index of block
+// i.
 template <typename Index>
 inline __attribute__((always_inline)) void philox_batch(const PhiloxState& state, const Index& index,
                                                         uint16_t* numbers) {

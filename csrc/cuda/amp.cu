@@ -1,9 +1,9 @@
 #include "csrc/cuda/amp.h"
 #include "csrc/cuda/common.cuh"
 
-// Lists of gradients, a block of threads a chunk. The list travels in the kernel's arguments (up to 32 KB of them since CUDA 12.1), so
-// that no table has to be copied to the device before, and a captured graph holds it. Partial results are written, not added by atomics:
-// the norm repeats bit for bit.
+// Lists of gradients, a block of threads a chunk. The list travels in the kernel's arguments (up to 32 KB of them since
+// CUDA 12.1), so that no table has to be copied to the device before, and a captured graph holds it. Partial results
+// are written, not added by atomics: the norm repeats bit for bit.
 
 namespace quantrain::cuda {
 namespace {
@@ -30,7 +30,8 @@ struct ListChunk {
   int64_t size;
 };
 
-// The last tensor whose first chunk is not after `chunk`; tensors without elements share their first chunk with the next.
+// The last tensor whose first chunk is not after `chunk`; tensors without elements share their first chunk with the
+// next.
 template <int kCapacity>
 __device__ __forceinline__ ListChunk find_list_chunk(const DeviceList<kCapacity>& list, int chunk) {
   int low = 0, high = list.count - 1;
@@ -58,7 +59,7 @@ __device__ __forceinline__ void dispatch_device(uint8_t dtype, const F& f) {
   }
 }
 
-// ---- kernels ---------------------------------------------------------------------------------------------------------------
+// ---- kernels --------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float sum_over_block(float value) {
 #pragma unroll
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(kThreads) round_stochastic_kernel(const RoundA
     if (first + j < a.numel) y[first + j] = round_stochastic<T>(a.source[first + j], random.word[j]);
 }
 
-// ---- launchers -------------------------------------------------------------------------------------------------------------
+// ---- launchers ------------------------------------------------------------------------------------------------------
 
 // Calls launch(list) for as many pieces as the list needs. A piece ends where its capacity or 2^30 chunks are reached.
 template <int kCapacity, typename Launch>

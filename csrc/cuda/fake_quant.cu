@@ -15,11 +15,13 @@ constexpr int kUnroll = 4;
 enum class Mode {
   kTensor,  // one set for the whole tensor
   kRow,     // one set a vector: rows hold whole vectors
-  kColumn,  // consecutive sets for consecutive elements, the same for all vectors of a thread: the scale varies along the last dimension
-  kAny,     // a vector may cross rows
+  // consecutive sets for consecutive elements, the same for all vectors of a thread: the scale varies along the last
+  // dimension
+  kColumn,
+  kAny,  // a vector may cross rows
 };
 
-// ---- kernels ---------------------------------------------------------------------------------------------------------------
+// ---- kernels --------------------------------------------------------------------------------------------------------
 
 template <typename Index>
 struct Lookup {
@@ -31,7 +33,8 @@ struct Lookup {
   int64_t column_step;  // kColumn: vectors between those of one thread, a multiple of a row
 };
 
-// The vectors of one thread: neighbours in a block, or, where columns have their own parameters, kUnroll rows of one column.
+// The vectors of one thread: neighbours in a block, or, where columns have their own parameters, kUnroll rows of one
+// column.
 template <Mode kMode, int kSize, typename Index>
 struct ThreadVectors {
   int64_t base;
@@ -185,7 +188,8 @@ enum class Mask {
   kInsideRange,  // they do not: the fixed_point family
 };
 
-// kWhole: every vector of the block is there, full and aligned. Such blocks run without a check, and their packs stay whole words.
+// kWhole: every vector of the block is there, full and aligned. Such blocks run without a check, and their packs stay
+// whole words.
 template <typename T, Mode kMode, Mask kMask, bool kAligned, bool kWhole, typename Index>
 __device__ __forceinline__ void fake_quantize_block(const T* __restrict__ x, T* __restrict__ y,
                                                     uint8_t* __restrict__ mask, int64_t numel,
@@ -279,11 +283,12 @@ __global__ void __launch_bounds__(kThreads)
     fake_quantize_backward_block<Bits, kAligned, false>(grad_output, mask, grad_input, numel);
 }
 
-// A whole number below 2^22 in magnitude as an int: the addition leaves it in the low bits. The conversion instruction has an eighth of
-// the addition's rate.
+// A whole number below 2^22 in magnitude as an int: the addition leaves it in the low bits. The conversion instruction
+// has an eighth of the addition's rate.
 __device__ __forceinline__ int code_to_int(float code) { return __float_as_int(code + 12582912.0f) - 0x4b400000; }
 
-// Codes beside a vector of kSize floating-point elements; the type of the codes is a run-time value, the same for all threads.
+// Codes beside a vector of kSize floating-point elements; the type of the codes is a run-time value, the same for all
+// threads.
 template <bool kAligned, int kSize>
 __device__ __forceinline__ void store_codes(void* codes, DType type, int64_t first, int64_t numel,
                                             const int (&q)[kSize]) {
@@ -397,7 +402,7 @@ __global__ void qparams_from_range_kernel(const float* __restrict__ min,     // 
   zero_point[i] = static_cast<int32_t>(p.zero_point);
 }
 
-// ---- launchers -------------------------------------------------------------------------------------------------------------
+// ---- launchers ------------------------------------------------------------------------------------------------------
 
 // Blocks that cover `numel` elements, kUnroll vectors a thread.
 template <typename T>
@@ -421,8 +426,8 @@ void dispatch_lookup(const Grouping& g, const QParamTensors& tensors, QuantRange
   using False = std::false_type;
   const auto lookup = [&](auto index, int64_t inner_units) {
     using Index = decltype(index);
-    // Rows of one column are shared out so that each thread has kUnroll of them. The step is even: where a vector fills half a byte
-    // of the mask, an even thread and the next one then share bytes in every round.
+    // Rows of one column are shared out so that each thread has kUnroll of them. The step is even: where a vector fills
+    // half a byte of the mask, an even thread and the next one then share bytes in every round.
     const int64_t row = g.levels > 0 ? g.modulus[0] / kSize * (g.modulus[0] / kSize % 2 + 1) : 0;
     const int64_t column_step = row > 0 ? row * ceil_div(ceil_div(g.numel / kSize, row), kUnroll) : 0;
     return Lookup<Index>{DeviceGrouping<Index>(g, inner_units),

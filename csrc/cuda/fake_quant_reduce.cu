@@ -2,8 +2,8 @@
 #include "csrc/cuda/fake_quant.h"
 
 // Row reductions of the fake_quant family: the gradient of a learned scale, the range of a group, the error of a range.
-// A row chunk (kRowChunk elements) is read by kLanes neighbouring threads, so short rows share a warp and long ones fill a block.
-// Partial results are written, never added by atomics: the sums repeat bit for bit.
+// A row chunk (kRowChunk elements) is read by kLanes neighbouring threads, so short rows share a warp and long ones
+// fill a block. Partial results are written, never added by atomics: the sums repeat bit for bit.
 // Compiled with --fmad=false, as fake_quant.cu.
 
 namespace quantrain::cuda {
@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// ---- kernels ---------------------------------------------------------------------------------------------------------------
+// ---- kernels --------------------------------------------------------------------------------------------------------
 
 template <int kLanes, typename Join>
 __device__ __forceinline__ float reduce_over_lanes(float value, const Join& join) {
@@ -126,7 +126,8 @@ __global__ void __launch_bounds__(kThreads) min_max_kernel(const MinMaxArgs a, i
   }
 }
 
-// One candidate range a grid row: the tensor is read once a candidate, from the second-level cache where it fits. Sums in SumOrder.
+// One candidate range a grid row: the tensor is read once a candidate, from the second-level cache where it fits. Sums
+// in SumOrder.
 template <typename T, int kLanes, bool kWhole>
 __global__ void __launch_bounds__(kThreads) range_error_kernel(const RangeErrorArgs a, int64_t chunks) {
   constexpr int kSize = kVectorBytes / sizeof(T);
@@ -161,9 +162,10 @@ __global__ void __launch_bounds__(kThreads) range_error_kernel(const RangeErrorA
   if (valid && threadIdx.x % kLanes == 0) a.partial_error[k * a.grouping.rows * chunks + chunk.task] = sum;
 }
 
-// ---- launchers -------------------------------------------------------------------------------------------------------------
+// ---- launchers ------------------------------------------------------------------------------------------------------
 
-// Calls launch(size, lanes, blocks): the elements of a load, the threads of a row chunk, and the blocks that cover all chunks.
+// Calls launch(size, lanes, blocks): the elements of a load, the threads of a row chunk, and the blocks that cover all
+// chunks.
 template <typename T, typename Launch>
 void dispatch_rows(const Grouping& g, bool aligned, const Launch& launch) {
   constexpr int kSize = kVectorBytes / sizeof(T);

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// ---- kernels ---------------------------------------------------------------------------------------------------------------
+// ---- kernels --------------------------------------------------------------------------------------------------------
 
 // The sum over a block, in a fixed order, for thread 0. Every thread must come.
 __device__ __forceinline__ double block_sum(double value) {
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-// ---- launchers -------------------------------------------------------------------------------------------------------------
+// ---- launchers ------------------------------------------------------------------------------------------------------
 
 int fraction_length(const FractionLengthArgs& a, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);

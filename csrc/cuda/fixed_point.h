@@ -1,4 +1,5 @@
-// CUDA kernels of the fixed_point family, under the rules of fake_quant.h; simulated quantisation is cuda::fake_quantize.
+// CUDA kernels of the fixed_point family, under the rules of fake_quant.h; simulated quantisation is
+// cuda::fake_quantize.
 #pragma once
 
 #include "csrc/common/fixed_point.h"

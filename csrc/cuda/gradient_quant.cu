@@ -5,8 +5,8 @@
 
 #include "csrc/cuda/gradient_quant.cuh"
 
-// Grids of blocks, and rounding on them. A thread rounds kPhiloxElements consecutive elements of a row with the numbers of one Philox
-// block. Rows that fit the registers of a thread block are read once; others in two passes.
+// Grids of blocks, and rounding on them. A thread rounds kPhiloxElements consecutive elements of a row with the numbers
+// of one Philox block. Rows that fit the registers of a thread block are read once; others in two passes.
 
 namespace quantrain::cuda {
 namespace {
@@ -23,7 +23,7 @@ __device__ __forceinline__ void warp_extremes(float& min, float& max) {
   }
 }
 
-// ---- grids -----------------------------------------------------------------------------------------------------------------
+// ---- grids ----------------------------------------------------------------------------------------------------------
 
 __global__ void gradient_grids_kernel(const GradientGridsArgs a) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -78,10 +78,10 @@ __global__ void ordering_ranges_kernel(const OrderingRangesArgs a) {
   a.range[i] = ordering_range(min, max);
 }
 
-// ---- items: consecutive elements of a row ----------------------------------------------------------------------------------
+// ---- items: consecutive elements of a row ---------------------------------------------------------------------------
 
-// kAligned: rows hold whole items, on 16-byte boundaries. `left` elements of the row remain from the item's first on; past them the
-// first is repeated.
+// kAligned: rows hold whole items, on 16-byte boundaries. `left` elements of the row remain from the item's first on;
+// past them the first is repeated.
 template <bool kAligned, typename T>
 __device__ __forceinline__ Pack<T, kItem> load_item(const T* __restrict__ x, int64_t left) {
   if constexpr (kAligned) {
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ---- whole rows in registers -----------------------------------------------------------------------------------------------
+// ---- whole rows in registers ----------------------------------------------------------------------------------------
 
 constexpr int kMaxRowThreads = 1024;
 constexpr int kRowItems = 4;  // items of a thread, but for short rows

@@ -4,9 +4,10 @@
 #include "csrc/cuda/gradient_quant.cuh"
 #include "csrc/cuda/gradient_quant.h"
 
-// Block Householder. A thread block keeps a tile on chip: the rows of one block of rows, and some columns. Sums over a group go down the
-// rows, a thread a column, in the order of positions, as on the CPU; everything else goes along rows, a thread a row, whose parameters
-// then stay in registers and whose random numbers come from one Philox block for eight elements.
+// Block Householder. A thread block keeps a tile on chip: the rows of one block of rows, and some columns. Sums over a
+// group go down the rows, a thread a column, in the order of positions, as on the CPU; everything else goes along rows,
+// a thread a row, whose parameters then stay in registers and whose random numbers come from one Philox block for eight
+// elements.
 
 namespace quantrain::cuda {
 namespace {
@@ -15,7 +16,7 @@ constexpr int kThreads = 256;
 static_assert(kThreads >= kMaxGroup);  // a thread a row
 constexpr int kPlanThreads = static_cast<int>(kMaxGroup);
 
-// ---- the plan --------------------------------------------------------------------------------------------------------------
+// ---- the plan -------------------------------------------------------------------------------------------------------
 
 // One thread block a block of rows; csrc/cpu/gradient_quant.cpp has the same steps one after the other.
 __global__ void __launch_bounds__(kPlanThreads) plan_reflectors_kernel(const PlanReflectorsArgs a) {
@@ -69,12 +70,13 @@ __global__ void __launch_bounds__(kPlanThreads) plan_reflectors_kernel(const Pla
   a.reflector[first + position] = reflector;
 }
 
-// ---- tiles -----------------------------------------------------------------------------------------------------------------
+// ---- tiles ----------------------------------------------------------------------------------------------------------
 
 constexpr int kWide = 128;   // columns of a tile
 constexpr int kNarrow = 32;  // where a device has less shared memory, or rows are many
 
-// A row of a tile is padded by 16 bytes: threads that read 16 bytes each of 32 different rows then meet no bank conflict.
+// A row of a tile is padded by 16 bytes: threads that read 16 bytes each of 32 different rows then meet no bank
+// conflict.
 template <typename T, int kColumns>
 struct TileShape {
   static constexpr int kChunk = kVectorBytes / static_cast<int>(sizeof(T));  // elements of 16 bytes
@@ -89,7 +91,8 @@ struct TileShape {
 struct alignas(16) RowParams {
   float s, n;
   int32_t
-      slot;  // of its group's sums, times 2; odd for the last row of a group. Rows on their own share slot 0, which stays zero
+      // of its group's sums, times 2; odd for the last row of a group. Rows on their own share slot 0, which stays zero
+      slot;
   int32_t row;
   float m, t;
   Grid grid;
@@ -170,7 +173,8 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Columns past the last are zero. kAligned: rows begin on 16-byte boundaries and hold whole 16 bytes. Ends with a barrier.
+// Columns past the last are zero. kAligned: rows begin on 16-byte boundaries and hold whole 16 bytes. Ends with a
+// barrier.
 template <typename T, int kColumns, bool kAligned>
 __device__ __forceinline__ void load_tile(const Shared<T, kColumns>& shared, const T* __restrict__ x,  // [N, columns]
                                           int rows, int64_t columns, int64_t at) {
@@ -193,14 +197,15 @@ __device__ __forceinline__ void load_tile(const Shared<T, kColumns>& shared, con
   __syncthreads();
 }
 
-// A rounded value of T x, where its element was: float32 as it is, the other types as the code, which they hold exactly.
+// A rounded value of T x, where its element was: float32 as it is, the other types as the code, which they hold
+// exactly.
 template <typename T>
 __device__ __forceinline__ float kept_value(float kept, const RowParams& params) {
   return std::is_same_v<T, float> ? kept : grid_value(kept, params.grid);
 }
 
-// Down the rows, a thread a word: sum_q n_q s_q x_q of each group, or of what was kept sum_q n_q y_q. Threads left over take other groups.
-// Ends with a barrier.
+// Down the rows, a thread a word: sum_q n_q s_q x_q of each group, or of what was kept sum_q n_q y_q. Threads left over
+// take other groups. Ends with a barrier.
 template <typename T, int kColumns, bool kKept>
 __device__ __forceinline__ void sum_groups(const Shared<T, kColumns>& shared) {
   using Shape = TileShape<T, kColumns>;
@@ -412,7 +417,7 @@ __global__ void __launch_bounds__(kThreads, 2) round_reflected_kernel(const Roun
   }
 }
 
-// ---- T x and T^-1 x --------------------------------------------------------------------------------------------------------
+// ---- T x and T^-1 x -------------------------------------------------------------------------------------------------
 
 constexpr int kReflectThreads = 128;
 constexpr int kReflectPositions = 64;  // a thread block takes the groups that begin among so many positions
@@ -427,7 +432,8 @@ __global__ void __launch_bounds__(kReflectThreads) reflect_rows_kernel(const Ref
       continue;
     }
     const int64_t end = group_end(a.reflector, p, min(a.rows, p + kMaxGroup));
-    // An order that leads outside x, which a caller may have made by hand, touches nothing: checking it before would wait.
+    // An order that leads outside x, which a caller may have made by hand, touches nothing: checking it before would
+    // wait.
     const auto outside = [&](int64_t q) { return a.order[q] < 0 || a.order[q] >= a.rows; };
     float sum = 0.0f;
     for (int64_t q = p; q < end; ++q) {
@@ -445,7 +451,7 @@ __global__ void __launch_bounds__(kReflectThreads) reflect_rows_kernel(const Ref
   }
 }
 
-// ---- launches --------------------------------------------------------------------------------------------------------------
+// ---- launches -------------------------------------------------------------------------------------------------------
 
 template <typename T>
 bool rows_aligned(const void* x, const void* y, int64_t columns) {

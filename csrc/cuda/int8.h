@@ -1,5 +1,5 @@
-// CUDA kernels of the int8 family. Launchers neither allocate nor wait; the stream is a cudaStream_t of the current device.
-// Each returns cudaGetLastError() as an int, for the operator to report.
+// CUDA kernels of the int8 family. Launchers neither allocate nor wait; the stream is a cudaStream_t of the current
+// device. Each returns cudaGetLastError() as an int, for the operator to report.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,8 @@ namespace quantrain::cuda {
 
 int int8_quantize_rows(const Int8QuantizeRowsArgs& args, void* stream);
 
-// int8_quantize_rows and int8_quantize_columns of one x, with the same random numbers, in two readings instead of three.
+// int8_quantize_rows and int8_quantize_columns of one x, with the same random numbers, in two readings instead of
+// three.
 struct Int8RowsAndColumnsArgs {
   const void* x;               // [rows, columns] of dtype
   const float* column_factor;  // [columns] or null, for rows
@@ -52,8 +53,8 @@ struct Int8MmKernel {
 // What int8_mm needs in `workspace` for these sizes, on the current device.
 size_t int8_mm_workspace(const Int8MmArgs& args, const Int8MmKernel& kernel = {});
 
-// Hopper's kernel for the shape where one serves it, else that of sm_80, which any later device runs. A named kernel that does not serve it, or that
-// does not exist, is cudaErrorInvalidValue.
+// Hopper's kernel for the shape where one serves it, else that of sm_80, which any later device runs. A named kernel
+// that does not serve it, or that does not exist, is cudaErrorInvalidValue.
 int int8_mm(const Int8MmArgs& args, void* stream, const Int8MmKernel& kernel = {});
 
 }  // namespace quantrain::cuda

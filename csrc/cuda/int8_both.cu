@@ -2,8 +2,8 @@
 #include "csrc/cuda/int8.h"
 #include "csrc/cuda/int8_tile.cuh"
 
-// Codes of rows and of columns of one matrix. First the largest magnitudes of both, then both codes of a tile from one reading of it and one
-// draw of random numbers.
+// Codes of rows and of columns of one matrix. First the largest magnitudes of both, then both codes of a tile from one
+// reading of it and one draw of random numbers.
 
 namespace quantrain::cuda {
 namespace {

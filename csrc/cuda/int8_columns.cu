@@ -2,15 +2,15 @@
 #include "csrc/cuda/int8.h"
 #include "csrc/cuda/int8_tile.cuh"
 
-// Codes of columns, written as rows: the operands of products whose sum runs over the rows. Bytes are transposed in registers, four by four,
-// and then in shared memory.
+// Codes of columns, written as rows: the operands of products whose sum runs over the rows. Bytes are transposed in
+// registers, four by four, and then in shared memory.
 
 namespace quantrain::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 
-// ---- largest magnitudes of columns -----------------------------------------------------------------------------------------
+// ---- largest magnitudes of columns ----------------------------------------------------------------------------------
 
 constexpr int kAbsmaxColumns = 32 * kItem;  // of a thread block: one item a lane
 constexpr int kAbsmaxRows = 256;            // of a thread block: fewer atomics against more of them at work
@@ -84,10 +84,10 @@ void launch_column_absmax(const void* x_pointer, const float* factor, float* abs
   }
 }
 
-// ---- codes, transposed -----------------------------------------------------------------------------------------------------
+// ---- codes, transposed ----------------------------------------------------------------------------------------------
 
-// code = rint((x * row multiplier) * column multiplier). For columns of a gradient these are the row factor and the inverse column scale; for a
-// folded weight the inverse row scale and 1.
+// code = rint((x * row multiplier) * column multiplier). For columns of a gradient these are the row factor and the
+// inverse column scale; for a folded weight the inverse row scale and 1.
 struct ColumnCodes {
   const void* x;            // [rows, columns]
   const float* row_factor;  // [rows] or null: 1
@@ -221,7 +221,7 @@ void launch_column_codes(const ColumnCodes& a, bool stochastic, cudaStream_t str
   }
 }
 
-// ---- transposition of codes ------------------------------------------------------------------------------------------------
+// ---- transposition of codes -----------------------------------------------------------------------------------------
 
 constexpr int kByteTile = 128;
 
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kThreads) transpose_bytes_kernel(const Int8Tra
     a.transposed[(first_column + c) * a.rows + first_row + lane] = tile[c][lane];
 }
 
-// ---- weights ---------------------------------------------------------------------------------------------------------------
+// ---- weights --------------------------------------------------------------------------------------------------------
 
 constexpr int kSchemeThreads = 1024;
 

@@ -1,8 +1,8 @@
 #include "csrc/cuda/int8.cuh"
 #include "csrc/cuda/int8.h"
 
-// Norms and activations whose results are quantised before they leave the registers: a row for a thread block. Rows of whole items that fit are
-// read once; others are read anew for each of the passes over them.
+// Norms and activations whose results are quantised before they leave the registers: a row for a thread block. Rows of
+// whole items that fit are read once; others are read anew for each of the passes over them.
 
 namespace quantrain::cuda {
 namespace {
@@ -12,7 +12,8 @@ constexpr int kWarpItems = 4;  // of a lane, where a warp takes a row
 constexpr int kWarpRows = 8;   // of a thread block then
 constexpr int kItems = 2;      // of a thread, where a thread block takes a row: float32 results wait in registers
 
-// The sum over a row's threads, for each of them, in a fixed order. kTurn: each sum of a kernel has its own shared memory, so that one barrier does.
+// The sum over a row's threads, for each of them, in a fixed order. kTurn: each sum of a kernel has its own shared
+// memory, so that one barrier does.
 template <int kTurn>
 __device__ __forceinline__ float row_sum(float value) {
   __shared__ float of_warp[32];

@@ -1,4 +1,5 @@
-// A tile of a matrix whose codes are written transposed: bytes change places four by four in registers, and then in shared memory.
+// A tile of a matrix whose codes are written transposed: bytes change places four by four in registers, and then in
+// shared memory.
 #pragma once
 
 #include "csrc/cuda/int8.cuh"

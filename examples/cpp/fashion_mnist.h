@@ -1,4 +1,5 @@
-// Images in MNIST's four IDX files (plain or gzipped): reading, the order of batches, and augmentation, as in the Python job.
+// Images in MNIST's four IDX files (plain or gzipped): reading, the order of batches, and augmentation, as in the
+// Python job.
 #pragma once
 
 #include <zlib.h>
@@ -61,7 +62,8 @@ namespace detail {
   throw std::runtime_error(path + ": expected " + rule + ", got " + value);
 }
 
-// uint8 tensor of an IDX file: bytes 0, 0, 8 (unsigned byte), rank, then the sizes as big-endian 32-bit numbers, then the elements.
+// uint8 tensor of an IDX file: bytes 0, 0, 8 (unsigned byte), rank, then the sizes as big-endian 32-bit numbers, then
+// the elements.
 inline at::Tensor read_idx(const std::string& path) {
   const std::unique_ptr<gzFile_s, int (*)(gzFile)> file(gzopen(path.c_str(), "rb"), gzclose);
   if (!file) fail(path, "a file that can be read", "none");
@@ -105,8 +107,8 @@ inline constexpr std::array<const char*, 4> kStems = {"train-images-idx3-ubyte",
 
 }  // namespace detail
 
-// The first folder that holds the four files: $QUANTRAIN_DATA/fashion-mnist, $QUANTRAIN_DATA, Debian's dataset-fashion-mnist, the
-// Python job's download. Empty where none does.
+// The first folder that holds the four files: $QUANTRAIN_DATA/fashion-mnist, $QUANTRAIN_DATA, Debian's
+// dataset-fashion-mnist, the Python job's download. Empty where none does.
 inline std::string fashion_mnist_folder() {
   std::vector<std::filesystem::path> candidates;
   if (const char* root = std::getenv("QUANTRAIN_DATA"); root && *root) {
@@ -128,8 +130,9 @@ inline std::string fashion_mnist_folder() {
   return "";
 }
 
-// The four files in `folder`; the first train_rows and test_rows samples (0: all). `fashion` says whether to use Fashion-MNIST's mean
-// and standard deviation and to flip; otherwise they are measured and nothing is flipped. Throws where a file is missing or damaged.
+// The four files in `folder`; the first train_rows and test_rows samples (0: all). `fashion` says whether to use
+// Fashion-MNIST's mean and standard deviation and to flip; otherwise they are measured and nothing is flipped. Throws
+// where a file is missing or damaged.
 inline ImageData load_images(const std::string& folder, bool fashion, int64_t train_rows = 0, int64_t test_rows = 0) {
   std::array<at::Tensor, 4> tensors;
   for (size_t i = 0; i < tensors.size(); ++i) {

@@ -1,6 +1,6 @@
-// Networks that train in fixed point, declared layer by layer: ResNet-20 for small images; ResNet-18 and -50, MobileNet-V1 and -V2 for large
-// ones. Names are those of the Python models after prepare() (resnet20 of the fine-tuning job; torchvision's, which has no MobileNet-V1), so
-// that checkpoints pass between the two.
+// Networks that train in fixed point, declared layer by layer: ResNet-20 for small images; ResNet-18 and -50,
+// MobileNet-V1 and -V2 for large ones. Names are those of the Python models after prepare() (resnet20 of the
+// fine-tuning job; torchvision's, which has no MobileNet-V1), so that checkpoints pass between the two.
 #pragma once
 
 #include <algorithm>
@@ -165,7 +165,8 @@ inline FixedPointGraph fixed_point_mobilenet_v1(int64_t classes, const qnn::Reci
   return graph;
 }
 
-// MobileNet-V2 (Sandler et al., arXiv:1801.04381, table 2), torchvision's names. Bottlenecks have signed codes and no ReLU.
+// MobileNet-V2 (Sandler et al., arXiv:1801.04381, table 2), torchvision's names. Bottlenecks have signed codes and no
+// ReLU.
 inline FixedPointGraph fixed_point_mobilenet_v2(int64_t classes, const qnn::Recipe& recipe, double width = 1.0) {
   struct Stage {
     int64_t expansion;

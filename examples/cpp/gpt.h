@@ -1,4 +1,5 @@
-// A GPT-2-style language model (Radford et al. 2019), with the parameter names and arithmetic of examples/python/gpt.py.
+// A GPT-2-style language model (Radford et al. 2019), with the parameter names and arithmetic of
+// examples/python/gpt.py.
 #pragma once
 
 #include <quantrain/nn/int8_linear.h>
@@ -50,7 +51,8 @@ class AnyLinear {
     }
   }
 
-  // at::linear and not Linear::forward, which adds the bias in a kernel of its own, after rounding the product in 16 bit.
+  // at::linear and not Linear::forward, which adds the bias in a kernel of its own, after rounding the product in 16
+  // bit.
   at::Tensor operator()(const at::Tensor& x) {
     if (int8_) return int8_->forward(x);
     return quantized_ ? quantized_->forward(x) : at::linear(x, plain_->weight, plain_->bias);
@@ -177,8 +179,8 @@ inline bool is_weight_matrix(const std::string& name, const at::Tensor& paramete
   return ends_with(name, ".weight") && parameter.dim() >= 2;
 }
 
-// GPT-2's: normal(0, 0.02), residual projections smaller by sqrt(2 layers), biases 0, norms 1. Draws from the default generator,
-// in the order of the parameters.
+// GPT-2's: normal(0, 0.02), residual projections smaller by sqrt(2 layers), biases 0, norms 1. Draws from the default
+// generator, in the order of the parameters.
 inline void init_weights(torch::nn::Module& model, int64_t layers) {
   constexpr double kInitStd = 0.02;
   const at::NoGradGuard no_grad;

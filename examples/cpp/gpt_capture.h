@@ -13,10 +13,10 @@
 
 namespace example {
 
-// The first steps run one kernel at a time, on the stream of the capture: libraries set themselves up, and the optimizer and the
-// scaler make their tensors. They are steps of the training like all others. Then a step is captured, and the next ones replay it:
-// its sequences and learning rate are copied into the tensors that it reads, and dropout draws new numbers because the graph takes
-// the offset of the default generator at each replay.
+// The first steps run one kernel at a time, on the stream of the capture: libraries set themselves up, and the
+// optimizer and the scaler make their tensors. They are steps of the training like all others. Then a step is captured,
+// and the next ones replay it: its sequences and learning rate are copied into the tensors that it reads, and dropout
+// draws new numbers because the graph takes the offset of the default generator at each replay.
 class CapturedStep {
  public:
   explicit CapturedStep(Trainer& trainer)

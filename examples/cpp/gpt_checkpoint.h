@@ -1,9 +1,9 @@
 // One safetensors file with all that a run needs to go on, the same in both languages.
 //
-// Tensors: the model's under their names, optimizer.{exp_avg,exp_avg_sq,step}.<parameter>, and rng.cpu.<rank>, rng.cuda.<rank>
-// (generator states; this program is rank 0). Metadata: format, version, step, skipped, scaler (JSON, the keys of
-// torch.amp.GradScaler.state_dict()), config (JSON, sizes of the model), recipe (JSON, "" for none) and settings (JSON, what decides
-// the course of the training).
+// Tensors: the model's under their names, optimizer.{exp_avg,exp_avg_sq,step}.<parameter>, and rng.cpu.<rank>,
+// rng.cuda.<rank> (generator states; this program is rank 0). Metadata: format, version, step, skipped, scaler (JSON,
+// the keys of torch.amp.GradScaler.state_dict()), config (JSON, sizes of the model), recipe (JSON, "" for none) and
+// settings (JSON, what decides the course of the training).
 #pragma once
 
 #include <quantrain/nn/checkpoint.h>

@@ -1,4 +1,5 @@
-// Text as bytes: training and evaluation parts, and the batch of each step, drawn as examples/python/gpt_data.py draws it.
+// Text as bytes: training and evaluation parts, and the batch of each step, drawn as examples/python/gpt_data.py draws
+// it.
 #pragma once
 
 #include <algorithm>
@@ -25,9 +26,9 @@ inline std::string default_text() {
   return path.string();
 }
 
-// The bytes of a file as tokens; the last tenth is for evaluation. The batch of a step depends on the seed and the step alone, so a
-// resumed run needs no position in the data. Sequences are int64 [..., context + 1]: the inputs are all but the last token, the
-// targets all but the first. Throws for no file, or one too short for one sequence in each part.
+// The bytes of a file as tokens; the last tenth is for evaluation. The batch of a step depends on the seed and the step
+// alone, so a resumed run needs no position in the data. Sequences are int64 [..., context + 1]: the inputs are all but
+// the last token, the targets all but the first. Throws for no file, or one too short for one sequence in each part.
 class Text {
  public:
   Text(const std::string& path, int64_t context, at::Device device) : context_(context), device_(device) {

@@ -1,4 +1,5 @@
-// What a run shows and writes: metrics.jsonl, TensorBoard events, a progress line. examples/python/gpt_log.py writes the same.
+// What a run shows and writes: metrics.jsonl, TensorBoard events, a progress line. examples/python/gpt_log.py writes
+// the same.
 #pragma once
 
 #include <unistd.h>
@@ -25,8 +26,8 @@ inline double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// metrics.jsonl in `folder`, a JSON object a line, and TensorBoard events of the same numbers. A resumed run drops the lines past
-// its first step, which it will write again.
+// metrics.jsonl in `folder`, a JSON object a line, and TensorBoard events of the same numbers. A resumed run drops the
+// lines past its first step, which it will write again.
 class Metrics {
  public:
   Metrics(const std::filesystem::path& folder, int64_t first_step, bool tensorboard) {

@@ -72,7 +72,8 @@ class Trainer {
     return compute_step(sequences);
   }
 
-  // The host's part of a step: counts it, sets its learning rate and gives its sequences, [accumulate, batch, context + 1].
+  // The host's part of a step: counts it, sets its learning rate and gives its sequences, [accumulate, batch, context +
+  // 1].
   at::Tensor prepare_step() {
     optimizer_->set_lr(learning_rate(step_, options_));
     return text_.batch(options_.seed, step_++, options_.accumulate, options_.batch_size);
@@ -221,7 +222,8 @@ class Trainer {
                              state.at("growth_interval"), state.at("_growth_tracker")});
   }
 
-  // The loss of sequences [B, context + 1], under autocast. Its cache of cast weights would hand a replayed graph stale copies.
+  // The loss of sequences [B, context + 1], under autocast. Its cache of cast weights would hand a replayed graph stale
+  // copies.
   at::Tensor loss_on(const at::Tensor& sequences) {
     const bool half = options_.precision == "fp16";
     const quantrain::amp::AutocastGuard autocast(device_.type(), half ? at::kHalf : at::kBFloat16,

@@ -1,5 +1,6 @@
-// ResNet-20 for small images (He et al., arXiv:1512.03385, section 4.2) of quantised layers: each convolution holds its batch norm.
-// The state's names are those of the Python job's model after prepare(), so that checkpoints pass between the two.
+// ResNet-20 for small images (He et al., arXiv:1512.03385, section 4.2) of quantised layers: each convolution holds its
+// batch norm. The state's names are those of the Python job's model after prepare(), so that checkpoints pass between
+// the two.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +23,9 @@ inline qnn::QuantConvBn2d conv3x3(int64_t in_planes, int64_t planes, int64_t str
   return conv;
 }
 
-// Two 3x3 convolutions with a shortcut without parameters (option A): with stride 2 it takes every second row and column and pads
-// the new channels with zeros, half on either side. [N, in_planes, H, W] -> [N, planes, H / stride, W / stride].
+// Two 3x3 convolutions with a shortcut without parameters (option A): with stride 2 it takes every second row and
+// column and pads the new channels with zeros, half on either side. [N, in_planes, H, W] -> [N, planes, H / stride, W /
+// stride].
 class BasicBlockImpl : public torch::nn::Module {
  public:
   BasicBlockImpl(int64_t in_planes, int64_t planes, int64_t stride, const qnn::Recipe& recipe)
@@ -53,8 +55,8 @@ class BasicBlockImpl : public torch::nn::Module {
 };
 TORCH_MODULE(BasicBlock);
 
-// [N, in_channels, H, W] with H and W at least 4 -> [N, classes] logits. The first convolution and the last layer take the recipe's
-// edge bits.
+// [N, in_channels, H, W] with H and W at least 4 -> [N, classes] logits. The first convolution and the last layer take
+// the recipe's edge bits.
 class ResNet20Impl : public torch::nn::Module {
  public:
   ResNet20Impl(int64_t classes, int64_t in_channels, const qnn::Recipe& recipe)
@@ -86,8 +88,9 @@ class ResNet20Impl : public torch::nn::Module {
 };
 TORCH_MODULE(ResNet20);
 
-// Names of the float model, whose batch norms stand beside their convolutions: "conv1.bn.weight" there is "bn1.weight". What only a
-// quantised model has (fake-quantisers; activations, fraction lengths and the size of a pool in fixed point) gives "".
+// Names of the float model, whose batch norms stand beside their convolutions: "conv1.bn.weight" there is "bn1.weight".
+// What only a quantised model has (fake-quantisers; activations, fraction lengths and the size of a pool in fixed
+// point) gives "".
 inline std::string float_name(const std::string& name) {
   for (const char* part : {"_fake_quant.", "activation.", "fraction_length", "mean."}) {
     if (name.find(part) != std::string::npos) return "";

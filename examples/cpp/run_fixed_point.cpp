@@ -1,10 +1,12 @@
 // Runs an integer network from its file: accuracy and images a second, without Python.
 //
-//   run_fixed_point NETWORK.safetensors [--data FOLDER | --records FILE --size HxW] [--mean M --std S] [--batch N] [--threads N] [--device cpu|cuda]
+//   run_fixed_point NETWORK.safetensors [--data FOLDER | --records FILE --size HxW] [--mean M --std S] [--batch N]
+//   [--threads N] [--device cpu|cuda]
 //
-// NETWORK.safetensors is what FixedPointModel.save or FixedPointNetwork::save wrote. The images are MNIST's IDX files in FOLDER
-// (by default Fashion-MNIST where example::fashion_mnist_folder finds it), or FILE: records of one label byte and C x H x W pixel bytes, as CIFAR-10's
-// binary version. A network of signed input takes (pixel / 255 - mean) / std, Fashion-MNIST's by default; one of unsigned input pixel / 255.
+// NETWORK.safetensors is what FixedPointNetwork.save or FixedPointNetwork::save wrote. The images are MNIST's IDX files
+// in FOLDER (by default Fashion-MNIST where example::fashion_mnist_folder finds it), or FILE: records of one label byte
+// and C x H x W pixel bytes, as CIFAR-10's binary version. A network of signed input takes (pixel / 255 - mean) / std,
+// Fashion-MNIST's by default; one of unsigned input pixel / 255.
 #include <chrono>
 #include <cstdlib>
 #include <fstream>

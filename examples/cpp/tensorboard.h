@@ -1,8 +1,8 @@
 // TensorBoard event files of scalars, without TensorFlow or protobuf.
 //
-// A file is TFRecords (8 bytes little-endian length, masked CRC-32C of it, the bytes, masked CRC-32C of them), each an Event message
-// (tensorboard/compat/proto/event.proto) encoded by hand: wall_time = 1, step = 2, file_version = 3, summary = 5 {value = 1
-// {tag = 1, simple_value = 2}}, session_log = 7 {status = 1}.
+// A file is TFRecords (8 bytes little-endian length, masked CRC-32C of it, the bytes, masked CRC-32C of them), each an
+// Event message (tensorboard/compat/proto/event.proto) encoded by hand: wall_time = 1, step = 2, file_version = 3,
+// summary = 5 {value = 1 {tag = 1, simple_value = 2}}, session_log = 7 {status = 1}.
 #pragma once
 
 #include <unistd.h>

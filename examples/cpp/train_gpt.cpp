@@ -1,5 +1,5 @@
-// Trains a GPT-2-style language model on the bytes of a text file without Python: autocast, dynamic loss scaling, clipping,
-// checkpoints that the Python twin examples/python/train_gpt.py resumes. `train_gpt --help` lists the flags.
+// Trains a GPT-2-style language model on the bytes of a text file without Python: autocast, dynamic loss scaling,
+// clipping, checkpoints that the Python twin examples/python/train_gpt.py resumes. `train_gpt --help` lists the flags.
 #include <sys/resource.h>
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// The training loop's parts that have nothing to do with quantisation: schedule, optimiser, progress line, metrics.jsonl.
-// Each is the Python job's, so that one checkpoint and one seed give the same losses in both languages.
+// The training loop's parts that have nothing to do with quantisation: schedule, optimiser, progress line,
+// metrics.jsonl. Each is the Python job's, so that one checkpoint and one seed give the same losses in both languages.
 #pragma once
 
 #if defined(__linux__)
@@ -23,8 +23,8 @@
 
 namespace example {
 
-// A training step frees and allocates the same activations over and over; by default glibc gives large blocks back to the system and
-// faults them in again page by page, which can cost more than the step's arithmetic.
+// A training step frees and allocates the same activations over and over; by default glibc gives large blocks back to
+// the system and faults them in again page by page, which can cost more than the step's arithmetic.
 inline void keep_freed_memory() {
 #if defined(M_MMAP_THRESHOLD)
   mallopt(M_MMAP_THRESHOLD, 32 << 20);  // glibc takes no more
@@ -36,7 +36,8 @@ inline double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// One cycle (Smith & Topin, arXiv:1708.07120): up linearly over the first quarter of the steps, down along half a cosine.
+// One cycle (Smith & Topin, arXiv:1708.07120): up linearly over the first quarter of the steps, down along half a
+// cosine.
 inline double learning_rate(int64_t step, int64_t total, double peak) {
   constexpr double kWarmup = 0.25;
   constexpr double kPi = 3.14159265358979323846;
@@ -45,7 +46,8 @@ inline double learning_rate(int64_t step, int64_t total, double peak) {
   return peak * 0.5 * (1 + std::cos(kPi * (place - kWarmup) / (1 - kWarmup)));
 }
 
-// SGD with Nesterov momentum 0.9; weight decay 5e-4 on weights of two or more dimensions, not on biases, norms and scales.
+// SGD with Nesterov momentum 0.9; weight decay 5e-4 on weights of two or more dimensions, not on biases, norms and
+// scales.
 inline torch::optim::SGD make_optimizer(const torch::nn::Module& module) {
   std::vector<at::Tensor> decayed;
   std::vector<at::Tensor> other;

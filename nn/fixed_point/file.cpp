@@ -1,9 +1,10 @@
-// The file of an integer network: NAME.safetensors with the tensors and, as metadata, "format" "quantrain.fixed_point", "version" "2",
-// "graph" and "checksum", that of the file's bytes with its own sixteen digits as zeros. One file, so that replacing it is one rename.
+// The file of an integer network: NAME.safetensors with the tensors and, as metadata, "format" "quantrain.fixed_point",
+// "version" "2", "graph" and "checksum", that of the file's bytes with its own sixteen digits as zeros. One file, so
+// that replacing it is one rename.
 //
-// Version 1 was two files tied by checksums, and is still read. NAME.safetensors: the tensors, metadata "format", "version" "1",
-// "graph_checksum". NAME.json: the graph with one field more in front, "checksum", that of the whole tensor file. graph_checksum is that of
-// the JSON file's bytes with the digits of its "checksum" as zeros.
+// Version 1 was two files tied by checksums, and is still read. NAME.safetensors: the tensors, metadata "format",
+// "version" "1", "graph_checksum". NAME.json: the graph with one field more in front, "checksum", that of the whole
+// tensor file. graph_checksum is that of the JSON file's bytes with the digits of its "checksum" as zeros.
 
 #include <cerrno>
 #include <cstring>

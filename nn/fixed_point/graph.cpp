@@ -268,7 +268,7 @@ std::shared_ptr<FixedPointGraphImpl> FixedPointGraphImpl::fresh() const {
   return copy;
 }
 
-// ---- forward ---------------------------------------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------------------------------
 
 at::Tensor FixedPointGraphImpl::run(const Node& node, const std::vector<at::Tensor>& values, const at::Tensor& images) {
   if (node.op == "input") return input_activation->forward(images);
@@ -320,7 +320,7 @@ void FixedPointGraphImpl::to(torch::Dtype /*dtype*/, bool /*non_blocking*/) {}
 
 void FixedPointGraphImpl::to(torch::Device device, bool non_blocking) { torch::nn::Module::to(device, non_blocking); }
 
-// ---- conversion ------------------------------------------------------------------------------------------------------------
+// ---- conversion -----------------------------------------------------------------------------------------------------
 
 FixedPointProgram FixedPointGraphImpl::program() {
   const at::NoGradGuard no_grad;

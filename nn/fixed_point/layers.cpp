@@ -1,6 +1,7 @@
 #include "quantrain/nn/fixed_point/layers.h"
 
-// The forward passes call the same ATen operators in the same order as the Python layers, so that both train alike and evaluate to the same bits.
+// The forward passes call the same ATen operators in the same order as the Python layers, so that both train alike and
+// evaluate to the same bits.
 
 #include <algorithm>
 #include <cmath>
@@ -76,7 +77,7 @@ std::vector<int64_t> conv_weight_shape(const torch::nn::Conv2dOptions& options) 
 
 }  // namespace
 
-// ---- activations -----------------------------------------------------------------------------------------------------------
+// ---- activations ----------------------------------------------------------------------------------------------------
 
 FixedPointActivationImpl::FixedPointActivationImpl(const FixedPointActivationOptions& options)
     : FixedDtypeModule("FixedPointActivation"), options_(options) {
@@ -279,7 +280,7 @@ at::Tensor FixedPointPoolActivationImpl::eta() {
   return source_->eta() * (std::ldexp(1.0, static_cast<int>(shift())) / count);
 }
 
-// ---- layers ----------------------------------------------------------------------------------------------------------------
+// ---- layers ---------------------------------------------------------------------------------------------------------
 
 FixedPointLayer::FixedPointLayer(const std::string& name, const Recipe& recipe,
                                  const std::vector<int64_t>& weight_shape, bool has_bias)

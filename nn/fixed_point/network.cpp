@@ -15,26 +15,21 @@
 #include "nn/fixed_point/plan.h"
 #include "nn/fixed_point/program.h"
 #include "ops/common/check.h"
+#include "ops/common/stream.h"
 #include "quantrain/ops/fake_quant.h"
 #include "quantrain/ops/fixed_point_conv.h"
-
-#if defined(QUANTRAIN_WITH_CUDA)
-#include <c10/cuda/CUDAGraphsC10Utils.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#endif
 
 namespace quantrain::nn {
 namespace {
 
 using detail::fixed_point_dtype_name;
-using detail::FixedPointGraph;
 using detail::FixedPointNode;
 using detail::FixedPointOp;
 using detail::FixedPointPlan;
 using detail::FixedPointShape;
 using detail::FixedPointStepLayer;
 using detail::make_plan;
+using detail::ProvenProgram;
 using detail::run_steps;
 
 constexpr size_t kMaxPlans = 8;
@@ -53,27 +48,10 @@ std::vector<int64_t> public_shape(const FixedPointNode& node, const FixedPointSh
   return {shape.begin(), shape.end()};
 }
 
-int64_t current_stream([[maybe_unused]] const at::Device& device) {
-#if defined(QUANTRAIN_WITH_CUDA)
-  if (device.is_cuda()) return c10::cuda::getCurrentCUDAStream(device.index()).id();
-#endif
-  return 0;
-}
-
-bool is_capturing([[maybe_unused]] const at::Device& device) {
-#if defined(QUANTRAIN_WITH_CUDA)
-  if (device.is_cuda()) {
-    const c10::cuda::CUDAGuard guard(device);
-    return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
-  }
-#endif
-  return false;
-}
-
 }  // namespace
 
 struct FixedPointNetwork::Impl {
-  FixedPointGraph graph;
+  ProvenProgram graph;
   std::map<std::string, at::Tensor> tensors;
   at::Device device{at::kCPU};
   std::vector<FixedPointStepLayer> layers;  // one a node
@@ -119,7 +97,7 @@ struct FixedPointNetwork::Impl {
 FixedPointNetwork::FixedPointNetwork(const std::string& graph, const std::map<std::string, at::Tensor>& tensors)
     : impl_(std::make_shared<Impl>()) {
   Impl& impl = *impl_;
-  impl.graph = detail::parse_fixed_point_graph(graph, tensors);
+  impl.graph = detail::prove_program(graph, tensors);
   if (!tensors.empty()) impl.device = tensors.begin()->second.device();
   for (const auto& [name, tensor] : tensors) {
     QUANTRAIN_CHECK_TYPE(tensor.device() == impl.device && (tensor.is_cpu() || tensor.is_cuda()),

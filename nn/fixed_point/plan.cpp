@@ -1,19 +1,14 @@
 #include "nn/fixed_point/plan.h"
 
-// Steps read and write raw views of one arena: no dispatcher, no JSON, nothing allocated. The first copies the input's codes to NHWC, the last one the
-// output's integers to what the caller gets.
+// Steps read and write raw views of one arena: no dispatcher, no JSON, nothing allocated. The first copies the input's
+// codes to NHWC, the last one the output's integers to what the caller gets.
 
 #include <algorithm>
 #include <utility>
 
 #include <ATen/ops/empty.h>
 
-#include "csrc/cpu/fixed_point_network.h"
-#include "ops/common/launch.h"
-
-#if defined(QUANTRAIN_WITH_CUDA)
-#include "csrc/cuda/fixed_point_network.h"
-#endif
+#include "ops/common/layout.h"
 
 namespace quantrain::nn::detail {
 namespace {
@@ -72,7 +67,7 @@ bool is_alias(const FixedPointNode& node, const std::vector<FixedPointShape>& sh
   return node.op == FixedPointOp::kFlatten && from[2] * from[3] == 1;
 }
 
-std::vector<bool> needed_nodes(const FixedPointGraph& graph, bool all) {
+std::vector<bool> needed_nodes(const ProvenProgram& graph, bool all) {
   std::vector<bool> needed(graph.nodes.size(), all);
   needed[0] = needed[graph.output] = true;
   for (size_t i = graph.nodes.size(); i-- > 0;) {
@@ -174,12 +169,6 @@ void add_steps(FixedPointPlan& plan, const FixedPointNode& node, const FixedPoin
   plan.steps.push_back(std::move(step));
 }
 
-void run_copy(const FixedPointCopyArgs& args, const at::Tensor& on) {
-  const int64_t row_bytes = args.size[2] * args.size[3] * args.element_size;
-  run_tasks(args, args.size[0] * args.size[1], grain_of(row_bytes, kGrainBytes), on,
-            QUANTRAIN_KERNELS(fixed_point_copy));
-}
-
 void run_step(FixedPointStep& step) {
   switch (step.kind) {
     case FixedPointStep::Kind::kConv:
@@ -191,15 +180,15 @@ void run_step(FixedPointStep& step) {
     case FixedPointStep::Kind::kSumPool:
       return fixed_point_sum_pool2d_out(step.input, step.output);
     case FixedPointStep::Kind::kCopy:
-      return run_copy(step.copy, step.output);
+      return fixed_point_copy(step.copy, step.output);
     case FixedPointStep::Kind::kSum:
-      return run_elementwise(step.sum, step.output, QUANTRAIN_KERNELS(fixed_point_sum));
+      return fixed_point_sum(step.sum, step.output);
   }
 }
 
 }  // namespace
 
-std::unique_ptr<FixedPointPlan> make_plan(const FixedPointGraph& graph, const std::vector<FixedPointStepLayer>& layers,
+std::unique_ptr<FixedPointPlan> make_plan(const ProvenProgram& graph, const std::vector<FixedPointStepLayer>& layers,
                                           const std::map<std::string, at::Tensor>& tensors, const at::Device& device,
                                           const FixedPointShape& input_shape, bool all) {
   auto plan = std::make_unique<FixedPointPlan>();

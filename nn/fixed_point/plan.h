@@ -1,4 +1,5 @@
-// How an integer network runs for one size of images: memory for its values, placed once, and the steps over it. Private to the library.
+// How an integer network runs for one size of images: memory for its values, placed once, and the steps over it.
+// Private to the library.
 #pragma once
 
 #include <array>
@@ -11,8 +12,8 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "csrc/common/fixed_point_network.h"
 #include "nn/fixed_point/program.h"
+#include "ops/fixed_point_network.h"
 #include "quantrain/ops/fixed_point_conv.h"
 
 namespace quantrain::nn::detail {
@@ -45,7 +46,7 @@ struct FixedPointPlan {
 };
 
 // layers: one a node. all: every value keeps memory of its own.
-std::unique_ptr<FixedPointPlan> make_plan(const FixedPointGraph& graph, const std::vector<FixedPointStepLayer>& layers,
+std::unique_ptr<FixedPointPlan> make_plan(const ProvenProgram& graph, const std::vector<FixedPointStepLayer>& layers,
                                           const std::map<std::string, at::Tensor>& tensors, const at::Device& device,
                                           const FixedPointShape& input_shape, bool all);
 

@@ -1,7 +1,8 @@
 #include "nn/fixed_point/program.h"
 
-// Reading a graph trusts nothing: a field is known, present and of its type, a name is new or refers back, a tensor has the shape and dtype that
-// its node gives, and every sum is bounded by the weights themselves. All of it before anything is built.
+// Reading a graph trusts nothing: a field is known, present and of its type, a name is new or refers back, a tensor has
+// the shape and dtype that its node gives, and every sum is bounded by the weights themselves. All of it before
+// anything is built.
 
 #include <algorithm>
 #include <cmath>
@@ -46,7 +47,7 @@ class Parser {
  public:
   explicit Parser(const Tensors& tensors) : tensors_(tensors) {}
 
-  FixedPointGraph parse(const std::string& text) {
+  ProvenProgram parse(const std::string& text) {
     const Json json = parse_json(text);
     if (json.is_discarded()) fail("graph", "JSON text", std::to_string(text.size()) + " bytes that are none");
     graph_.json = json.dump();
@@ -414,7 +415,7 @@ class Parser {
   }
 
   const Tensors& tensors_;
-  FixedPointGraph graph_;
+  ProvenProgram graph_;
   std::map<std::string, int> index_;
   std::set<std::string> all_names_;
   std::set<std::string> used_;
@@ -437,8 +438,6 @@ const char* fixed_point_dtype_name(at::ScalarType type) {
   }
 }
 
-FixedPointGraph parse_fixed_point_graph(const std::string& json, const Tensors& tensors) {
-  return Parser(tensors).parse(json);
-}
+ProvenProgram prove_program(const std::string& json, const Tensors& tensors) { return Parser(tensors).parse(json); }
 
 }  // namespace quantrain::nn::detail

@@ -1,5 +1,5 @@
-// The graph of an integer network: parsed from JSON, checked against its tensors, and proven to keep every sum inside int32.
-// Private to the library; the format is described in nn/fixed_point/network.h.
+// The program of an integer network, proven: parsed from JSON, checked against its tensors, and proven to keep every
+// sum inside int32. Private to the library; the format is described in nn/fixed_point/network.h.
 #pragma once
 
 #include <array>
@@ -35,14 +35,16 @@ struct FixedPointNode {
   std::array<int64_t, 2> kernel{1, 1}, stride{1, 1}, padding{0, 0}, size{1, 1}, pad{0, 0};
   int64_t groups = 1;
   int64_t pool_shift = 0;
-  // Accumulator's fraction length less the output's; for a residual (or the second operand of an addition) less its own.
+  // Accumulator's fraction length less the output's; for a residual (or the second operand of an addition) less its
+  // own.
   std::vector<int64_t> shift, residual_shift;
 
   bool has_codes() const { return dtype != at::kInt; }
   bool has_weight() const { return op == FixedPointOp::kConv2d || op == FixedPointOp::kLinear; }
 };
 
-struct FixedPointGraph {
+// What a FixedPointProgram (graph.h) says, once it holds.
+struct ProvenProgram {
   std::string json;                   // canonical text
   std::vector<FixedPointNode> nodes;  // [0] is the input; topological
   int output = 0;
@@ -52,12 +54,13 @@ struct FixedPointGraph {
 
 const char* fixed_point_dtype_name(at::ScalarType type);
 
-// Throws ValueError: a graph that is not version 1, whatever is missing, unknown, of a wrong type or out of range, tensors that do not fit, and a
-// sum that could pass int32.
-FixedPointGraph parse_fixed_point_graph(const std::string& json, const std::map<std::string, at::Tensor>& tensors);
+// Throws ValueError: a graph that is not version 1, whatever is missing, unknown, of a wrong type or out of range,
+// tensors that do not fit, and a sum that could pass int32.
+ProvenProgram prove_program(const std::string& json, const std::map<std::string, at::Tensor>& tensors);
 
-// [N, C, H, W] of every value for an input of the given sizes; a flat value is [N, C, 1, 1]. ValueError where the image does not fit.
-std::vector<std::array<int64_t, 4>> fixed_point_shapes(const FixedPointGraph& graph, std::array<int64_t, 4> input,
+// [N, C, H, W] of every value for an input of the given sizes; a flat value is [N, C, 1, 1]. ValueError where the image
+// does not fit.
+std::vector<std::array<int64_t, 4>> fixed_point_shapes(const ProvenProgram& graph, std::array<int64_t, 4> input,
                                                        const std::map<std::string, at::Tensor>& tensors);
 
 }  // namespace quantrain::nn::detail

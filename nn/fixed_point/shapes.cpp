@@ -20,7 +20,7 @@ int64_t windows(int64_t size, int64_t kernel, int64_t stride, int64_t padding) {
 
 }  // namespace
 
-std::vector<std::array<int64_t, 4>> fixed_point_shapes(const FixedPointGraph& graph, std::array<int64_t, 4> input,
+std::vector<std::array<int64_t, 4>> fixed_point_shapes(const ProvenProgram& graph, std::array<int64_t, 4> input,
                                                        const std::map<std::string, at::Tensor>& tensors) {
   std::vector<std::array<int64_t, 4>> shapes{input};
   for (size_t i = 1; i < graph.nodes.size(); ++i) {

@@ -23,7 +23,8 @@
 
 namespace quantrain {
 
-// Far beyond any image, and small enough that twice a padding, or a stride times a size of a tensor in memory, does not wrap.
+// Far beyond any image, and small enough that twice a padding, or a stride times a size of a tensor in memory, does not
+// wrap.
 constexpr int64_t kMaxWindow = std::numeric_limits<int32_t>::max();
 
 }  // namespace quantrain
@@ -39,8 +40,8 @@ inline std::string shape_text(const at::Tensor& tensor) {
   return text + "]";
 }
 
-// The element type of that name in PyTorch. A schema that takes the name, unlike one that takes a ScalarType, can be packed by
-// AOTInductor: torch 2.11 hands a packed program's kernels the wrong type (pytorch #169157).
+// The element type of that name in PyTorch. A schema that takes the name, unlike one that takes a ScalarType, can be
+// packed by AOTInductor: torch 2.11 hands a packed program's kernels the wrong type (pytorch #169157).
 inline at::ScalarType named_type(std::string_view op, std::string_view argument, std::string_view name) {
   if (name == "float32") return at::kFloat;
   if (name == "float64") return at::kDouble;

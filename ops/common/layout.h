@@ -24,8 +24,8 @@ bool holds_integers(const at::Tensor& tensor);
 // Such a tensor as int32, saturating; itself where it is int32.
 at::Tensor as_int32(const at::Tensor& integers);
 
-// The tensor itself where its elements fill memory without gaps, in any order of dimensions; else a copy that does. Either way it has
-// the strides of at::empty_like(tensor), as results do.
+// The tensor itself where its elements fill memory without gaps, in any order of dimensions; else a copy that does.
+// Either way it has the strides of at::empty_like(tensor), as results do.
 at::Tensor dense(const at::Tensor& tensor);
 
 // An input with its parameters in the order of its memory.
@@ -54,8 +54,8 @@ ArrangedShape arrange_shape(std::string_view op, const at::Tensor& input, at::In
 
 enum class Fold { kSum, kMin, kMax };
 
-// Partial results [..., rows, chunks] to [..., scale sizes], in a fixed order; leading dimensions stay. `scale_sizes` are in the order
-// of the input's memory, the result's are in the order of its dimensions.
+// Partial results [..., rows, chunks] to [..., scale sizes], in a fixed order; leading dimensions stay. `scale_sizes`
+// are in the order of the input's memory, the result's are in the order of its dimensions.
 at::Tensor fold_partials(const at::Tensor& partial, const Grouping& grouping, at::IntArrayRef scale_sizes,
                          const std::vector<int64_t>& order, Fold fold);
 

@@ -1,5 +1,5 @@
-// Shares a range among PyTorch's own threads. Through libtorch's C entry point: at::parallel_for is a header that would need OpenMP
-// here, and a second OpenMP runtime in the process would compete with PyTorch's for the cores.
+// Shares a range among PyTorch's own threads. Through libtorch's C entry point: at::parallel_for is a header that would
+// need OpenMP here, and a second OpenMP runtime in the process would compete with PyTorch's for the cores.
 #pragma once
 
 #include <c10/util/Exception.h>
@@ -29,7 +29,8 @@ void parallel_for(int64_t size, int64_t grain, const F& f) {
   TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "quantrain: expected PyTorch's parallel_for to succeed, got error ", error);
 }
 
-// The same over elements: pieces begin at multiples of kElementBlock, so that no two threads share a byte of a bit mask.
+// The same over elements: pieces begin at multiples of kElementBlock, so that no two threads share a byte of a bit
+// mask.
 constexpr int64_t kElementBlock = 4096;
 
 template <typename F>

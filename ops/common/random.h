@@ -11,8 +11,8 @@
 
 namespace quantrain {
 
-// A state that no other call of this generator gets. CPU: the seed is 64 bits drawn from the generator, the offset 0. CUDA: the
-// generator's own (seed, offset), moved on; under graph capture pointers that each replay refreshes.
+// A state that no other call of this generator gets. CPU: the seed is 64 bits drawn from the generator, the offset 0.
+// CUDA: the generator's own (seed, offset), moved on; under graph capture pointers that each replay refreshes.
 PhiloxState next_philox_state(std::string_view op, const std::optional<at::Generator>& generator, c10::Device device);
 
 // The state of a `.seeded` overload.

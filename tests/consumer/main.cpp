@@ -1,4 +1,5 @@
-// Trains a fake-quantised layer against the installed package, in a process without Python. Returns 0 where the loss fell.
+// Trains a fake-quantised layer against the installed package, in a process without Python. Returns 0 where the loss
+// fell.
 #include <cstdio>
 #include <cstring>
 #include <fstream>

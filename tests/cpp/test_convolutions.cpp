@@ -1,4 +1,5 @@
-// QuantConv1d and QuantConvTranspose2d: against the operators they are made of, converted against fake-quantised, and what they refuse.
+// QuantConv1d and QuantConvTranspose2d: against the operators they are made of, converted against fake-quantised, and
+// what they refuse.
 
 #include "support.h"
 

@@ -61,7 +61,8 @@ TEST_CASE("the CPU path that QUANTRAIN_CPU_INT8 names is here", "[.][path_is_her
   CHECK_NOTHROW(quantrain::fixed_point_linear(codes({1, 1}), weights({1, 1})));
 }
 
-// Strides beyond the kernel, images of several bands of the cache, signed codes: scripts/sanitize.sh looks for what is read and written beside them.
+// Strides beyond the kernel, images of several bands of the cache, signed codes: scripts/sanitize.sh looks for what is
+// read and written beside them.
 TEST_CASE("convolutions of drawn sizes are exact", "[fixed_point_conv]") {
   torch::manual_seed(73);
   const auto draw = [](int64_t low, int64_t high) { return at::randint(low, high, {1}, at::kLong).item<int64_t>(); };

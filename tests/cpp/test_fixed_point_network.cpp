@@ -20,7 +20,8 @@ namespace {
 
 using Tensors = std::map<std::string, at::Tensor>;
 
-// What every test starts from: a residual block, a shortcut of accumulators, depthwise, pools, slice_pad, add, flatten, linear.
+// What every test starts from: a residual block, a shortcut of accumulators, depthwise, pools, slice_pad, add, flatten,
+// linear.
 const char* const kGraph = R"({
   "format": "quantrain.fixed_point", "version": 1, "recipe": "",
   "input": {"name": "input", "channels": 3, "signed": false, "fraction_length": 8, "scale": 0.00392156862745098},

@@ -497,7 +497,7 @@ TEST_CASE("converting twice says so", "[flow]") {
   CHECK_THAT(value_error([&] { convert(*layer); }), Contains("got one converted already"));
 }
 
-// ---- fixed point -----------------------------------------------------------------------------------------------------------
+// ---- fixed point ----------------------------------------------------------------------------------------------------
 
 namespace {
 

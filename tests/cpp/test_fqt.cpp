@@ -1,4 +1,5 @@
-// fqt_linear, fqt_conv2d and the layers that use them: gradients against quantize_gradient by hand, the same draws as in Python.
+// fqt_linear, fqt_conv2d and the layers that use them: gradients against quantize_gradient by hand, the same draws as
+// in Python.
 
 #include <string>
 #include <vector>

@@ -69,7 +69,8 @@ TEST_CASE("a probe of unbiased quantizers: small z, the exact variance, within t
   for (const ProbeRow& row : rows) {
     CAPTURE(row.quantizer.quantizer, row.quantizer.bits, row.bias_z);
     CHECK(std::abs(row.bias_z) < kAlarm);
-    // Each draw's squared error varies by at most 10 % here; the mean of 200 is then within 5 % but for chances below 1e-9.
+    // Each draw's squared error varies by at most 10 % here; the mean of 200 is then within 5 % but for chances below
+    // 1e-9.
     CHECK(row.variance == Approx(row.exact_variance).epsilon(0.05));
     CHECK(row.exact_variance <= row.bound);
     CHECK(row.rows == 48);

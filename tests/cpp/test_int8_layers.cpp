@@ -1,4 +1,5 @@
-// int8_linear and Int8Linear: outputs and gradients against the family's own operators, the weight's kept codes, conversion.
+// int8_linear and Int8Linear: outputs and gradients against the family's own operators, the weight's kept codes,
+// conversion.
 
 #include <optional>
 #include <string>

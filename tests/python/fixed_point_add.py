@@ -50,7 +50,7 @@ def write():
     model = prepared()
     FOLDER.mkdir(exist_ok=True)
     qnn.save_checkpoint(FOLDER / "fixed_point_add.safetensors", model)
-    _, tensors = qnn.fixed_point_graph(model)
+    _, tensors = qnn.fixed_point_program(model)
     with torch.no_grad():
         results = {"images": images(), "logits": model(images())}
     save_file({**tensors, **results}, FOLDER / "fixed_point_add_network.safetensors")

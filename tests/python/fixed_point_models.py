@@ -131,7 +131,7 @@ def train_steps(model, images, steps=2, rate=0.02):
 
 def assert_integer_exact(model, images):
     """At every node the simulation's integers are those of the graph in int64; so are the logits."""
-    text, tensors = qnn.fixed_point_graph(model)
+    text, tensors = qnn.fixed_point_program(model)
     graph = json.loads(text)
     codes = qnn.simulated_codes(model, images)
     exact = oracle.run(graph, tensors, codes["input"].numpy())

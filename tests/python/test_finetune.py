@@ -170,7 +170,7 @@ def test_fixed_point_recipe_reports_the_integer_network(tmp_path):
     assert main(arguments(tmp_path, "--recipes", "f8net")) == 0
     folder = tmp_path / "t"
     result = read_results(folder)["f8net"]
-    model = qnn.FixedPointModel.load(folder / "f8net.converted.safetensors")
+    model = qnn.FixedPointNetwork.load(folder / "f8net.converted.safetensors")
     assert trainer.evaluate(model, image_data.load_digits_data(), CPU)[0] == result.accuracy
     assert result.convert_difference == 0
     assert [row.op for row in result.audit] == ["conv2d", "flatten", "linear"]

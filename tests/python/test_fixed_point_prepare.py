@@ -127,7 +127,7 @@ def test_deepcopy_pickle_and_checkpoint(tmp_path):
     metadata = qnn.load_checkpoint(tmp_path / "model.safetensors", fresh)
     assert quantrain.Recipe.from_json(metadata["recipe"]).name == "f8net"
     assert torch.equal(fresh(images), expected)
-    assert qnn.fixed_point_graph(fresh)[0] == qnn.fixed_point_graph(model)[0]
+    assert qnn.fixed_point_program(fresh)[0] == qnn.fixed_point_program(model)[0]
 
 
 def test_summary_shows_fraction_lengths():
@@ -143,7 +143,7 @@ def test_bytes_are_their_own_codes():
     images[0, 0, 0, 0], images[0, 0, 0, 1] = 0, 1
     qnn.calibrate(model, [images])
     assert torch.equal(qnn.simulated_codes(model, images)["input"], (images * 255).round().long())
-    graph = json.loads(qnn.fixed_point_graph(model)[0])
+    graph = json.loads(qnn.fixed_point_program(model)[0])
     assert graph["input"]["signed"] is False and graph["input"]["fraction_length"] == 8
 
 
@@ -276,7 +276,7 @@ def test_unsupported_options():
     with pytest.raises(ValueError, match="quantised already"):
         qnn.prepare(result, "f8net")
     with pytest.raises(ValueError, match="has seen an image"):
-        qnn.fixed_point_graph(result)
+        qnn.fixed_point_program(result)
     for layer in (qnn.QuantLinear, qnn.QuantConv2d):
         with pytest.raises(ValueError, match="expected a recipe without fixed_point"):
             layer(3, 4, **({"kernel_size": 3} if layer is qnn.QuantConv2d else {}), recipe="f8net")
@@ -302,7 +302,7 @@ def test_overflow_is_refused_by_name():
     with torch.no_grad():
         result.get_submodule("0").bias[1] = 1e9
     with pytest.raises(ValueError, match=r"convert: '0': expected accumulators below 2\^31, got .* in channel 1"):
-        qnn.fixed_point_graph(result)
+        qnn.fixed_point_program(result)
 
 
 @pytest.mark.skipif(not DEBIAN_FOLDER.is_dir(), reason="no Fashion-MNIST")
@@ -325,7 +325,7 @@ def test_converted_network_is_the_simulation(name):
     model, images = prepared(BUILDERS[name])
     train_steps(model, images)
     converted = qnn.convert(model)
-    assert isinstance(converted, qnn.FixedPointModel) and model.training
+    assert isinstance(converted, qnn.FixedPointNetwork) and model.training
     expected = qnn.simulated_codes(model, images)
     got = converted.network.forward_all(converted.network.quantize_input(images))
     for node, values in got.items():

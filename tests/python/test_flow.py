@@ -625,7 +625,7 @@ def test_an_addition_of_codes_converts_to_what_the_cpp_tests_compare_with():
 
     model = qnn.from_checkpoint(FOLDER / "fixed_point_add.safetensors", Adding())
     expected = load_file(FOLDER / "fixed_point_add_network.safetensors")
-    _, tensors = qnn.fixed_point_graph(model)
+    _, tensors = qnn.fixed_point_program(model)
     assert all(torch.equal(expected[name], value) for name, value in tensors.items())
     with torch.no_grad():
         assert torch.equal(model(images()), qnn.convert(model)(images()))

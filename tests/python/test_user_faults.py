@@ -87,11 +87,11 @@ def test_integer_networks_do_not_go_into_checkpoints(tmp_path):
     prepared = qnn.prepare(model, "f8net")
     qnn.calibrate(prepared, [x])
     with pytest.raises(
-        ValueError, match=r"save_checkpoint: expected a model without an integer network.*FixedPointModel.save"
+        ValueError, match=r"save_checkpoint: expected a model without an integer network.*FixedPointNetwork.save"
     ):
         save_checkpoint(tmp_path / "f.safetensors", qnn.convert(prepared))
     qnn.convert(prepared).save(tmp_path / "g.safetensors")
-    with pytest.raises(ValueError, match=r"an integer network, which FixedPointModel.load reads"):
+    with pytest.raises(ValueError, match=r"an integer network, which FixedPointNetwork.load reads"):
         load_checkpoint(tmp_path / "g.safetensors", prepared)
     with pytest.raises(ValueError, match="use what prepare returned"):
         qnn.calibrate(model, [x])

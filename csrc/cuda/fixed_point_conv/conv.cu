@@ -39,8 +39,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Threads (words, pixel groups): a thread has four channels of kDepthwisePixels neighbours in a row. Weights of the block's channels lie in shared
-// memory as [taps, words], four channels a word.
+// Threads (words, pixel groups): a thread has four channels of kDepthwisePixels neighbours in a row. Weights of the
+// block's channels lie in shared memory as [taps, words], four channels a word.
 template <bool kInputSigned>
 __global__ void __launch_bounds__(kThreads)
     fixed_point_conv_depthwise_kernel(const __grid_constant__ FixedPointConvArgs g, FastDivisor row_groups,

@@ -1,4 +1,5 @@
-// Pieces of the fixed-point convolution kernels: tensor-core instructions, asynchronous copies, and what happens to a tile of sums.
+// Pieces of the fixed-point convolution kernels: tensor-core instructions, asynchronous copies, and what happens to a
+// tile of sums.
 #pragma once
 
 #include "csrc/common/fixed_point.h"
@@ -9,7 +10,7 @@ namespace quantrain::cuda::conv {
 
 constexpr int kChunk = 16;  // bytes of one copy and of one row of ldmatrix
 
-// ---- instructions ----------------------------------------------------------------------------------------------------------
+// ---- instructions ---------------------------------------------------------------------------------------------------
 
 #if !defined(QUANTRAIN_EMULATED)  // tests/cpp/emulated has its own
 using SharedAddress = uint32_t;
@@ -50,7 +51,8 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], SharedAddress fr
                : "memory");
 }
 
-// The value, of which the compiler knows nothing: what follows from it is computed again a tile instead of kept in registers.
+// The value, of which the compiler knows nothing: what follows from it is computed again a tile instead of kept in
+// registers.
 __device__ __forceinline__ int opaque(int value) {
   asm volatile("" : "+r"(value));
   return value;
@@ -71,7 +73,7 @@ __device__ __forceinline__ void multiply(int (&c)[4], const uint32_t (&a)[4], ui
 }
 #endif
 
-// ---- one output, any shift -------------------------------------------------------------------------------------------------
+// ---- one output, any shift ------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void write_output(const FixedPointConvArgs& g, int64_t index, int64_t channel, int32_t sum) {
   if (g.bias) sum += g.bias[channel];
@@ -84,11 +86,12 @@ static __device__ __noinline__ void write_any(const FixedPointConvArgs& g, int64
   write_output(g, index, channel, sum);
 }
 
-// ---- requantisation in single precision ------------------------------------------------------------------------------------
+// ---- requantisation in single precision -----------------------------------------------------------------------------
 
-// A sum is added to the bits of 2^23 (1.5 2^23 where codes are signed), which gives the float of 2^23 + sum. One fused multiply and add
-// brings it to 2^23 + sum 2^-shift, rounded half to even since neighbours there are 1 apart; the code is the low byte. Sums are first clamped to
-// what rounds to the range's ends, so nothing leaves [2^23, 2^24) up to this shift: 255 2^15 < 2^23.
+// A sum is added to the bits of 2^23 (1.5 2^23 where codes are signed), which gives the float of 2^23 + sum. One fused
+// multiply and add brings it to 2^23 + sum 2^-shift, rounded half to even since neighbours there are 1 apart; the code
+// is the low byte. Sums are first clamped to what rounds to the range's ends, so nothing leaves [2^23, 2^24) up to this
+// shift: 255 2^15 < 2^23.
 constexpr int kFastShift = 15;
 
 __device__ __forceinline__ int32_t code_base(bool is_signed) { return is_signed ? 0x4b400000 : 0x4b000000; }
@@ -151,10 +154,11 @@ __device__ __forceinline__ int32_t saturated(int64_t value) {
   return high == low >> 31 ? low : (high >> 31) ^ INT32_MAX;
 }
 
-// ---- a tile of sums --------------------------------------------------------------------------------------------------------
+// ---- a tile of sums -------------------------------------------------------------------------------------------------
 
-// Tiles of kTileM pixels by kTileN channels, kWarpsM x kWarpsN warps. An instruction leaves a thread two neighbouring columns of every eight; the
-// weight's rows are laid out so that those of a group are kVector neighbouring channels, which leave as one vector.
+// Tiles of kTileM pixels by kTileN channels, kWarpsM x kWarpsN warps. An instruction leaves a thread two neighbouring
+// columns of every eight; the weight's rows are laid out so that those of a group are kVector neighbouring channels,
+// which leave as one vector.
 template <int kTileM_, int kTileN_, int kWarpsM_, int kWarpsN_>
 struct TileShape {
   static constexpr int kTileM = kTileM_, kTileN = kTileN_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
@@ -171,7 +175,8 @@ struct TileShape {
 
   static __device__ __forceinline__ int rule_place(int channel) { return channel + channel / kVector * 4; }
 
-  // The channel, from the tile's first, whose weights lie in a row. A permutation of the row's bits: rows without common bits add.
+  // The channel, from the tile's first, whose weights lie in a row. A permutation of the row's bits: rows without
+  // common bits add.
   static __host__ __device__ constexpr int row_channel(int row) {
     return (row & ~(kGroup - 1)) | (row >> 1 & 3) * kVector | (row >> 3 & (kGroup / 8 - 1)) * 2 | (row & 1);
   }
@@ -188,8 +193,8 @@ inline int vector_of(const FixedPointConvArgs& g) {
   return aligned && g.o % 16 == 0 ? 16 : aligned && g.o % 8 == 0 ? 8 : 1;
 }
 
-// What happens to the sums: written as they are; to codes with no residual, with one of codes by shifts to the left, or with any; or all that is
-// slow, one output at a time.
+// What happens to the sums: written as they are; to codes with no residual, with one of codes by shifts to the left, or
+// with any; or all that is slow, one output at a time.
 enum class Ending { kSums, kCodes, kResidualCodes, kAligned, kAny };
 
 // The rules of a tile's channels in shared memory, by Shape::rule_place.
@@ -353,8 +358,8 @@ __device__ __forceinline__ void add_residual_codes(typename Shape::Sums& sums, c
   }
 }
 
-// Adds any residual, of which either side is shifted to the left. Leaves what rounds to the same codes: the total in 64 bits, clamped to the range's
-// ends, without the rule's bias.
+// Adds any residual, of which either side is shifted to the left. Leaves what rounds to the same codes: the total in 64
+// bits, clamped to the range's ends, without the rule's bias.
 template <typename Shape, typename Rows>
 __device__ __forceinline__ void add_aligned_residual(typename Shape::Sums& sums, const TileRules& tile,
                                                      const FixedPointConvArgs& g, const TilePlace& at,

@@ -1,4 +1,5 @@
-// Convolution of few or odd channels (a network's first layer) as a matrix product: each pixel's window is gathered in shared memory.
+// Convolution of few or odd channels (a network's first layer) as a matrix product: each pixel's window is gathered in
+// shared memory.
 #pragma once
 
 #include "csrc/cuda/fixed_point_conv/mma.cuh"
@@ -98,7 +99,8 @@ __device__ __forceinline__ void gather_window(uint8_t* to, const GatherParams& p
   }
 }
 
-// Rows [channels, kh, kw * c] of this block's channels as [kTileN, pitch], rows as the shape has them, with zeros for all that is not there.
+// Rows [channels, kh, kw * c] of this block's channels as [kTileN, pitch], rows as the shape has them, with zeros for
+// all that is not there.
 __device__ __forceinline__ void gather_weight(uint8_t* to, const GatherParams& p, int first_channel) {
   const FixedPointConvArgs& g = p.g;
   const int row_bytes = static_cast<int>(g.kw * g.c), kh = static_cast<int>(g.kh);

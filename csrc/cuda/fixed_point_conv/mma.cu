@@ -32,7 +32,8 @@ constexpr Candidate kCandidates[] = {
     candidate<MmaEngine, MmaTile<TileShape<64, 64, 2, 2>, 64, 4, 5>>("64x64x64", 0.28),
 };
 
-// What depends on the tile; gives the bytes of shared memory. Weights stay where `blocks` blocks still fit on a multiprocessor with all of them.
+// What depends on the tile; gives the bytes of shared memory. Weights stay where `blocks` blocks still fit on a
+// multiprocessor with all of them.
 int fit(MmaParams& p, const Candidate& c, const Device& d) {
   const int64_t depth = p.g.kh * p.g.kw * p.g.c;
   const int pixel_bytes = c.tile_m * c.depth, weight_bytes = c.tile_n * c.depth;
@@ -64,8 +65,8 @@ Schedule schedule(MmaParams& p, const Candidate& c, const Device& d) {
   return s;
 }
 
-// Cycles that the busiest multiprocessor takes. The numbers here and the tiles' rates are fitted to the times of ResNet-50's layers by
-// benchmarks/fixed_point/fit_tiles.py.
+// Cycles that the busiest multiprocessor takes. The numbers here and the tiles' rates are fitted to the times of
+// ResNet-50's layers by benchmarks/fixed_point/fit_tiles.py.
 double estimate(const Candidate& c, const MmaParams& p, const Schedule& s, const Device& d) {
   constexpr double kPeak = 4096.0;       // products a cycle
   constexpr double kCopiedBytes = 77.0;  // a cycle

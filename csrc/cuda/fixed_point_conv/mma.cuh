@@ -1,11 +1,12 @@
-// Convolution as a matrix product on tensor cores: pixels by output channels, the sum over the taps' channels in chunks of 16.
+// Convolution as a matrix product on tensor cores: pixels by output channels, the sum over the taps' channels in chunks
+// of 16.
 #pragma once
 
 #include "csrc/cuda/fixed_point_conv/conv.cuh"
 
 namespace quantrain::cuda::conv {
 
-// ---- channels in whole chunks ----------------------------------------------------------------------------------------------
+// ---- channels in whole chunks ---------------------------------------------------------------------------------------
 
 // kDepth bytes of the sum a stage, kStages stages in flight.
 template <typename Shape_, int kDepth_, int kStages_, int kMinBlocks_>
@@ -89,7 +90,8 @@ __device__ __forceinline__ void multiply_stage(typename Tile::Sums& sums, Shared
   }
 }
 
-// How a stage is multiplied: by mma.sync, at once. Another engine may start what it finishes after the next stage's copies.
+// How a stage is multiplied: by mma.sync, at once. Another engine may start what it finishes after the next stage's
+// copies.
 struct MmaEngine {
   template <typename Tile>
   static __device__ __forceinline__ void begin(typename Tile::Sums& sums) {
@@ -112,7 +114,8 @@ struct MmaEngine {
   }
 };
 
-// A block goes down one column of tiles. Copies run ahead through the ring of stages, into the next tile while this one's sums become codes.
+// A block goes down one column of tiles. Copies run ahead through the ring of stages, into the next tile while this
+// one's sums become codes.
 template <typename Engine, typename Tile, bool kInputSigned>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     fixed_point_conv_mma_kernel(const __grid_constant__ MmaParams p) {
@@ -126,7 +129,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   const int first_row_tile = static_cast<int>(blockIdx.x) / p.column_tiles;
   const TilePlace at{column_tile * Shape::kTileN, static_cast<int>(g.o), p.vector};
 
-  // This thread copies one chunk of a stage's row, in every kRowsAPass-th row; (r, s, channel) is where that chunk stands in the window.
+  // This thread copies one chunk of a stage's row, in every kRowsAPass-th row; (r, s, channel) is where that chunk
+  // stands in the window.
   const int tid = threadIdx.x, chunk = tid % Tile::kChunks, copy_row = tid / Tile::kChunks;
   const int h = static_cast<int>(g.h), w = static_cast<int>(g.w), c = static_cast<int>(g.c);
   const int kh = static_cast<int>(g.kh), kw = static_cast<int>(g.kw), depth = kh * kw * c;
@@ -254,7 +258,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   }
 }
 
-// ---- launching -------------------------------------------------------------------------------------------------------------
+// ---- launching ------------------------------------------------------------------------------------------------------
 
 #if !defined(QUANTRAIN_EMULATED)
 template <typename Engine, typename Tile, bool kInputSigned>

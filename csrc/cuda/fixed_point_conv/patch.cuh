@@ -1,5 +1,6 @@
-// Convolution of one, three or four channels (a network's first layer) on tensor cores. The part of the image that a tile's windows meet lies in shared
-// memory, four bytes a pixel, and operands are read from there: four neighbouring pixels are 16 products of the sum.
+// Convolution of one, three or four channels (a network's first layer) on tensor cores. The part of the image that a
+// tile's windows meet lies in shared memory, four bytes a pixel, and operands are read from there: four neighbouring
+// pixels are 16 products of the sum.
 #pragma once
 
 #include "csrc/cuda/fixed_point_conv/mma.cuh"
@@ -23,8 +24,8 @@ struct PatchParams {
   int vector;
 };
 
-// kSegments: groups of four taps that a row of the window takes. With one, an instruction has two rows; a last row without a partner has weights
-// of 0 there, and the patch a row more.
+// kSegments: groups of four taps that a row of the window takes. With one, an instruction has two rows; a last row
+// without a partner has weights of 0 there, and the patch a row more.
 inline int lay_out_patch(PatchParams& p, int segments) {
   const FixedPointConvArgs& g = p.g;
   p.steps = static_cast<int>(ceil_div(g.kh * segments, 2));
@@ -48,8 +49,8 @@ inline PatchParams patch_params(const FixedPointConvArgs& a) {
   return p;
 }
 
-// Four neighbouring pixels of a row, of which the first is x from its start; words: the row's first byte is `skew` bytes from there. Words without
-// a byte of the row are not read.
+// Four neighbouring pixels of a row, of which the first is x from its start; words: the row's first byte is `skew`
+// bytes from there. Words without a byte of the row are not read.
 template <int kC>
 struct Quad {
   uint32_t words[kC + 1];

@@ -5,7 +5,8 @@
 
 namespace quantrain::cuda::conv {
 
-// Each warp has 16 pixels and all channels of the tile: how wgmma lays out its sums. Depth of 128 or 64 bytes is a row of a 128- or 64-byte swizzle.
+// Each warp has 16 pixels and all channels of the tile: how wgmma lays out its sums. Depth of 128 or 64 bytes is a row
+// of a 128- or 64-byte swizzle.
 template <int kTileM, int kTileN, int kDepth, int kStages, int kMinBlocks>
 using WgmmaTile = MmaTile<TileShape<kTileM, kTileN, kTileM / 16, 1>, kDepth, kStages, kMinBlocks>;
 

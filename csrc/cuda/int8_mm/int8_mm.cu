@@ -12,7 +12,7 @@
 namespace quantrain::cuda {
 namespace {
 
-// ---- mma.sync --------------------------------------------------------------------------------------------------------------
+// ---- mma.sync -------------------------------------------------------------------------------------------------------
 
 constexpr int kTile = 128;  // of d, both ways
 constexpr int kDepth = 64;  // bytes of a row that a stage holds
@@ -23,7 +23,8 @@ constexpr int kStageBytes = 2 * kTile * kDepth;
 constexpr int kSharedBytes = kStages * kStageBytes;
 constexpr int kBand = 8;  // row tiles that run side by side, so that their operands are met in the second-level cache
 
-// Two rows fill a line of 128 bytes; chunks are permuted so that eight rows' chunks of one column lie in different banks.
+// Two rows fill a line of 128 bytes; chunks are permuted so that eight rows' chunks of one column lie in different
+// banks.
 __device__ __forceinline__ int chunk_place(int row, int chunk) {
   return row * kDepth + ((chunk ^ (row >> 1 & 3)) * kChunk);
 }
@@ -151,7 +152,7 @@ int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-// ---- Hopper: which kernel --------------------------------------------------------------------------------------------------
+// ---- Hopper: which kernel -------------------------------------------------------------------------------------------
 
 #if defined(QUANTRAIN_WITH_SM90)
 struct Candidate {
@@ -159,9 +160,10 @@ struct Candidate {
   int (*run)(const Int8MmArgs&, const sm90::Tuning&, void*);
   size_t (*workspace)(const Int8MmArgs&, const sm90::Tuning&);
   int tile_rows, tile_columns, cluster_rows;
-  // Microseconds: of a wave of tiles (one a multiprocessor) for each 1000 of k, of a wave beside that, and of the launch. Fitted to 60 shapes of
-  // transformers on an H200 (benchmarks/int8_mm_sweep.py, results/int8-mm-sweep-h200-2026-11-23.csv): the kernel that the fit picks takes
-  // 0.3 % longer than the best of the four on average, 3 % at worst.
+  // Microseconds: of a wave of tiles (one a multiprocessor) for each 1000 of k, of a wave beside that, and of the
+  // launch. Fitted to 60 shapes of transformers on an H200 (benchmarks/int8_mm_sweep.py,
+  // results/int8-mm-sweep-h200-2026-11-23.csv): the kernel that the fit picks takes 0.3 % longer than the best of the
+  // four on average, 3 % at worst.
   double by_depth, by_wave, fixed;
 };
 

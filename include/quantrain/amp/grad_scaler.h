@@ -1,4 +1,5 @@
-// Dynamic loss scaling (Micikevicius et al., arXiv:1710.03740, section 3.2) for C++ programs and, bound, for Python ones.
+// Dynamic loss scaling (Micikevicius et al., arXiv:1710.03740, section 3.2) for C++ programs and, bound, for Python
+// ones.
 //
 //   GradScaler scaler;
 //   for (...) {
@@ -14,8 +15,8 @@
 //     scaler.update();
 //   }
 //
-// Same rules, same arithmetic and same state as torch.amp.GradScaler: the scale's course, the skipped steps and the parameters are
-// equal bit for bit. With `enabled = false` every method passes its argument through.
+// Same rules, same arithmetic and same state as torch.amp.GradScaler: the scale's course, the skipped steps and the
+// parameters are equal bit for bit. With `enabled = false` every method passes its argument through.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -52,8 +53,8 @@ struct QUANTRAIN_API GradScalerState {
   int64_t growth_tracker = 0;  // "_growth_tracker"
 };
 
-// An optimizer that unscales by itself: it divides the gradients by grad_scale, and does nothing where found_inf is not 0. Both are
-// float32 of one element on the gradients' device, so that the device decides and the host need not wait.
+// An optimizer that unscales by itself: it divides the gradients by grad_scale, and does nothing where found_inf is not
+// 0. Both are float32 of one element on the gradients' device, so that the device decides and the host need not wait.
 class QUANTRAIN_API ScaledOptimizer {
  public:
   virtual ~ScaledOptimizer() = default;
@@ -83,29 +84,30 @@ class QUANTRAIN_API GradScaler {
   at::Tensor scale(const at::Tensor& outputs);
   std::vector<at::Tensor> scale(const std::vector<at::Tensor>& outputs);
 
-  // Divides the gradients of the optimizer's parameters by the scale, in place, and notes whether one is Inf or NaN. Sparse
-  // gradients are coalesced. At most once between two update() calls.
-  // Errors: c10::Error for a wrong order of calls; ValueError where a gradient is float16 (keep MasterWeights in float32); TypeError
-  // where one is not floating point, or where gradients lie on two devices. Nothing is changed then.
+  // Divides the gradients of the optimizer's parameters by the scale, in place, and notes whether one is Inf or NaN.
+  // Sparse gradients are coalesced. At most once between two update() calls.
+  // Errors: c10::Error for a wrong order of calls; ValueError where a gradient is float16 (keep MasterWeights in
+  // float32); TypeError where one is not floating point, or where gradients lie on two devices. Nothing is changed
+  // then.
   void unscale_(torch::optim::Optimizer& optimizer);
   void unscale_(const OptimizerView& optimizer);
 
-  // unscale_ and torch::nn::utils::clip_grad_norm_ (2-norm) together: one read of the gradients, then one read and write. An
-  // optimizer that takes the scale applies the clip itself: then the gradients are read once and stay scaled.
+  // unscale_ and torch::nn::utils::clip_grad_norm_ (2-norm) together: one read of the gradients, then one read and
+  // write. An optimizer that takes the scale applies the clip itself: then the gradients are read once and stay scaled.
   // Returns the norm of the unscaled gradients before clipping, float32 on their device.
   at::Tensor clip_grad_norm_(torch::optim::Optimizer& optimizer, double max_norm);
   at::Tensor clip_grad_norm_(const OptimizerView& optimizer, double max_norm);
 
-  // optimizer.step(), unscaled first if need be, unless a gradient is Inf or NaN. True where the step was made; an optimizer that takes
-  // the scale decides on the device, and true is returned. A closure is refused, as by PyTorch: the loss it returned would be scaled.
-  // Errors: c10::Error for a wrong order of calls, for an optimizer without gradients, and, where the host decides,
-  // for a scale that reached 0 or Inf.
+  // optimizer.step(), unscaled first if need be, unless a gradient is Inf or NaN. True where the step was made; an
+  // optimizer that takes the scale decides on the device, and true is returned. A closure is refused, as by PyTorch:
+  // the loss it returned would be scaled. Errors: c10::Error for a wrong order of calls, for an optimizer without
+  // gradients, and, where the host decides, for a scale that reached 0 or Inf.
   bool step(torch::optim::Optimizer& optimizer);
   bool step(torch::optim::Optimizer& optimizer, const torch::optim::Optimizer::LossClosure& closure);
   bool step(const OptimizerView& optimizer);
 
-  // The new scale: by backoff_factor after Inf or NaN, by growth_factor after growth_interval good steps in a row; or the one given (a
-  // number, or one float32 element). Call once a step, after every optimizer's step.
+  // The new scale: by backoff_factor after Inf or NaN, by growth_factor after growth_interval good steps in a row; or
+  // the one given (a number, or one float32 element). Call once a step, after every optimizer's step.
   void update();
   void update(double new_scale);
   void update(const at::Tensor& new_scale);
@@ -127,15 +129,15 @@ class QUANTRAIN_API GradScaler {
   GradScalerState state_dict() const;
   void load_state_dict(const GradScalerState& state);
 
-  // Parameters whose gradient was Inf or NaN in some step, the earliest first; in the same step, the later parameter first, since the
-  // backward pass reaches it first. Kept on the device: where the scaler knows of an overflow on the host, only such steps pay, else
-  // three small kernels a step. Waits for the device.
+  // Parameters whose gradient was Inf or NaN in some step, the earliest first; in the same step, the later parameter
+  // first, since the backward pass reaches it first. Kept on the device: where the scaler knows of an overflow on the
+  // host, only such steps pay, else three small kernels a step. Waits for the device.
   std::vector<OverflowRecord> overflow_report(const torch::nn::Module& module) const;
   std::vector<OverflowRecord> overflow_report(
       const std::vector<std::pair<std::string, at::Tensor>>& named_parameters) const;
 
-  // Called with found_inf (float32, one element) after each check: where ranks hold different gradients (sharded training), reduce
-  // it by maximum over them, so that all decide alike. Under DDP the gradients are equal already.
+  // Called with found_inf (float32, one element) after each check: where ranks hold different gradients (sharded
+  // training), reduce it by maximum over them, so that all decide alike. Under DDP the gradients are equal already.
   void set_found_inf_hook(std::function<void(at::Tensor&)> hook) { found_inf_hook_ = std::move(hook); }
 
   // The tensors themselves: float32 and int32 without dimensions; undefined before the first scale().

@@ -1,5 +1,5 @@
-// Float32 master copies of a model's 16-bit parameters (Micikevicius et al., arXiv:1710.03740, section 3.1): updates smaller than half
-// a 16-bit step add up in the copy instead of being lost.
+// Float32 master copies of a model's 16-bit parameters (Micikevicius et al., arXiv:1710.03740, section 3.1): updates
+// smaller than half a 16-bit step add up in the copy instead of being lost.
 //
 //   model->to(at::kHalf);
 //   MasterWeights masters(model->parameters());
@@ -31,8 +31,8 @@ class QUANTRAIN_API MasterWeights {
   // The masters, one a parameter and in the same order: float32 leaves that require a gradient. For the optimizer.
   const std::vector<at::Tensor>& parameters() const { return masters_; }
 
-  // The gradients of the model's parameters, as float32, into the masters'; the model's are freed. A parameter without one leaves
-  // its master without one.
+  // The gradients of the model's parameters, as float32, into the masters'; the model's are freed. A parameter without
+  // one leaves its master without one.
   void copy_gradients_();
 
   // The masters' values, rounded to the model's type, into the model's parameters.

@@ -22,30 +22,34 @@ namespace quantrain::nn {
 //
 // Where the scale comes from:
 //   dynamic              computed from each input (choose_qparams); nothing stored
-//   another observer     `scale` (float32) and, affine, `zero_point` (int32) are buffers that follow the submodule `observer`
-//   and learnable        `scale` is a parameter: set by the observer, then trained by LSQ with the gradient factor
+//   another observer     `scale` (float32) and, affine, `zero_point` (int32) are buffers that follow the submodule
+//   `observer` and learnable        `scale` is a parameter: set by the observer, then trained by LSQ with the gradient
+//   factor
 //                        1 / sqrt(x.numel() / scale.numel() * quant_max); pulled up to 1e-8 where a step took it below
 //
-// It observes under Calibration (layers.h) and in training until enable_observer(false) freezes the range. Evaluation never moves a range,
-// nor does a forward pass inside a backward pass (activation checkpointing). A learnable scale takes its first value from Calibration or
-// else the first training batch; from then on, and from a loaded scale, only the optimiser moves it.
+// It observes under Calibration (layers.h) and in training until enable_observer(false) freezes the range. Evaluation
+// never moves a range, nor does a forward pass inside a backward pass (activation checkpointing). A learnable scale
+// takes its first value from Calibration or else the first training batch; from then on, and from a loaded scale, only
+// the optimiser moves it.
 //
-// A block of zeros says nothing about its range. Its scale is 1 until the first block that is not zero sets it. Where it is learnable and a
-// weight's (set_of_weight: zero-initialised, so small at first and then growing), the scale follows that block's range from batch to
-// batch until enable_observer(false), and is learned from there.
+// A block of zeros says nothing about its range. Its scale is 1 until the first block that is not zero sets it. Where
+// it is learnable and a weight's (set_of_weight: zero-initialised, so small at first and then growing), the scale
+// follows that block's range from batch to batch until enable_observer(false), and is learned from there.
 //
 // State: `scale`, `zero_point`, and of `observer` the range and `frozen`, whether the range was frozen.
 //
-// Input float32, float16, bfloat16 of any shape that `scale_shape` divides; output of the same dtype and shape. Scales stay float32.
-// NaN gives NaN. ValueError: no scale yet (neither observed nor loaded), a shape that does not divide, a NaN batch while observing. On CUDA a
-// range that follows training waits for no such check: there a block with NaN or infinity leaves the range as it was and gives NaN.
+// Input float32, float16, bfloat16 of any shape that `scale_shape` divides; output of the same dtype and shape. Scales
+// stay float32. NaN gives NaN. ValueError: no scale yet (neither observed nor loaded), a shape that does not divide, a
+// NaN batch while observing. On CUDA a range that follows training waits for no such check: there a block with NaN or
+// infinity leaves the range as it was and gives NaN.
 class QUANTRAIN_API FakeQuantizeImpl : public Copied<FakeQuantizeImpl, FixedDtypeModule> {
  public:
-  // scale_shape: {1} or the input's rank, each size dividing the input's; a size of -1 takes the input's own (dynamic only).
-  // per_token with {1}: one scale for each index of all dimensions but the last.
+  // scale_shape: {1} or the input's rank, each size dividing the input's; a size of -1 takes the input's own (dynamic
+  // only). per_token with {1}: one scale for each index of all dimensions but the last.
   explicit FakeQuantizeImpl(const QuantSpec& spec, std::vector<int64_t> scale_shape = {1});
 
-  // zero: bool, broadcast to the scale: blocks of a learnable scale to take as zeros whatever the input holds. An empty input passes.
+  // zero: bool, broadcast to the scale: blocks of a learnable scale to take as zeros whatever the input holds. An empty
+  // input passes.
   at::Tensor forward(const at::Tensor& input, const at::Tensor& zero = {});
 
   // Lets the range follow training, or freezes it. A learnable scale that has its first value is not observed again.
@@ -60,8 +64,8 @@ class QUANTRAIN_API FakeQuantizeImpl : public Copied<FakeQuantizeImpl, FixedDtyp
   // Whether a scale is there: dynamic, observed or loaded. The first call that finds one waits for the device.
   bool has_scale();
 
-  // Takes the input's range into account where the rule above says so; what forward does first. The result is the scale for this input
-  // where it is not the stored one, else undefined.
+  // Takes the input's range into account where the rule above says so; what forward does first. The result is the scale
+  // for this input where it is not the stored one, else undefined.
   at::Tensor observe(const at::Tensor& input, const at::Tensor& zero = {});
 
   // Whether an observer saw tensors, and all of them zeros. Waits for the device.
@@ -73,7 +77,8 @@ class QUANTRAIN_API FakeQuantizeImpl : public Copied<FakeQuantizeImpl, FixedDtyp
   // The path that error messages name, e.g. "layer1.0.conv1.input_fake_quant".
   void set_label(const std::string& path);
 
-  // To be called where scale, zero_point or the observer's buffers were written from outside: what is known of them is looked at anew.
+  // To be called where scale, zero_point or the observer's buffers were written from outside: what is known of them is
+  // looked at anew.
   void state_changed();
 
   // The (scale, zero_point) in force; zero_point undefined where symmetric. `input` is needed for dynamic only.
@@ -113,7 +118,8 @@ class QUANTRAIN_API FakeQuantizeImpl : public Copied<FakeQuantizeImpl, FixedDtyp
   bool calibrating_ = false;
   bool of_weight_ = false;
   bool has_scale_ = false;  // once seen, not checked again
-  // Of a learnable scale: every block has its first value; some follow a weight that began as zeros. Both spare looking.
+  // Of a learnable scale: every block has its first value; some follow a weight that began as zeros. Both spare
+  // looking.
   bool settled_ = false;
   bool follows_zeros_ = false;
 };
@@ -122,8 +128,8 @@ TORCH_MODULE(FakeQuantize);
 // Whether this is a forward pass inside a backward pass, as activation checkpointing makes them.
 QUANTRAIN_API bool in_backward();
 
-// Switches every FakeQuantize in the module, itself included. enable_observer(module, false) freezes the ranges, for the last part of
-// training; enable_fake_quant also switches fixed-point layers.
+// Switches every FakeQuantize in the module, itself included. enable_observer(module, false) freezes the ranges, for
+// the last part of training; enable_fake_quant also switches fixed-point layers.
 QUANTRAIN_API void enable_observer(torch::nn::Module& module, bool on = true);
 QUANTRAIN_API void enable_fake_quant(torch::nn::Module& module, bool on = true);
 

@@ -1,13 +1,15 @@
-// Quantised layers: torch::nn layers whose weight, input and output pass a FakeQuantize, and convert in place to stored integers.
+// Quantised layers: torch::nn layers whose weight, input and output pass a FakeQuantize, and convert in place to stored
+// integers.
 //
-// Life of a layer: declare it with a Recipe, calibrate and train it, then convert(). Before, `weight` and `bias` are parameters and
-// the children weight_fake_quant, input_fake_quant and output_fake_quant are those the recipe has. After, `weight` is undefined and
-// `weight_codes` a buffer of integers (int8 symmetric, uint8 affine; at most 4 bits: uint8, two codes a byte along each flattened row),
-// with buffers `weight_scale` (float32), `weight_zero_point` (int32, affine only) and `bias`; dequantized_weight() is the float weight
-// that they stand for. The forward pass dequantises and computes as before,
-// so its output equals the fake-quantised layer's in evaluation mode bit for bit. Under a recipe with backend "int8" (Linear layers only)
-// a converted layer multiplies integers instead (int8_mm): the same codes, the output within float32 rounding of the sum. It has no gradient,
-// and a NaN that meets a stored input scale becomes 0. The names are those of the Python layers.
+// Life of a layer: declare it with a Recipe, calibrate and train it, then convert(). Before, `weight` and `bias` are
+// parameters and the children weight_fake_quant, input_fake_quant and output_fake_quant are those the recipe has.
+// After, `weight` is undefined and `weight_codes` a buffer of integers (int8 symmetric, uint8 affine; at most 4 bits:
+// uint8, two codes a byte along each flattened row), with buffers `weight_scale` (float32), `weight_zero_point` (int32,
+// affine only) and `bias`; dequantized_weight() is the float weight that they stand for. The forward pass dequantises
+// and computes as before, so its output equals the fake-quantised layer's in evaluation mode bit for bit. Under a
+// recipe with backend "int8" (Linear layers only) a converted layer multiplies integers instead (int8_mm): the same
+// codes, the output within float32 rounding of the sum. It has no gradient, and a NaN that meets a stored input scale
+// becomes 0. The names are those of the Python layers.
 #pragma once
 
 #include <cstdint>
@@ -43,13 +45,13 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
     return weight_shape_;
   }  // of the float weight; codes may be packed
 
-  // Throws ValueError where this layer cannot convert: no weight spec, more than 8 weight bits, already converted, or (check_observed)
-  // a scale that was neither observed nor loaded, or a weight with NaN or infinity. Names the layer by its path where Calibration,
-  // convert(module) or load_checkpoint has seen it in its model.
+  // Throws ValueError where this layer cannot convert: no weight spec, more than 8 weight bits, already converted, or
+  // (check_observed) a scale that was neither observed nor loaded, or a weight with NaN or infinity. Names the layer by
+  // its path where Calibration, convert(module) or load_checkpoint has seen it in its model.
   void check_convertible(bool check_observed = true);
 
-  // Makes the layer's quantisers anew for another recipe, before anything is observed. ValueError: a range that was observed or loaded,
-  // a converted layer.
+  // Makes the layer's quantisers anew for another recipe, before anything is observed. ValueError: a range that was
+  // observed or loaded, a converted layer.
   void use_recipe(const Recipe& recipe);
 
   // Takes over the switches of another, which include whether it is converted: the skeleton of a clone.
@@ -61,18 +63,19 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
   // The weight as conversion will store it, before quantisation: of a folded convolution the folded weight.
   at::Tensor weight_to_quantize() const { return float_weight(); }
 
-  // Replaces the float weight by its codes, in place, and sets evaluation mode. check_observed = false makes a skeleton to load a converted checkpoint into.
+  // Replaces the float weight by its codes, in place, and sets evaluation mode. check_observed = false makes a skeleton
+  // to load a converted checkpoint into.
   void convert_(bool check_observed = true);
 
-  // Makes this a float layer again: drops the quantisers and what the recipe says of gradients. What convert(module) does to a layer that
-  // no batch reached. ValueError for a converted one.
+  // Makes this a float layer again: drops the quantisers and what the recipe says of gradients. What convert(module)
+  // does to a layer that no batch reached. ValueError for a converted one.
   void leave_float();
 
   bool ready();    // whether every scale is observed, loaded or dynamic
   bool dynamic();  // whether every scale is computed from its tensor at each call, so that none needs a batch
 
-  // Converted: (codes - zero_point) * scale in weight_shape(); without `dtype` in the type of the float weight, or that of to() since.
-  // Computed at each call. ValueError before conversion, where `weight` is the float weight.
+  // Converted: (codes - zero_point) * scale in weight_shape(); without `dtype` in the type of the float weight, or that
+  // of to() since. Computed at each call. ValueError before conversion, where `weight` is the float weight.
   at::Tensor dequantized_weight(std::optional<at::ScalarType> dtype = std::nullopt) const;
 
   // As torch::nn::Module::to; codes, scales and a converted bias keep their dtypes.
@@ -85,8 +88,9 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
   // Off: gradients are those of the float product, whatever grad_input and grad_weight of the recipe say.
   void enable_gradient_quant(bool on = true) { gradient_quant_enabled_ = on; }
 
-  // Called in each forward pass before conversion with the result of the layer's product, before batch norm and output_fake_quant, and
-  // whether its backward pass is that of the float product. An empty function takes the hook away.
+  // Called in each forward pass before conversion with the result of the layer's product, before batch norm and
+  // output_fake_quant, and whether its backward pass is that of the float product. An empty function takes the hook
+  // away.
   using OutputHook = std::function<void(const at::Tensor& output, bool exact_backward)>;
   void set_output_hook(OutputHook hook) { output_hook_ = std::move(hook); }
 
@@ -145,8 +149,9 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
   OutputHook output_hook_;
 };
 
-// y = x W^T + b on quantised x and W. Input [..., in_features], output [..., out_features]. ValueError for a recipe with int8, which
-// Int8Linear (int8_linear.h) takes. Where the recipe has grad_input or grad_weight, gradients are computed from the quantised gradient of y before output_fake_quant (fqt_linear); convolutions alike.
+// y = x W^T + b on quantised x and W. Input [..., in_features], output [..., out_features]. ValueError for a recipe
+// with int8, which Int8Linear (int8_linear.h) takes. Where the recipe has grad_input or grad_weight, gradients are
+// computed from the quantised gradient of y before output_fake_quant (fqt_linear); convolutions alike.
 class QUANTRAIN_API QuantLinearImpl : public Copied<QuantLinearImpl, QuantModule> {
  public:
   QuantLinearImpl(int64_t in_features, int64_t out_features, const Recipe& recipe)
@@ -161,8 +166,8 @@ class QUANTRAIN_API QuantLinearImpl : public Copied<QuantLinearImpl, QuantModule
 TORCH_MODULE(QuantLinear);
 
 // 2-D convolution on quantised input and weight; stride, padding ("same" and "valid" too), dilation and groups as
-// torch::nn::Conv2d; zero padding only (ValueError otherwise). Input [N, C, H, W]. ValueError for a recipe of integer products, as
-// QuantEmbedding.
+// torch::nn::Conv2d; zero padding only (ValueError otherwise). Input [N, C, H, W]. ValueError for a recipe of integer
+// products, as QuantEmbedding.
 class QUANTRAIN_API QuantConv2dImpl : public Copied<QuantConv2dImpl, QuantModule> {
  public:
   QuantConv2dImpl(const torch::nn::Conv2dOptions& options, const Recipe& recipe)
@@ -184,8 +189,9 @@ class QUANTRAIN_API QuantConv2dImpl : public Copied<QuantConv2dImpl, QuantModule
 };
 TORCH_MODULE(QuantConv2d);
 
-// Convolution and batch norm as they will be folded, with the statistics still trained (Jacob et al., arXiv:1712.05877, section 3.2;
-// Krishnamoorthi, arXiv:1806.08342, section 3.2.2). With sf = bn.weight / sqrt(bn.running_var + bn.eps) per output channel:
+// Convolution and batch norm as they will be folded, with the statistics still trained (Jacob et al., arXiv:1712.05877,
+// section 3.2; Krishnamoorthi, arXiv:1806.08342, section 3.2.2). With sf = bn.weight / sqrt(bn.running_var + bn.eps)
+// per output channel:
 //   training    y = bn(conv(x, fake_quantize(W sf)) / sf + b)     (sf = 0 counts as 1)
 //   evaluation  y = conv(x, fake_quantize(W sf)) + bn.bias - (bn.running_mean - b) sf
 // Conversion stores the folded weight and bias and drops `bn`.
@@ -218,8 +224,8 @@ class QUANTRAIN_API QuantConvBn2dImpl : public Copied<QuantConvBn2dImpl, QuantCo
 };
 TORCH_MODULE(QuantConvBn2d);
 
-// Rows of a quantised table. indices int32 or int64 [...], output [..., embedding_dim]; equal to quantising the whole table and
-// looking up, at the cost of the rows alone. recipe.input does not apply: the input is indices.
+// Rows of a quantised table. indices int32 or int64 [...], output [..., embedding_dim]; equal to quantising the whole
+// table and looking up, at the cost of the rows alone. recipe.input does not apply: the input is indices.
 class QUANTRAIN_API QuantEmbeddingImpl : public Copied<QuantEmbeddingImpl, QuantModule> {
  public:
   QuantEmbeddingImpl(int64_t num_embeddings, int64_t embedding_dim, const Recipe& recipe)
@@ -239,17 +245,19 @@ TORCH_MODULE(QuantEmbedding);
 // QuantModule::enable_gradient_quant of every quantised layer in the module, itself included.
 QUANTRAIN_API void enable_gradient_quant(torch::nn::Module& module, bool on = true);
 
-// Gives the first and the last quantised layer of the module, in the order of registration, their recipe's edge() (Recipe::edge_bits), as
-// Python's prepare() does: one call after the model is built, in place of passing recipe.edge() to the two. Nothing changes where
-// edge_bits is 0. ValueError: no quantised layer; one of the two that has observed, loaded or stored something already.
+// Gives the first and the last quantised layer of the module, in the order of registration, their recipe's edge()
+// (Recipe::edge_bits), as Python's prepare() does: one call after the model is built, in place of passing recipe.edge()
+// to the two. Nothing changes where edge_bits is 0. ValueError: no quantised layer; one of the two that has observed,
+// loaded or stored something already.
 QUANTRAIN_API void use_edge_recipes(torch::nn::Module& module);
 
 // Converts every quantised layer in the module (held by a shared_ptr, as a module holder does), itself included.
 //
-// Where some layers have their ranges and others were never reached (heads that no batch used), the others become float layers
-// (QuantModule::leave_float) and TORCH_WARN names them; so do those named in `skip`. A file of such a model loads after
-// convert(module, false, {those names}). ValueError, with nothing changed, where the module has no quantised layer, `skip` names none, no
-// layer that needs ranges has them, or a layer cannot convert (QuantModule::check_convertible).
+// Where some layers have their ranges and others were never reached (heads that no batch used), the others become float
+// layers (QuantModule::leave_float) and TORCH_WARN names them; so do those named in `skip`. A file of such a model
+// loads after convert(module, false, {those names}). ValueError, with nothing changed, where the module has no
+// quantised layer, `skip` names none, no layer that needs ranges has them, or a layer cannot convert
+// (QuantModule::check_convertible).
 QUANTRAIN_API void convert(torch::nn::Module& module, bool check_observed = true,
                            const std::vector<std::string>& skip = {});
 
@@ -262,12 +270,14 @@ struct QUANTRAIN_API CalibrationReport {
   std::string text() const;
 };
 
-// While it lives, forward passes of `module` calibrate: evaluation mode, no gradients, observers on, nothing quantised. Afterwards modes and
-// switches are what they were: in training the ranges go on following the tensors (learnable scales are the optimiser's) until
-// enable_observer(module, false) freezes them. Layers whose recipe is not for training (ptq-..., int8-static) have their ranges frozen at
-// the end, but for those that saw nothing or zeros only. Where an exception ends it, ranges and scales too are what they were.
+// While it lives, forward passes of `module` calibrate: evaluation mode, no gradients, observers on, nothing quantised.
+// Afterwards modes and switches are what they were: in training the ranges go on following the tensors (learnable
+// scales are the optimiser's) until enable_observer(module, false) freezes them. Layers whose recipe is not for
+// training (ptq-..., int8-static) have their ranges frozen at the end, but for those that saw nothing or zeros only.
+// Where an exception ends it, ranges and scales too are what they were.
 //
-// Calibrate a network whose batch norms have seen data: TORCH_WARN names one that has not, and at the end what was not reached.
+// Calibrate a network whose batch norms have seen data: TORCH_WARN names one that has not, and at the end what was not
+// reached.
 class QUANTRAIN_API Calibration {
  public:
   explicit Calibration(torch::nn::Module& module);

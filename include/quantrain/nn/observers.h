@@ -36,8 +36,9 @@ QUANTRAIN_API void copy_state(const torch::nn::Module& from, torch::nn::Module& 
 
 }  // namespace detail
 
-// clone() of the layers: a copy of everything, with tensors of its own. torch::nn::Cloneable builds a module anew with reset(), which a
-// converted layer, whose parameters have become buffers, does not allow. `Derived` has fresh(): one of the same structure, of any values.
+// clone() of the layers: a copy of everything, with tensors of its own. torch::nn::Cloneable builds a module anew with
+// reset(), which a converted layer, whose parameters have become buffers, does not allow. `Derived` has fresh(): one of
+// the same structure, of any values.
 template <typename Derived, typename Base>
 class Copied : public Base {
  public:
@@ -58,8 +59,9 @@ class Copied : public Base {
   }
 };
 
-// A module that keeps its own dtypes: to(dtype) moves nothing but the device. Scales, ranges and codes lose their meaning in half
-// precision (a bfloat16 scale biases rounding), so a model cast with to(torch::kBFloat16) keeps them as they are.
+// A module that keeps its own dtypes: to(dtype) moves nothing but the device. Scales, ranges and codes lose their
+// meaning in half precision (a bfloat16 scale biases rounding), so a model cast with to(torch::kBFloat16) keeps them as
+// they are.
 class QUANTRAIN_API FixedDtypeModule : public torch::nn::Module {
  public:
   using torch::nn::Module::Module;
@@ -68,20 +70,21 @@ class QUANTRAIN_API FixedDtypeModule : public torch::nn::Module {
   void to(torch::Device device, bool non_blocking = false) override;
 };
 
-// Tracks the smallest and the largest value of each block of its inputs, in float32 buffers `min_val` and `max_val` of the shape
-// of the scale; they start at +infinity and -infinity. spec.observer picks the batch's range (m, M):
+// Tracks the smallest and the largest value of each block of its inputs, in float32 buffers `min_val` and `max_val` of
+// the shape of the scale; they start at +infinity and -infinity. spec.observer picks the batch's range (m, M):
 //
-//   min_max         m, M = min(x), max(x);             min_val = min(min_val, m),              max_val = max(max_val, M)
-//   moving_average  m, M = min(x), max(x);             min_val += averaging_constant (m - min_val), max_val alike
+//   min_max         m, M = min(x), max(x);             min_val = min(min_val, m),              max_val = max(max_val,
+//   M) moving_average  m, M = min(x), max(x);             min_val += averaging_constant (m - min_val), max_val alike
 //   percentile      of the n sorted elements of the block, M the k-th and m the (n + 1 - k)-th,
 //                   k = ceil(percentile / 100 n);      averaged as moving_average
 //   mse             the range [r min(x), r max(x)], r in {1/80, ..., 1}, whose quantised block has the least
 //                   squared error;                     averaged as moving_average
 //
-// The first batch sets the average. A block of zeros sets the range of a block that saw nothing to [0, 0] and changes no other; the first
-// block that is not zero sets the range anew. A batch with NaN or infinity raises ValueError (nan_policy "raise"; this waits for the
-// device), or leaves the blocks that hold one unchanged (nan_policy "skip"). Deterministic. Empty inputs change nothing. A third buffer,
-// `frozen` (bool [1]), is where the switch of the FakeQuantize around it travels in a checkpoint.
+// The first batch sets the average. A block of zeros sets the range of a block that saw nothing to [0, 0] and changes
+// no other; the first block that is not zero sets the range anew. A batch with NaN or infinity raises ValueError
+// (nan_policy "raise"; this waits for the device), or leaves the blocks that hold one unchanged (nan_policy "skip").
+// Deterministic. Empty inputs change nothing. A third buffer, `frozen` (bool [1]), is where the switch of the
+// FakeQuantize around it travels in a checkpoint.
 class QUANTRAIN_API ObserverImpl : public Copied<ObserverImpl, FixedDtypeModule> {
  public:
   // The range of one batch, and which blocks are finite.
@@ -107,8 +110,9 @@ class QUANTRAIN_API ObserverImpl : public Copied<ObserverImpl, FixedDtypeModule>
   // (scale, zero_point) of a range.
   std::tuple<at::Tensor, at::Tensor> qparams_of(const at::Tensor& low, const at::Tensor& high) const;
 
-  // (scale, zero_point) of the range seen so far: symmetric: scale = max(|min_val|, |max_val|) / 2^(bits-1) rounded down by one code,
-  // zero_point 0; affine: the range, widened to hold 0, spread over all codes. NaN where nothing has been seen.
+  // (scale, zero_point) of the range seen so far: symmetric: scale = max(|min_val|, |max_val|) / 2^(bits-1) rounded
+  // down by one code, zero_point 0; affine: the range, widened to hold 0, spread over all codes. NaN where nothing has
+  // been seen.
   std::tuple<at::Tensor, at::Tensor> calculate_qparams() const;
 
   const QuantSpec& spec() const { return spec_; }

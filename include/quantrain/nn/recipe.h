@@ -21,11 +21,12 @@ namespace quantrain::nn {
 //              per_token    one scale per row of an input (all dimensions but the last); observer "dynamic" only
 // observer     dynamic         the scale is computed from the tensor at each call and nothing is stored
 //              min_max         the smallest and largest value ever seen
-//              moving_average  averages of the batches' minimum and maximum with weight `averaging_constant` for the new one
-//              percentile      like moving_average, over the `percentile` and (100 - percentile) quantiles of each batch
-//              mse             like moving_average, over the range that rounds each batch with the least squared error
-// learnable    the scale is a parameter trained by LSQ (Esser et al., arXiv:1902.08153, section 2.1); the observer initialises it
-// nan_policy   what an observer does with a batch that holds NaN: "raise" an error, or "skip" the batch
+//              moving_average  averages of the batches' minimum and maximum with weight `averaging_constant` for the
+//              new one percentile      like moving_average, over the `percentile` and (100 - percentile) quantiles of
+//              each batch mse             like moving_average, over the range that rounds each batch with the least
+//              squared error
+// learnable    the scale is a parameter trained by LSQ (Esser et al., arXiv:1902.08153, section 2.1); the observer
+// initialises it nan_policy   what an observer does with a batch that holds NaN: "raise" an error, or "skip" the batch
 struct QUANTRAIN_API QuantSpec {
   int64_t bits = 8;  // 1 to 16
   bool symmetric = true;
@@ -53,9 +54,12 @@ struct QUANTRAIN_API QuantSpec {
 // One quantised gradient: how the gradient of a layer's output is rounded before it is multiplied (quantize_gradient,
 // <quantrain/ops/gradient_quant.h>; always stochastically, so that the gradients computed from it stay unbiased).
 //
-// quantizer      per_tensor, per_sample, per_channel or householder; "auto": the finest scale that an integer product of the layer
-//                allows, per_sample for grad_input, and for grad_weight per_channel (Linear) or per_tensor (convolution)
-// rows           what a row of the gradient is: "sample" (dimension 0) or "token" (all dimensions but the last); "auto": token for
+// quantizer      per_tensor, per_sample, per_channel or householder; "auto": the finest scale that an integer product
+// of the layer
+//                allows, per_sample for grad_input, and for grad_weight per_channel (Linear) or per_tensor
+//                (convolution)
+// rows           what a row of the gradient is: "sample" (dimension 0) or "token" (all dimensions but the last);
+// "auto": token for
 //                Linear, sample for convolutions
 // preserve_zero  per_sample and per_channel: zero is a code of every row or column (per_tensor: it always is)
 // max_group      householder: how many rows a block holds at most, 3 to 256
@@ -78,7 +82,8 @@ struct QUANTRAIN_API GradientSpec {
   bool operator==(const GradientSpec&) const = default;
 };
 
-// How a Linear layer trains on int8 products (int8_linear, <quantrain/ops/int8_linear.h>): which of its three run in int8.
+// How a Linear layer trains on int8 products (int8_linear, <quantrain/ops/int8_linear.h>): which of its three run in
+// int8.
 //
 // output, grad_input, grad_weight  "int8", "none" (floating point) or "auto" (the faster one, by device and shape)
 // weight_scheme  how the weight enters grad_input: "fold", "columns" or "auto"
@@ -97,13 +102,15 @@ struct QUANTRAIN_API Int8Spec {
   bool operator==(const Int8Spec&) const = default;
 };
 
-// Fixed-point training after F8Net (Jin et al., arXiv:2202.05239): tensors are integers times powers of two, weights hold batch norm and the
-// scales of their neighbours, and the converted network multiplies 8-bit integers, adds and shifts (nn/fixed_point/network.h).
+// Fixed-point training after F8Net (Jin et al., arXiv:2202.05239): tensors are integers times powers of two, weights
+// hold batch norm and the scales of their neighbours, and the converted network multiplies 8-bit integers, adds and
+// shifts (nn/fixed_point/network.h).
 //
-// fraction_length    how the fraction length of a tensor is chosen: "std", from its standard deviation, or "mse", the one of least squared error
-// clip               true: activations are clipped at a learned level (PACT), which is folded into the neighbours' weights; false: not clipped
-// hysteresis         octaves by which a weight's standard deviation must pass a threshold before its fraction length changes; 0: none
-// double_forward     true: batch statistics come from a second convolution with the unrounded weight, as published; false: from the one
+// fraction_length    how the fraction length of a tensor is chosen: "std", from its standard deviation, or "mse", the
+// one of least squared error clip               true: activations are clipped at a learned level (PACT), which is
+// folded into the neighbours' weights; false: not clipped hysteresis         octaves by which a weight's standard
+// deviation must pass a threshold before its fraction length changes; 0: none double_forward     true: batch statistics
+// come from a second convolution with the unrounded weight, as published; false: from the one
 //                    convolution with the rounded weight
 struct QUANTRAIN_API FixedPointSpec {
   std::string fraction_length = "std";
@@ -122,14 +129,18 @@ struct QUANTRAIN_API FixedPointSpec {
 
 // One layer: specs of the tensors it quantises (absent: left in floating point), and how it runs.
 //
-// grad_input, grad_weight  the gradient of the output as the products for the gradients of input and weight take it (StatQuant, Chen et
+// grad_input, grad_weight  the gradient of the output as the products for the gradients of input and weight take it
+// (StatQuant, Chen et
 //            al., arXiv:2010.14298: Q_b2 and Q_b1, two independent draws). Linear layers and convolutions only
 // backend    "simulate": floating-point arithmetic on fake-quantised values
-//            "int8": integer matrix products, of Linear layers only: of converted ones, and with `int8` in training. Weight and input 8 bits,
-//            symmetric; weight per_channel or per_tensor; input per_token and dynamic, or per_tensor and observed
-// int8       Linear layers train as Int8Linear; weight dynamic per_channel, input dynamic per_token. With backend "simulate" the same
+//            "int8": integer matrix products, of Linear layers only: of converted ones, and with `int8` in training.
+//            Weight and input 8 bits, symmetric; weight per_channel or per_tensor; input per_token and dynamic, or
+//            per_tensor and observed
+// int8       Linear layers train as Int8Linear; weight dynamic per_channel, input dynamic per_token. With backend
+// "simulate" the same
 //            codes are multiplied in float32
-// fixed_point convolutions and Linear layers train in fixed point, and convert() makes an integer-only network. Weight 8 bits, symmetric, dynamic,
+// fixed_point convolutions and Linear layers train in fixed point, and convert() makes an integer-only network. Weight
+// 8 bits, symmetric, dynamic,
 //            per_tensor or per_channel (of fraction lengths); input 8 bits, per_tensor, moving_average; nothing else
 // training   false: calibrate only, no fine-tuning (post-training quantisation)
 // edge_bits  > 0: the first and the last quantised layer of a model use this many bits (Esser et al., section 2.3)
@@ -149,12 +160,13 @@ struct QUANTRAIN_API Recipe {
   // Whether only Linear layers run so: integer products, in training or converted.
   bool linear_only() const { return int8.has_value() || backend == "int8"; }
 
-  // A named recipe: one of names(), or fqt-ptq, fqt-psq, fqt-bhq (per_tensor, per_sample, householder) with bits 2 to 8 behind, as they are
-  // or with "-paper". Throws std::invalid_argument for another name.
+  // A named recipe: one of names(), or fqt-ptq, fqt-psq, fqt-bhq (per_tensor, per_sample, householder) with bits 2 to 8
+  // behind, as they are or with "-paper". Throws std::invalid_argument for another name.
   static Recipe from_name(const std::string& name);
   static std::vector<std::string> names();
 
-  // The recipe of the first and the last layer: this one with edge_bits for weight and input, itself where edge_bits is 0.
+  // The recipe of the first and the last layer: this one with edge_bits for weight and input, itself where edge_bits is
+  // 0.
   Recipe edge() const;
 
   // Throws std::invalid_argument naming the field, the rule and the value.

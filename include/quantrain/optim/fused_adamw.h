@@ -1,5 +1,5 @@
-// AdamW (Loshchilov & Hutter, arXiv:1711.05101) whose step is one fused kernel for all parameters, takes the loss scale and the
-// overflow flag on the device, and so needs no host synchronisation and fits in a CUDA graph.
+// AdamW (Loshchilov & Hutter, arXiv:1711.05101) whose step is one fused kernel for all parameters, takes the loss scale
+// and the overflow flag on the device, and so needs no host synchronisation and fits in a CUDA graph.
 #pragma once
 
 #include <torch/optim/adamw.h>
@@ -11,11 +11,11 @@
 
 namespace quantrain::amp {
 
-// Parameters of float32, float16 or bfloat16 on one device (CPU or CUDA); dense gradients. The arithmetic is torch::_fused_adamw_, as
-// that of Python's torch.optim.AdamW(fused=True): from one state both take the same steps.
+// Parameters of float32, float16 or bfloat16 on one device (CPU or CUDA); dense gradients. The arithmetic is
+// torch::_fused_adamw_, as that of Python's torch.optim.AdamW(fused=True): from one state both take the same steps.
 //
-// lr of every group is read at each step. Under CUDA graph capture a number would be frozen: call use_tensor_lr() before the
-// capture, and set_lr() before each replay.
+// lr of every group is read at each step. Under CUDA graph capture a number would be frozen: call use_tensor_lr()
+// before the capture, and set_lr() before each replay.
 // Errors: ValueError for parameters or gradients of other types, sparse gradients, or several devices.
 class QUANTRAIN_API FusedAdamW : public torch::optim::Optimizer, public ScaledOptimizer {
  public:
@@ -30,9 +30,9 @@ class QUANTRAIN_API FusedAdamW : public torch::optim::Optimizer, public ScaledOp
   void set_lr(double lr);
   void use_tensor_lr();
 
-  // State by parameter, in the order of the groups: exp_avg and exp_avg_sq (of the parameter's shape and type; with amsgrad also
-  // max_exp_avg_sq) and step (float32 without dimensions), zero before the first step. load_state_ copies; ValueError where number or
-  // shapes differ, with nothing changed.
+  // State by parameter, in the order of the groups: exp_avg and exp_avg_sq (of the parameter's shape and type; with
+  // amsgrad also max_exp_avg_sq) and step (float32 without dimensions), zero before the first step. load_state_ copies;
+  // ValueError where number or shapes differ, with nothing changed.
   struct State {
     at::Tensor exp_avg;
     at::Tensor exp_avg_sq;

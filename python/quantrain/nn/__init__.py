@@ -24,11 +24,11 @@ from .convolutions import QuantConv1d, QuantConvTranspose2d
 from .dynamic import fake_quantize_per_token, quantize_per_token
 from .fake_quantize import FakeQuantize
 from .fixed_point.activation import FixedPointActivation
-from .fixed_point.convert import audit, fixed_point_graph, simulated_codes
+from .fixed_point.convert import audit, fixed_point_program, simulated_codes
 from .fixed_point.layers import FixedPointAvgPool2d, FixedPointConv2d, FixedPointLinear
-from .fixed_point.network import FixedPointModel
+from .fixed_point.network import FixedPointNetwork
 from .fixed_point.onnx import export_onnx
-from .fixed_point.prepare import FixedPointPrepared
+from .fixed_point.prepare import FixedPointGraph
 from .gradient_probe import GradientProbe, ProbeTable
 from .int8_linear import Int8Linear, Int8TransposedLinear, enable_weight_cache
 from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear, QuantTransposedLinear
@@ -64,8 +64,8 @@ __all__ = [
     "FixedPointAvgPool2d",
     "FixedPointConv2d",
     "FixedPointLinear",
-    "FixedPointModel",
-    "FixedPointPrepared",
+    "FixedPointNetwork",
+    "FixedPointGraph",
     "FoldedBatchNorm2d",
     "GradientProbe",
     "Int8Linear",
@@ -106,7 +106,7 @@ __all__ = [
     "enable_weight_cache",
     "export_onnx",
     "fake_quantize_per_token",
-    "fixed_point_graph",
+    "fixed_point_program",
     "from_checkpoint",
     "gradient_arguments",
     "load_checkpoint",

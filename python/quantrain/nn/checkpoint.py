@@ -21,7 +21,7 @@ from quantrain._C import QuantSpec, Recipe, write_safetensors
 
 from .convert import convert, is_converted
 from .fixed_point.layers import FixedPointLayer
-from .fixed_point.network import FixedPointModel
+from .fixed_point.network import FixedPointNetwork
 from .layers import QuantEmbedding, QuantLayer
 from .prepare import prepare, quantisable
 from .quantized import QuantizedEmbedding, QuantizedLayer, name_codes
@@ -57,10 +57,10 @@ def save_checkpoint(path: str | os.PathLike, model: nn.Module, recipe: Recipe | 
     >>> import tempfile, os
     >>> save_checkpoint(os.path.join(tempfile.mkdtemp(), "model.safetensors"), nn.Linear(2, 1))
     """
-    if any(isinstance(module, FixedPointModel) for module in model.modules()):
+    if any(isinstance(module, FixedPointNetwork) for module in model.modules()):
         raise ValueError(
             "save_checkpoint: expected a model without an integer network, whose graph a checkpoint does not hold, got one: "
-            "FixedPointModel.save writes it, FixedPointModel.load reads it"
+            "FixedPointNetwork.save writes it, FixedPointNetwork.load reads it"
         )
     tensors: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
@@ -238,7 +238,7 @@ def _read_metadata(path: Path) -> dict[str, str]:
 
 def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
     if metadata.get("format") == "quantrain.fixed_point":
-        _fail(path, "a checkpoint of a model", "an integer network, which FixedPointModel.load reads")
+        _fail(path, "a checkpoint of a model", "an integer network, which FixedPointNetwork.load reads")
     if metadata.get("format") != _FORMAT:
         _fail(path, f"metadata with format {_FORMAT!r}", metadata.get("format"))
     if metadata.get("version") != _VERSION:

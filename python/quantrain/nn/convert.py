@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from .conv_bn import FoldedBatchNorm2d, QuantConvBn2d
-from .fixed_point.convert import FixedPointModel, convert_fixed_point
-from .fixed_point.prepare import FixedPointPrepared, summary_rows
+from .fixed_point.convert import FixedPointNetwork, convert_fixed_point
+from .fixed_point.prepare import FixedPointGraph, summary_rows
 from .graph import copied
 from .layers import QuantEmbedding, QuantLayer
 from .prepare import PrepareSummary, matching, some, swapped
@@ -37,7 +37,7 @@ def convert(
 
     Returns:
         The model (a new module where ``model`` is itself a prepared layer). Of one in fixed point a new
-        :class:`FixedPointModel`, whose ``network`` is integers throughout; ``model`` stays as it is.
+        :class:`FixedPointNetwork`, whose ``network`` is integers throughout; ``model`` stays as it is.
 
     Raises:
         ValueError: no prepared layer; in fixed point an accumulator that 32 bits may not hold; a layer without weight spec or with
@@ -54,7 +54,7 @@ def convert(
     torch.int8
     """
     skip = list(skip)
-    if isinstance(model, FixedPointPrepared):
+    if isinstance(model, FixedPointGraph):
         if skip:
             raise ValueError(f"convert: expected no skip for a network of integers throughout, got {skip}")
         return _convert_fixed_point(model, check_observed)
@@ -103,7 +103,7 @@ def convert(
 
 def is_converted(model: nn.Module) -> bool:
     """Whether ``model`` holds converted layers."""
-    return any(isinstance(module, (FixedPointModel, QuantizedLayer)) for module in model.modules())
+    return any(isinstance(module, (FixedPointNetwork, QuantizedLayer)) for module in model.modules())
 
 
 def _uncalled(layers: Mapping[str, QuantLayer]) -> list[str]:
@@ -158,7 +158,7 @@ def _float_twins(model: nn.Module, layers: Mapping[str, QuantLayer]) -> dict[int
     return twins
 
 
-def _convert_fixed_point(model: FixedPointPrepared, check_observed: bool) -> FixedPointModel:
+def _convert_fixed_point(model: FixedPointGraph, check_observed: bool) -> FixedPointNetwork:
     if not check_observed:
         raise ValueError(
             "convert: expected check_observed=True for a fixed-point model, got False (FixedPointNetwork.load reads one from its file)"

@@ -18,7 +18,7 @@ from quantrain.tables import Table
 
 from .conv_bn import FoldedBatchNorm2d, QuantConvBn2d
 from .convolutions import QuantConv1d, QuantConvTranspose2d
-from .fixed_point.prepare import FixedPointPrepared, prepare_fixed_point, summary_rows
+from .fixed_point.prepare import FixedPointGraph, prepare_fixed_point, summary_rows
 from .graph import ModelGraph, copied, trace_model
 from .int8_linear import Int8Layer, Int8Linear, Int8TransposedLinear
 from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear, QuantTransposedLinear
@@ -84,7 +84,7 @@ def prepare(
     :class:`Int8Linear`.
 
     Under a recipe of fixed-point arithmetic (``f8net``, ``f8net-tiny``) the whole network becomes integers, so it is traced with
-    torch.fx and rebuilt: a NEW module (:class:`FixedPointPrepared`) is returned, in the mode of ``model``, with the same Parameter
+    torch.fx and rebuilt: a NEW module (:class:`FixedPointGraph`) is returned, in the mode of ``model``, with the same Parameter
     objects under the same names (a batch norm's under its convolution, ``<conv>.bn.*``) and the same batch-norm modules; ``model``
     itself keeps its structure, and with ``inplace=False`` shares nothing. ``overrides`` and ``skip`` are refused.
 
@@ -194,16 +194,14 @@ def quantisable(model: nn.Module) -> list[str]:
 
 def _prepare_fixed_point(
     model: nn.Module, recipe: Recipe, overrides: Mapping, skip: Iterable[str], inplace: bool
-) -> FixedPointPrepared:
+) -> FixedPointGraph:
     name = recipe.name or "(unnamed)"
     for argument, value in (("overrides", dict(overrides)), ("skip", list(skip))):
         if value:
             raise ValueError(
                 f"prepare: expected no {argument} under {name!r}, whose network is of integers throughout, got {value}"
             )
-    if isinstance(model, FixedPointPrepared) or any(
-        isinstance(m, (QuantLayer, QuantizedLayer)) for m in model.modules()
-    ):
+    if isinstance(model, FixedPointGraph) or any(isinstance(m, (QuantLayer, QuantizedLayer)) for m in model.modules()):
         raise ValueError("prepare: expected a float model, got one with layers that are quantised already")
     model = model if inplace else copied(model)
     known = list(model.parameters())

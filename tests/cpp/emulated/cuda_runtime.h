@@ -1,4 +1,5 @@
-// What the convolution kernels use of CUDA, on a CPU: the header stands in for CUDA's where the kernels are compiled for the emulation.
+// What the convolution kernels use of CUDA, on a CPU: the header stands in for CUDA's where the kernels are compiled
+// for the emulation.
 #pragma once
 
 #include <algorithm>

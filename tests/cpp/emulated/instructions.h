@@ -1,5 +1,6 @@
-// An emulation of a block of CUDA threads and of the instructions that the fixed-point convolutions use: tensor cores, matrix loads, asynchronous
-// copies. It checks what a GPU would not say: copies outside the tensors, misaligned addresses, bank conflicts of matrix loads.
+// An emulation of a block of CUDA threads and of the instructions that the fixed-point convolutions use: tensor cores,
+// matrix loads, asynchronous copies. It checks what a GPU would not say: copies outside the tensors, misaligned
+// addresses, bank conflicts of matrix loads.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -49,7 +50,8 @@ inline void expect(bool holds, const char* what) {
   if (!holds) fault = what;
 }
 
-// To the next thread. All threads of a block reach the same calls in the same order, so that each has gone by when a call returns.
+// To the next thread. All threads of a block reach the same calls in the same order, so that each has gone by when a
+// call returns.
 inline void yield() { swapcontext(&threads[current].context, &scheduler); }
 
 inline void enter() {
@@ -185,7 +187,7 @@ void multiply(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulated::yield();
 }
 
-// ---- wgmma: descriptors keep the address in units of 16 bytes and the depth, which names the swizzle -------------------------
+// ---- wgmma: descriptors keep the address in units of 16 bytes and the depth, which names the swizzle ----------------
 
 template <int kDepth>
 uint64_t operand_descriptor(SharedAddress address) {

@@ -1,4 +1,5 @@
-// The CUDA convolutions of the fixed_point family on a CPU, thread by thread: where each byte is read and written, and the codes, without a GPU.
+// The CUDA convolutions of the fixed_point family on a CPU, thread by thread: where each byte is read and written, and
+// the codes, without a GPU.
 #include "instructions.h"
 
 #include <catch2/catch.hpp>

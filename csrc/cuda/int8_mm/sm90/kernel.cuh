@@ -1,11 +1,14 @@
-// The int8 matrix product on Hopper: CUTLASS 3's persistent, warp-specialised kernel (TMA loads, wgmma s8), dequantised in its epilogue:
+// The int8 matrix product on Hopper: CUTLASS 3's persistent, warp-specialised kernel (TMA loads, wgmma s8), dequantised
+// in its epilogue:
 //
 //   d[m, n] = (float(acc[m, n]) * b_scale[n]) * a_scale[m] + bias[n]
 //
-// One instantiation takes a minute and 4 GB to compile, so each has its own file here, and one of bfloat16 also writes float16.
+// One instantiation takes a minute and 4 GB to compile, so each has its own file here, and one of bfloat16 also writes
+// float16.
 #pragma once
 
-// Not gemm_universal_adapter.h and collective_builder.hpp: they bring every architecture's kernels, at twice the compile time.
+// Not gemm_universal_adapter.h and collective_builder.hpp: they bring every architecture's kernels, at twice the
+// compile time.
 #include <cutlass/cutlass.h>
 #include <cutlass/device_kernel.h>
 #include <cutlass/gemm/kernel/gemm_universal_decl.h>
@@ -26,8 +29,9 @@ namespace quantrain::cuda::sm90 {
 
 namespace fusion = cutlass::epilogue::fusion;
 
-// The last step of the epilogue, without fused multiply-add, so that the CPU gives the same bits. To write float16 through a kernel whose
-// output type is bfloat16, each result becomes the float32 whose upper half is the float16: the rounding that follows keeps that half.
+// The last step of the epilogue, without fused multiply-add, so that the CPU gives the same bits. To write float16
+// through a kernel whose output type is bfloat16, each result becomes the float32 whose upper half is the float16: the
+// rounding that follows keeps that half.
 template <typename T>
 struct Dequantize {
   struct Arguments {

@@ -1,13 +1,13 @@
 // A network that trains in fixed point, declared by a C++ trainer, and its conversion to integers.
 //
 //   FixedPointGraph graph(Recipe::from_name("f8net"), /*channels=*/3);
-//   auto x = graph->conv2d("conv1", graph->input(), Conv2dOptions(3, 16, 3).padding(1).bias(false), {.batch_norm = true, .relu = true});
-//   auto y = graph->conv2d("layer1.0.conv1", x, ..., {.batch_norm = true, .relu = true});
+//   auto x = graph->conv2d("conv1", graph->input(), Conv2dOptions(3, 16, 3).padding(1).bias(false), {.batch_norm =
+//   true, .relu = true}); auto y = graph->conv2d("layer1.0.conv1", x, ..., {.batch_norm = true, .relu = true});
 //   y = graph->conv2d("layer1.0.conv2", y, ..., {.batch_norm = true, .relu = true, .residual = x});
 //   graph->linear("linear", graph->avg_pool2d("pool", y), 10);
 //
-// Then: Calibration and graph->forward(images), training, graph->eval(), convert(*graph). Names of parameters and buffers are those of the
-// Python model after prepare(), so that checkpoints pass between the two.
+// Then: Calibration and graph->forward(images), training, graph->eval(), convert(*graph). Names of parameters and
+// buffers are those of the Python model after prepare(), so that checkpoints pass between the two.
 #pragma once
 
 #include <array>
@@ -47,15 +47,16 @@ struct FixedPointConvArguments {
       std::nullopt;  // codes in the units of these, as FixedPointGraph::add() needs them
 };
 
-// A converted network: the graph's JSON text (version 1) and its tensors, "<layer>.weight" int8 and "<layer>.bias" int32, on CPU.
+// A converted network: the graph's JSON text (version 1) and its tensors, "<layer>.weight" int8 and "<layer>.bias"
+// int32, on CPU.
 struct QUANTRAIN_API FixedPointProgram {
   std::string graph;
   std::map<std::string, at::Tensor> tensors;
 };
 
-// Layers in the order of their declaration; ValueError names the layer and the rule. A residual that is codes (an identity shortcut, or
-// slice and pad) shares its activation with the sum: one alpha and one FL along a chain of residual blocks. The sum must then have the same
-// sign and max_alpha.
+// Layers in the order of their declaration; ValueError names the layer and the rule. A residual that is codes (an
+// identity shortcut, or slice and pad) shares its activation with the sum: one alpha and one FL along a chain of
+// residual blocks. The sum must then have the same sign and max_alpha.
 class QUANTRAIN_API FixedPointGraphImpl : public Copied<FixedPointGraphImpl, torch::nn::Module> {
  public:
   FixedPointGraphImpl(const Recipe& recipe, int64_t channels, bool signed_input = false);
@@ -72,8 +73,9 @@ class QUANTRAIN_API FixedPointGraphImpl : public Copied<FixedPointGraphImpl, tor
   // input[:, :, ::stride, ::stride] with `before` and `after` channels of zeros around its own.
   FixedPointValue slice_pad(const std::string& name, FixedPointValue input, std::array<int64_t, 2> stride,
                             int64_t before, int64_t after);
-  // The sum of two values of codes in the same units (of one chain of residual blocks, or declared with `like`), rounded to such codes:
-  // where no convolution can hold the addition as its residual. A ReLU behind it is in the codes where the operands have one.
+  // The sum of two values of codes in the same units (of one chain of residual blocks, or declared with `like`),
+  // rounded to such codes: where no convolution can hold the addition as its residual. A ReLU behind it is in the codes
+  // where the operands have one.
   FixedPointValue add(const std::string& name, FixedPointValue a, FixedPointValue b);
 
   // float32 [N, channels, H, W] -> logits of the last layer, float32.
@@ -127,8 +129,9 @@ class QUANTRAIN_API FixedPointGraphImpl : public Copied<FixedPointGraphImpl, tor
 };
 TORCH_MODULE(FixedPointGraph);
 
-// The integer network that the graph is in evaluation, on the graph's device: the same codes and the same accumulators. The graph stays as it is.
-// ValueError: an average pool that saw no image, a graph that does not end in a linear layer, an accumulator that may leave 32 bits.
+// The integer network that the graph is in evaluation, on the graph's device: the same codes and the same accumulators.
+// The graph stays as it is. ValueError: an average pool that saw no image, a graph that does not end in a linear layer,
+// an accumulator that may leave 32 bits.
 QUANTRAIN_API FixedPointNetwork convert(FixedPointGraphImpl& graph);
 
 }  // namespace quantrain::nn

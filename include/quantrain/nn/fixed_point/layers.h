@@ -1,13 +1,15 @@
-// Layers that train in fixed point, after F8Net (Jin et al., arXiv:2202.05239): the C++ twins of quantrain.nn.fixed_point, with the same names
-// of parameters and buffers and the same arithmetic. FixedPointGraph (nn/fixed_point/graph.h) connects them.
+// Layers that train in fixed point, after F8Net (Jin et al., arXiv:2202.05239): the C++ twins of
+// quantrain.nn.fixed_point, with the same names of parameters and buffers and the same arithmetic. FixedPointGraph
+// (nn/fixed_point/graph.h) connects them.
 //
-// A tensor that several layers read is quantised once, where it is made, to 8-bit codes q. Its activation says what a code means:
+// A tensor that several layers read is quantised once, where it is made, to 8-bit codes q. Its activation says what a
+// code means:
 //   units       u = q 2^-FL      what evaluation computes in, and the integer network by shifts and additions
 //   real value  x = u eta        what training computes in
 // and eta, of the tensor read and of the tensor made, is folded into the weights between them.
 //
-// Three ways to run. Not quantising (enable_fake_quant(module, false), and under Calibration): the float layer. In training: real values,
-// rounded. In evaluation: units, exact, so that the integer network gives the same numbers.
+// Three ways to run. Not quantising (enable_fake_quant(module, false), and under Calibration): the float layer. In
+// training: real values, rounded. In evaluation: units, exact, so that the integer network gives the same numbers.
 #pragma once
 
 #include <array>
@@ -55,13 +57,15 @@ struct QUANTRAIN_API FixedPointActivationOptions {
 
 // Rounds tensors to 8-bit codes. With level = min(|alpha|, max_alpha) and qmax = 255 or 127:
 //   clip   eta = 2^FL level / qmax, so that code q has the real value q level / qmax for any FL.
-//          Training: fake_quantize_learnable(x, level / qmax), which is eta fix_quant(x / eta; FL) (section 3.3 of the paper)
+//          Training: fake_quantize_learnable(x, level / qmax), which is eta fix_quant(x / eta; FL) (section 3.3 of the
+//          paper)
 //   else   eta = 1, y = fix_quant(x; FL)
 // Evaluation: fix_quant(u; FL) = clamp(rint(u 2^FL)) 2^-FL, float32.
 //
-// State: `alpha` [1] (parameter; buffer where fixed; none without clip); `fraction_length` float32 [1], the average of the batches' FL with
-// weight 0.1 for the new one, first 6, rounded in use. Where several tensors share the activation FL follows the first; without clip, the
-// shortest. Calibration sets alpha to the level of least squared error (the largest over the tensors) and FL to the batches' mean.
+// State: `alpha` [1] (parameter; buffer where fixed; none without clip); `fraction_length` float32 [1], the average of
+// the batches' FL with weight 0.1 for the new one, first 6, rounded in use. Where several tensors share the activation
+// FL follows the first; without clip, the shortest. Calibration sets alpha to the level of least squared error (the
+// largest over the tensors) and FL to the batches' mean.
 class QUANTRAIN_API FixedPointActivationImpl : public FixedDtypeModule, public FixedPointSwitch {
  public:
   explicit FixedPointActivationImpl(const FixedPointActivationOptions& options);
@@ -114,8 +118,9 @@ class QUANTRAIN_API FixedPointActivationImpl : public FixedDtypeModule, public F
 };
 TORCH_MODULE(FixedPointActivation);
 
-// The network's images as codes; buffer `alpha` is the largest magnitude that calibration saw, 1 before. Images without negative values
-// have unsigned codes (bytes divided by 255: the bytes themselves), others signed ones: buffer `is_signed` (bool [1]).
+// The network's images as codes; buffer `alpha` is the largest magnitude that calibration saw, 1 before. Images without
+// negative values have unsigned codes (bytes divided by 255: the bytes themselves), others signed ones: buffer
+// `is_signed` (bool [1]).
 class QUANTRAIN_API FixedPointInputImpl : public FixedPointActivationImpl {
  public:
   explicit FixedPointInputImpl(const FixedPointSpec& spec, bool is_signed = false);
@@ -159,13 +164,16 @@ struct QUANTRAIN_API FixedPointFolded {
   at::Tensor bound;                        // float64 [O]: the accumulator's largest magnitude
 };
 
-// What the convolution and the linear layer share. With sf = bn.weight / sqrt(bn.running_var + eps) (1 without batch norm) and
-// W_eff = W sf eta_in / eta_out, FL_w chosen from W_eff at every call, Q = fix_quant to 8 signed bits:
-//   training    y = bn(product(x, Q(W_eff) eta_out / (eta_in sf)) + bias), the factors held constant (0 counts as 1); with double_forward
+// What the convolution and the linear layer share. With sf = bn.weight / sqrt(bn.running_var + eps) (1 without batch
+// norm) and W_eff = W sf eta_in / eta_out, FL_w chosen from W_eff at every call, Q = fix_quant to 8 signed bits:
+//   training    y = bn(product(x, Q(W_eff) eta_out / (eta_in sf)) + bias), the factors held constant (0 counts as 1);
+//   with double_forward
 //               as published: sf from mean and variance of product(x, W), with gradient
-//   evaluation  y = product(u, Q(W_eff)) + b_q, b_q = (bn.bias - (running_mean - bias) sf) / eta_out rounded to FL_x + FL_w; float32 where
+//   evaluation  y = product(u, Q(W_eff)) + b_q, b_q = (bn.bias - (running_mean - bias) sf) / eta_out rounded to FL_x +
+//   FL_w; float32 where
 //               the accumulator stays below 2^24, else float64
-// then y + residual, then output_activation. Without one the output is in real values: eta_out = 2^-j with j such that FL_w can be 7.
+// then y + residual, then output_activation. Without one the output is in real values: eta_out = 2^-j with j such that
+// FL_w can be 7.
 class QUANTRAIN_API FixedPointLayer : public torch::nn::Module, public FixedPointSwitch {
  public:
   at::Tensor forward(const at::Tensor& input, const at::Tensor& residual = {});
@@ -213,7 +221,8 @@ class QUANTRAIN_API FixedPointLayer : public torch::nn::Module, public FixedPoin
   Recipe recipe_;
 };
 
-// 2-D convolution; groups 1 or depthwise (in == out == groups), dilation 1, zero padding in numbers. ValueError otherwise.
+// 2-D convolution; groups 1 or depthwise (in == out == groups), dilation 1, zero padding in numbers. ValueError
+// otherwise.
 class QUANTRAIN_API FixedPointConv2dImpl : public FixedPointLayer {
  public:
   FixedPointConv2dImpl(const torch::nn::Conv2dOptions& options, const Recipe& recipe, bool batch_norm);
@@ -239,8 +248,8 @@ class QUANTRAIN_API FixedPointLinearImpl : public FixedPointLayer {
 };
 TORCH_MODULE(FixedPointLinear);
 
-// The mean over the whole image, [N, C, H, W] -> [N, C, 1, 1]: the sum, a shift by the power of two 2^k nearest to H W, and what is left of the
-// division in the eta of its output. State: `size`, int64 [2], height and width last seen.
+// The mean over the whole image, [N, C, H, W] -> [N, C, 1, 1]: the sum, a shift by the power of two 2^k nearest to H W,
+// and what is left of the division in the eta of its output. State: `size`, int64 [2], height and width last seen.
 class QUANTRAIN_API FixedPointAvgPool2dImpl : public torch::nn::Module, public FixedPointSwitch {
  public:
   FixedPointAvgPool2dImpl(std::shared_ptr<FixedPointActivationImpl> input_activation, const Recipe& recipe);

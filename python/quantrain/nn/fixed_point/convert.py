@@ -14,11 +14,11 @@ from ..calibrate import evaluating
 from ..weight_hooks import run_weight_hooks
 from .activation import FixedPointActivation
 from .layers import FixedPointLayer, Folded
-from .network import FixedPointModel
-from .prepare import FixedPointPrepared, layers_of
+from .network import FixedPointNetwork
+from .prepare import FixedPointGraph, layers_of
 from .trace import PRODUCTS, Step, maker_of
 
-__all__ = ["audit", "fixed_point_graph", "simulated_codes"]
+__all__ = ["audit", "fixed_point_program", "simulated_codes"]
 
 kFormat, kVersion = "quantrain.fixed_point", 1
 kAccumulators = 2**31  # every accumulator stays below, whatever the codes
@@ -31,24 +31,24 @@ def audit(model: nn.Module) -> Table:
         ValueError: a model that is not a converted fixed-point one; an operation that is not an 8-bit multiplication, an
             addition, a shift, a comparison or a copy.
     """
-    if isinstance(model, FixedPointModel):
+    if isinstance(model, FixedPointNetwork):
         return model.audit()
     raise ValueError(
         f"audit: expected a model that convert made of one prepared with a fixed-point recipe, got {type(model).__name__}"
     )
 
 
-def convert_fixed_point(model: FixedPointPrepared) -> FixedPointModel:
+def convert_fixed_point(model: FixedPointGraph) -> FixedPointNetwork:
     """The integer network of a prepared model, which stays as it is.
 
     Raises:
         ValueError: an accumulator that 32 bits may not hold, an image size that was never seen; named by layer.
     """
-    graph, tensors = fixed_point_graph(model)
-    return FixedPointModel(graph, tensors)
+    graph, tensors = fixed_point_program(model)
+    return FixedPointNetwork(graph, tensors)
 
 
-def fixed_point_graph(model: FixedPointPrepared) -> tuple[str, dict[str, Tensor]]:
+def fixed_point_program(model: FixedPointGraph) -> tuple[str, dict[str, Tensor]]:
     """The graph (JSON text) and the tensors (int8 weights, int32 biases) of a prepared model's integer network.
 
     Raises:
@@ -60,7 +60,7 @@ def fixed_point_graph(model: FixedPointPrepared) -> tuple[str, dict[str, Tensor]
 
 
 class _Writer:
-    def __init__(self, model: FixedPointPrepared):
+    def __init__(self, model: FixedPointGraph):
         self.model = model
         self.steps = {step.name: step for step in model._steps}
         self.tensors: dict[str, Tensor] = {}
@@ -182,7 +182,7 @@ def _output(activation: FixedPointActivation) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def simulated_codes(model: FixedPointPrepared, images: Tensor) -> dict[str, Tensor]:
+def simulated_codes(model: FixedPointGraph, images: Tensor) -> dict[str, Tensor]:
     """The integers that a prepared model's evaluation stands for: step name -> int64 codes or accumulators, the input's too.
 
     Equal to what the converted network computes at every node. The model's mode stays as it is.

@@ -1,4 +1,4 @@
-"""FixedPointModel: a network in integers as a module, from float images to float logits."""
+"""FixedPointNetwork: a network in integers as a module, from float images to float logits."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantrain._C import FixedPointNetwork
+from quantrain import _C
 from quantrain.tables import Table
 
-__all__ = ["FixedPointModel"]
+__all__ = ["FixedPointNetwork"]
 
 _COLUMNS = {
     "name": "layer",
@@ -27,7 +27,7 @@ _COLUMNS = {
 }
 
 
-class FixedPointModel(nn.Module):
+class FixedPointNetwork(nn.Module):
     """Wraps an integer network: ``forward`` takes float images and gives float logits, all between is integers.
 
     8-bit codes are multiplied, summed in int32 and shifted, with no float and no scale (F8Net, Jin et al., ICLR 2022); what each
@@ -55,22 +55,22 @@ class FixedPointModel(nn.Module):
     ...          "output": {"name": "conv", "scale": 0.5}}
     >>> tensors = {"conv.weight": torch.full((1, 1, 1, 1), 64, dtype=torch.int8),
     ...            "conv.bias": torch.zeros(1, dtype=torch.int32)}
-    >>> FixedPointModel(graph, tensors)(torch.ones(1, 1, 1, 1)).item()
+    >>> FixedPointNetwork(graph, tensors)(torch.ones(1, 1, 1, 1)).item()
     64.0
     """
 
-    network: FixedPointNetwork
+    network: _C.FixedPointNetwork
 
     def __init__(
-        self, network: FixedPointNetwork | str | Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
+        self, network: _C.FixedPointNetwork | str | Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
     ):
         super().__init__()
-        if isinstance(network, FixedPointNetwork):
+        if isinstance(network, _C.FixedPointNetwork):
             if tensors is not None:
-                raise ValueError("FixedPointModel: expected tensors with a graph only, got them with a network")
+                raise ValueError("FixedPointNetwork: expected tensors with a graph only, got them with a network")
         else:
             graph = network if isinstance(network, str) else json.dumps(network)
-            network = FixedPointNetwork(graph, dict(tensors or {}))
+            network = _C.FixedPointNetwork(graph, dict(tensors or {}))
         self.network = network
         self.eval()
 
@@ -104,7 +104,7 @@ class FixedPointModel(nn.Module):
         self.network.save(os.fspath(path))
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> FixedPointModel:
+    def load(cls, path: str | os.PathLike) -> FixedPointNetwork:
         """Reads the file that :meth:`save` wrote, or the two files (tensors, and the graph beside them as .json) of version 1.
 
         Raises:
@@ -112,17 +112,17 @@ class FixedPointModel(nn.Module):
             ValueError: a byte was changed, the file was truncated, or the two files are not of one network.
         """
         if not Path(path).is_file():
-            raise FileNotFoundError(f"FixedPointModel.load: expected a file, got none at {path}")
-        return cls(FixedPointNetwork.load(os.fspath(path)))
+            raise FileNotFoundError(f"FixedPointNetwork.load: expected a file, got none at {path}")
+        return cls(_C.FixedPointNetwork.load(os.fspath(path)))
 
     def extra_repr(self) -> str:
         graph = json.loads(self.network.graph())
         return f"{len(graph['nodes'])} nodes, input {graph['input']['channels']} channels, {self.network.device}"
 
     def __reduce__(self) -> tuple:
-        return FixedPointModel, (self.network.graph(), self.network.tensors())
+        return FixedPointNetwork, (self.network.graph(), self.network.tensors())
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedPointModel:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedPointNetwork:
         super()._apply(fn, recurse)
         # A dtype conversion leaves integers alone, so that this tells of a device alone.
         self.network = self.network.to(fn(torch.zeros(1, dtype=torch.int8, device=self.network.device)).device)
@@ -143,6 +143,6 @@ class FixedPointModel(nn.Module):
             unexpected_keys += [prefix + name for name in given if name not in own]
         tensors = {name: given.get(name, tensor).to(tensor.device) for name, tensor in own.items()}
         try:
-            self.network = FixedPointNetwork(self.network.graph(), tensors)
+            self.network = _C.FixedPointNetwork(self.network.graph(), tensors)
         except (TypeError, ValueError) as error:
             error_msgs.append(str(error))

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from quantrain._C import FixedPointNetwork
+from quantrain import _C
 
 __all__ = ["export_onnx"]
 
@@ -74,7 +74,7 @@ def _import_onnx():
 def _graph_and_tensors(model: Any) -> tuple[dict, dict[str, np.ndarray]]:
     if not isinstance(model, tuple):
         network = getattr(model, "network", model)
-        if not isinstance(network, FixedPointNetwork):
+        if not isinstance(network, _C.FixedPointNetwork):
             raise _not_a_network(type(model).__name__)
         model = (network.graph(), network.tensors())
     if len(model) != 2:

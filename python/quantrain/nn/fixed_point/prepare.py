@@ -15,10 +15,10 @@ from .activation import FixedPointActivation, FixedPointInput
 from .layers import FixedPointAvgPool2d, FixedPointConv2d, FixedPointLayer, FixedPointLinear
 from .trace import PRODUCTS, Sharing, Step, maker_of, read_steps
 
-__all__ = ["FixedPointPrepared", "prepare_fixed_point"]
+__all__ = ["FixedPointGraph", "prepare_fixed_point"]
 
 
-class FixedPointPrepared(nn.Module):
+class FixedPointGraph(nn.Module):
     """A model rebuilt by ``prepare(model, "f8net")``: steps in order, and modules under the paths of the float model.
 
     Called with images ``[N, C, H, W]`` in real values. Returns logits in real values, in training and in evaluation.
@@ -68,12 +68,12 @@ class FixedPointPrepared(nn.Module):
             summary.rows = [dict(row) for row in summary_rows(self)]
 
 
-def activations_of(prepared: FixedPointPrepared) -> list[FixedPointActivation]:
+def activations_of(prepared: FixedPointGraph) -> list[FixedPointActivation]:
     """Every activation, in order of registration."""
     return [module for module in prepared.modules() if isinstance(module, FixedPointActivation)]
 
 
-def layers_of(prepared: FixedPointPrepared) -> dict[str, FixedPointLayer]:
+def layers_of(prepared: FixedPointGraph) -> dict[str, FixedPointLayer]:
     """Every convolution and linear layer by its path."""
     return {name: module for name, module in prepared.named_modules() if isinstance(module, FixedPointLayer)}
 
@@ -89,7 +89,7 @@ class FixedPointAdd(nn.Module):
         return self.output_activation(a + b, False)
 
 
-def prepare_fixed_point(model: nn.Module, recipe: Recipe) -> FixedPointPrepared:
+def prepare_fixed_point(model: nn.Module, recipe: Recipe) -> FixedPointGraph:
     """The prepared form of ``model``; see :func:`quantrain.nn.prepare`.
 
     Raises:
@@ -104,11 +104,11 @@ def prepare_fixed_point(model: nn.Module, recipe: Recipe) -> FixedPointPrepared:
     return _build(model, recipe, steps)
 
 
-def _build(model: nn.Module, recipe: Recipe, steps: list[Step]) -> FixedPointPrepared:
+def _build(model: nn.Module, recipe: Recipe, steps: list[Step]) -> FixedPointGraph:
     spec, by_name = recipe.fixed_point, {step.name: step for step in steps}
     sharing = Sharing(steps)
     device = next(iter(model.parameters())).device
-    prepared = FixedPointPrepared(steps)
+    prepared = FixedPointGraph(steps)
     prepared.input_activation = FixedPointInput(device=device)
     activations: dict[str, FixedPointActivation] = {"input": prepared.input_activation}
     limits: dict[str, float] = {}
@@ -180,7 +180,7 @@ def _register(root: nn.Module, path: str, module: nn.Module) -> None:
     root.add_module(last, module)
 
 
-def summary_rows(prepared: FixedPointPrepared) -> list[Mapping[str, Any]]:
+def summary_rows(prepared: FixedPointGraph) -> list[Mapping[str, Any]]:
     """Rows of PrepareSummary: what each layer's tensors are, with the fraction lengths as they are now."""
     rows = []
     for name, layer in layers_of(prepared).items():
