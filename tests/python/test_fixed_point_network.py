@@ -16,7 +16,7 @@ import torch
 from reference import fixed_point_network as oracle
 
 from quantrain._C import FixedPointNetwork
-from quantrain.nn import FixedPointNetwork
+from quantrain.nn import FixedPointNetwork as Module
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
@@ -388,7 +388,7 @@ def test_audit_names_integers_only():
             if "multiply" in row["operations"]:
                 assert row["operands"].split(" + ")[0] in ("uint8 x int8", "int8 x int8")
                 assert row["accumulator"] == "int32"
-    text = str(FixedPointNetwork(network(graph, tensors)).audit())
+    text = str(Module(network(graph, tensors)).audit())
     assert "multiply, add, shift" in text and "int8 x int8" in text
 
 
@@ -454,12 +454,12 @@ def test_version_1_loads_and_is_as_strict(tmp_path):
     path, json_path = version_1(tmp_path)
     image = torch.arange(64.0).reshape(1, 1, 8, 8) / 64
     want = torch.tensor([[-0.1395, -0.3573, 0.0165]])  # what version 1 gave
-    assert torch.allclose(FixedPointNetwork.load(path)(image), want, atol=5e-5)
+    assert torch.allclose(Module.load(path)(image), want, atol=5e-5)
     for file in (path, json_path):
         check_every_changed_byte(path, file)
-    FixedPointNetwork.load(path).save(path)  # over a pair: the file alone then counts
+    Module.load(path).save(path)  # over a pair: the file alone then counts
     json_path.write_text("not of this network")
-    assert torch.allclose(FixedPointNetwork.load(path)(image), want, atol=5e-5)
+    assert torch.allclose(Module.load(path)(image), want, atol=5e-5)
 
 
 def test_version_1_files_of_two_networks_are_refused(tmp_path):
@@ -477,7 +477,7 @@ def test_missing_files(tmp_path):
     with pytest.raises(RuntimeError, match=r"v1.json: expected a file that can be read, got No such file"):
         FixedPointNetwork.load(str(path))
     with pytest.raises(FileNotFoundError, match=r"gone\.safetensors"):
-        FixedPointNetwork.load(tmp_path / "gone.safetensors")
+        Module.load(tmp_path / "gone.safetensors")
     with pytest.raises(ValueError, match=r"expected the path of a \.safetensors file"):
         FixedPointNetwork.load(str(json_path))
     with pytest.raises(RuntimeError, match="expected a file that can be written"):
@@ -510,24 +510,22 @@ def test_a_killed_save_leaves_the_old_file_or_the_new(tmp_path):
 
 def test_model_from_images_to_logits(tmp_path):
     graph, tensors, codes = graphs.sample("shortcut_accumulators")
-    model = FixedPointNetwork(graph, as_tensors(tensors))
+    model = Module(graph, as_tensors(tensors))
     images = torch.from_numpy(codes).float() * graph["input"]["scale"]
     want = oracle.run(graph, tensors, codes)["fc"] * graph["output"]["scale"]
     np.testing.assert_array_equal(model(images).numpy(), want.astype(np.float32))
     model.save(tmp_path / "net.safetensors")
-    for again in (FixedPointNetwork.load(tmp_path / "net.safetensors"), copy.deepcopy(model), model.to("cpu").double()):
+    for again in (Module.load(tmp_path / "net.safetensors"), copy.deepcopy(model), model.to("cpu").double()):
         assert again(images).equal(model(images)) and not again.training
 
 
 def test_model_state_dict():
     graph, tensors, codes = graphs.sample("mobile_block")
-    model = torch.nn.Sequential(FixedPointNetwork(graph, as_tensors(tensors)))
+    model = torch.nn.Sequential(Module(graph, as_tensors(tensors)))
     state = model.state_dict()
     assert set(state) == {f"0.{name}" for name in tensors}
     assert {value.dtype for value in state.values()} == {torch.int8, torch.int32}
-    other = torch.nn.Sequential(
-        FixedPointNetwork(graph, {k: torch.zeros_like(v) for k, v in as_tensors(tensors).items()})
-    )
+    other = torch.nn.Sequential(Module(graph, {k: torch.zeros_like(v) for k, v in as_tensors(tensors).items()}))
     other.load_state_dict(state)
     x = torch.from_numpy(codes).float()
     assert other(x).equal(model(x))
@@ -541,7 +539,7 @@ def test_model_state_dict():
 @pytest.mark.cuda
 def test_model_moves_to_cuda():
     graph, tensors, codes = graphs.sample("mobile_block")
-    model = FixedPointNetwork(graph, as_tensors(tensors))
+    model = Module(graph, as_tensors(tensors))
     x = torch.from_numpy(codes).float()
     want = model(x)
     assert model.cuda()(x.cuda()).cpu().equal(want)

@@ -21,7 +21,8 @@ namespace quantrain::amp {
 // device_type    kCPU or kCUDA
 // dtype          kHalf or kBFloat16; absent: torch's setting for the device (float16 on CUDA, bfloat16 on the CPU)
 // cache_enabled  keep each weight's cast for the next use in the scope; absent: as outside. Off under CUDA graph
-// capture. Errors: ValueError for another device type or dtype.
+//                capture.
+// Errors: ValueError for another device type or dtype.
 class QUANTRAIN_API AutocastGuard {
  public:
   explicit AutocastGuard(c10::DeviceType device_type, std::optional<at::ScalarType> dtype = std::nullopt,

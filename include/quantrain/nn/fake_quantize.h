@@ -23,8 +23,8 @@ namespace quantrain::nn {
 // Where the scale comes from:
 //   dynamic              computed from each input (choose_qparams); nothing stored
 //   another observer     `scale` (float32) and, affine, `zero_point` (int32) are buffers that follow the submodule
-//   `observer` and learnable        `scale` is a parameter: set by the observer, then trained by LSQ with the gradient
-//   factor
+//                        `observer`
+//   and learnable        `scale` is a parameter: set by the observer, then trained by LSQ with the gradient factor
 //                        1 / sqrt(x.numel() / scale.numel() * quant_max); pulled up to 1e-8 where a step took it below
 //
 // It observes under Calibration (layers.h) and in training until enable_observer(false) freezes the range. Evaluation

@@ -6,9 +6,8 @@
 //
 //   theorem 1   E[Q(g)] = g: the probe's z-score of the mean error says whether it holds
 //   theorem 2   Var[dTheta] = Var[dTheta_QAT] + sum_l E[sum_{k <= l} Var[Q(g_l) gamma(k, l)]]: the batch variance, and
-//   what each layer
-//               l adds to the weight gradients dTheta_k of itself (k = l: weight_variance) and all before it
-//               (network_variance)
+//               what each layer l adds to the weight gradients dTheta_k of itself (k = l: weight_variance) and all
+//               before it (network_variance)
 //   theorem 3   Var[Q(g)] <= (D / 4) ||S^-1||_F^2 = bound, S the map from g to the codes; proportional to 1 / B^2
 //
 // Use, C++ and Python alike: attach, then for each batch forward, backward, end_batch().
@@ -88,9 +87,8 @@ struct ProbeLayer {
 struct ProbeAdvice {
   std::string layer;
   GradientSpec quantizer;
-  std::string
-      // "network": network_variance against all layers' batch variance; "weight": weight_variance against the layer's
-      basis;
+  // "network": network_variance against all layers' batch variance; "weight": weight_variance against the layer's
+  std::string basis;
   double ratio = 0;         // that variance over that batch variance
   double allowed = 0;       // fraction, for "network" shared equally among the layers
   int64_t bits_needed = 0;  // smallest in 2 to 8 with ratio (B / B')^2 <= allowed; 9 where 8 is not enough

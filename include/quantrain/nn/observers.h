@@ -74,7 +74,8 @@ class QUANTRAIN_API FixedDtypeModule : public torch::nn::Module {
 // the shape of the scale; they start at +infinity and -infinity. spec.observer picks the batch's range (m, M):
 //
 //   min_max         m, M = min(x), max(x);             min_val = min(min_val, m),              max_val = max(max_val,
-//   M) moving_average  m, M = min(x), max(x);             min_val += averaging_constant (m - min_val), max_val alike
+//                   M)
+//   moving_average  m, M = min(x), max(x);             min_val += averaging_constant (m - min_val), max_val alike
 //   percentile      of the n sorted elements of the block, M the k-th and m the (n + 1 - k)-th,
 //                   k = ceil(percentile / 100 n);      averaged as moving_average
 //   mse             the range [r min(x), r max(x)], r in {1/80, ..., 1}, whose quantised block has the least

@@ -22,11 +22,13 @@ namespace quantrain::nn {
 // observer     dynamic         the scale is computed from the tensor at each call and nothing is stored
 //              min_max         the smallest and largest value ever seen
 //              moving_average  averages of the batches' minimum and maximum with weight `averaging_constant` for the
-//              new one percentile      like moving_average, over the `percentile` and (100 - percentile) quantiles of
-//              each batch mse             like moving_average, over the range that rounds each batch with the least
-//              squared error
+//                              new one
+//              percentile      like moving_average, over the `percentile` and (100 - percentile) quantiles of each
+//                              batch
+//              mse             like moving_average, over the range that rounds each batch with the least squared error
 // learnable    the scale is a parameter trained by LSQ (Esser et al., arXiv:1902.08153, section 2.1); the observer
-// initialises it nan_policy   what an observer does with a batch that holds NaN: "raise" an error, or "skip" the batch
+//              initialises it
+// nan_policy   what an observer does with a batch that holds NaN: "raise" an error, or "skip" the batch
 struct QUANTRAIN_API QuantSpec {
   int64_t bits = 8;  // 1 to 16
   bool symmetric = true;
@@ -55,12 +57,10 @@ struct QUANTRAIN_API QuantSpec {
 // <quantrain/ops/gradient_quant.h>; always stochastically, so that the gradients computed from it stay unbiased).
 //
 // quantizer      per_tensor, per_sample, per_channel or householder; "auto": the finest scale that an integer product
-// of the layer
-//                allows, per_sample for grad_input, and for grad_weight per_channel (Linear) or per_tensor
+//                of the layer allows, per_sample for grad_input, and for grad_weight per_channel (Linear) or per_tensor
 //                (convolution)
 // rows           what a row of the gradient is: "sample" (dimension 0) or "token" (all dimensions but the last);
-// "auto": token for
-//                Linear, sample for convolutions
+//                "auto": token for Linear, sample for convolutions
 // preserve_zero  per_sample and per_channel: zero is a code of every row or column (per_tensor: it always is)
 // max_group      householder: how many rows a block holds at most, 3 to 256
 struct QUANTRAIN_API GradientSpec {
@@ -107,11 +107,13 @@ struct QUANTRAIN_API Int8Spec {
 // shifts (nn/fixed_point/network.h).
 //
 // fraction_length    how the fraction length of a tensor is chosen: "std", from its standard deviation, or "mse", the
-// one of least squared error clip               true: activations are clipped at a learned level (PACT), which is
-// folded into the neighbours' weights; false: not clipped hysteresis         octaves by which a weight's standard
-// deviation must pass a threshold before its fraction length changes; 0: none double_forward     true: batch statistics
-// come from a second convolution with the unrounded weight, as published; false: from the one
-//                    convolution with the rounded weight
+//                    one of least squared error
+// clip               true: activations are clipped at a learned level (PACT), which is folded into the neighbours'
+//                    weights; false: not clipped
+// hysteresis         octaves by which a weight's standard deviation must pass a threshold before its fraction length
+//                    changes; 0: none
+// double_forward     true: batch statistics come from a second convolution with the unrounded weight, as published;
+//                    false: from the one convolution with the rounded weight
 struct QUANTRAIN_API FixedPointSpec {
   std::string fraction_length = "std";
   bool clip = true;
@@ -130,15 +132,14 @@ struct QUANTRAIN_API FixedPointSpec {
 // One layer: specs of the tensors it quantises (absent: left in floating point), and how it runs.
 //
 // grad_input, grad_weight  the gradient of the output as the products for the gradients of input and weight take it
-// (StatQuant, Chen et
+//                          (StatQuant, Chen et
 //            al., arXiv:2010.14298: Q_b2 and Q_b1, two independent draws). Linear layers and convolutions only
 // backend    "simulate": floating-point arithmetic on fake-quantised values
 //            "int8": integer matrix products, of Linear layers only: of converted ones, and with `int8` in training.
 //            Weight and input 8 bits, symmetric; weight per_channel or per_tensor; input per_token and dynamic, or
 //            per_tensor and observed
 // int8       Linear layers train as Int8Linear; weight dynamic per_channel, input dynamic per_token. With backend
-// "simulate" the same
-//            codes are multiplied in float32
+//            "simulate" the same codes are multiplied in float32
 // fixed_point convolutions and Linear layers train in fixed point, and convert() makes an integer-only network. Weight
 // 8 bits, symmetric, dynamic,
 //            per_tensor or per_channel (of fraction lengths); input 8 bits, per_tensor, moving_average; nothing else

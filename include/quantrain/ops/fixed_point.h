@@ -35,8 +35,8 @@ QUANTRAIN_API at::Tensor fixed_point_quantize(const at::Tensor& input, const at:
 // The fraction length, int32, that suits `input`: of shape [1], or with `axis` one an index of that dimension, [1, ..,
 // C, .., 1].
 //   "std"  the number of f in 1..WL - signed with s <= c / 2^f, s the unbiased standard deviation over all elements; c
-//   = 40 signed, 70
-//          unsigned at 8 bits (unsigned: of the tensor before its ReLU). One element, or equal ones: the longest.
+//          = 40 signed, 70 unsigned at 8 bits (unsigned: of the tensor before its ReLU). One element, or equal ones:
+//          the longest.
 //   "rms"  the same with the root mean square; c = 40 and 50 (unsigned: of the tensor after its ReLU).
 //   "mse"  the fraction length of least squared error; the longer one where two are equal.
 // For other word lengths c is where a Gaussian is rounded equally well with f and f - 1 (csrc/common/fixed_point.h).

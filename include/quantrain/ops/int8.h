@@ -65,7 +65,7 @@ QUANTRAIN_API at::Tensor int8_transpose(const at::Tensor& codes);
 //   "fold"     codes those of the forward pass, transposed; column_factor = scale; scale 1
 //   "columns"  columns quantised anew; column_factor 1
 //   "auto"     fold where max(s^2) <= 4 mean(s^2), which bounds how much folding can raise the variance of dX; decided
-//   on the device
+//              on the device
 struct Int8WeightTranspose {
   at::Tensor codes;          // int8 [K, O]
   at::Tensor column_factor;  // float32 [O], for dY

@@ -167,11 +167,9 @@ struct QUANTRAIN_API FixedPointFolded {
 // What the convolution and the linear layer share. With sf = bn.weight / sqrt(bn.running_var + eps) (1 without batch
 // norm) and W_eff = W sf eta_in / eta_out, FL_w chosen from W_eff at every call, Q = fix_quant to 8 signed bits:
 //   training    y = bn(product(x, Q(W_eff) eta_out / (eta_in sf)) + bias), the factors held constant (0 counts as 1);
-//   with double_forward
-//               as published: sf from mean and variance of product(x, W), with gradient
+//               with double_forward as published: sf from mean and variance of product(x, W), with gradient
 //   evaluation  y = product(u, Q(W_eff)) + b_q, b_q = (bn.bias - (running_mean - bias) sf) / eta_out rounded to FL_x +
-//   FL_w; float32 where
-//               the accumulator stays below 2^24, else float64
+//               FL_w; float32 where the accumulator stays below 2^24, else float64
 // then y + residual, then output_activation. Without one the output is in real values: eta_out = 2^-j with j such that
 // FL_w can be 7.
 class QUANTRAIN_API FixedPointLayer : public torch::nn::Module, public FixedPointSwitch {

@@ -6,16 +6,16 @@
 //    "input": {"name", "channels", "signed", "fraction_length", "scale"},    // real value = code * scale
 //    "nodes": [{"name", "op", "inputs": [names], ...}, ...],                 // in topological order
 //    "output": {"name", "scale"}}                                            // real value = accumulator * scale, a
-//    power of two
+//                                                                            power of two
 // Fields a node has beside those three (an array of two is height, width):
 //   conv2d      kernel [2], stride [2], padding [2], groups, channels, weight_fraction_length, output, (signed,
-//   fraction_length)
-//               groups is 1, or the number of input and output channels. A second input is a residual, codes or
-//               accumulators, added before the one rounding; then output is "codes".
+//               fraction_length) groups is 1, or the number of input and output channels. A second input is a residual,
+//               codes or accumulators, added before the one rounding; then output is "codes".
 //   linear      features, weight_fraction_length, output, (signed, fraction_length); its input is flat
 //   max_pool2d  kernel [2], stride [2], padding [2]
 //   avg_pool2d  size [2] (the whole image), shift, fraction_length: the sum has FL of the input + shift, and is rounded
-//   to codes slice_pad   stride [2], pad [before, after]: x[:, :, ::sh, ::sw] between channels of zeros
+//               to codes
+//   slice_pad   stride [2], pad [before, after]: x[:, :, ::sh, ::sw] between channels of zeros
 //   add         signed, fraction_length: two inputs, codes or accumulators
 //   flatten     [N, C, H, W] to [N, C H W], in that order
 // conv2d and linear have tensors "<name>.weight", int8 codes -127..127 [O, C / groups, kh, kw] or [O, K] of
