@@ -1,16 +1,15 @@
-#include "quantrain/nn/layers.h"
+#include "quantrain/nn/calibration.h"
 
 // Calibration: what it switches, what it restores, and what it says at its end.
 
 #include <algorithm>
 #include <exception>
-#include <map>
+#include <utility>
 
 #include <ATen/core/grad_mode.h>
 #include <c10/util/Exception.h>
 
 #include "nn/labels.h"
-#include "quantrain/nn/fixed_point/layers.h"
 
 namespace quantrain::nn {
 namespace {
@@ -55,25 +54,16 @@ std::string CalibrationReport::text() const {
 }
 
 struct Calibration::Saved {
-  struct Quantiser {
+  struct Switched {
     std::string name;
     std::shared_ptr<torch::nn::Module> module;  // keeps it alive
-    FakeQuantizeImpl* fake_quant = nullptr;
-    bool enabled = true;
-    std::map<std::string, at::Tensor> state;
-  };
-  struct Switch {
-    std::string name;
-    std::shared_ptr<torch::nn::Module> module;
-    FixedPointSwitch* fixed_point = nullptr;
+    Calibrates* calibrates = nullptr;
     bool enabled = true;
   };
   at::NoGradGuard no_grad;
   int exceptions = std::uncaught_exceptions();
   std::vector<std::pair<std::shared_ptr<torch::nn::Module>, bool>> training;
-  std::vector<Quantiser> quantisers;
-  std::vector<Switch> switches;
-  std::vector<std::pair<at::Tensor, at::Tensor>> sizes;  // of average pools, and copies
+  std::vector<Switched> switched;
   bool ended = false;
 };
 
@@ -83,20 +73,11 @@ Calibration::Calibration(torch::nn::Module& module) : saved_(std::make_unique<Sa
   for (const auto& item : module.named_modules()) {
     const std::shared_ptr<torch::nn::Module>& child = item.value();
     saved_->training.emplace_back(child, child->is_training());
-    if (auto* fake_quant = child->as<FakeQuantizeImpl>()) {
-      Saved::Quantiser quantiser{item.key(), child, fake_quant, fake_quant->fake_quant_enabled(), {}};
-      for (const auto& tensor : fake_quant->named_parameters()) quantiser.state[tensor.key()] = tensor.value().clone();
-      for (const auto& tensor : fake_quant->named_buffers()) quantiser.state[tensor.key()] = tensor.value().clone();
-      saved_->quantisers.push_back(std::move(quantiser));
-      fake_quant->enable_fake_quant(false);
-      fake_quant->set_calibrating(true);
+    if (auto* calibrates = dynamic_cast<Calibrates*>(child.get())) {
+      saved_->switched.push_back({item.key(), child, calibrates, calibrates->fake_quant_enabled()});
+      calibrates->enable_fake_quant(false);
+      calibrates->begin_calibration();
     }
-    if (auto* fixed_point = dynamic_cast<FixedPointSwitch*>(child.get())) {
-      saved_->switches.push_back({item.key(), child, fixed_point, fixed_point->fake_quant_enabled()});
-      fixed_point->enable_fake_quant(false);
-      fixed_point->begin_calibration();
-    }
-    if (auto* pool = child->as<FixedPointAvgPool2dImpl>()) saved_->sizes.emplace_back(pool->size, pool->size.clone());
   }
   module.eval();
 }
@@ -122,62 +103,44 @@ CalibrationReport Calibration::finish() {
 
 void Calibration::end(bool keep) {
   saved_->ended = true;
-  if (keep) {  // a weight's range needs no batch: also where no batch reached the layer
+  const auto finish_layers = [this](void (FinishesCalibration::*what)()) {
     for (const auto& [child, training] : saved_->training) {
-      auto* layer = dynamic_cast<QuantModule*>(child.get());
-      if (!layer || layer->converted() || !layer->weight_fake_quant || layer->weight_fake_quant->has_scale()) continue;
-      layer->weight_fake_quant->observe(layer->weight_to_quantize());
+      if (auto* layer = dynamic_cast<FinishesCalibration*>(child.get())) (layer->*what)();
     }
-  }
-  for (const Saved::Quantiser& quantiser : saved_->quantisers) {
-    quantiser.fake_quant->enable_fake_quant(quantiser.enabled);
-    quantiser.fake_quant->set_calibrating(false);
-    if (keep) continue;
-    for (auto& tensor : quantiser.fake_quant->named_parameters())
-      tensor.value().copy_(quantiser.state.at(tensor.key()));
-    for (auto& tensor : quantiser.fake_quant->named_buffers()) tensor.value().copy_(quantiser.state.at(tensor.key()));
-    quantiser.fake_quant->state_changed();
-  }
-  // Activations first: the fraction lengths of weights follow their levels.
-  for (const bool activations : {true, false}) {
-    for (const Saved::Switch& item : saved_->switches) {
-      if ((dynamic_cast<FixedPointActivationImpl*>(item.module.get()) != nullptr) != activations) continue;
-      item.fixed_point->enable_fake_quant(item.enabled);
-      item.fixed_point->end_calibration(keep);
+  };
+  if (keep) finish_layers(&FinishesCalibration::observe_weight);
+  for (const int order : {0, 1}) {
+    for (const Saved::Switched& item : saved_->switched) {
+      if (item.calibrates->end_order() != order) continue;
+      item.calibrates->enable_fake_quant(item.enabled);
+      item.calibrates->end_calibration(keep);
     }
-  }
-  for (auto& [size, copy] : saved_->sizes) {
-    if (!keep) size.copy_(copy);
   }
   // Parents come before their children, whose own mode is set last.
   for (const auto& [child, training] : saved_->training) child->train(training);
-  if (!keep) return;
-  for (const auto& [child, training] : saved_->training) {
-    auto* layer = dynamic_cast<QuantModule*>(child.get());
-    if (!layer || layer->recipe().training) continue;
-    for (const FakeQuantize& item : {layer->weight_fake_quant, layer->input_fake_quant, layer->output_fake_quant}) {
-      FakeQuantize fake_quant = item;
-      if (!fake_quant || !fake_quant->has_scale()) continue;
-      if (fake_quant->of_weight() || !fake_quant->sees_only_zeros()) fake_quant->enable_observer(false);
-    }
-  }
+  if (keep) finish_layers(&FinishesCalibration::freeze_for_inference);
 }
 
 CalibrationReport Calibration::report() const {
   CalibrationReport result;
-  for (const Saved::Quantiser& quantiser : saved_->quantisers) {
-    FakeQuantizeImpl& fake_quant = *quantiser.fake_quant;
-    if (fake_quant.of_weight()) continue;
-    if (!fake_quant.has_scale())
-      result.unreached.push_back(quantiser.name);
-    else if (fake_quant.sees_only_zeros())
-      result.only_zeros.push_back(quantiser.name);
-  }
-  for (const Saved::Switch& item : saved_->switches) {
-    auto* activation = dynamic_cast<FixedPointActivationImpl*>(item.module.get());
-    if (activation && !activation->reached()) result.unreached.push_back(item.name);
+  for (const Saved::Switched& item : saved_->switched) {
+    const Calibrates::Reached reached = item.calibrates->reached_by_calibration();
+    if (reached == Calibrates::Reached::kNothing) result.unreached.push_back(item.name);
+    if (reached == Calibrates::Reached::kOnlyZeros) result.only_zeros.push_back(item.name);
   }
   return result;
+}
+
+void enable_observer(torch::nn::Module& module, bool on) {
+  for (const auto& child : module.modules()) {
+    if (auto* calibrates = dynamic_cast<Calibrates*>(child.get())) calibrates->enable_observer(on);
+  }
+}
+
+void enable_fake_quant(torch::nn::Module& module, bool on) {
+  for (const auto& child : module.modules()) {
+    if (auto* calibrates = dynamic_cast<Calibrates*>(child.get())) calibrates->enable_fake_quant(on);
+  }
 }
 
 }  // namespace quantrain::nn

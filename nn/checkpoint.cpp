@@ -22,7 +22,7 @@
 #include "nn/labels.h"
 #include "nn/replace_file.h"
 #include "nn/safetensors.h"
-#include "quantrain/nn/fixed_point/layers.h"
+#include "quantrain/nn/calibration.h"
 #include "quantrain/nn/layers.h"
 
 namespace quantrain::nn {
@@ -249,7 +249,8 @@ std::string layer_recipes_text(const torch::nn::Module& module) {
 
 std::string format_of(const char* tensor, const QuantSpec& spec) {
   return std::string(tensor) + (spec.symmetric ? " int" : " uint") + std::to_string(spec.bits) + " " +
-         spec.granularity + (spec.granularity == "per_group" ? " of " + std::to_string(spec.group_size) : "");
+         name_of(spec.granularity) +
+         (spec.granularity == Granularity::kPerGroup ? " of " + std::to_string(spec.group_size) : "");
 }
 
 // What decides a layer's codes. with_input: false for an embedding, whose input is indices.
@@ -273,8 +274,9 @@ bool made_with(const Recipe& layer, const Recipe& recipe) {
 void check_recipe_of(const torch::nn::Module& module, const Recipe& recipe) {
   std::map<std::string, Recipe> layers = layer_recipes(module);
   for (const auto& item : module.named_modules()) {
-    if (const auto* layer = dynamic_cast<const FixedPointLayer*>(item.value().get()))
+    if (const auto* layer = dynamic_cast<const HasRecipe*>(item.value().get()); layer && !layers.contains(item.key())) {
       layers[item.key()] = layer->recipe();
+    }
   }
   TORCH_CHECK_VALUE(!layers.empty(), "save_checkpoint: expected no recipe for a float model, got '", recipe.name, "'");
   for (const auto& item : layers) {
@@ -540,13 +542,9 @@ void load_float(const std::string& path, torch::nn::Module& module,
       fail(path, "a module that is not converted, to load float weights into",
            "a converted layer " + in_quotes(item.key()));
     }
-    const bool whole = child.as<FakeQuantizeImpl>() || child.as<FixedPointAvgPool2dImpl>() ||
-                       dynamic_cast<const FixedPointActivationImpl*>(&child);
-    if (whole) {
-      for (const auto& tensor : child.named_parameters()) own.insert(prefix + tensor.key());
-      for (const auto& tensor : child.named_buffers()) own.insert(prefix + tensor.key());
-    } else if (dynamic_cast<const FixedPointLayer*>(&child)) {
-      own.insert(prefix + "weight_fraction_length");
+    const auto* calibrates = dynamic_cast<const Calibrates*>(&child);
+    for (const auto& tensor : state_of(child)) {
+      if (calibrates && calibrates->is_own_tensor(tensor.first)) own.insert(prefix + tensor.first);
     }
   }
   std::map<std::string, at::Tensor> tensors;

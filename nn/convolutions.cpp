@@ -43,8 +43,7 @@ std::vector<int64_t> transposed_shape(const torch::nn::ConvTranspose2dOptions& o
 }  // namespace
 
 QuantConv1dImpl::QuantConv1dImpl(const torch::nn::Conv1dOptions& options, const Recipe& recipe)
-    : Copied("QuantConv1d", detail::without_integer_products("QuantConv1d", recipe), conv1d_shape(options), {-1, 1, 1}),
-      options_(options) {
+    : Copied("QuantConv1d", recipe, conv1d_shape(options), {-1, 1, 1}), options_(options) {
   reset_weight_and_bias(options.bias());
 }
 
@@ -82,12 +81,7 @@ at::Tensor QuantConv1dImpl::forward(const at::Tensor& input) {
 
 QuantConvTranspose2dImpl::QuantConvTranspose2dImpl(const torch::nn::ConvTranspose2dOptions& options,
                                                    const Recipe& recipe)
-    : Copied("QuantConvTranspose2d", detail::without_integer_products("QuantConvTranspose2d", recipe),
-             transposed_shape(options), {-1, 1, 1, 1}),
-      options_(options) {
-  TORCH_CHECK_VALUE(!recipe.grad_input && !recipe.grad_weight,
-                    "QuantConvTranspose2d: expected a recipe without grad_input and grad_weight, got '", recipe.name,
-                    "'");
+    : Copied("QuantConvTranspose2d", recipe, transposed_shape(options), {-1, 1, 1, 1}), options_(options) {
   std::vector<int64_t> shape = weight_shape();
   shape[0] = options.in_channels();
   shape[1] = options.out_channels() / options.groups();

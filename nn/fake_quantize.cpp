@@ -19,7 +19,6 @@
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/graph_task.h>
 
-#include "quantrain/nn/fixed_point/layers.h"
 #include "quantrain/ops/fake_quant.h"
 
 namespace quantrain::nn {
@@ -108,6 +107,29 @@ bool FakeQuantizeImpl::observer_enabled() const {
 
 bool FakeQuantizeImpl::sees_only_zeros() const { return observer && observer->only_zeros().all().item<bool>(); }
 
+void FakeQuantizeImpl::begin_calibration() {
+  calibrating_ = true;
+  before_.clear();
+  for (const auto& item : named_parameters()) before_.emplace_back(item.value(), item.value().detach().clone());
+  for (const auto& item : named_buffers()) before_.emplace_back(item.value(), item.value().clone());
+}
+
+void FakeQuantizeImpl::end_calibration(bool keep) {
+  calibrating_ = false;
+  if (!keep) {
+    const at::NoGradGuard no_grad;
+    for (auto& [tensor, copy] : before_) tensor.copy_(copy);
+    state_changed();
+  }
+  before_.clear();
+}
+
+Calibrates::Reached FakeQuantizeImpl::reached_by_calibration() {
+  if (of_weight_) return Reached::kNotAsked;
+  if (!has_scale()) return Reached::kNothing;
+  return sees_only_zeros() ? Reached::kOnlyZeros : Reached::kSomething;
+}
+
 void FakeQuantizeImpl::set_label(const std::string& path) {
   label_ = "FakeQuantize '" + path + "'";
   if (observer) observer->set_label("Observer '" + path + ".observer'");
@@ -138,7 +160,7 @@ at::Tensor FakeQuantizeImpl::observe(const at::Tensor& input, const at::Tensor& 
   if (zero_point.defined()) {
     zero_point.copy_(observed_zero_point);
   }
-  if (waits || spec_.nan_policy != "raise") return {};
+  if (waits || spec_.nan_policy != NanPolicy::kRaise) return {};
   const at::Tensor nan = at::full({}, std::numeric_limits<float>::quiet_NaN(), scale.options());
   return at::where(range.finite, observed_scale, nan);
 }
@@ -216,11 +238,11 @@ void FakeQuantizeImpl::freeze() {
 
 std::vector<int64_t> FakeQuantizeImpl::scale_shape_of(const at::Tensor& input) const {
   std::vector<int64_t> shape = scale_shape_;
-  if (spec_.granularity == "per_token" && shape.size() == 1) {
+  if (spec_.granularity == Granularity::kPerToken && shape.size() == 1) {
     shape.assign(input.dim(), -1);
     if (!shape.empty()) shape.back() = 1;
   }
-  if (spec_.granularity == "per_token" && shape.size() > static_cast<size_t>(input.dim())) {
+  if (spec_.granularity == Granularity::kPerToken && shape.size() > static_cast<size_t>(input.dim())) {
     shape.erase(shape.begin(), shape.end() - input.dim());  // one sample without its batch dimension
   }
   for (size_t d = 0; d < shape.size(); ++d) {
@@ -230,18 +252,5 @@ std::vector<int64_t> FakeQuantizeImpl::scale_shape_of(const at::Tensor& input) c
 }
 
 bool in_backward() { return torch::autograd::get_current_graph_task_id() != -1; }
-
-void enable_observer(torch::nn::Module& module, bool on) {
-  for (const auto& child : module.modules()) {
-    if (auto* fake_quantize = child->as<FakeQuantizeImpl>()) fake_quantize->enable_observer(on);
-  }
-}
-
-void enable_fake_quant(torch::nn::Module& module, bool on) {
-  for (const auto& child : module.modules()) {
-    if (auto* fake_quantize = child->as<FakeQuantizeImpl>()) fake_quantize->enable_fake_quant(on);
-    if (auto* fixed_point = dynamic_cast<FixedPointSwitch*>(child.get())) fixed_point->enable_fake_quant(on);
-  }
-}
 
 }  // namespace quantrain::nn

@@ -8,6 +8,7 @@
 
 #include "nn/layer_arguments.h"
 #include "ops/common/stream.h"
+#include "quantrain/nn/schemes/int8.h"
 #include "quantrain/ops/int8.h"
 #include "quantrain/ops/int8_linear.h"
 
@@ -17,7 +18,7 @@ using detail::defined_or_none;
 
 Int8LinearImpl::Int8LinearImpl(const torch::nn::LinearOptions& options, const Recipe& recipe)
     : Copied("Int8Linear", recipe, {options.out_features(), options.in_features()}, {1}) {
-  TORCH_CHECK_VALUE(recipe.int8, "Int8Linear: expected a recipe with int8, got '", recipe.name, "'");
+  TORCH_CHECK_VALUE(recipe.scheme_as<Int8Spec>(), "Int8Linear: expected a recipe with int8, got '", recipe.name, "'");
   reset_weight_and_bias(options.bias());
 }
 
@@ -31,11 +32,11 @@ at::Tensor Int8LinearImpl::forward(const at::Tensor& input) {
   if (left_float() || !weight_fake_quant->fake_quant_enabled() || !input_fake_quant->fake_quant_enabled()) {
     return quantized_output(watched(at::linear(input, weight, bias)));
   }
-  const Int8Spec& spec = *recipe().int8;
+  const Int8Spec& spec = *recipe().scheme_as<Int8Spec>();
   const bool gradients = quantises_gradients();
   const Int8LinearOptions options{spec.output, gradients ? std::string_view(spec.grad_input) : "none",
                                   gradients ? std::string_view(spec.grad_weight) : "none", spec.weight_scheme,
-                                  recipe().backend == "simulate"};
+                                  spec.simulate};
   std::optional<at::Tensor> codes, scale;
   // What is recorded for replays would find a kept tensor stale.
   if (cache_weight_ && at::GradMode::is_enabled() && !is_capturing(weight.device())) {

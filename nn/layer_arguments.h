@@ -5,9 +5,8 @@
 #include <string>
 
 #include <ATen/core/Tensor.h>
-#include <c10/util/Exception.h>
 
-#include "quantrain/nn/recipe.h"
+#include "quantrain/nn/schemes/gradient_quant.h"
 #include "quantrain/ops/fqt.h"
 
 namespace quantrain::nn::detail {
@@ -18,16 +17,12 @@ inline std::optional<at::Tensor> defined_or_none(const at::Tensor& tensor) {
 
 // The recipe's spec of grad_input or grad_weight as fqt_linear and fqt_conv2d take it.
 inline GradientQuantizer gradient_quantizer(const Recipe& recipe, const std::string& tensor, bool convolution) {
-  const std::optional<GradientSpec>& spec = tensor == "grad_input" ? recipe.grad_input : recipe.grad_weight;
+  const auto* scheme = recipe.scheme_as<GradientQuantSpec>();
+  if (!scheme) return {};
+  const std::optional<GradientSpec>& spec = tensor == "grad_input" ? scheme->grad_input : scheme->grad_weight;
   if (!spec) return {};
   const GradientSpec resolved = spec->resolved(tensor, convolution);
   return {resolved.quantizer, resolved.bits, resolved.rows, resolved.preserve_zero, resolved.max_group};
-}
-
-inline const Recipe& without_integer_products(const std::string& name, const Recipe& recipe) {
-  TORCH_CHECK_VALUE(!recipe.linear_only(), name,
-                    ": expected a recipe without integer products, which Linear layers have, got '", recipe.name, "'");
-  return recipe;
 }
 
 }  // namespace quantrain::nn::detail

@@ -25,7 +25,6 @@
 #include "nn/labels.h"
 #include "nn/layer_arguments.h"
 #include "nn/parameters.h"
-#include "quantrain/nn/fixed_point/layers.h"
 #include "quantrain/ops/fake_quant.h"
 #include "quantrain/ops/fqt.h"
 #include "quantrain/ops/int8.h"
@@ -34,24 +33,10 @@ namespace quantrain::nn {
 
 using detail::defined_or_none;
 using detail::gradient_quantizer;
-using detail::without_integer_products;
 
 namespace {
 
 constexpr int64_t kPackedBits = 4;  // codes of at most this many bits are stored two a byte
-
-// One scale a row, a group of the row, or the whole weight. Groups are for matrices whose rows they divide.
-std::vector<int64_t> weight_scale_shape(const QuantSpec& spec, const std::vector<int64_t>& shape) {
-  if (spec.granularity == "per_tensor") {
-    return {1};
-  }
-  std::vector<int64_t> scale_shape(shape.size(), 1);
-  scale_shape[0] = shape[0];
-  if (spec.granularity == "per_group" && shape.size() == 2 && shape[1] % spec.group_size == 0) {
-    scale_shape[1] = shape[1] / spec.group_size;
-  }
-  return scale_shape;
-}
 
 std::vector<int64_t> conv_weight_shape(const std::string& name, const torch::nn::Conv2dOptions& options) {
   const int64_t groups = options.groups();
@@ -90,6 +75,7 @@ QuantModule::QuantModule(std::string name, const Recipe& recipe, std::vector<int
       weight_shape_(std::move(weight_shape)),
       token_shape_(std::move(token_shape)) {
   recipe_.validate();
+  if (recipe_.scheme) recipe_.scheme->check_layer(this->name(), recipe_);
   make_fake_quants();
 }
 
@@ -99,8 +85,8 @@ void QuantModule::make_fake_quants() {
     if (member) unregister_module(key);
     member = nullptr;
     if (!spec) return;
-    const bool per_token = spec->granularity == "per_token";
-    member = FakeQuantize(*spec, key == "weight_fake_quant" ? weight_scale_shape(*spec, weight_shape_)
+    const bool per_token = spec->granularity == Granularity::kPerToken;
+    member = FakeQuantize(*spec, key == "weight_fake_quant" ? spec->weight_scale_shape(weight_shape_)
                                  : per_token                ? token_shape_
                                                             : std::vector<int64_t>{1});
     member->set_of_weight(key == "weight_fake_quant");
@@ -115,9 +101,8 @@ void QuantModule::make_fake_quants() {
 
 void QuantModule::use_recipe(const Recipe& recipe) {
   TORCH_CHECK_VALUE(!converted_, "use_recipe: expected a ", name(), " that is not converted, got a converted one");
-  TORCH_CHECK_VALUE(recipe.int8.has_value() == recipe_.int8.has_value() && recipe.backend == recipe_.backend,
-                    "use_recipe: expected a recipe of the same layers as '", recipe_.name, "', got '", recipe.name,
-                    "'");
+  TORCH_CHECK_VALUE(recipe.scheme == recipe_.scheme, "use_recipe: expected a recipe of the same layers as '",
+                    recipe_.name, "', got '", recipe.name, "'");
   for (const FakeQuantize& fake_quant : {weight_fake_quant, input_fake_quant, output_fake_quant}) {
     TORCH_CHECK_VALUE(!fake_quant || fake_quant->dynamic() || !FakeQuantize(fake_quant)->has_scale(),
                       "use_recipe: expected a ", name(), " before calibration and training, got one with a range");
@@ -226,6 +211,20 @@ bool QuantModule::dynamic() {
   return true;
 }
 
+void QuantModule::observe_weight() {
+  if (converted_ || !weight_fake_quant || weight_fake_quant->has_scale()) return;
+  weight_fake_quant->observe(weight_to_quantize());
+}
+
+void QuantModule::freeze_for_inference() {
+  if (recipe_.training) return;
+  for (const FakeQuantize& item : {weight_fake_quant, input_fake_quant, output_fake_quant}) {
+    FakeQuantize fake_quant = item;
+    if (!fake_quant || !fake_quant->has_scale()) continue;
+    if (fake_quant->of_weight() || !fake_quant->sees_only_zeros()) fake_quant->enable_observer(false);
+  }
+}
+
 void QuantModule::leave_float() {
   TORCH_CHECK_VALUE(!converted_, "leave_float: expected a ", name(), " that is not converted, got a converted one");
   left_float_ = true;
@@ -310,8 +309,8 @@ void QuantModule::pretty_print(std::ostream& stream) const {
   stream << "quantrain::nn::" << name() << "(weight " << at::IntArrayRef(weight_shape_);
   const auto print = [this, &stream](const char* tensor, const std::optional<QuantSpec>& spec) {
     if (!spec || left_float_) return;
-    stream << tensor << (spec->symmetric ? "int" : "uint") << spec->bits << ' ' << spec->granularity << " ("
-           << spec->observer << (spec->learnable ? ", learned)" : ")");
+    stream << tensor << (spec->symmetric ? "int" : "uint") << spec->bits << ' ' << name_of(spec->granularity) << " ("
+           << name_of(spec->observer) << (spec->learnable ? ", learned)" : ")");
   };
   print(" ", recipe_.weight);
   print(", input ", recipe_.input);
@@ -321,8 +320,6 @@ void QuantModule::pretty_print(std::ostream& stream) const {
 
 QuantLinearImpl::QuantLinearImpl(const torch::nn::LinearOptions& options, const Recipe& recipe)
     : Copied("QuantLinear", recipe, {options.out_features(), options.in_features()}, {1}) {
-  TORCH_CHECK_VALUE(!recipe.int8, "QuantLinear: expected a recipe without int8 (Int8Linear trains with it), got '",
-                    recipe.name, "'");
   reset_weight_and_bias(options.bias());
 }
 
@@ -346,8 +343,7 @@ at::Tensor QuantLinearImpl::forward(const at::Tensor& input) {
 }
 
 QuantConv2dImpl::QuantConv2dImpl(const std::string& name, const torch::nn::Conv2dOptions& options, const Recipe& recipe)
-    : Copied(name, without_integer_products(name, recipe), conv_weight_shape(name, options), {-1, 1, 1, 1}),
-      options_(options) {
+    : Copied(name, recipe, conv_weight_shape(name, options), {-1, 1, 1, 1}), options_(options) {
   reset_weight_and_bias(options.bias());
 }
 
@@ -456,7 +452,7 @@ at::Tensor QuantConvBn2dImpl::forward(const at::Tensor& input) {
 QuantEmbeddingImpl::QuantEmbeddingImpl(const torch::nn::EmbeddingOptions& options, const Recipe& recipe)
     : Copied("QuantEmbedding",
              [&recipe] {
-               Recipe without_input = without_integer_products("QuantEmbedding", recipe);
+               Recipe without_input = recipe;
                without_input.input.reset();
                return without_input;
              }(),
@@ -498,7 +494,7 @@ at::Tensor QuantEmbeddingImpl::quantized_rows(const at::Tensor& indices) {
     return rows;
   }
   // Each row has its own scales, so a dynamic scale of the gathered rows is the table's scale, gathered.
-  if (weight_fake_quant->dynamic() && weight_fake_quant->spec().granularity != "per_tensor") {
+  if (weight_fake_quant->dynamic() && weight_fake_quant->spec().granularity != Granularity::kPerTensor) {
     const QuantSpec& spec = weight_fake_quant->spec();
     std::vector<int64_t> shape = indices.sizes().vec();
     shape.push_back(weight_fake_quant->scale_shape()[1]);
@@ -554,8 +550,8 @@ void copy_state(const torch::nn::Module& from, torch::nn::Module& to, const std:
     if (auto* quantiser = copies[i]->as<FakeQuantizeImpl>()) {
       quantiser->copy_switches(*modules[i]->as<FakeQuantizeImpl>());
     }
-    if (const auto* fixed_point = dynamic_cast<const FixedPointSwitch*>(modules[i].get())) {
-      dynamic_cast<FixedPointSwitch&>(*copies[i]).enable_fake_quant(fixed_point->fake_quant_enabled());
+    if (const auto* calibrates = dynamic_cast<const Calibrates*>(modules[i].get())) {
+      dynamic_cast<Calibrates&>(*copies[i]).enable_fake_quant(calibrates->fake_quant_enabled());
     }
   }
   for (size_t i = 0; i < modules.size(); ++i) copies[i]->train(modules[i]->is_training());

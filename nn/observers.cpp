@@ -79,7 +79,7 @@ void FixedDtypeModule::to(torch::Device device, bool non_blocking) { torch::nn::
 ObserverImpl::ObserverImpl(const QuantSpec& spec, std::vector<int64_t> scale_shape)
     : Copied("Observer"), spec_(spec), scale_shape_(std::move(scale_shape)) {
   spec_.validate();
-  TORCH_CHECK_VALUE(spec_.observer != "dynamic", "Observer: expected an observer that stores a range, got 'dynamic'");
+  TORCH_CHECK_VALUE(!spec_.dynamic(), "Observer: expected an observer that stores a range, got 'dynamic'");
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   min_val = register_buffer("min_val", at::full(scale_shape_, kInfinity, at::kFloat));
   max_val = register_buffer("max_val", at::full(scale_shape_, -kInfinity, at::kFloat));
@@ -102,13 +102,14 @@ ObserverImpl::Range ObserverImpl::measure(const at::Tensor& input, bool check) c
   // A percentile can step over the NaN, so the check reads the whole input, by its minimum and maximum.
   const auto [low, high] = quantrain::detail::min_max(x, scale_shape_);
   const at::Tensor finite = at::logical_and(at::isfinite(low), at::isfinite(high));
-  if (check && spec_.nan_policy == "raise") {
+  if (check && spec_.nan_policy == NanPolicy::kRaise) {
     TORCH_CHECK_VALUE(finite.all().item<bool>(), label_,
                       ": expected a batch without NaN or infinity, got one that holds some ",
                       "(nan_policy 'skip' passes over it)");
   }
-  const auto [min, max] =
-      spec_.observer == "percentile" || spec_.observer == "mse" ? batch_range(x) : std::make_tuple(low, high);
+  const auto [min, max] = spec_.observer == ObserverKind::kPercentile || spec_.observer == ObserverKind::kMse
+                              ? batch_range(x)
+                              : std::make_tuple(low, high);
   return {min, max, finite};
 }
 
@@ -121,7 +122,7 @@ void ObserverImpl::update(const Range& range) {
   const at::Tensor first = at::logical_or(nothing, only_zeros());
   at::Tensor new_min;
   at::Tensor new_max;
-  if (spec_.observer == "min_max") {
+  if (spec_.observer == ObserverKind::kMinMax) {
     new_min = at::minimum(min_val, low);
     new_max = at::maximum(max_val, high);
   } else {
@@ -139,7 +140,7 @@ at::Tensor ObserverImpl::unseen() const {
 }
 
 std::tuple<at::Tensor, at::Tensor> ObserverImpl::batch_range(const at::Tensor& input) const {
-  if (spec_.observer == "mse") {
+  if (spec_.observer == ObserverKind::kMse) {
     return quantrain::detail::mse_range(input, scale_shape_, spec_.quant_min(), spec_.quant_max(), spec_.symmetric);
   }
   return percentile_range(input, scale_shape_, spec_.percentile);

@@ -1,44 +1,119 @@
-// Python bindings of QuantSpec, GradientSpec, Int8Spec, FixedPointSpec and Recipe: keyword constructors, properties,
-// equality, copy and pickle (through JSON).
+// Python bindings of the structs whose fields() lists them (QuantSpec, GradientSpec, Recipe, the schemes): keyword
+// constructors, properties, printing, equality, copy and pickle (through JSON), made from that list alone.
+
+#include <set>
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "quantrain/nn/recipe.h"
+#include "quantrain/nn/schemes/fixed_point.h"
+#include "quantrain/nn/schemes/gradient_quant.h"
+#include "quantrain/nn/schemes/int8.h"
 
 namespace py = pybind11;
-using quantrain::nn::FixedPointSpec;
-using quantrain::nn::GradientSpec;
-using quantrain::nn::Int8Spec;
-using quantrain::nn::QuantSpec;
-using quantrain::nn::Recipe;
+using namespace quantrain::nn;
 
 void bind_recipe(py::module_& module);
 
 namespace {
 
-std::string python_repr(const py::object& value) { return py::repr(value).cast<std::string>(); }
+// An enum is its name in Python, a spec inside another the object itself, so that `recipe.weight.bits = 4` writes it.
+template <typename T>
+py::object to_python(T& value, py::handle parent) {
+  if constexpr (std::is_enum_v<T>)
+    return py::cast(name_of(value));
+  else
+    return py::cast(value, py::return_value_policy::reference_internal, parent);
+}
 
 template <typename T>
-std::string repr_of(const char* name, const T& self, std::initializer_list<const char*> fields) {
-  const py::object object = py::cast(self);
-  std::string text = std::string(name) + "(";
+py::object to_python(std::optional<T>& value, py::handle parent) {
+  return value ? py::cast(&*value, py::return_value_policy::reference_internal, parent) : py::none();
+}
+
+template <typename T>
+void from_python(const char* name, py::handle given, T& value) {
+  if constexpr (std::is_enum_v<T>) {
+    value = value_of<T>(given.cast<std::string>(), name);
+  } else {
+    value = given.cast<T>();
+  }
+}
+
+template <typename T>
+std::vector<std::string> names_of_fields() {
+  std::vector<std::string> names;
+  T value;
+  T::fields(value, [&names](const char* name, auto&) { names.push_back(name); });
+  return names;
+}
+
+template <typename T>
+void set_field(T& self, const std::string& field, py::handle given) {
+  T::fields(self, [&](const char* name, auto& value) {
+    if (field != name) return;
+    try {
+      from_python(name, given, value);
+    } catch (const py::cast_error&) {
+      throw py::type_error(std::string(T::kTypeName) + ": expected another type for " + name + ", got " +
+                           py::repr(given).cast<std::string>());
+    }
+  });
+}
+
+template <typename T>
+std::string repr_of(const py::object& self, const std::vector<std::string>& fields) {
+  std::string text = std::string(T::kTypeName) + "(";
   const char* separator = "";
-  for (const char* field : fields) {
-    text += separator + std::string(field) + "=" + python_repr(object.attr(field));
+  for (const std::string& field : fields) {
+    text += separator + field + "=" + py::repr(self.attr(field.c_str())).cast<std::string>();
     separator = ", ";
   }
   return text + ")";
 }
 
-// to_json, from_json, ==, copy, deepcopy and pickle, the same for all five structs. Pickle keeps a value that is not
-// valid, as an assignment can make it, only as far as JSON does: reading it back raises.
-template <typename T>
-void bind_value_semantics(py::class_<T>& cls) {
+// `others`: fields beside those that fields() lists, whose properties the caller defines.
+template <typename T, typename Class>
+void bind_fields(Class& cls, const std::vector<std::string>& others = {}) {
+  std::vector<std::string> names = names_of_fields<T>();
+  for (const std::string& name : names) {
+    cls.def_property(
+        name.c_str(),
+        [name](const py::object& self) {
+          py::object found;
+          T& value = self.cast<T&>();
+          T::fields(value, [&](const char* field, auto& member) {
+            if (name == field) found = to_python(member, self);
+          });
+          return found;
+        },
+        [name](T& self, const py::object& given) { set_field(self, name, given); });
+  }
+  names.insert(names.end(), others.begin(), others.end());
+  cls.def(py::init([names](const py::kwargs& given) {
+    T value;
+    py::object object = py::cast(&value, py::return_value_policy::reference);
+    for (const auto& item : given) {
+      const auto name = item.first.cast<std::string>();
+      if (std::find(names.begin(), names.end(), name) == names.end()) {
+        throw py::type_error(std::string(T::kTypeName) + ": expected a field of its own, got '" + name + "'");
+      }
+      object.attr(name.c_str()) = item.second;
+    }
+    value.validate();
+    return value;
+  }));
+  cls.def("validate", &T::validate, "Raises ValueError naming the field, the rule and the value.")
+      .def("__repr__", [names](const py::object& self) { return repr_of<T>(self, names); });
+}
+
+// Pickle keeps a value that is not valid, as an assignment can make it, only as far as JSON does: reading it back raises.
+template <typename T, typename Class>
+void bind_value(Class& cls) {
   cls.def("to_json", &T::to_json, "The JSON form, every field under its name.")
       .def_static("from_json", &T::from_json, py::arg("text"),
                   "Reads to_json()'s text; ValueError where it is not valid.")
-      .def("validate", &T::validate, "Raises ValueError naming the field, the rule and the value.")
       .def("__eq__", [](const T& a, const py::object& b) { return py::isinstance<T>(b) && a == b.cast<const T&>(); })
       .def("__copy__", [](const T& self) { return T(self); })
       .def(
@@ -47,169 +122,126 @@ void bind_value_semantics(py::class_<T>& cls) {
                       [](const std::string& text) { return T::from_json(text); }));
 }
 
-void bind_quant_spec(py::module_& module) {
-  const QuantSpec defaults;
-  py::class_<QuantSpec> cls(
-      module, "QuantSpec",
-      "How one tensor of a layer is quantised: codes, granularity, and where the scale comes from.");
-  cls.def(py::init([](int64_t bits, bool symmetric, const std::string& granularity, int64_t group_size,
-                      const std::string& observer, bool learnable, double averaging_constant, double percentile,
-                      const std::string& nan_policy) {
-            QuantSpec spec{bits,      symmetric,          granularity, group_size, observer,
-                           learnable, averaging_constant, percentile,  nan_policy};
-            spec.validate();
-            return spec;
-          }),
-          py::kw_only(), py::arg("bits") = defaults.bits, py::arg("symmetric") = defaults.symmetric,
-          py::arg("granularity") = defaults.granularity, py::arg("group_size") = defaults.group_size,
-          py::arg("observer") = defaults.observer, py::arg("learnable") = defaults.learnable,
-          py::arg("averaging_constant") = defaults.averaging_constant, py::arg("percentile") = defaults.percentile,
-          py::arg("nan_policy") = defaults.nan_policy)
-      .def_readwrite("bits", &QuantSpec::bits)
-      .def_readwrite("symmetric", &QuantSpec::symmetric)
-      .def_readwrite("granularity", &QuantSpec::granularity)
-      .def_readwrite("group_size", &QuantSpec::group_size)
-      .def_readwrite("observer", &QuantSpec::observer)
-      .def_readwrite("learnable", &QuantSpec::learnable)
-      .def_readwrite("averaging_constant", &QuantSpec::averaging_constant)
-      .def_readwrite("percentile", &QuantSpec::percentile)
-      .def_readwrite("nan_policy", &QuantSpec::nan_policy)
-      .def("quant_min", &QuantSpec::quant_min, "The smallest code: -2**(bits-1) symmetric, 0 affine.")
-      .def("quant_max", &QuantSpec::quant_max, "The largest code: 2**(bits-1) - 1 symmetric, 2**bits - 1 affine.")
-      .def("__repr__", [](const QuantSpec& self) {
-        return repr_of("QuantSpec", self,
-                       {"bits", "symmetric", "granularity", "group_size", "observer", "learnable", "averaging_constant",
-                        "percentile", "nan_policy"});
-      });
-  bind_value_semantics(cls);
+std::shared_ptr<Scheme> scheme_from(const std::string& kind, const std::string& fields) {
+  return make_scheme(kind, fields);
 }
 
-void bind_gradient_spec(py::module_& module) {
-  const GradientSpec defaults;
-  py::class_<GradientSpec> cls(
-      module, "GradientSpec",
-      "How the gradient of a layer's output is rounded before the product that gives grad_input or grad_weight.");
-  cls.def(py::init([](int64_t bits, const std::string& quantizer, const std::string& rows, bool preserve_zero,
-                      int64_t max_group) {
-            GradientSpec spec{bits, quantizer, rows, preserve_zero, max_group};
-            spec.validate();
-            return spec;
-          }),
-          py::kw_only(), py::arg("bits") = defaults.bits, py::arg("quantizer") = defaults.quantizer,
-          py::arg("rows") = defaults.rows, py::arg("preserve_zero") = defaults.preserve_zero,
-          py::arg("max_group") = defaults.max_group)
-      .def_readwrite("bits", &GradientSpec::bits)
-      .def_readwrite("quantizer", &GradientSpec::quantizer)
-      .def_readwrite("rows", &GradientSpec::rows)
-      .def_readwrite("preserve_zero", &GradientSpec::preserve_zero)
-      .def_readwrite("max_group", &GradientSpec::max_group)
-      .def("resolved", &GradientSpec::resolved, py::arg("tensor"), py::kw_only(), py::arg("convolution"),
-           "This spec as a layer runs it, without 'auto'. tensor: 'grad_input' or 'grad_weight'.")
-      .def("__repr__", [](const GradientSpec& self) {
-        return repr_of("GradientSpec", self, {"bits", "quantizer", "rows", "preserve_zero", "max_group"});
-      });
-  bind_value_semantics(cls);
+py::object loads(const std::string& text) { return py::module_::import("json").attr("loads")(text); }
+
+// Of a scheme that this file does not bind, one registered from outside, its fields are attributes by way of JSON.
+void bind_scheme(py::module_& module) {
+  py::class_<Scheme, std::shared_ptr<Scheme>>(
+      module, "Scheme", "How a layer runs beyond rounding its tensors: one of a recipe's, by kind and fields.")
+      .def(py::init([](const std::string& kind, const py::kwargs& fields) {
+             return scheme_from(kind, py::module_::import("json").attr("dumps")(fields).cast<std::string>());
+           }),
+           py::arg("kind"))
+      .def_property_readonly("kind", &Scheme::kind)
+      .def_property_readonly("linear_only", &Scheme::linear_only, "Whether only Linear layers run so.")
+      .def_property_readonly("integer_products", &Scheme::integer_products,
+                             "Whether converted Linear layers multiply integers.")
+      .def_property_readonly("quantises_gradients", &Scheme::quantises_gradients)
+      .def("to_json", &Scheme::to_json)
+      .def_static("kinds", &scheme_kinds, "The kinds that are known.")
+      .def("__getattr__",
+           [](const Scheme& self, const std::string& name) -> py::object {
+             const py::dict fields = loads(self.to_json());
+             if (!fields.contains(name.c_str())) {
+               throw py::attribute_error(self.type_name() + " has no field '" + name + "'");
+             }
+             return fields[name.c_str()];
+           })
+      .def("__eq__", [](const Scheme& a,
+                        const py::object& b) { return py::isinstance<Scheme>(b) && a == b.cast<const Scheme&>(); })
+      .def("__repr__",
+           [](const Scheme& self) {
+             std::string text = self.type_name() + "(";
+             const char* separator = "";
+             for (const auto& item : loads(self.to_json()).cast<py::dict>()) {
+               text += separator + item.first.cast<std::string>() + "=" + py::repr(item.second).cast<std::string>();
+               separator = ", ";
+             }
+             return text + ")";
+           })
+      .def("__copy__", [](const Scheme& self) { return std::shared_ptr<Scheme>(self.clone()); })
+      .def(
+          "__deepcopy__", [](const Scheme& self, const py::dict&) { return std::shared_ptr<Scheme>(self.clone()); },
+          py::arg("memo"))
+      .def(py::pickle([](const Scheme& self) { return py::make_tuple(self.kind(), self.to_json()); },
+                      [](const py::tuple& state) {
+                        return scheme_from(state[0].cast<std::string>(), state[1].cast<std::string>());
+                      }));
 }
 
-void bind_int8_spec(py::module_& module) {
-  const Int8Spec defaults;
-  py::class_<Int8Spec> cls(
-      module, "Int8Spec",
-      "Which of a Linear layer's three matrix products run in int8 while it trains: 'int8', 'none' or 'auto' each.");
-  cls.def(py::init([](const std::string& output, const std::string& grad_input, const std::string& grad_weight,
-                      const std::string& weight_scheme) {
-            Int8Spec spec{output, grad_input, grad_weight, weight_scheme};
-            spec.validate();
-            return spec;
-          }),
-          py::kw_only(), py::arg("output") = defaults.output, py::arg("grad_input") = defaults.grad_input,
-          py::arg("grad_weight") = defaults.grad_weight, py::arg("weight_scheme") = defaults.weight_scheme)
-      .def_readwrite("output", &Int8Spec::output)
-      .def_readwrite("grad_input", &Int8Spec::grad_input)
-      .def_readwrite("grad_weight", &Int8Spec::grad_weight)
-      .def_readwrite("weight_scheme", &Int8Spec::weight_scheme)
-      .def("__repr__", [](const Int8Spec& self) {
-        return repr_of("Int8Spec", self, {"output", "grad_input", "grad_weight", "weight_scheme"});
-      });
-  bind_value_semantics(cls);
+template <typename S>
+void bind_scheme_of(py::module_& module, const char* doc) {
+  py::class_<S, Scheme, std::shared_ptr<S>> cls(module, S::kTypeName, doc);
+  bind_fields<S>(cls);
+  cls.def_static(
+      "from_json",
+      [](const std::string& text) {
+        return std::static_pointer_cast<S>(std::shared_ptr<Scheme>(make_scheme(S::kKind, text)));
+      },
+      py::arg("text"), "Reads to_json()'s text; ValueError where it is not valid.");
+  cls.def(py::pickle([](const S& self) { return self.to_json(); },
+                     [](const std::string& text) {
+                       return std::static_pointer_cast<S>(std::shared_ptr<Scheme>(make_scheme(S::kKind, text)));
+                     }));
 }
 
-void bind_fixed_point_spec(py::module_& module) {
-  const FixedPointSpec defaults;
-  py::class_<FixedPointSpec> cls(
-      module, "FixedPointSpec",
-      "How a model trains in fixed point (F8Net): how fraction lengths are chosen, and whether "
-      "activations are clipped at a learned level.");
-  cls.def(py::init([](const std::string& fraction_length, bool clip, double hysteresis, bool double_forward) {
-            FixedPointSpec spec{fraction_length, clip, hysteresis, double_forward};
-            spec.validate();
-            return spec;
-          }),
-          py::kw_only(), py::arg("fraction_length") = defaults.fraction_length, py::arg("clip") = defaults.clip,
-          py::arg("hysteresis") = defaults.hysteresis, py::arg("double_forward") = defaults.double_forward)
-      .def_readwrite("fraction_length", &FixedPointSpec::fraction_length)
-      .def_readwrite("clip", &FixedPointSpec::clip)
-      .def_readwrite("hysteresis", &FixedPointSpec::hysteresis)
-      .def_readwrite("double_forward", &FixedPointSpec::double_forward)
-      .def("__repr__", [](const FixedPointSpec& self) {
-        return repr_of("FixedPointSpec", self, {"fraction_length", "clip", "hysteresis", "double_forward"});
-      });
-  bind_value_semantics(cls);
-}
-
-void bind_recipe(py::module_& module) {
-  using Spec = std::optional<QuantSpec>;
-  using Gradient = std::optional<GradientSpec>;
-  using Int8 = std::optional<Int8Spec>;
-  using FixedPoint = std::optional<FixedPointSpec>;
+void bind_recipe_class(py::module_& module) {
   py::class_<Recipe> cls(
       module, "Recipe",
-      "How a layer is quantised: a QuantSpec (or None) for weight, input and output, a GradientSpec (or None) for "
-      "grad_input and grad_weight, an Int8Spec (or None) for training on int8 products, and a FixedPointSpec (or "
-      "None) for "
-      "training in fixed point.");
-  cls.def(py::init([](const std::string& name, const Spec& weight, const Spec& input, const Spec& output,
-                      const std::string& backend, bool training, int64_t edge_bits, const Gradient& grad_input,
-                      const Gradient& grad_weight, const Int8& int8, const FixedPoint& fixed_point) {
-            Recipe recipe{name,      weight,     input,       output, backend,    training,
-                          edge_bits, grad_input, grad_weight, int8,   fixed_point};
-            recipe.validate();
-            return recipe;
-          }),
-          py::kw_only(), py::arg("name") = "", py::arg("weight") = py::none(), py::arg("input") = py::none(),
-          py::arg("output") = py::none(), py::arg("backend") = "simulate", py::arg("training") = true,
-          py::arg("edge_bits") = 0, py::arg("grad_input") = py::none(), py::arg("grad_weight") = py::none(),
-          py::arg("int8") = py::none(), py::arg("fixed_point") = py::none())
-      .def_readwrite("name", &Recipe::name)
-      .def_readwrite("weight", &Recipe::weight)
-      .def_readwrite("input", &Recipe::input)
-      .def_readwrite("output", &Recipe::output)
-      .def_readwrite("backend", &Recipe::backend)
-      .def_readwrite("training", &Recipe::training)
-      .def_readwrite("edge_bits", &Recipe::edge_bits)
-      .def_readwrite("grad_input", &Recipe::grad_input)
-      .def_readwrite("grad_weight", &Recipe::grad_weight)
-      .def_readwrite("int8", &Recipe::int8)
-      .def_readwrite("fixed_point", &Recipe::fixed_point)
-      .def_property_readonly("linear_only", &Recipe::linear_only,
-                             "Whether only Linear layers run so: integer products, in training or converted.")
+      "How a layer is quantised: a QuantSpec (or None) for weight, input and output, and a scheme (or "
+      "None) for how it runs beyond that.");
+  cls.def_property(
+      "scheme", [](const Recipe& self) { return self.scheme.pointer(); },
+      [](Recipe& self, const std::shared_ptr<Scheme>& scheme) {
+        self.scheme = scheme ? SchemeValue(scheme->clone()) : SchemeValue();
+      });
+  bind_fields<Recipe>(cls, {"scheme"});
+  bind_value<Recipe>(cls);
+  cls.def_property_readonly("linear_only", &Recipe::linear_only, "Whether only Linear layers run so.")
+      .def(
+          "scheme_is",
+          [](const Recipe& self, const std::string& kind) { return self.scheme && self.scheme->kind() == kind; },
+          py::arg("kind"), "Whether the recipe's scheme is of that kind.")
       .def_static("from_name", &Recipe::from_name, py::arg("name"), "A named recipe; ValueError lists the names.")
       .def_static("names", &Recipe::names, "The names from_name knows.")
-      .def("edge", &Recipe::edge, "The recipe of a model's first and last layer: edge_bits for weight and input.")
-      .def("__repr__", [](const Recipe& self) {
-        return repr_of("Recipe", self,
-                       {"name", "weight", "input", "output", "backend", "training", "edge_bits", "grad_input",
-                        "grad_weight", "int8", "fixed_point"});
-      });
-  bind_value_semantics(cls);
+      .def("edge", &Recipe::edge, "The recipe of a model's first and last layer: edge_bits for weight and input.");
 }
 
 }  // namespace
 
 void bind_recipe(py::module_& module) {
-  bind_quant_spec(module);
-  bind_gradient_spec(module);
-  bind_int8_spec(module);
-  bind_fixed_point_spec(module);
-  bind_recipe(module);
+  py::class_<QuantSpec> quant(
+      module, "QuantSpec",
+      "How one tensor of a layer is quantised: codes, granularity, and where the scale comes from.");
+  bind_fields<QuantSpec>(quant);
+  bind_value<QuantSpec>(quant);
+  quant.def("quant_min", &QuantSpec::quant_min, "The smallest code: -2**(bits-1) symmetric, 0 affine.")
+      .def("quant_max", &QuantSpec::quant_max, "The largest code: 2**(bits-1) - 1 symmetric, 2**bits - 1 affine.")
+      .def("weight_scale_shape", &QuantSpec::weight_scale_shape, py::arg("weight_shape"),
+           "Shape of the scale of a weight [O, ...]: (1,) per tensor, (O, 1, ...) per channel, (O, K / group_size) per "
+           "group of a matrix whose rows group_size divides.");
+  py::class_<GradientSpec> gradient(
+      module, "GradientSpec",
+      "How the gradient of a layer's output is rounded before the product that gives grad_input or grad_weight.");
+  bind_fields<GradientSpec>(gradient);
+  bind_value<GradientSpec>(gradient);
+  gradient.def("resolved", &GradientSpec::resolved, py::arg("tensor"), py::kw_only(), py::arg("convolution"),
+               "This spec as a layer runs it, without 'auto'. tensor: 'grad_input' or 'grad_weight'.");
+  bind_scheme(module);
+  bind_scheme_of<GradientQuantSpec>(
+      module,
+      "Gradients computed from a quantised gradient of the output: a GradientSpec (or None) for grad_input and "
+      "grad_weight.");
+  bind_scheme_of<Int8Spec>(
+      module,
+      "Which of a Linear layer's three matrix products run in int8 while it trains: 'int8', 'none' or 'auto' each.");
+  bind_scheme_of<FixedPointSpec>(
+      module,
+      "How a model trains in fixed point (F8Net): how fraction lengths are chosen, and whether activations are clipped at "
+      "a learned level.");
+  bind_recipe_class(module);
 }

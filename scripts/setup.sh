@@ -93,7 +93,7 @@ fi
 
 cuda=${QUANTRAIN_CUDA:-AUTO}
 toolchain="${CXX:-c++} $("${CXX:-c++}" -dumpfullversion) $(command -v nvcc || true) $(ls /dev/nvidiactl 2>/dev/null || true)"
-inputs=(CMakeLists.txt CMakePresets.json pyproject.toml cmake csrc ops autograd nn amp python examples tests)
+inputs=(CMakeLists.txt CMakePresets.json pyproject.toml cmake include csrc ops autograd optim nn amp python examples tests)
 sources=$({ find "${inputs[@]}" -type f ! -name '*.py[co]' ! -path 'tests/python/*' 2>/dev/null || true; } | LC_ALL=C sort)
 for built in "$tests" ON; do # a build with tests serves a run without them
   stamp=$(fingerprint "$version" "$pins" "$toolchain" "$cuda" "$built" <<<"$sources")
@@ -106,7 +106,7 @@ stamp=$(fingerprint "$version" "$pins" "$toolchain" "$cuda" "$tests" <<<"$source
 
 if command -v ccache >/dev/null; then
   export CMAKE_CXX_COMPILER_LAUNCHER=ccache CMAKE_CUDA_COMPILER_LAUNCHER=ccache
-  export CCACHE_BASEDIR="$PWD" CCACHE_NOHASHDIR=1
+  export CCACHE_BASEDIR="$PWD" CCACHE_NOHASHDIR=1 CCACHE_SLOPPINESS=pch_defines,time_macros # for precompiled headers
 fi
 # A file that includes torch's headers takes up to 3 GB: no more jobs than cores, and than memory allows.
 memory_gb=$(awk '/MemAvailable/ { print int($2 / 1048576) }' /proc/meminfo 2>/dev/null || echo 6)

@@ -15,9 +15,7 @@ def recipe_of(quantizer: str, bits: int, *, paper: bool = False) -> quantrain.Re
     """The fqt recipe of a key of ``QUANTIZERS``."""
     recipe = quantrain.Recipe.from_name(f"fqt-{QUANTIZERS[quantizer]}{bits}{'-paper' if paper else ''}")
     if quantizer.endswith("zero kept"):
-        grad_input = recipe.grad_input
-        grad_input.preserve_zero = True
-        recipe.grad_input = grad_input
+        recipe.scheme.grad_input.preserve_zero = True
     return recipe
 
 

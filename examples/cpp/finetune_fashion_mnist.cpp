@@ -315,7 +315,7 @@ int run_evaluation(const Job& job) {
   }
   if (!job.start || !job.start->recipe)
     throw std::invalid_argument("--evaluate: expected --checkpoint of a quantised model, got none");
-  if (job.recipe.fixed_point) {
+  if (job.recipe.scheme_as<qnn::FixedPointSpec>()) {
     FixedPointGraph graph = example::fixed_point_resnet20(job.data.classes(), 1, job.recipe);
     qnn::load_checkpoint(path, *graph);
     graph->to(job.device);
@@ -405,7 +405,7 @@ int run_job(const Job& job, Model model) {
     const Evaluation result = convert_and_evaluate(job, model);
     metrics.evaluation(job.recipe.name, steps, steps > 0 ? training.epochs : 0.0, result.accuracy, result.loss);
     std::printf("%s: accuracy %.2f %% %s, %llu bytes in %s\n", job.recipe.name.c_str(), 100 * result.accuracy,
-                job.recipe.fixed_point ? "in integers alone" : "with integer weights",
+                job.recipe.scheme_as<qnn::FixedPointSpec>() ? "in integers alone" : "with integer weights",
                 static_cast<unsigned long long>(std::filesystem::file_size(job.file("converted"))),
                 job.file("converted").c_str());
     return 0;
@@ -440,8 +440,9 @@ int main(int argc, char** argv) {
     const Job job = make_job(options);
     if (options.has("evaluate")) return run_evaluation(job);
     torch::manual_seed(static_cast<uint64_t>(options.number<int64_t>("seed", 0)));
-    return job.recipe.fixed_point ? run_job(job, example::fixed_point_resnet20(job.data.classes(), 1, job.recipe))
-                                  : run_job(job, ResNet20(job.data.classes(), 1, job.recipe));
+    return job.recipe.scheme_as<qnn::FixedPointSpec>()
+               ? run_job(job, example::fixed_point_resnet20(job.data.classes(), 1, job.recipe))
+               : run_job(job, ResNet20(job.data.classes(), 1, job.recipe));
   } catch (const c10::Error& error) {
     std::fprintf(stderr, "finetune_fashion_mnist: %s\n", error.what_without_backtrace());
   } catch (const std::exception& error) {

@@ -42,7 +42,7 @@ class AnyLinear {
  public:
   AnyLinear(torch::nn::Module& parent, const std::string& name, int64_t in_features, int64_t out_features,
             const std::optional<quantrain::nn::Recipe>& recipe) {
-    if (recipe && recipe->int8) {
+    if (recipe && recipe->scheme_as<quantrain::nn::Int8Spec>()) {
       int8_ = parent.register_module(name, quantrain::nn::Int8Linear(in_features, out_features, *recipe));
     } else if (recipe) {
       quantized_ = parent.register_module(name, quantrain::nn::QuantLinear(in_features, out_features, *recipe));

@@ -46,10 +46,9 @@ int64_t whole(const at::Tensor& one) { return one.item<int64_t>(); }
 FixedPointGraphImpl::FixedPointGraphImpl(const Recipe& recipe, int64_t channels, bool signed_input)
     : Copied("FixedPointGraph"), recipe_(recipe) {
   recipe_.validate();
-  TORCH_CHECK_VALUE(recipe_.fixed_point, "FixedPointGraph: expected a recipe with fixed_point, got '", recipe_.name,
-                    "'");
+  TORCH_CHECK_VALUE(scheme(), "FixedPointGraph: expected a recipe with fixed_point, got '", recipe_.name, "'");
   TORCH_CHECK_VALUE(channels > 0, "FixedPointGraph: expected at least one channel, got ", channels);
-  input_activation = register_module("input_activation", FixedPointInput(*recipe_.fixed_point, signed_input));
+  input_activation = register_module("input_activation", FixedPointInput(*scheme(), signed_input));
   Node first;
   first.name = "input";
   first.op = "input";
@@ -109,9 +108,9 @@ FixedPointActivation FixedPointGraphImpl::make_activation(const std::string& nam
                     "': expected max_alpha with relu, got it without");
   FixedPointActivationOptions options;
   options.is_signed = !arguments.relu;
-  options.clip = recipe_.fixed_point->clip || six;
-  options.fixed = six && !recipe_.fixed_point->clip;
-  options.method = recipe_.fixed_point->fraction_length;
+  options.clip = scheme()->clip || six;
+  options.fixed = six && !scheme()->clip;
+  options.method = scheme()->fraction_length;
   options.max_alpha = arguments.max_alpha;
   if (options.fixed) options.alpha = arguments.max_alpha;
   return FixedPointActivation(options);

@@ -55,8 +55,9 @@ at::Tensor float_tensor(double value) { return at::full({1}, value, at::kFloat);
 
 const FixedPointSpec& fixed_point_spec(const std::string& name, const Recipe& recipe) {
   recipe.validate();
-  TORCH_CHECK_VALUE(recipe.fixed_point, name, ": expected a recipe with fixed_point, got '", recipe.name, "'");
-  return *recipe.fixed_point;
+  const auto* spec = recipe.scheme_as<FixedPointSpec>();
+  TORCH_CHECK_VALUE(spec, name, ": expected a recipe with fixed_point, got '", recipe.name, "'");
+  return *spec;
 }
 
 std::vector<int64_t> conv_weight_shape(const torch::nn::Conv2dOptions& options) {
@@ -296,7 +297,7 @@ void FixedPointLayer::connect(std::shared_ptr<FixedPointActivationImpl> input,
   output_activation = std::move(output);
   quantizes = rounds && output_activation;
   if (!owned.is_empty()) activation = register_module("activation", owned);
-  const bool per_channel = recipe_.weight->granularity == "per_channel" && output_activation;
+  const bool per_channel = recipe_.weight->granularity == Granularity::kPerChannel && output_activation;
   weight_fraction_length = register_buffer(
       "weight_fraction_length", at::zeros(per_channel ? rows(weight.size(0)) : std::vector<int64_t>{1}, at::kInt));
   reset_fraction_length();
@@ -327,7 +328,7 @@ std::pair<at::Tensor, at::Tensor> FixedPointLayer::factor(const at::Tensor& sf) 
 }
 
 at::Tensor FixedPointLayer::choose_fraction_length(const at::Tensor& effective_weight, bool fresh) const {
-  const FixedPointSpec& spec = *recipe_.fixed_point;
+  const FixedPointSpec& spec = *recipe_.scheme_as<FixedPointSpec>();
   const std::optional<int64_t> axis = weight_fraction_length.dim() > 1 ? std::optional<int64_t>(0) : std::nullopt;
   const bool keep = !fresh && spec.hysteresis > 0;
   return quantrain::fixed_point_fraction_length(
@@ -351,9 +352,9 @@ at::Tensor FixedPointLayer::rounded(const at::Tensor& effective_weight) {
 
 at::Tensor FixedPointLayer::forward(const at::Tensor& input, const at::Tensor& residual) {
   if (fake_quant_enabled() && !is_training()) return unit_forward(input, residual);
-  at::Tensor y = !fake_quant_enabled()                       ? float_forward(input)
-                 : recipe_.fixed_point->double_forward && bn ? double_forward(input)
-                                                             : one_forward(input);
+  at::Tensor y = !fake_quant_enabled()                                       ? float_forward(input)
+                 : recipe_.scheme_as<FixedPointSpec>()->double_forward && bn ? double_forward(input)
+                                                                             : one_forward(input);
   if (residual.defined()) y = y + residual;
   return quantizes ? output_activation->forward(y, /*first=*/!activation.is_empty()) : y;
 }
@@ -459,6 +460,11 @@ FixedPointAvgPool2dImpl::FixedPointAvgPool2dImpl(std::shared_ptr<FixedPointActiv
   size = register_buffer("size", at::zeros({2}, at::kLong));
   activation =
       register_module("activation", FixedPointPoolActivation(std::move(input_activation), spec.fraction_length));
+}
+
+void FixedPointAvgPool2dImpl::end_calibration(bool keep) {
+  const at::NoGradGuard no_grad;
+  if (!keep) size.copy_(size_before_);
 }
 
 void FixedPointAvgPool2dImpl::read_size() {

@@ -16,7 +16,7 @@ built_with_cuda: bool = _C.built_with_cuda
 cmake_prefix_path: str = str(Path(_C.__file__).parent / "share" / "cmake")
 
 from quantrain import amp, nn  # noqa: E402
-from quantrain._C import FixedPointSpec, GradientSpec, Int8Spec, QuantSpec, Recipe  # noqa: E402
+from quantrain._C import FixedPointSpec, GradientQuantSpec, GradientSpec, Int8Spec, QuantSpec, Recipe, Scheme  # noqa: E402
 from quantrain.fake_quant import (  # noqa: E402
     choose_qparams,
     dequantize,
@@ -72,11 +72,13 @@ from quantrain.nn import (  # noqa: E402
 
 __all__ = [
     "FixedPointSpec",
+    "GradientQuantSpec",
     "GradientSpec",
     "Int8Spec",
     "QuantSpec",
     "QuantizedGradient",
     "Recipe",
+    "Scheme",
     "amp",
     "built_with_cuda",
     "calibrate",

@@ -171,11 +171,11 @@ TEST_CASE("a checkpoint restores the graph, its sign and its pool's size", "[fix
 
 TEST_CASE("the published double forward and fraction lengths of channels train too", "[fixed_point_graph]") {
   Recipe recipe = Recipe::from_name("f8net");
-  SECTION("double forward") { recipe.fixed_point->double_forward = true; }
-  SECTION("per channel") { recipe.weight->granularity = "per_channel"; }
+  SECTION("double forward") { recipe.scheme_as<FixedPointSpec>()->double_forward = true; }
+  SECTION("per channel") { recipe.weight->granularity = Granularity::kPerChannel; }
   SECTION("least squares and hysteresis") {
-    recipe.fixed_point->fraction_length = "mse";
-    recipe.fixed_point->hysteresis = 0.25;
+    recipe.scheme_as<FixedPointSpec>()->fraction_length = "mse";
+    recipe.scheme_as<FixedPointSpec>()->hysteresis = 0.25;
   }
   torch::manual_seed(5);
   FixedPointGraph g(recipe, 3);
@@ -190,7 +190,7 @@ TEST_CASE("the published double forward and fraction lengths of channels train t
     CAPTURE(item.key());
     CHECK(item.value().grad().isfinite().all().item<bool>());
   }
-  if (recipe.weight->granularity == "per_channel") {
+  if (recipe.weight->granularity == Granularity::kPerChannel) {
     CHECK(g->named_buffers()["conv.weight_fraction_length"].sizes().vec() == std::vector<int64_t>{4, 1, 1, 1});
     CHECK(g->named_buffers()["linear.weight_fraction_length"].sizes().vec() == std::vector<int64_t>{1});
   }

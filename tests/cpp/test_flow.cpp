@@ -63,7 +63,7 @@ void check_same(const torch::nn::Module& net, const std::map<std::string, at::Te
 
 QuantSpec spec_of(const std::string& observer, int64_t bits = 8, bool learnable = false) {
   QuantSpec spec;
-  spec.observer = observer;
+  spec.observer = value_of<ObserverKind>(observer);
   spec.bits = bits;
   spec.learnable = learnable;
   return spec;

@@ -69,8 +69,7 @@ void check_conv2d(at::Device device) {
 Recipe gradients_only(const GradientSpec& grad_input, const GradientSpec& grad_weight) {
   Recipe recipe;
   recipe.name = "gradients";
-  recipe.grad_input = grad_input;
-  recipe.grad_weight = grad_weight;
+  recipe.scheme = quantrain::nn::GradientQuantSpec(grad_input, grad_weight);
   return recipe;
 }
 

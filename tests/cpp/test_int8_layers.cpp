@@ -82,7 +82,7 @@ void check_modes(at::Device device) {
 
 Recipe simulated_recipe() {
   Recipe recipe = Recipe::from_name("int8-training");
-  recipe.backend = "simulate";
+  recipe.scheme_as<Int8Spec>()->simulate = true;
   return recipe;
 }
 
@@ -102,18 +102,19 @@ void check_current(qnn::Int8Linear& keeping, const at::Tensor& x, const std::str
 
 void check_converted(at::Device device, const std::string& name) {
   Recipe recipe = Recipe::from_name(name);
-  if (recipe.int8) recipe.int8->output = "int8";  // "auto" may prefer floating point for so small a layer
+  const bool trains = recipe.scheme_as<Int8Spec>()->training;
+  if (trains) recipe.scheme_as<Int8Spec>()->output = "int8";  // "auto" may prefer floating point for so small a layer
   const at::Tensor x = leaf({3, 12, 24}, device, 5).detach();
   torch::manual_seed(0);
   const std::shared_ptr<qnn::QuantModule> module =
-      recipe.int8 ? std::shared_ptr<qnn::QuantModule>(qnn::Int8Linear(24, 40, recipe).ptr())
-                  : std::shared_ptr<qnn::QuantModule>(qnn::QuantLinear(24, 40, recipe).ptr());
+      trains ? std::shared_ptr<qnn::QuantModule>(qnn::Int8Linear(24, 40, recipe).ptr())
+             : std::shared_ptr<qnn::QuantModule>(qnn::QuantLinear(24, 40, recipe).ptr());
   module->to(device);
   const auto forward = [&module](const at::Tensor& input) {
     if (auto* int8 = dynamic_cast<qnn::Int8LinearImpl*>(module.get())) return int8->forward(input);
     return dynamic_cast<qnn::QuantLinearImpl*>(module.get())->forward(input);
   };
-  if (!recipe.int8) {
+  if (!trains) {
     const qnn::Calibration calibrating(*module);
     forward(x);
   }
@@ -124,7 +125,7 @@ void check_converted(at::Device device, const std::string& name) {
   CHECK(module->weight_codes.scalar_type() == at::kChar);
   const at::Tensor after = forward(x);
   CHECK(support::largest_difference(after, before) < 1e-5);
-  if (recipe.int8) CHECK(support::same_bits(after, before));
+  if (trains) CHECK(support::same_bits(after, before));
   CHECK(forward(x.to(at::kHalf)).scalar_type() == at::kHalf);
   const quantrain::amp::AutocastGuard autocast(device.type(), at::kBFloat16);
   CHECK(forward(x).scalar_type() == at::kBFloat16);
@@ -164,18 +165,18 @@ TEST_CASE("gradients of int8_linear have no derivative", "[int8_layers]") {
 
 TEST_CASE("recipes of integer products", "[int8_layers][recipe]") {
   const Recipe training = Recipe::from_name("int8-training"), fixed = Recipe::from_name("int8-static");
-  CHECK(training.int8 == Int8Spec{});
+  CHECK(*training.scheme == Int8Spec());
   CHECK(training.training);
-  CHECK_FALSE(fixed.int8);
+  CHECK_FALSE(fixed.scheme_as<Int8Spec>()->training);
   CHECK_FALSE(fixed.training);
   for (const Recipe& recipe : {training, fixed}) {
-    CHECK(recipe.backend == "int8");
+    CHECK(recipe.scheme->integer_products());
     CHECK(recipe.linear_only());
     CHECK(Recipe::from_json(recipe.to_json()) == recipe);
   }
-  CHECK(Recipe::from_name("qat-w8a8").to_json().find("int8\":{") == std::string::npos);
+  CHECK(Recipe::from_name("qat-w8a8").to_json().find("scheme") == std::string::npos);
   Recipe changed = training;
-  changed.int8->grad_weight = "int4";
+  changed.scheme_as<Int8Spec>()->grad_weight = "int4";
   CHECK_THROWS_WITH(changed.validate(), Contains("grad_weight to be one of auto, int8, none, got 'int4'"));
   changed = training;
   changed.input = Recipe::from_name("qat-w8a8").input;

@@ -32,7 +32,7 @@ std::vector<Recipe> recipes() {
   for (const std::string& name : Recipe::names()) {
     const Recipe recipe = Recipe::from_name(name);
     // The others: test_int8_layers, test_fixed_point_layers.
-    if (!recipe.linear_only() && !recipe.fixed_point) all.push_back(recipe);
+    if (!recipe.linear_only() && !recipe.scheme_as<quantrain::nn::FixedPointSpec>()) all.push_back(recipe);
   }
   Recipe output = Recipe::from_name("qat-w8a8");
   output.output = output.input;

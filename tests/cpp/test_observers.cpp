@@ -20,7 +20,7 @@ namespace {
 
 QuantSpec spec_of(const std::string& observer, int64_t bits = 8, bool symmetric = true) {
   QuantSpec spec;
-  spec.observer = observer;
+  spec.observer = quantrain::nn::value_of<quantrain::nn::ObserverKind>(observer);
   spec.bits = bits;
   spec.symmetric = symmetric;
   return spec;
@@ -91,7 +91,7 @@ TEST_CASE("a batch with NaN or infinity raises and changes nothing", "[observers
 
 TEST_CASE("with nan_policy skip only the blocks that hold NaN stay as they were", "[observers]") {
   QuantSpec spec = spec_of("min_max");
-  spec.nan_policy = "skip";
+  spec.nan_policy = quantrain::nn::NanPolicy::kSkip;
   Observer observer(spec, std::vector<int64_t>{2, 1});
   observer->forward(at::tensor({1.0f, 2.0f, 3.0f, 4.0f}).reshape({2, 2}));
   observer->forward(at::tensor({NAN, 9.0f, 3.0f, 8.0f}).reshape({2, 2}));
@@ -101,7 +101,7 @@ TEST_CASE("with nan_policy skip only the blocks that hold NaN stay as they were"
 TEST_CASE("a block that never saw a finite batch has no scale", "[observers]") {
   for (const bool symmetric : {true, false}) {
     QuantSpec spec = spec_of("min_max", 8, symmetric);
-    spec.nan_policy = "skip";
+    spec.nan_policy = quantrain::nn::NanPolicy::kSkip;
     FakeQuantize fake_quant(spec);
     CHECK_THAT(value_error([&] { fake_quant->forward(at::tensor({NAN, 1.0f})); }),
                Contains("observed or loaded, got none"));
@@ -188,7 +188,7 @@ TEST_CASE("a learnable scale that a step took below zero is pulled up in use", "
 
 TEST_CASE("per-token scales cover all dimensions but the last", "[fake_quantize]") {
   QuantSpec spec = spec_of("dynamic");
-  spec.granularity = "per_token";
+  spec.granularity = quantrain::nn::Granularity::kPerToken;
   torch::manual_seed(2);
   const at::Tensor x = at::randn({2, 3, 8});
   FakeQuantize fake_quant(spec);

@@ -97,7 +97,7 @@ def reflecting_conv1d(recipe):
 
 
 def without_gradients(recipe):
-    return qnn.changed_recipe(qnn.as_recipe(recipe), {"grad_input": None, "grad_weight": None})
+    return qnn.changed_recipe(qnn.as_recipe(recipe), {"scheme": None})
 
 
 def conv_transpose(recipe):

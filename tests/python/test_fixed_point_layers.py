@@ -14,7 +14,7 @@ from quantrain import Recipe
 
 
 def spec(**fields):
-    return qnn.changed_recipe(Recipe.from_name("f8net"), {"fixed_point": fields})
+    return qnn.changed_recipe(Recipe.from_name("f8net"), {"scheme": fields})
 
 
 def fix_quant(x, fraction_length, signed):

@@ -13,7 +13,7 @@ from torch import nn
 
 import quantrain
 import quantrain.nn as qnn
-from quantrain import GradientSpec, QuantSpec, Recipe
+from quantrain import GradientQuantSpec, GradientSpec, QuantSpec, Recipe
 
 HARDWARE = ["fqt-8", "fqt-ptq8", "fqt-psq5", "fqt-bhq4"]
 PAPER = ["fqt-ptq5-paper", "fqt-psq4-paper", "fqt-bhq8-paper"]
@@ -82,17 +82,17 @@ def test_recipes_survive_json_pickle_and_copies(name):
     recipe = Recipe.from_name(name)
     assert recipe.name == name
     for twin in (Recipe.from_json(recipe.to_json()), copy.deepcopy(recipe), pickle.loads(pickle.dumps(recipe))):
-        assert twin == recipe and twin.grad_input == recipe.grad_input
+        assert twin == recipe and twin.scheme.grad_input == recipe.scheme.grad_input
     assert recipe.weight == Recipe.from_name("qat-w8a8").weight
     other = copy.deepcopy(recipe)
-    other.grad_weight.bits = 7
-    assert other != recipe and recipe.grad_weight.bits == 8
-    assert repr(recipe.grad_weight) in repr(recipe)
+    other.scheme.grad_weight.bits = 7
+    assert other != recipe and recipe.scheme.grad_weight.bits == 8
+    assert repr(recipe.scheme.grad_weight) in repr(recipe)
 
 
 def test_a_recipe_of_an_older_checkpoint_has_no_gradient_specs():
     recipe = Recipe.from_json('{"name": "old", "weight": {"bits": 8}}')
-    assert recipe.grad_input is None and recipe.grad_weight is None
+    assert recipe.scheme is None
 
 
 def test_modes():
@@ -125,7 +125,7 @@ def test_linear_uses_the_recipe(recipe, device):
     qnn.calibrate(layer, [x])
     g = torch.randn(3, 4, 5, device=device)
     grad_x, grad_w, grad_b = layer_gradients(layer, x, g, seed=3)
-    spec = Recipe.from_name(recipe)
+    spec = Recipe.from_name(recipe).scheme
     rows = "sample" if "paper" in recipe else "token"
     torch.manual_seed(3)
     first = quantrain.quantize_gradient(g, spec.grad_input.bits, spec.grad_input.quantizer, rows=rows)
@@ -183,7 +183,10 @@ def test_embedding_ignores_gradient_specs():
 
 
 def test_a_recipe_of_gradients_alone_keeps_the_forward_pass_float():
-    recipe = Recipe(name="gradients", grad_input=GradientSpec(bits=4), grad_weight=GradientSpec(quantizer="auto"))
+    recipe = Recipe(
+        name="gradients",
+        scheme=GradientQuantSpec(grad_input=GradientSpec(bits=4), grad_weight=GradientSpec(quantizer="auto")),
+    )
     layer, x = qnn.QuantLinear(6, 5, recipe=recipe), torch.randn(8, 6)
     assert not list(layer.children())
     assert_same(layer(x), F.linear(x, layer.weight, layer.bias))
@@ -202,7 +205,10 @@ def test_an_empty_batch():
 
 
 def test_a_learned_scale_trains_beside_quantised_gradients():
-    recipe = qnn.changed_recipe(Recipe.from_name("qat-w4a4"), {"grad_input": {"bits": 5, "quantizer": "householder"}})
+    recipe = qnn.changed_recipe(
+        Recipe.from_name("qat-w4a4"),
+        {"scheme": {"kind": "gradient_quant", "grad_input": {"bits": 5, "quantizer": "householder"}}},
+    )
     model = prepared(recipe)
     loss_of(model).backward()
     for scale in (model.linear.weight_fake_quant.scale, model.linear.input_fake_quant.scale):
@@ -228,30 +234,36 @@ def test_the_summary_shows_gradient_columns_where_there_are_some():
 
 def test_overrides_change_single_fields():
     overrides = {
-        "conv*": {"grad_input": {"bits": 8}},
-        "conv1": {"grad_input": None, "grad_weight": {"quantizer": "per_sample", "preserve_zero": True}},
-        "linear": {"grad_weight": GradientSpec(bits=6)},
+        "conv*": {"scheme": {"grad_input": {"bits": 8}}},
+        "conv1": {"scheme": {"grad_input": None, "grad_weight": {"quantizer": "per_sample", "preserve_zero": True}}},
+        "linear": {"scheme": {"grad_weight": GradientSpec(bits=6)}},
     }
     torch.manual_seed(0)
     model = quantrain.prepare(Net(), "fqt-bhq4", overrides=overrides)
-    assert model.conv1.recipe.grad_input is None
-    assert model.conv1.recipe.grad_weight == GradientSpec(quantizer="per_sample", rows="auto", preserve_zero=True)
-    assert model.conv2.recipe.grad_input == GradientSpec(bits=8, quantizer="householder")
-    assert model.linear.recipe.grad_input.bits == 4 and model.linear.recipe.grad_weight.bits == 6
+    assert model.conv1.recipe.scheme.grad_input is None
+    assert model.conv1.recipe.scheme.grad_weight == GradientSpec(
+        quantizer="per_sample", rows="auto", preserve_zero=True
+    )
+    assert model.conv2.recipe.scheme.grad_input == GradientSpec(bits=8, quantizer="householder")
+    assert model.linear.recipe.scheme.grad_input.bits == 4 and model.linear.recipe.scheme.grad_weight.bits == 6
     assert model.quantization_summary.rows[0]["grad_weight"] == "8 bits per_sample (sample), zero kept"
     loss_of(model).backward()
 
-    added = quantrain.prepare(Net(), "qat-w8a8", overrides={"linear": {"grad_input": {"bits": 5}}})
-    assert added.linear.recipe.grad_input == GradientSpec(bits=5) and added.conv1.recipe.grad_input is None
+    added = quantrain.prepare(
+        Net(), "qat-w8a8", overrides={"linear": {"scheme": {"kind": "gradient_quant", "grad_input": {"bits": 5}}}}
+    )
+    assert added.linear.recipe.scheme.grad_input == GradientSpec(bits=5) and added.conv1.recipe.scheme is None
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"grad_input": {"bits": 1}}, "GradientSpec: expected bits in 2 to 8, got 1"),
-        ({"grad_input": {"observer": "mse"}}, r"expected a field of GradientSpec \(bits, quantizer, ...\), got 'observer'"),
+        ({"scheme": {"grad_input": {"bits": 1}}}, "GradientSpec: expected bits in 2 to 8, got 1"),
+        ({"scheme": {"grad_input": {"observer": "mse"}}}, "only fields of a GradientSpec, got 'observer'"),
+        ({"scheme": {"grad_inputs": None}}, r"expected a field of GradientQuantSpec \(grad_input, grad_weight\), got 'grad_inputs'"),
+        ({"scheme": {"kind": "int9"}}, "expected scheme to be one of int8, gradient_quant, fixed_point, got 'int9'"),
         ({"gradient": None}, "expected a field of Recipe"),
-        ({"grad_weight": {"quantizer": "bhq"}}, "expected quantizer to be one of auto, per_tensor"),
+        ({"scheme": {"grad_weight": {"quantizer": "bhq"}}}, "expected quantizer to be one of auto, per_tensor"),
     ],
 )  # fmt: skip
 def test_bad_overrides_are_refused(change, message):

@@ -151,9 +151,9 @@ def test_epochs_fit_the_time():
 
 
 def test_preserving_zero_is_asked_for():
-    assert recipe_of("per_sample, zero kept", 5).grad_input.preserve_zero
-    assert not recipe_of("per_sample", 5).grad_input.preserve_zero
-    assert recipe_of("householder", 6).grad_input.bits == 6
+    assert recipe_of("per_sample, zero kept", 5).scheme.grad_input.preserve_zero
+    assert not recipe_of("per_sample", 5).scheme.grad_input.preserve_zero
+    assert recipe_of("householder", 6).scheme.grad_input.bits == 6
 
 
 def test_draws_differ_and_the_exact_gradient_does_not():

@@ -50,7 +50,7 @@ def layer(k=24, o=40, recipe="int8-training", device="cpu", seed=0):
 
 
 def simulated(name="int8-training"):
-    return qnn.changed_recipe(Recipe.from_name(name), {"backend": "simulate"})
+    return qnn.changed_recipe(Recipe.from_name(name), {"scheme": {"simulate": True}})
 
 
 class Calls(TorchDispatchMode):
@@ -68,8 +68,9 @@ class Calls(TorchDispatchMode):
 
 def test_the_named_recipes():
     training, static = Recipe.from_name("int8-training"), Recipe.from_name("int8-static")
-    assert training.int8 == Int8Spec(output="auto", grad_input="auto", grad_weight="auto", weight_scheme="auto")
-    assert training.training and training.backend == static.backend == "int8" and static.int8 is None
+    assert training.scheme == Int8Spec(output="auto", grad_input="auto", grad_weight="auto", weight_scheme="auto")
+    assert training.training and training.scheme.training and not static.scheme.training
+    assert training.scheme.integer_products and static.scheme.integer_products
     assert training.input.granularity == "per_token" and static.input.observer == "moving_average"
     assert not static.training and training.linear_only and static.linear_only
     for recipe in (training, static):
@@ -82,18 +83,22 @@ def test_the_named_recipes():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"int8": {"output": "int4"}}, "output to be one of auto, int8, none, got 'int4'"),
-        ({"int8": {"weight_scheme": "row"}}, "weight_scheme to be one of auto, fold, columns"),
-        ({"int8": {"rows": 1}}, "expected a field of Int8Spec"),
-        ({"backend": "int4"}, "backend to be one of simulate, int8, got 'int4'"),
+        ({"scheme": {"output": "int4"}}, "output to be one of auto, int8, none, got 'int4'"),
+        ({"scheme": {"weight_scheme": "row"}}, "weight_scheme to be one of auto, fold, columns"),
+        ({"scheme": {"rows": 1}}, "expected a field of Int8Spec"),
         ({"weight": None}, "a spec for weight with int8, got none"),
         ({"weight": {"bits": 4}}, "weight of 8 bits, symmetric, with int8, got 4 bits, symmetric"),
         ({"input": {"symmetric": False}}, "input of 8 bits, symmetric, with int8, got 8 bits, affine"),
-        ({"input": {"granularity": "per_tensor", "observer": "min_max"}}, "input per_token and dynamic with int8"),
-        ({"weight": {"granularity": "per_tensor"}}, "weight per_channel and dynamic with int8"),
-        ({"int8": None, "weight": {"granularity": "per_group"}}, "weight per_channel or per_tensor with backend int8"),
-        ({"int8": None, "input": {"granularity": "per_tensor"}}, "per_tensor and observed, with backend int8"),
-        ({"grad_input": {}}, "no grad_input or grad_weight with int8"),
+        (
+            {"input": {"granularity": "per_tensor", "observer": "min_max"}},
+            "input per_token and dynamic with int8 in training",
+        ),
+        ({"weight": {"granularity": "per_tensor"}}, "weight per_channel and dynamic with int8 in training"),
+        (
+            {"scheme": {"training": False}, "weight": {"granularity": "per_group"}},
+            "weight per_channel or per_tensor with int8",
+        ),
+        ({"scheme": {"training": False}, "input": {"granularity": "per_tensor"}}, "per_tensor and observed, with int8"),
         ({"edge_bits": 4}, "edge_bits of 0 or 8 with int8, got 4"),
     ],
 )
@@ -115,7 +120,7 @@ def test_prepare_swaps_linear_layers_only():
     assert {row["grad_weight"] for row in summary.rows} == {"int8 or float (auto)"}
     assert "Int8Linear" in str(summary)
     mixed = quantrain.prepare(
-        Net(), "int8-training", overrides={"table": "qat-w8a8", "up": {"int8": {"grad_weight": "none"}}}
+        Net(), "int8-training", overrides={"table": "qat-w8a8", "up": {"scheme": {"grad_weight": "none"}}}
     )
     assert type(mixed.table) is qnn.QuantEmbedding
     assert [row["grad_weight"] for row in mixed.quantization_summary.rows if row["layer"] == "up"] == [None]
@@ -140,7 +145,7 @@ def test_layers_refuse_recipes_they_cannot_run():
 @on_each_device
 def test_forward_is_int8_linear(device):
     spec = {"output": "int8", "grad_input": "int8", "grad_weight": "none", "weight_scheme": "columns"}
-    recipe = qnn.changed_recipe(Recipe.from_name("int8-training"), {"int8": spec})
+    recipe = qnn.changed_recipe(Recipe.from_name("int8-training"), {"scheme": spec})
     module, x = layer(recipe=recipe, device=device), torch.randn(33, 24, device=device, requires_grad=True)
     y, expected = module(x), quantrain.int8_linear(x, module.weight, module.bias, **spec)
     assert_same(y.detach(), expected.detach())
@@ -285,7 +290,7 @@ def test_kept_codes_stay_out_of_evaluation_copies_and_files(tmp_path):
 
 @pytest.mark.cuda
 def test_kept_codes_stay_out_of_captured_graphs():
-    every = {"int8": {"output": "int8", "grad_input": "int8", "grad_weight": "int8"}}
+    every = {"scheme": {"output": "int8", "grad_input": "int8", "grad_weight": "int8"}}
     recipe = qnn.changed_recipe(Recipe.from_name("int8-training"), every)
     module, x = layer(recipe=recipe, device="cuda"), torch.randn(64, 24, device="cuda")
     qnn.enable_weight_cache(module)
@@ -497,7 +502,7 @@ def test_checkpoints(build, tmp_path):
 def test_a_recipe_of_weights_per_tensor_converts_too():
     weight = QuantSpec(granularity="per_tensor", observer="min_max")
     token = QuantSpec(granularity="per_token", observer="dynamic")
-    recipe = Recipe(name="w8-tensor", weight=weight, input=token, backend="int8")
+    recipe = Recipe(name="w8-tensor", weight=weight, input=token, scheme=Int8Spec(training=False))
     model = quantrain.prepare(nn.Sequential(nn.Linear(24, 40)), recipe)
     x = torch.randn(33, 24)
     qnn.calibrate(model, [x])

@@ -242,7 +242,7 @@ def test_the_int8_encoder_is_the_float_one_with_its_operands_rounded(pre_norm):
 
 def test_the_recipe_takes_the_choice():
     recipe = int8_recipe("none")
-    assert (recipe.int8.output, recipe.int8.grad_input, recipe.int8.grad_weight) == ("none",) * 3
+    assert (recipe.scheme.output, recipe.scheme.grad_input, recipe.scheme.grad_weight) == ("none",) * 3
     assert int8_recipe("auto") == quantrain.Recipe.from_name("int8-training")
 
 

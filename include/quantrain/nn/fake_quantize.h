@@ -5,11 +5,13 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include <torch/nn/module.h>
 #include <torch/nn/pimpl.h>
 
+#include "quantrain/nn/calibration.h"
 #include "quantrain/nn/observers.h"
 #include "quantrain/nn/recipe.h"
 #include "quantrain/ops/export.h"
@@ -27,7 +29,7 @@ namespace quantrain::nn {
 //   and learnable        `scale` is a parameter: set by the observer, then trained by LSQ with the gradient factor
 //                        1 / sqrt(x.numel() / scale.numel() * quant_max); pulled up to 1e-8 where a step took it below
 //
-// It observes under Calibration (layers.h) and in training until enable_observer(false) freezes the range. Evaluation
+// It observes under Calibration (calibration.h) and in training until enable_observer(false) freezes the range. Evaluation
 // never moves a range, nor does a forward pass inside a backward pass (activation checkpointing). A learnable scale
 // takes its first value from Calibration or else the first training batch; from then on, and from a loaded scale, only
 // the optimiser moves it.
@@ -42,7 +44,7 @@ namespace quantrain::nn {
 // stay float32. NaN gives NaN. ValueError: no scale yet (neither observed nor loaded), a shape that does not divide, a
 // NaN batch while observing. On CUDA a range that follows training waits for no such check: there a block with NaN or
 // infinity leaves the range as it was and gives NaN.
-class QUANTRAIN_API FakeQuantizeImpl : public Copied<FakeQuantizeImpl, FixedDtypeModule> {
+class QUANTRAIN_API FakeQuantizeImpl : public Copied<FakeQuantizeImpl, FixedDtypeModule>, public Calibrates {
  public:
   // scale_shape: {1} or the input's rank, each size dividing the input's; a size of -1 takes the input's own (dynamic
   // only). per_token with {1}: one scale for each index of all dimensions but the last.
@@ -53,13 +55,13 @@ class QUANTRAIN_API FakeQuantizeImpl : public Copied<FakeQuantizeImpl, FixedDtyp
   at::Tensor forward(const at::Tensor& input, const at::Tensor& zero = {});
 
   // Lets the range follow training, or freezes it. A learnable scale that has its first value is not observed again.
-  void enable_observer(bool on = true);
-  void enable_fake_quant(bool on = true) { fake_quant_enabled_ = on; }
+  void enable_observer(bool on = true) override;
   bool observer_enabled() const;
-  bool fake_quant_enabled() const { return fake_quant_enabled_; }
 
-  // While on, forward observes in evaluation mode too. Set by Calibration.
-  void set_calibrating(bool on) { calibrating_ = on; }
+  // In between forward observes in evaluation mode too.
+  void begin_calibration() override;
+  void end_calibration(bool keep) override;
+  Reached reached_by_calibration() override;
 
   // Whether a scale is there: dynamic, observed or loaded. The first call that finds one waits for the device.
   bool has_scale();
@@ -95,7 +97,7 @@ class QUANTRAIN_API FakeQuantizeImpl : public Copied<FakeQuantizeImpl, FixedDtyp
 
   const QuantSpec& spec() const { return spec_; }
   const std::vector<int64_t>& scale_shape() const { return scale_shape_; }
-  bool dynamic() const { return spec_.observer == "dynamic"; }
+  bool dynamic() const { return spec_.dynamic(); }
 
   at::Tensor scale;       // undefined for dynamic
   at::Tensor zero_point;  // undefined for dynamic and for symmetric
@@ -114,8 +116,8 @@ class QUANTRAIN_API FakeQuantizeImpl : public Copied<FakeQuantizeImpl, FixedDtyp
   mutable bool observer_enabled_ = true;
   mutable std::optional<uint32_t>
       version_;  // of observer->frozen when last read: no wait for the device at each forward
-  bool fake_quant_enabled_ = true;
   bool calibrating_ = false;
+  std::vector<std::pair<at::Tensor, at::Tensor>> before_;  // state and copies of it, while calibrating
   bool of_weight_ = false;
   bool has_scale_ = false;  // once seen, not checked again
   // Of a learnable scale: every block has its first value; some follow a weight that began as zeros. Both spare
@@ -127,10 +129,5 @@ TORCH_MODULE(FakeQuantize);
 
 // Whether this is a forward pass inside a backward pass, as activation checkpointing makes them.
 QUANTRAIN_API bool in_backward();
-
-// Switches every FakeQuantize in the module, itself included. enable_observer(module, false) freezes the ranges, for
-// the last part of training; enable_fake_quant also switches fixed-point layers.
-QUANTRAIN_API void enable_observer(torch::nn::Module& module, bool on = true);
-QUANTRAIN_API void enable_fake_quant(torch::nn::Module& module, bool on = true);
 
 }  // namespace quantrain::nn

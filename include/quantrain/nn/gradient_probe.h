@@ -31,7 +31,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/nn/module.h>
 
-#include "quantrain/nn/recipe.h"
+#include "quantrain/nn/schemes/gradient_quant.h"
 #include "quantrain/ops/export.h"
 
 namespace quantrain::nn {

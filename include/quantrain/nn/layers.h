@@ -28,6 +28,7 @@
 #include <torch/nn/options/linear.h>
 #include <torch/nn/pimpl.h>
 
+#include "quantrain/nn/calibration.h"
 #include "quantrain/nn/fake_quantize.h"
 #include "quantrain/nn/recipe.h"
 #include "quantrain/ops/export.h"
@@ -35,10 +36,10 @@
 namespace quantrain::nn {
 
 // What the layers share: the recipe, the fake-quantisers and the conversion. Inputs float32, float16 or bfloat16.
-class QUANTRAIN_API QuantModule : public torch::nn::Module {
+class QUANTRAIN_API QuantModule : public torch::nn::Module, public HasRecipe, public FinishesCalibration {
  public:
   bool has_bias() const { return bias_; }
-  const Recipe& recipe() const { return recipe_; }
+  const Recipe& recipe() const override { return recipe_; }
   bool converted() const { return converted_; }
   bool left_float() const { return left_float_; }  // by leave_float(): a float layer from then on
   const std::vector<int64_t>& weight_shape() const {
@@ -62,6 +63,9 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
 
   // The weight as conversion will store it, before quantisation: of a folded convolution the folded weight.
   at::Tensor weight_to_quantize() const { return float_weight(); }
+
+  void observe_weight() override;
+  void freeze_for_inference() override;
 
   // Replaces the float weight by its codes, in place, and sets evaluation mode. check_observed = false makes a skeleton
   // to load a converted checkpoint into.
@@ -117,12 +121,12 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module {
   at::Tensor quantized_input(const at::Tensor& input);
   at::Tensor quantized_output(const at::Tensor& output);
   bool multiplies_integers() const {
-    return converted_ && recipe_.backend == "int8" && input_fake_quant->fake_quant_enabled();
+    return converted_ && recipe_.scheme && recipe_.scheme->integer_products() && input_fake_quant->fake_quant_enabled();
   }
   at::Tensor integer_product(const at::Tensor& input) const;  // where multiplies_integers(); before output_fake_quant
   bool quantises_gradients() const {
-    return gradient_quant_enabled_ && !converted_ && !left_float_ &&
-           (recipe_.grad_input || recipe_.grad_weight || recipe_.int8);
+    return gradient_quant_enabled_ && !converted_ && !left_float_ && recipe_.scheme &&
+           recipe_.scheme->quantises_gradients();
   }
   const at::Tensor& watched(const at::Tensor& output) const {
     if (output_hook_) output_hook_(output, !quantises_gradients());
@@ -260,39 +264,5 @@ QUANTRAIN_API void use_edge_recipes(torch::nn::Module& module);
 // (QuantModule::check_convertible).
 QUANTRAIN_API void convert(torch::nn::Module& module, bool check_observed = true,
                            const std::vector<std::string>& skip = {});
-
-// What calibration did not reach, by the names of fake-quantisers ("fc.input_fake_quant") and fixed-point activations.
-struct QUANTRAIN_API CalibrationReport {
-  std::vector<std::string> unreached;   // no tensor came by: evaluation raises there
-  std::vector<std::string> only_zeros;  // tensors came by, but of zeros only: evaluation rounds others to whole numbers
-
-  bool empty() const { return unreached.empty() && only_zeros.empty(); }
-  std::string text() const;
-};
-
-// While it lives, forward passes of `module` calibrate: evaluation mode, no gradients, observers on, nothing quantised.
-// Afterwards modes and switches are what they were: in training the ranges go on following the tensors (learnable
-// scales are the optimiser's) until enable_observer(module, false) freezes them. Layers whose recipe is not for
-// training (ptq-..., int8-static) have their ranges frozen at the end, but for those that saw nothing or zeros only.
-// Where an exception ends it, ranges and scales too are what they were.
-//
-// Calibrate a network whose batch norms have seen data: TORCH_WARN names one that has not, and at the end what was not
-// reached.
-class QUANTRAIN_API Calibration {
- public:
-  explicit Calibration(torch::nn::Module& module);
-  ~Calibration();
-  Calibration(const Calibration&) = delete;
-  Calibration& operator=(const Calibration&) = delete;
-
-  // Ends the calibration now, before the object's own end, and says what it did not reach. Once.
-  CalibrationReport finish();
-
- private:
-  struct Saved;
-  void end(bool keep);
-  CalibrationReport report() const;
-  std::unique_ptr<Saved> saved_;
-};
 
 }  // namespace quantrain::nn

@@ -1,6 +1,6 @@
-// How a layer is quantised, as data: QuantSpec for one tensor of a layer, Recipe for the layer.
-// One C++ struct serves both languages (bound to Python as quantrain.QuantSpec and quantrain.Recipe);
-// its JSON form travels in the metadata of every checkpoint.
+// How a layer is quantised, as data: QuantSpec for one tensor of a layer, Recipe for the layer, a Scheme (scheme.h) for
+// what is more than rounding tensors. One C++ struct serves both languages (bound to Python as quantrain.QuantSpec and
+// quantrain.Recipe); its JSON form travels in the metadata of every checkpoint.
 #pragma once
 
 #include <cstdint>
@@ -8,12 +8,29 @@
 #include <string>
 #include <vector>
 
+#include "quantrain/nn/fields.h"
+#include "quantrain/nn/scheme.h"
 #include "quantrain/ops/export.h"
 
 namespace quantrain::nn {
 
+enum class Format { kInt };
+enum class Granularity { kPerTensor, kPerChannel, kPerGroup, kPerToken };
+enum class ObserverKind { kDynamic, kMinMax, kMovingAverage, kPercentile, kMse };
+enum class NanPolicy { kRaise, kSkip };
+template <>
+inline constexpr const char* const kNames<Format>[] = {"int"};
+template <>
+inline constexpr const char* const kNames<Granularity>[] = {"per_tensor", "per_channel", "per_group", "per_token"};
+template <>
+inline constexpr const char* const kNames<ObserverKind>[] = {"dynamic", "min_max", "moving_average", "percentile",
+                                                             "mse"};
+template <>
+inline constexpr const char* const kNames<NanPolicy>[] = {"raise", "skip"};
+
 // One quantised tensor: which codes, how many elements share a scale, and where the scale comes from.
 //
+// format       what a code is: "int"; bits and symmetric say which integers
 // granularity  per_tensor   one scale
 //              per_channel  one scale per output channel of a weight (dimension 0)
 //              per_group    one scale per `group_size` elements along the last dimension of a Linear or Embedding
@@ -30,136 +47,83 @@ namespace quantrain::nn {
 //              initialises it
 // nan_policy   what an observer does with a batch that holds NaN: "raise" an error, or "skip" the batch
 struct QUANTRAIN_API QuantSpec {
+  Format format = Format::kInt;
   int64_t bits = 8;  // 1 to 16
   bool symmetric = true;
-  std::string granularity = "per_tensor";
+  Granularity granularity = Granularity::kPerTensor;
   int64_t group_size = 32;
-  std::string observer = "min_max";
+  ObserverKind observer = ObserverKind::kMinMax;
   bool learnable = false;
   double averaging_constant = 0.1;
   double percentile = 99.99;
-  std::string nan_policy = "raise";
+  NanPolicy nan_policy = NanPolicy::kRaise;
+
+  static constexpr const char* kTypeName = "QuantSpec";
+  template <typename Self, typename Visitor>
+  static void fields(Self& self, Visitor&& visit) {
+    visit("format", self.format);
+    visit("bits", self.bits);
+    visit("symmetric", self.symmetric);
+    visit("granularity", self.granularity);
+    visit("group_size", self.group_size);
+    visit("observer", self.observer);
+    visit("learnable", self.learnable);
+    visit("averaging_constant", self.averaging_constant);
+    visit("percentile", self.percentile);
+    visit("nan_policy", self.nan_policy);
+  }
 
   int64_t quant_min() const;  // symmetric: -2^(bits-1); affine: 0
   int64_t quant_max() const;  // symmetric: 2^(bits-1) - 1; affine: 2^bits - 1
+  bool dynamic() const { return observer == ObserverKind::kDynamic; }
+
+  // Of a weight [O, ...]: [1] per tensor, [O, 1, ...] per channel; per group [O, K / group_size] for a matrix [O, K]
+  // whose rows group_size divides, else as per channel.
+  std::vector<int64_t> weight_scale_shape(const std::vector<int64_t>& weight_shape) const;
 
   // Throws std::invalid_argument naming the field, the rule and the value.
   void validate() const;
 
   std::string to_json() const;
-  static QuantSpec from_json(
-      const std::string& text);  // throws std::invalid_argument: not JSON, unknown field, wrong type, bad value
+  // Throws std::invalid_argument: not JSON, unknown field, wrong type, bad value.
+  static QuantSpec from_json(const std::string& text);
 
   bool operator==(const QuantSpec&) const = default;
 };
 
-// One quantised gradient: how the gradient of a layer's output is rounded before it is multiplied (quantize_gradient,
-// <quantrain/ops/gradient_quant.h>; always stochastically, so that the gradients computed from it stay unbiased).
-//
-// quantizer      per_tensor, per_sample, per_channel or householder; "auto": the finest scale that an integer product
-//                of the layer allows, per_sample for grad_input, and for grad_weight per_channel (Linear) or per_tensor
-//                (convolution)
-// rows           what a row of the gradient is: "sample" (dimension 0) or "token" (all dimensions but the last);
-//                "auto": token for Linear, sample for convolutions
-// preserve_zero  per_sample and per_channel: zero is a code of every row or column (per_tensor: it always is)
-// max_group      householder: how many rows a block holds at most, 3 to 256
-struct QUANTRAIN_API GradientSpec {
-  int64_t bits = 8;  // 2 to 8
-  std::string quantizer = "per_sample";
-  std::string rows = "auto";
-  bool preserve_zero = false;
-  int64_t max_group = 128;
-
-  // This spec as a layer runs it, without "auto". tensor: "grad_input" or "grad_weight".
-  GradientSpec resolved(const std::string& tensor, bool convolution) const;
-
-  // Throws std::invalid_argument naming the field, the rule and the value.
-  void validate() const;
-
-  std::string to_json() const;
-  static GradientSpec from_json(const std::string& text);  // throws std::invalid_argument, as QuantSpec's
-
-  bool operator==(const GradientSpec&) const = default;
-};
-
-// How a Linear layer trains on int8 products (int8_linear, <quantrain/ops/int8_linear.h>): which of its three run in
-// int8.
-//
-// output, grad_input, grad_weight  "int8", "none" (floating point) or "auto" (the faster one, by device and shape)
-// weight_scheme  how the weight enters grad_input: "fold", "columns" or "auto"
-struct QUANTRAIN_API Int8Spec {
-  std::string output = "auto";
-  std::string grad_input = "auto";
-  std::string grad_weight = "auto";
-  std::string weight_scheme = "auto";
-
-  // Throws std::invalid_argument naming the field, the rule and the value.
-  void validate() const;
-
-  std::string to_json() const;
-  static Int8Spec from_json(const std::string& text);  // throws std::invalid_argument, as QuantSpec's
-
-  bool operator==(const Int8Spec&) const = default;
-};
-
-// Fixed-point training after F8Net (Jin et al., arXiv:2202.05239): tensors are integers times powers of two, weights
-// hold batch norm and the scales of their neighbours, and the converted network multiplies 8-bit integers, adds and
-// shifts (nn/fixed_point/network.h).
-//
-// fraction_length    how the fraction length of a tensor is chosen: "std", from its standard deviation, or "mse", the
-//                    one of least squared error
-// clip               true: activations are clipped at a learned level (PACT), which is folded into the neighbours'
-//                    weights; false: not clipped
-// hysteresis         octaves by which a weight's standard deviation must pass a threshold before its fraction length
-//                    changes; 0: none
-// double_forward     true: batch statistics come from a second convolution with the unrounded weight, as published;
-//                    false: from the one convolution with the rounded weight
-struct QUANTRAIN_API FixedPointSpec {
-  std::string fraction_length = "std";
-  bool clip = true;
-  double hysteresis = 0.0;
-  bool double_forward = false;
-
-  // Throws std::invalid_argument naming the field, the rule and the value.
-  void validate() const;
-
-  std::string to_json() const;
-  static FixedPointSpec from_json(const std::string& text);  // throws std::invalid_argument, as QuantSpec's
-
-  bool operator==(const FixedPointSpec&) const = default;
-};
-
 // One layer: specs of the tensors it quantises (absent: left in floating point), and how it runs.
 //
-// grad_input, grad_weight  the gradient of the output as the products for the gradients of input and weight take it
-//                          (StatQuant, Chen et
-//            al., arXiv:2010.14298: Q_b2 and Q_b1, two independent draws). Linear layers and convolutions only
-// backend    "simulate": floating-point arithmetic on fake-quantised values
-//            "int8": integer matrix products, of Linear layers only: of converted ones, and with `int8` in training.
-//            Weight and input 8 bits, symmetric; weight per_channel or per_tensor; input per_token and dynamic, or
-//            per_tensor and observed
-// int8       Linear layers train as Int8Linear; weight dynamic per_channel, input dynamic per_token. With backend
-//            "simulate" the same codes are multiplied in float32
-// fixed_point convolutions and Linear layers train in fixed point, and convert() makes an integer-only network. Weight
-// 8 bits, symmetric, dynamic,
-//            per_tensor or per_channel (of fraction lengths); input 8 bits, per_tensor, moving_average; nothing else
 // training   false: calibrate only, no fine-tuning (post-training quantisation)
 // edge_bits  > 0: the first and the last quantised layer of a model use this many bits (Esser et al., section 2.3)
+// scheme     none: floating-point arithmetic on fake-quantised values; else schemes/*.h
 struct QUANTRAIN_API Recipe {
   std::string name;
   std::optional<QuantSpec> weight;
   std::optional<QuantSpec> input;
   std::optional<QuantSpec> output;
-  std::string backend = "simulate";
   bool training = true;
   int64_t edge_bits = 0;
-  std::optional<GradientSpec> grad_input;
-  std::optional<GradientSpec> grad_weight;
-  std::optional<Int8Spec> int8;
-  std::optional<FixedPointSpec> fixed_point;
+  SchemeValue scheme;
 
-  // Whether only Linear layers run so: integer products, in training or converted.
-  bool linear_only() const { return int8.has_value() || backend == "int8"; }
+  static constexpr const char* kTypeName = "Recipe";
+  template <typename Self, typename Visitor>
+  static void fields(Self& self, Visitor&& visit) {  // but the scheme
+    visit("name", self.name);
+    visit("weight", self.weight);
+    visit("input", self.input);
+    visit("output", self.output);
+    visit("training", self.training);
+    visit("edge_bits", self.edge_bits);
+  }
+
+  // The scheme where it is of this struct, else null: recipe.scheme_as<Int8Spec>().
+  template <typename S>
+  S* scheme_as() const {
+    return dynamic_cast<S*>(scheme.pointer().get());
+  }
+
+  // Whether only Linear layers run so.
+  bool linear_only() const { return scheme && scheme->linear_only(); }
 
   // A named recipe: one of names(), or fqt-ptq, fqt-psq, fqt-bhq (per_tensor, per_sample, householder) with bits 2 to 8
   // behind, as they are or with "-paper". Throws std::invalid_argument for another name.
@@ -173,8 +137,13 @@ struct QUANTRAIN_API Recipe {
   // Throws std::invalid_argument naming the field, the rule and the value.
   void validate() const;
 
+  // {"name", "weight", "input", "output", "training", "edge_bits", "scheme": {"kind", its fields}}, without "scheme"
+  // where there is none.
   std::string to_json() const;
-  static Recipe from_json(const std::string& text);  // throws std::invalid_argument, as QuantSpec's
+
+  // Throws std::invalid_argument, as QuantSpec's. Reads the form of before there were schemes too: "backend", "int8",
+  // "fixed_point", "grad_input" and "grad_weight" beside the others.
+  static Recipe from_json(const std::string& text);
 
   bool operator==(const Recipe&) const = default;
 };

@@ -326,7 +326,7 @@ class Job:
             qnn.save_checkpoint(self.checkpoint(name, "trained"), model, recipe)
         converted = qnn.convert(copy.deepcopy(model).eval())
         path = self.checkpoint(name, "converted")
-        if recipe.fixed_point is None:
+        if not qnn.handler_of(recipe).rebuilds:
             qnn.save_checkpoint(path, converted, recipe)
         else:
             converted.save(path)
@@ -336,7 +336,7 @@ class Job:
         with self._not_fatal(f"{name}: latency and errors by layer"):
             self.results[name] = replace(result, **self._details(recipe, model, converted))
             self._write_results()
-        if recipe.fixed_point is None:
+        if not qnn.handler_of(recipe).rebuilds:
             with self._not_fatal(f"{name}: histograms"):
                 self._plot_grids(name, model)
 
@@ -345,7 +345,7 @@ class Job:
             "convert_difference": self._convert_difference(model, converted),
             "latency_seconds": latency_seconds(converted, self.data, self.device),
         }
-        if recipe.fixed_point is None:
+        if not qnn.handler_of(recipe).rebuilds:
             return {**details, "layer_errors": self._layer_errors(model)}
         # no table of errors: tensors are rounded in units of their neighbours, which it does not know
         return {**details, "audit": tuple(AuditRow(**row) for row in converted.audit().rows)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from quantrain import QuantSpec, Recipe
+from quantrain.nn import handler_of
 
 RECIPE_HEADER = (
     "recipe",
@@ -32,7 +33,6 @@ _RANGES = {
     "percentile": "range of {percentile:g} % of the values seen",
     "mse": "range of least squared error",
 }
-_BACKENDS = {"simulate": "rounded, computed in floating point", "int8": "int8 products"}
 
 
 def recipe_table(recipes: Mapping[str, Recipe]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -68,9 +68,9 @@ def spec_text(spec: QuantSpec | None) -> str:
 
 
 def _cells(recipe: Recipe) -> tuple[str, ...]:
-    fixed = recipe.fixed_point is not None  # the observers' fields then mean nothing
+    handler = handler_of(recipe)
     tensors = [
-        f"{spec.bits} bits, one scale that is a power of two" if fixed and spec is not None else spec_text(spec)
+        spec_text(spec) if spec is None else handler.spec_text(recipe, spec_text(spec))
         for spec in (recipe.weight, recipe.input, recipe.output)
     ]
     return (
@@ -78,7 +78,7 @@ def _cells(recipe: Recipe) -> tuple[str, ...]:
         f"{recipe.edge_bits} bits" if recipe.edge_bits else _SAME,
         gradient_text(recipe) or _FLOAT,
         "fine-tuned" if recipe.training else "calibrated only",
-        "integers throughout" if fixed else _BACKENDS.get(recipe.backend, recipe.backend),
+        handler.arithmetic_text(recipe),
     )
 
 
@@ -89,17 +89,4 @@ def gradient_text(recipe: Recipe) -> str:
         >>> gradient_text(Recipe.from_name("fqt-bhq5-paper"))
         'grad_input from 5 bits householder; grad_weight from 8 bits per_channel (all stochastic, rows: sample)'
     """
-    if recipe.int8 is not None:
-        modes = f"grad_input {recipe.int8.grad_input}; grad_weight {recipe.int8.grad_weight}"
-        return f"{modes} (int8 products, stochastic, rows: token)"
-    parts, rows = [], []
-    for tensor in ("grad_input", "grad_weight"):
-        spec = getattr(recipe, tensor)
-        if spec is None:
-            continue
-        kinds = [spec.resolved(tensor, convolution=convolution) for convolution in (False, True)]
-        names = list(dict.fromkeys(kind.quantizer for kind in kinds))
-        quantizers = names[0] if len(names) == 1 else f"{names[0]} (linear), {names[1]} (convolution)"
-        parts.append(f"{tensor} from {spec.bits} bits {quantizers}")
-        rows += ["token (linear), sample (convolution)" if spec.rows == "auto" else spec.rows]
-    return f"{'; '.join(parts)} (all stochastic, rows: {'; '.join(dict.fromkeys(rows))})" if parts else ""
+    return handler_of(recipe).gradient_text(recipe)

@@ -89,7 +89,7 @@ def rehearse(
                     float(model(*batch[0]).sum())
             times.append(time.perf_counter() - started)
         if recipe is not None:
-            qnn.convert(model.eval(), check_observed=recipe.fixed_point is not None)
+            qnn.convert(model.eval(), check_observed=qnn.handler_of(recipe).rebuilds)
     return statistics.median(times[1:] or times)
 
 

@@ -53,6 +53,7 @@ from .quantized import (
 )
 from .recipes import as_recipe, changed_recipe, gradient_arguments, weight_scale_shape
 from .report import ErrorTable, SizeTable, model_size, quantization_error
+from .schemes import SchemeHandler, fixed_point, gradient_quant, handler_of, int8  # noqa: F401, the schemes: one line
 
 __all__ = [
     "PACT",
@@ -92,6 +93,7 @@ __all__ = [
     "QuantizedInt8Linear",
     "QuantizedLayer",
     "QuantizedLinear",
+    "SchemeHandler",
     "SizeTable",
     "Table",
     "as_recipe",
@@ -109,6 +111,7 @@ __all__ = [
     "fixed_point_program",
     "from_checkpoint",
     "gradient_arguments",
+    "handler_of",
     "load_checkpoint",
     "make_observer",
     "model_size",

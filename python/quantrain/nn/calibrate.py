@@ -15,16 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .calibrates import Calibrates
 from .fake_quantize import FakeQuantize
-from .fixed_point.activation import FixedPointActivation
-from .fixed_point.layers import (
-    FixedPointAvgPool2d,
-    FixedPointLayer,
-    begin_calibration,
-    end_calibration,
-    has_fixed_point,
-)
 from .layers import QuantLayer
+from .schemes import handlers
 
 __all__ = [
     "CalibrationReport",
@@ -41,6 +35,11 @@ def fake_quants(model: nn.Module) -> list[FakeQuantize]:
     return [module for module in model.modules() if isinstance(module, FakeQuantize)]
 
 
+def calibrating_modules(model: nn.Module) -> list[Calibrates]:
+    """Every module of ``model`` that rounds or that calibration changes, once each."""
+    return [module for module in model.modules() if isinstance(module, Calibrates)]
+
+
 def enable_observer(model: nn.Module, enabled: bool = True) -> None:
     """Turns every observer of ``model`` on or off; off freezes the ranges, for the last part of training.
 
@@ -48,8 +47,8 @@ def enable_observer(model: nn.Module, enabled: bool = True) -> None:
 
     >>> enable_observer(nn.Sequential(), False)
     """
-    for fake_quant in fake_quants(model):
-        fake_quant.enable_observer(enabled)
+    for module in calibrating_modules(model):
+        module.enable_observer(enabled)
 
 
 def enable_fake_quant(model: nn.Module, enabled: bool = True) -> None:
@@ -57,9 +56,8 @@ def enable_fake_quant(model: nn.Module, enabled: bool = True) -> None:
 
     >>> enable_fake_quant(nn.Sequential(), False)
     """
-    for module in model.modules():
-        if isinstance(module, (FakeQuantize, FixedPointActivation, FixedPointLayer)):
-            module.enable_fake_quant(enabled)
+    for module in calibrating_modules(model):
+        module.enable_fake_quant(enabled)
 
 
 def enable_gradient_quant(model: nn.Module, enabled: bool = True) -> None:
@@ -133,29 +131,28 @@ def calibration(model: nn.Module) -> Iterator[nn.Module]:
     True
     """
     _warn_of_fresh_batch_norms(model)
-    quants = fake_quants(model)
-    before = [(q, q.fake_quant_enabled, {n: t.detach().clone() for n, t in q.state_dict().items()}) for q in quants]
-    for quant in quants:
-        quant.fake_quant_enabled, quant.calibrating = False, True
-    sizes = [(pool, pool.size.clone()) for pool in model.modules() if isinstance(pool, FixedPointAvgPool2d)]
-    begin_calibration(model)
+    modules = calibrating_modules(model)
+    switches = [(module, module.fake_quant_enabled) for module in modules]
+    for module in modules:
+        module.enable_fake_quant(False)
+        module.begin_calibration()
     done = False
     try:
         with evaluating(model), torch.no_grad():
             yield model
             _observe_weights(model)
-            for quant in quants:
-                quant.agree()
+            for module in modules:
+                module.agree()
         done = True
     finally:
-        end_calibration(model, keep=done)
-        for quant, quantizing, state in before:
-            quant.fake_quant_enabled, quant.calibrating = quantizing, False
-            if not done:
-                quant.load_state_dict(state)
-        for pool, size in sizes if not done else ():
-            pool.set_size(size)
+        for module, rounds in switches:
+            module.enable_fake_quant(rounds)
+        for module in sorted(modules, key=lambda module: module.end_order):
+            module.end_calibration(done)
     _freeze_for_inference(model)
+    for handler in handlers():
+        if handler.is_prepared(model):
+            handler.calibrated(model)
     model.calibration_report = _report(model)
     if model.calibration_report:
         warnings.warn(f"calibrate: {model.calibration_report}", stacklevel=_outside())
@@ -207,13 +204,11 @@ def _freeze_for_inference(model: nn.Module) -> None:
 def _report(model: nn.Module) -> CalibrationReport:
     unreached, zeros = [], []
     for name, module in model.named_modules():
-        if isinstance(module, FakeQuantize) and not module.of_weight:
-            if not module.ready:
-                unreached.append(name)
-            elif module.sees_only_zeros():
-                zeros.append(name)
-        elif isinstance(module, FixedPointActivation) and not module.reached:
+        reached = module.reached_by_calibration() if isinstance(module, Calibrates) else None
+        if reached == "nothing":
             unreached.append(name)
+        elif reached == "zeros":
+            zeros.append(name)
     return CalibrationReport(tuple(unreached), tuple(zeros))
 
 
@@ -251,7 +246,7 @@ def calibrate(
     >>> print(calibrate(model, [torch.randn(8, 4) for _ in range(3)]).calibration_report)
     every range was seen
     """
-    if not fake_quants(model) and not has_fixed_point(model):
+    if not calibrating_modules(model):
         raise ValueError(_not_prepared(model))
     if isinstance(batches, (torch.Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise TypeError(

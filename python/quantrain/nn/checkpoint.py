@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from quantrain._C import QuantSpec, Recipe, write_safetensors
 
 from .convert import convert, is_converted
-from .fixed_point.layers import FixedPointLayer
-from .fixed_point.network import FixedPointNetwork
 from .layers import QuantEmbedding, QuantLayer
 from .prepare import prepare, quantisable
 from .quantized import QuantizedEmbedding, QuantizedLayer, name_codes
 from .recipes import as_recipe
+from .schemes import handler_of, handlers
 
 __all__ = [
     "CheckpointInfo",
@@ -57,11 +56,13 @@ def save_checkpoint(path: str | os.PathLike, model: nn.Module, recipe: Recipe | 
     >>> import tempfile, os
     >>> save_checkpoint(os.path.join(tempfile.mkdtemp(), "model.safetensors"), nn.Linear(2, 1))
     """
-    if any(isinstance(module, FixedPointNetwork) for module in model.modules()):
-        raise ValueError(
-            "save_checkpoint: expected a model without an integer network, whose graph a checkpoint does not hold, got one: "
-            "FixedPointNetwork.save writes it, FixedPointNetwork.load reads it"
-        )
+    for module in model.modules():
+        if any(handler.is_converted(module) for handler in handlers()):
+            name = type(module).__name__
+            raise ValueError(
+                "save_checkpoint: expected a model without an integer network, whose graph a checkpoint does not hold, got one: "
+                f"{name}.save writes it, {name}.load reads it"
+            )
     tensors: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
@@ -194,7 +195,7 @@ def from_checkpoint(path: str | os.PathLike, model: nn.Module, *, example_inputs
     if recipe is None and info.layers:
         recipe = Recipe.from_json(Counter(r.to_json() for r in info.layers.values()).most_common(1)[0][0])
     if recipe is not None:
-        if recipe.fixed_point is not None or not info.layers:
+        if handler_of(recipe).rebuilds or not info.layers:
             model = prepare(model, recipe, example_inputs=example_inputs)
         else:
             known = quantisable(model)
@@ -348,7 +349,7 @@ def _made_with(layer: Recipe, recipe: Recipe) -> bool:
 
 def _check_recipe_of(model: nn.Module, recipe: Recipe) -> None:
     layers = _layer_recipes(model)
-    layers |= {name: m.recipe for name, m in model.named_modules() if isinstance(m, FixedPointLayer)}
+    layers |= {name: m.recipe for name, m in model.named_modules() if isinstance(getattr(m, "recipe", None), Recipe)}
     if not layers:
         raise ValueError(f"save_checkpoint: expected no recipe for a float model, got {recipe.name!r}")
     summary = getattr(model, "quantization_summary", None)

@@ -8,12 +8,11 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from .conv_bn import FoldedBatchNorm2d, QuantConvBn2d
-from .fixed_point.convert import FixedPointNetwork, convert_fixed_point
-from .fixed_point.prepare import FixedPointGraph, summary_rows
 from .graph import copied
 from .layers import QuantEmbedding, QuantLayer
 from .prepare import PrepareSummary, matching, some, swapped
 from .quantized import QuantizedLayer, check_convertible, quantized_layer
+from .schemes import SchemeHandler, handlers
 
 __all__ = ["convert", "is_converted"]
 
@@ -54,10 +53,10 @@ def convert(
     torch.int8
     """
     skip = list(skip)
-    if isinstance(model, FixedPointGraph):
+    if rebuilder := next((handler for handler in handlers() if handler.is_prepared(model)), None):
         if skip:
             raise ValueError(f"convert: expected no skip for a network of integers throughout, got {skip}")
-        return _convert_fixed_point(model, check_observed)
+        return _convert_network(model, rebuilder, check_observed)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
     if not layers:
         converted = is_converted(model)
@@ -103,7 +102,10 @@ def convert(
 
 def is_converted(model: nn.Module) -> bool:
     """Whether ``model`` holds converted layers."""
-    return any(isinstance(module, (FixedPointNetwork, QuantizedLayer)) for module in model.modules())
+    modules = list(model.modules())
+    return any(isinstance(module, QuantizedLayer) for module in modules) or any(
+        handler.is_converted(module) for handler in handlers() for module in modules
+    )
 
 
 def _uncalled(layers: Mapping[str, QuantLayer]) -> list[str]:
@@ -158,13 +160,13 @@ def _float_twins(model: nn.Module, layers: Mapping[str, QuantLayer]) -> dict[int
     return twins
 
 
-def _convert_fixed_point(model: FixedPointGraph, check_observed: bool) -> FixedPointNetwork:
+def _convert_network(model: nn.Module, handler: SchemeHandler, check_observed: bool) -> nn.Module:
     if not check_observed:
         raise ValueError(
             "convert: expected check_observed=True for a fixed-point model, got False (FixedPointNetwork.load reads one from its file)"
         )
     summary = getattr(model, "quantization_summary", None)
-    converted = convert_fixed_point(model)
+    converted = handler.convert_network(model)
     if summary is not None:
-        converted.quantization_summary = PrepareSummary(summary_rows(model), {}, summary.recipe)
+        converted.quantization_summary = PrepareSummary(handler.summary_rows(model), {}, summary.recipe)
     return converted

@@ -61,7 +61,6 @@ class QuantConv1d(QuantLayer, nn.Conv1d):
 
     def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
         super()._add_fake_quants(recipe, name)
-        self._refuse_integer_products()
         self.gradient_arguments = gradient_arguments(self.recipe, convolution=True)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -138,14 +137,6 @@ class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
             dtype,
         )
         self._add_fake_quants(recipe)
-
-    def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
-        super()._add_fake_quants(recipe, name)
-        self._refuse_integer_products()
-        if gradient_arguments(self.recipe, convolution=True) is not None:
-            raise ValueError(
-                f"QuantConvTranspose2d: expected a recipe without grad_input and grad_weight, got {self.recipe.name!r}"
-            )
 
     def rows(self, weight: Tensor) -> Tensor:
         return transposed_rows(weight, self.groups)

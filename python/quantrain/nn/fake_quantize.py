@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from quantrain._C import QuantSpec
 
+from .calibrates import Calibrates
 from .observers import Float32State, make_observer
 
 __all__ = ["FakeQuantize"]
@@ -35,7 +36,7 @@ def agreed_range(low: Tensor, high: Tensor, finite: Tensor) -> tuple[Tensor, Ten
     return ends[0], -ends[1], torch.isfinite(ends).all(0)
 
 
-class FakeQuantize(Float32State):
+class FakeQuantize(Calibrates, Float32State):
     """Rounds a tensor to the codes of ``spec`` and back: ``y = (clamp(rint(x / scale) + zero_point) - zero_point) * scale``.
 
     Where the scale comes from:
@@ -264,9 +265,18 @@ class FakeQuantize(Float32State):
         if self.observer is not None:
             self.observer.frozen.fill_(not enabled)
 
-    def enable_fake_quant(self, enabled: bool = True) -> None:
-        """Turns rounding on or off; off, the tensor passes unchanged."""
-        self.fake_quant_enabled = enabled
+    def begin_calibration(self) -> None:
+        self.calibrating, self._before = True, {n: t.detach().clone() for n, t in self.state_dict().items()}
+
+    def end_calibration(self, keep: bool) -> None:
+        before, self.calibrating = self.__dict__.pop("_before"), False
+        if not keep:
+            self.load_state_dict(before)
+
+    def reached_by_calibration(self) -> str | None:
+        if self.of_weight:
+            return None
+        return "nothing" if not self.ready else "zeros" if self.sees_only_zeros() else "something"
 
     @property
     def ready(self) -> bool:

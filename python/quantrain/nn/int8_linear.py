@@ -37,20 +37,21 @@ class _Steps:
 class Int8Layer(QuantLayer):
     """The forward pass of :class:`Int8Linear`, whichever way round the weight is held."""
 
+    rounds_input_itself = True
     cache_weight: bool = False
     _kept: tuple[Tensor, tuple[int, int, int], Tensor, Tensor] | None = None  # weight, its state, codes, scale
 
     def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
         super()._add_fake_quants(recipe, name)
-        spec = self.recipe.int8
-        if spec is None:
+        spec = self.recipe.scheme
+        if spec is None or spec.kind != "int8":
             raise ValueError(f"{type(self).__name__}: expected a recipe with int8, got {self.recipe.name!r}")
         self.int8_arguments = {
             "output": spec.output,
             "grad_input": spec.grad_input,
             "grad_weight": spec.grad_weight,
             "weight_scheme": spec.weight_scheme,
-            "simulate": self.recipe.backend == "simulate",
+            "simulate": spec.simulate,
         }
 
     @property
@@ -96,7 +97,7 @@ class Int8Linear(Int8Layer, nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as ``nn.Linear``.
         recipe: a :class:`quantrain.Recipe` with ``int8``, or the name of one. Its :class:`quantrain.Int8Spec` says which of the three are
-            ``"int8"``, ``"none"`` or ``"auto"``; with backend ``"simulate"`` the same codes are multiplied in float32.
+            ``"int8"``, ``"none"`` or ``"auto"``; where it says ``simulate`` the same codes are multiplied in float32.
 
     Attributes:
         cache_weight: on, the weight's codes are kept from one forward pass to the next and made anew where the weight has changed: that

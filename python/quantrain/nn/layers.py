@@ -19,6 +19,7 @@ from quantrain.fqt import fqt_conv2d, fqt_linear
 
 from .fake_quantize import FakeQuantize
 from .recipes import as_recipe, gradient_arguments, weight_scale_shape
+from .schemes import handler_of
 from .weight_hooks import run_weight_hooks
 
 __all__ = ["QuantConv2d", "QuantEmbedding", "QuantLayer", "QuantLinear", "QuantTransposedLinear"]
@@ -33,6 +34,7 @@ class QuantLayer(nn.Module):
     input_fake_quant: FakeQuantize | None
     output_fake_quant: FakeQuantize | None
 
+    rounds_input_itself = False  # the forward pass does not call input_fake_quant
     token_dims = 1  # trailing dimensions of an input that a per_token scale covers
     gradient_quant_enabled = True
     called = False  # whether a forward pass, not counting compiled ones, came by
@@ -79,11 +81,7 @@ class QuantLayer(nn.Module):
 
     def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
         self.recipe = as_recipe(recipe)
-        if self.recipe.fixed_point is not None:
-            raise ValueError(
-                f"{type(self).__name__}: expected a recipe without fixed_point (prepare makes fixed-point layers of a whole "
-                f"model), got {self.recipe.name!r}"
-            )
+        handler_of(self.recipe).check_layer(self)
         device = self.weight.device
         for tensor in ("weight", "input", "output"):
             spec = getattr(self.recipe, tensor)
@@ -98,13 +96,6 @@ class QuantLayer(nn.Module):
             if fake_quant and not self.weight.requires_grad:  # a frozen layer's learned scales are frozen
                 fake_quant.requires_grad_(False)
             self.add_module(child, fake_quant)
-
-    def _refuse_integer_products(self) -> None:
-        if self.recipe.linear_only:
-            raise ValueError(
-                f"{type(self).__name__}: expected a recipe without integer products, which Linear layers have, "
-                f"got {self.recipe.name!r}"
-            )
 
     def enable_gradient_quant(self, enabled: bool = True) -> None:
         """Off: gradients are those of the float product, whatever ``grad_input`` and ``grad_weight`` of the recipe say."""
@@ -164,10 +155,6 @@ class _Linear(QuantLayer):
 
     def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
         super()._add_fake_quants(recipe, name)
-        if self.recipe.int8 is not None:
-            raise ValueError(
-                f"{type(self).__name__}: expected a recipe without int8 (Int8Linear trains with it), got {self.recipe.name!r}"
-            )
         self.gradient_arguments = gradient_arguments(self.recipe, convolution=False)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -299,7 +286,6 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
     def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
         super()._add_fake_quants(recipe, name)
-        self._refuse_integer_products()
         self.gradient_arguments = gradient_arguments(self.recipe, convolution=True)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -367,7 +353,6 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
 
     def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
         super()._add_fake_quants(recipe, name)
-        self._refuse_integer_products()
         self.input_fake_quant = None
 
     def weight_to_quantize(self) -> Tensor:

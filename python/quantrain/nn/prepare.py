@@ -18,13 +18,12 @@ from quantrain.tables import Table
 
 from .conv_bn import FoldedBatchNorm2d, QuantConvBn2d
 from .convolutions import QuantConv1d, QuantConvTranspose2d
-from .fixed_point.prepare import FixedPointGraph, prepare_fixed_point, summary_rows
 from .graph import ModelGraph, copied, trace_model
-from .int8_linear import Int8Layer, Int8Linear, Int8TransposedLinear
 from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear, QuantTransposedLinear
 from .new_parameters import new_parameters
 from .quantized import QuantizedLayer
 from .recipes import as_recipe, changed_recipe
+from .schemes import handler_of
 from .weight_hooks import unknown_weight
 
 __all__ = ["PrepareSummary", "matching", "prepare", "quantisable", "some", "swapped"]
@@ -38,7 +37,6 @@ _TWINS: dict[type[nn.Module], type[QuantLayer]] = {
     nn.ConvTranspose2d: QuantConvTranspose2d,
     nn.Embedding: QuantEmbedding,
 }
-_INT8_TWINS = {QuantLinear: Int8Linear, QuantTransposedLinear: Int8TransposedLinear}
 kWarnedShare = 0.1  # of the parameters left in floating point for want of a twin
 
 
@@ -122,8 +120,8 @@ def prepare(
     """
     base = as_recipe(recipe)
     overrides = dict(overrides or {})
-    if base.fixed_point is not None:
-        return _prepare_fixed_point(model, base, overrides, skip, inplace)
+    if handler_of(base).rebuilds:
+        return _prepare_network(model, base, overrides, skip, inplace)
     if not inplace:
         model = copied(model)
     known = _twins()
@@ -169,7 +167,7 @@ def prepare(
         pair = graph.pairs.get(name)
         if pair is None or pair in skipped:
             twin = known[type(layers[name])]
-            twin = _INT8_TWINS[twin] if recipes[name].int8 is not None else twin
+            twin = handler_of(recipes[name]).layer_class(twin, recipes[name])
             twins[id(layers[name])] = twin.from_float(layers[name], recipes[name], name=name)
         else:
             bn = batch_norms[pair]
@@ -192,21 +190,23 @@ def quantisable(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if type(module) in twins]
 
 
-def _prepare_fixed_point(
+def _prepare_network(
     model: nn.Module, recipe: Recipe, overrides: Mapping, skip: Iterable[str], inplace: bool
-) -> FixedPointGraph:
+) -> nn.Module:
+    """A new network of the whole model, under a scheme that rebuilds."""
     name = recipe.name or "(unnamed)"
     for argument, value in (("overrides", dict(overrides)), ("skip", list(skip))):
         if value:
             raise ValueError(
                 f"prepare: expected no {argument} under {name!r}, whose network is of integers throughout, got {value}"
             )
-    if isinstance(model, FixedPointGraph) or any(isinstance(m, (QuantLayer, QuantizedLayer)) for m in model.modules()):
+    handler = handler_of(recipe)
+    if handler.is_prepared(model) or any(isinstance(m, (QuantLayer, QuantizedLayer)) for m in model.modules()):
         raise ValueError("prepare: expected a float model, got one with layers that are quantised already")
     model = model if inplace else copied(model)
     known = list(model.parameters())
-    prepared = prepare_fixed_point(model, recipe)
-    prepared.quantization_summary = PrepareSummary(summary_rows(prepared), {}, recipe)
+    prepared = handler.prepare_network(model, recipe)
+    prepared.quantization_summary = PrepareSummary(handler.summary_rows(prepared), {}, recipe)
     prepared.quantization_summary.new_parameters = new_parameters(prepared, known)
     logger.info("%s", prepared.quantization_summary)
     return prepared
@@ -271,8 +271,8 @@ def _layer_recipes(
 
 def _no_effect(layer: nn.Module, recipe: Recipe) -> str:
     """Why the recipe means nothing for the layer, or "". An embedding has no input to quantise."""
-    if recipe.linear_only and _twins()[type(layer)] not in _INT8_TWINS:
-        return f"recipe {recipe.name or '(unnamed)'} is for Linear layers"
+    if reason := handler_of(recipe).left_float(_twins()[type(layer)], recipe):
+        return reason
     if isinstance(layer, nn.Embedding) and recipe.weight is None and recipe.output is None:
         return "nothing to quantise under its recipe"
     return ""
@@ -285,14 +285,12 @@ def _unable(name: str, layer: nn.Module, graph: ModelGraph) -> str:
 
 def _no_twin(layer: nn.Module, recipe: Recipe) -> str:
     """Why the layer has no twin under this recipe though its class has one, or ""."""
-    if isinstance(layer, nn.ConvTranspose2d) and (recipe.grad_input or recipe.grad_weight):
-        return "gradients of ConvTranspose2d are not quantised"
-    return ""
+    return handler_of(recipe).no_twin(_twins()[type(layer)], recipe)
 
 
 def _check_dtype(name: str, dtype: torch.dtype, recipe: Recipe) -> None:
     """The operators that quantise gradients or multiply integers take no float64, which fake-quantisation does."""
-    if dtype == torch.float64 and (recipe.int8 or recipe.grad_input or recipe.grad_weight):
+    if dtype == torch.float64 and not handler_of(recipe).takes_float64(recipe):
         raise ValueError(
             f"prepare: expected float32, float16 or bfloat16 weights under {recipe.name!r}, got float64 in '{name}'"
         )
@@ -364,20 +362,7 @@ def _summary_row(name: str, layer: QuantLayer) -> dict[str, str | None]:
             grouped = spec.granularity == "per_group" and any(size > 1 for size in fake_quant.scale_shape[1:])
             granularity = "per_channel" if spec.granularity == "per_group" and not grouped else spec.granularity
             row[tensor] = f"{kind}{spec.bits} {granularity} ({source})"
-    for tensor in ("grad_input", "grad_weight"):
-        row[tensor] = _gradient_cell(layer.gradient_arguments or {}, tensor)
-        if isinstance(layer, Int8Layer):
-            mode = layer.int8_arguments[tensor]
-            row[tensor] = {"auto": "int8 or float (auto)", "none": None}.get(mode, mode)
-    return row
-
-
-def _gradient_cell(arguments: Mapping[str, str | int | bool], tensor: str) -> str | None:
-    if tensor not in arguments:
-        return None
-    rows = "" if arguments[tensor] == "per_tensor" else f" ({arguments[f'{tensor}_rows']})"
-    zero = ", zero kept" if arguments[f"{tensor}_preserve_zero"] else ""
-    return f"{arguments[f'{tensor}_bits']} bits {arguments[tensor]}{rows}{zero}"
+    return row | handler_of(layer.recipe).gradient_cells(layer)
 
 
 def swapped(model: nn.Module, twins: Mapping[int, nn.Module]) -> nn.Module:

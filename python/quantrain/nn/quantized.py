@@ -38,6 +38,7 @@ from .layers import (
     gathered_qparams,
 )
 from .observers import Float32State
+from .schemes import handler_of
 from .weight_hooks import computes_weight, run_weight_hooks
 
 __all__ = [
@@ -64,6 +65,7 @@ class QuantizedLayer(Float32State):
         check_observed: False lets a weight scale that was never set pass, as NaN, to be loaded later.
     """
 
+    rounds_input_itself = False  # the forward pass does not call input_fake_quant
     weight_codes: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
@@ -232,6 +234,8 @@ class QuantizedInt8Linear(QuantizedLinear):
     'QuantizedInt8Linear'
     """
 
+    rounds_input_itself = True
+
     def forward(self, input: Tensor) -> Tensor:
         fake_quant = self.input_fake_quant
         if not fake_quant.fake_quant_enabled:
@@ -387,10 +391,9 @@ def quantized_layer(layer: nn.Module, *, check_observed: bool = True) -> Quantiz
         TypeError: another module.
         ValueError: as :meth:`QuantizedLayer.from_quant`.
     """
-    if isinstance(layer, (QuantLinear, QuantTransposedLinear, Int8Layer)) and layer.recipe.backend == "int8":
-        return _with_hooks_of(layer, QuantizedInt8Linear(layer, check_observed=check_observed))
     for kind, twin in _TWINS:
         if isinstance(layer, kind):
+            twin = handler_of(layer.recipe).converted_class(layer, twin)
             return _with_hooks_of(layer, twin(layer, check_observed=check_observed))
     raise TypeError(f"convert: expected a prepared layer, got {type(layer).__name__}")
 

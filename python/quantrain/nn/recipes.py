@@ -1,32 +1,20 @@
-"""What a Recipe means for a layer: names, changed copies, and the shape of each scale.
+"""What a Recipe means for a layer: names, changed copies, and the arguments of its operators.
 
-:class:`quantrain.Recipe`, :class:`quantrain.QuantSpec`, :class:`quantrain.GradientSpec`, :class:`quantrain.Int8Spec` and :class:`quantrain.FixedPointSpec` are C++ structs;
-here is how the Python layers read them.
+:class:`quantrain.Recipe`, :class:`quantrain.QuantSpec` and the schemes are C++ structs; here is how the Python layers read them.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
-from quantrain._C import FixedPointSpec, GradientSpec, Int8Spec, QuantSpec, Recipe
+from quantrain._C import GradientSpec, QuantSpec, Recipe, Scheme
+
+from .schemes import handler_of
 
 __all__ = ["as_recipe", "changed_recipe", "gradient_arguments", "weight_scale_shape"]
 
-_SPECS = {
-    "weight": QuantSpec,
-    "input": QuantSpec,
-    "output": QuantSpec,
-    "grad_input": GradientSpec,
-    "grad_weight": GradientSpec,
-    "int8": Int8Spec,
-    "fixed_point": FixedPointSpec,
-}
-_SOME_FIELDS = {
-    QuantSpec: "bits, granularity, ...",
-    GradientSpec: "bits, quantizer, ...",
-    Int8Spec: "output, grad_input, ...",
-    FixedPointSpec: "fraction_length, clip, ...",
-}
+_TENSORS = ("weight", "input", "output")
 
 
 def as_recipe(recipe: Recipe | str) -> Recipe:
@@ -51,16 +39,18 @@ def changed_recipe(base: Recipe, change: Recipe | str | Mapping) -> Recipe:
     """A copy of ``base`` with ``change`` applied; ``base`` stays as it is.
 
     Args:
-        change: a Recipe or a name replaces everything; a mapping changes single fields. The values of ``weight``,
-            ``input``, ``output`` (QuantSpec), ``grad_input``, ``grad_weight`` (GradientSpec), ``int8`` (Int8Spec) and ``fixed_point`` (FixedPointSpec) are a spec, None
-            (leave that tensor in floating point), or a mapping of a spec's fields (applied to the base's spec, to the default one
-            where the base has none).
+        change: a Recipe or a name replaces everything; a mapping changes single fields. The values of ``weight``, ``input`` and
+            ``output`` (QuantSpec) and of ``scheme`` are a spec, None (leave that tensor in floating point; no scheme), or a mapping of
+            its fields, applied to the base's, to the default one where the base has none. A mapping for ``scheme`` names the
+            ``kind`` where the base has no scheme or one of another kind.
 
     Raises:
         ValueError: a field that does not exist, or a value outside its rule.
 
     >>> changed_recipe(as_recipe("qat-w4a4"), {"weight": {"bits": 8}, "input": None}).weight.bits
     8
+    >>> changed_recipe(as_recipe("fqt-8"), {"scheme": {"grad_input": {"bits": 5}}}).scheme.grad_input.bits
+    5
     """
     if not isinstance(change, Mapping):
         return as_recipe(change)
@@ -68,39 +58,54 @@ def changed_recipe(base: Recipe, change: Recipe | str | Mapping) -> Recipe:
     for field, value in change.items():
         if not hasattr(result, field) or callable(getattr(result, field)):
             raise ValueError(f"recipe: expected a field of Recipe (weight, input, output, ...), got {field!r}")
-        if field in _SPECS and isinstance(value, Mapping):
-            value = _changed_spec(getattr(result, field) or _SPECS[field](), value)
+        if isinstance(value, Mapping):
+            if field in _TENSORS:
+                value = _changed_spec(getattr(result, field) or QuantSpec(), value)
+            elif field == "scheme":
+                value = _changed_scheme(result.scheme, value)
         setattr(result, field, value)
     result.validate()
     return result
 
 
-def _changed_spec(
-    spec: QuantSpec | GradientSpec | Int8Spec | FixedPointSpec, change: Mapping
-) -> QuantSpec | GradientSpec | Int8Spec | FixedPointSpec:
+def _changed_spec(spec: QuantSpec, change: Mapping) -> QuantSpec:
     for field, value in change.items():
         if not hasattr(spec, field) or callable(getattr(spec, field)):
-            some = _SOME_FIELDS[type(spec)]
-            raise ValueError(f"recipe: expected a field of {type(spec).__name__} ({some}), got {field!r}")
+            raise ValueError(f"recipe: expected a field of QuantSpec (bits, granularity, ...), got {field!r}")
         setattr(spec, field, value)
     return spec
 
 
+def _changed_scheme(scheme: Scheme | None, change: Mapping) -> Scheme:
+    change = dict(change)
+    kind = change.pop("kind", None if scheme is None else scheme.kind)
+    if kind is None:
+        raise ValueError(f"recipe: expected the kind of a scheme ({', '.join(Scheme.kinds())}), got none")
+    if scheme is None or scheme.kind != kind:
+        scheme = Scheme(kind, **{field: _plain(value) for field, value in change.items()})
+        return scheme
+    fields = json.loads(scheme.to_json())
+    for field, value in change.items():
+        if field not in fields:
+            raise ValueError(
+                f"recipe: expected a field of {type(scheme).__name__} ({', '.join(fields)}), got {field!r}"
+            )
+        nested = isinstance(value, Mapping) and isinstance(fields[field], Mapping)
+        fields[field] = {**fields[field], **value} if nested else _plain(value)
+    return Scheme(kind, **fields)
+
+
+def _plain(value: object) -> object:
+    return json.loads(value.to_json()) if isinstance(value, GradientSpec) else value
+
+
 def gradient_arguments(recipe: Recipe, *, convolution: bool) -> dict[str, str | int | bool] | None:
-    """The recipe's ``grad_input`` and ``grad_weight`` as keyword arguments of ``fqt_conv2d`` or ``fqt_linear``; None: it has none.
+    """How the recipe quantises gradients, as keyword arguments of ``fqt_conv2d`` or ``fqt_linear``; None: it does not.
 
     >>> gradient_arguments(as_recipe("fqt-bhq5"), convolution=False)["grad_input"]
     'householder'
     """
-    arguments: dict[str, str | int | bool] = {}
-    for tensor in ("grad_input", "grad_weight"):
-        spec = getattr(recipe, tensor)
-        if spec is not None:
-            spec = spec.resolved(tensor, convolution=convolution)
-            arguments[tensor] = spec.quantizer
-            for field in ("bits", "rows", "preserve_zero", "max_group"):
-                arguments[f"{tensor}_{field}"] = getattr(spec, field)
-    return arguments or None
+    return handler_of(recipe).gradient_arguments(recipe, convolution=convolution)
 
 
 def weight_scale_shape(spec: QuantSpec, weight_shape: Sequence[int]) -> tuple[int, ...]:
@@ -112,9 +117,4 @@ def weight_scale_shape(spec: QuantSpec, weight_shape: Sequence[int]) -> tuple[in
     >>> weight_scale_shape(QuantSpec(granularity="per_group", group_size=32, observer="dynamic"), (8, 64))
     (8, 2)
     """
-    channels, *row = weight_shape
-    if spec.granularity == "per_tensor":
-        return (1,)
-    if spec.granularity == "per_group" and len(row) == 1 and row[0] and row[0] % spec.group_size == 0:
-        return (channels, row[0] // spec.group_size)
-    return (channels, *[1] * len(row))
+    return tuple(spec.weight_scale_shape(weight_shape))

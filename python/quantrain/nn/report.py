@@ -15,10 +15,9 @@ from quantrain.tables import Table
 
 from .calibrate import enable_fake_quant, evaluating, fake_quants, run_batch
 from .fake_quantize import FakeQuantize
-from .int8_linear import Int8Layer
 from .layers import QuantLayer
 from .observers import to_blocks
-from .quantized import QuantizedInt8Linear, QuantizedLayer, kPackedBits
+from .quantized import QuantizedLayer, kPackedBits
 
 __all__ = ["ErrorTable", "SizeTable", "model_size", "quantization_error"]
 
@@ -253,7 +252,7 @@ def _quantized_pass(
     handles = []
     for name, layer in layers.items():
         handles.append(layer.register_forward_hook(lambda m, args, y, name=name: on_output(m, args, y, name)))
-        if isinstance(layer, (Int8Layer, QuantizedInt8Linear)):  # rounds its input itself
+        if layer.rounds_input_itself:
             hook = layer.register_forward_pre_hook
             handles.append(
                 hook(lambda m, args, name=name: on_input(m.input_fake_quant, args, m.input_fake_quant(args[0]), name))

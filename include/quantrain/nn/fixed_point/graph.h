@@ -123,6 +123,8 @@ class QUANTRAIN_API FixedPointGraphImpl : public Copied<FixedPointGraphImpl, tor
   void check_units(const std::string& name, const Node& other, bool is_signed, double max_alpha) const;
   FixedPointActivation make_activation(const std::string& name, const FixedPointConvArguments& arguments) const;
 
+  const FixedPointSpec* scheme() const { return recipe_.scheme_as<FixedPointSpec>(); }
+
   Recipe recipe_;
   std::vector<Node> nodes_;
   std::vector<std::function<void(FixedPointGraphImpl&)>> declarations_;  // of all but the input, for clone()

@@ -26,24 +26,12 @@
 #include <torch/nn/options/linear.h>
 #include <torch/nn/pimpl.h>
 
+#include "quantrain/nn/calibration.h"
 #include "quantrain/nn/observers.h"
-#include "quantrain/nn/recipe.h"
+#include "quantrain/nn/schemes/fixed_point.h"
 #include "quantrain/ops/export.h"
 
 namespace quantrain::nn {
-
-// What enable_fake_quant and Calibration switch in the modules of this file.
-class QUANTRAIN_API FixedPointSwitch {
- public:
-  virtual ~FixedPointSwitch() = default;
-  void enable_fake_quant(bool on = true) { fake_quant_enabled_ = on; }
-  bool fake_quant_enabled() const { return fake_quant_enabled_; }
-  virtual void begin_calibration() {}
-  virtual void end_calibration(bool /*keep*/) {}  // keep: takes over what was seen
-
- private:
-  bool fake_quant_enabled_ = true;
-};
 
 // How a FixedPointActivation rounds.
 struct QUANTRAIN_API FixedPointActivationOptions {
@@ -66,7 +54,7 @@ struct QUANTRAIN_API FixedPointActivationOptions {
 // the batches' FL with weight 0.1 for the new one, first 6, rounded in use. Where several tensors share the activation
 // FL follows the first; without clip, the shortest. Calibration sets alpha to the level of least squared error (the
 // largest over the tensors) and FL to the batches' mean.
-class QUANTRAIN_API FixedPointActivationImpl : public FixedDtypeModule, public FixedPointSwitch {
+class QUANTRAIN_API FixedPointActivationImpl : public FixedDtypeModule, public Calibrates {
  public:
   explicit FixedPointActivationImpl(const FixedPointActivationOptions& options);
 
@@ -84,7 +72,8 @@ class QUANTRAIN_API FixedPointActivationImpl : public FixedDtypeModule, public F
 
   void begin_calibration() override;
   void end_calibration(bool keep) override;
-  bool reached() const { return reached_; }  // whether the last calibration showed it a tensor
+  int end_order() const override { return 0; }  // the fraction lengths of weights follow the levels
+  Reached reached_by_calibration() override { return reached_ ? Reached::kSomething : Reached::kNothing; }
 
   // A new batch: the next tensor is the first of those that share this activation.
   void restart_calibration() { calls_ = 0; }
@@ -172,7 +161,7 @@ struct QUANTRAIN_API FixedPointFolded {
 //               FL_w; float32 where the accumulator stays below 2^24, else float64
 // then y + residual, then output_activation. Without one the output is in real values: eta_out = 2^-j with j such that
 // FL_w can be 7.
-class QUANTRAIN_API FixedPointLayer : public torch::nn::Module, public FixedPointSwitch {
+class QUANTRAIN_API FixedPointLayer : public torch::nn::Module, public HasRecipe, public Calibrates {
  public:
   at::Tensor forward(const at::Tensor& input, const at::Tensor& residual = {});
 
@@ -181,10 +170,11 @@ class QUANTRAIN_API FixedPointLayer : public torch::nn::Module, public FixedPoin
   // Chooses FL_w anew, whatever it was (hysteresis).
   void reset_fraction_length();
 
-  const Recipe& recipe() const { return recipe_; }
+  const Recipe& recipe() const override { return recipe_; }
   void end_calibration(bool keep) override {
     if (keep) reset_fraction_length();
   }
+  bool is_own_tensor(const std::string& name) const override { return name == "weight_fraction_length"; }
 
   at::Tensor weight;
   at::Tensor bias;                           // [O] or undefined
@@ -248,15 +238,19 @@ TORCH_MODULE(FixedPointLinear);
 
 // The mean over the whole image, [N, C, H, W] -> [N, C, 1, 1]: the sum, a shift by the power of two 2^k nearest to H W,
 // and what is left of the division in the eta of its output. State: `size`, int64 [2], height and width last seen.
-class QUANTRAIN_API FixedPointAvgPool2dImpl : public torch::nn::Module, public FixedPointSwitch {
+class QUANTRAIN_API FixedPointAvgPool2dImpl : public torch::nn::Module, public Calibrates {
  public:
   FixedPointAvgPool2dImpl(std::shared_ptr<FixedPointActivationImpl> input_activation, const Recipe& recipe);
   at::Tensor forward(const at::Tensor& input);
+
+  void begin_calibration() override { size_before_ = size.clone(); }
+  void end_calibration(bool keep) override;
 
   at::Tensor size;
   FixedPointPoolActivation activation{nullptr};
 
  private:
+  at::Tensor size_before_;
   friend class FixedPointGraphImpl;
   void read_size();  // where a checkpoint was loaded
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from quantrain.fixed_point import fixed_point_fraction_length, fixed_point_quantize
 
+from ..calibrates import Calibrates
 from ..fake_quantize import in_backward, kMinScale
 from ..observers import Float32State, MSEObserver
 
@@ -19,7 +20,7 @@ kInitialFractionLength = 6.0  # before the first batch, as published
 kAveraging = 0.1  # weight of the new batch in the average of fraction lengths, as published
 
 
-class FixedPointActivation(Float32State):
+class FixedPointActivation(Calibrates, Float32State):
     """Rounds the tensors it is called with to 8-bit codes: a ReLU, where unsigned, and PACT's clip at a learned level are in it.
 
     With qmax = 255 (unsigned) or 127 (signed), FL the rounded ``fraction_length`` and real value = units * eta:
@@ -51,6 +52,8 @@ class FixedPointActivation(Float32State):
     >>> activation(torch.tensor([-1.0, 0.5, 2.0]))
     tensor([0.0000, 0.4980, 1.0000], grad_fn=<...>)
     """
+
+    end_order = 0  # the fraction lengths of weights follow the levels
 
     alpha: Tensor | None
     fraction_length: Tensor
@@ -137,9 +140,8 @@ class FixedPointActivation(Float32State):
         """Not rounding: in calibration, and where fake-quantisation is off."""
         return self.calibrating or not self.fake_quant_enabled
 
-    def enable_fake_quant(self, enabled: bool = True) -> None:
-        """Turns rounding on or off; off, the activation is the ReLU (or nothing) that it stands for."""
-        self.fake_quant_enabled = enabled
+    def reached_by_calibration(self) -> str | None:
+        return "something" if self.reached else "nothing"
 
     def rounded_real(self, x: Tensor) -> Tensor:
         if self.clip:
@@ -268,6 +270,8 @@ class FixedPointInput(FixedPointActivation):
 
 class FixedPointPoolActivation(FixedPointActivation):
     """Of an average pool: no clip, signed as what is pooled, eta = eta_in * 2^k / pixels."""
+
+    end_order = 1  # after the source, whose level it takes
 
     def __init__(self, source: FixedPointActivation, *, method: str, name: str, device: torch.device | str | None):
         super().__init__(source.signed, clip=False, method=method, name=name, device=device)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from quantrain._C import Recipe
 from quantrain.fixed_point import fixed_point_fraction_length, fixed_point_quantize
 
+from ..calibrates import Calibrates
 from ..layers import twin_of
 from ..recipes import as_recipe
 from .activation import FixedPointActivation, FixedPointPoolActivation, kWordLength
@@ -54,7 +55,7 @@ def exact_arithmetic(device: torch.device):
         yield
 
 
-class FixedPointLayer(nn.Module):
+class FixedPointLayer(Calibrates, nn.Module):
     """What the convolution and the linear layer share: folding, rounding and the two forms of the forward pass."""
 
     weight: Tensor
@@ -98,8 +99,8 @@ class FixedPointLayer(nn.Module):
         name: str,
     ) -> None:
         self.recipe = as_recipe(recipe)
-        spec = self.recipe.fixed_point
-        if spec is None:
+        spec = self.recipe.scheme
+        if spec is None or spec.kind != "fixed_point":
             raise ValueError(f"{type(self).__name__}: expected a recipe with fixed_point, got {self.recipe.name!r}")
         if bn is not None and not (bn.track_running_stats and bn.affine):
             raise ValueError(
@@ -177,9 +178,15 @@ class FixedPointLayer(nn.Module):
             y = y + residual
         return self._activated(y)
 
-    def enable_fake_quant(self, enabled: bool = True) -> None:
-        """Turns rounding on or off; off, this is the float layer (with batch norm, addition and activation)."""
-        self.fake_quant_enabled = enabled
+    def begin_calibration(self) -> None:
+        self.calibrating = True
+
+    end_order = 2  # after the activations
+
+    def end_calibration(self, keep: bool) -> None:
+        self.calibrating = False
+        if keep:
+            self.reset_fraction_length()
 
     def _activated(self, y: Tensor) -> Tensor:
         return self.output_activation(y, self.activation is not None) if self.quantizes else y
@@ -371,7 +378,7 @@ class FixedPointLinear(FixedPointLayer, nn.Linear):
         return F.linear(x, weight, bias)
 
 
-class FixedPointAvgPool2d(nn.Module):
+class FixedPointAvgPool2d(Calibrates, nn.Module):
     """The mean over the whole image: a sum, a shift, and what is left of the division in the eta of its output.
 
     With 2^k the power of two nearest to the number of pixels: units = sum(units of input) * 2^-k, eta = eta_in * 2^k / pixels,
@@ -410,6 +417,14 @@ class FixedPointAvgPool2d(nn.Module):
         self.activation = FixedPointPoolActivation(
             input_activation, method=method, name=f"{name}.activation", device=device
         )
+
+    def begin_calibration(self) -> None:
+        self._size_before = self.size.clone()
+
+    def end_calibration(self, keep: bool) -> None:
+        size = self.__dict__.pop("_size_before")
+        if not keep:
+            self.set_size(size)
 
     @property
     def pixels(self) -> tuple[int, int]:
@@ -452,31 +467,3 @@ def no_integer_convolution(conv: nn.Conv2d) -> str:
     if isinstance(conv.padding, str):
         return f"expected padding in numbers, got {conv.padding!r}"
     return ""
-
-
-def has_fixed_point(model: nn.Module) -> bool:
-    """Whether ``model`` holds a fixed-point activation."""
-    return any(isinstance(module, FixedPointActivation) for module in model.modules())
-
-
-def begin_calibration(model: nn.Module) -> None:
-    """From now on the fixed-point layers of ``model`` compute in floating point, and their activations watch."""
-    for module in model.modules():
-        if isinstance(module, FixedPointActivation):
-            module.begin_calibration()
-        elif isinstance(module, FixedPointLayer):
-            module.calibrating = True
-
-
-def end_calibration(model: nn.Module, *, keep: bool) -> None:
-    """Ends it; where ``keep``, levels and fraction lengths are set from what was seen, an average pool's from its source's."""
-    activations = [module for module in model.modules() if isinstance(module, FixedPointActivation)]
-    for activation in sorted(activations, key=lambda a: isinstance(a, FixedPointPoolActivation)):
-        activation.end_calibration(keep)
-    for module in model.modules():
-        if isinstance(module, FixedPointLayer):
-            module.calibrating = False
-            if keep:
-                module.reset_fraction_length()
-    if keep and hasattr(model, "_update_summary"):
-        model._update_summary()

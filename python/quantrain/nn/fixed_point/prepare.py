@@ -105,7 +105,7 @@ def prepare_fixed_point(model: nn.Module, recipe: Recipe) -> FixedPointGraph:
 
 
 def _build(model: nn.Module, recipe: Recipe, steps: list[Step]) -> FixedPointGraph:
-    spec, by_name = recipe.fixed_point, {step.name: step for step in steps}
+    spec, by_name = recipe.scheme, {step.name: step for step in steps}
     sharing = Sharing(steps)
     device = next(iter(model.parameters())).device
     prepared = FixedPointGraph(steps)

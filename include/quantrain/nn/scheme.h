@@ -1,0 +1,111 @@
+// A scheme: how a layer runs beyond rounding its tensors. One recipe has one scheme or none, so that schemes exclude each
+// other by construction. Rooms that serve every layer (Calibration, convert, checkpoints) ask the scheme and know none by
+// name. A new scheme is a file of its own and a line in nn/schemes/table.cpp, or a call of register_scheme().
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "quantrain/nn/fields.h"
+#include "quantrain/ops/export.h"
+
+namespace quantrain::nn {
+
+struct Recipe;
+
+class QUANTRAIN_API Scheme {
+ public:
+  virtual ~Scheme() = default;
+  virtual std::string kind() const = 0;       // what the JSON calls it
+  virtual std::string type_name() const = 0;  // of the struct, for messages
+  virtual void visit(FieldVisitor& visitor) = 0;
+  virtual std::unique_ptr<Scheme> clone() const = 0;
+
+  // Throws std::invalid_argument naming the field, the rule and the value: of this struct's own fields, and of the recipe
+  // that holds it.
+  virtual void validate() const {}
+  virtual void check_recipe(const Recipe& /*recipe*/) const {}
+
+  // Throws c10::ValueError where a layer of that class ("QuantLinear") does not run so.
+  virtual void check_layer(const std::string& /*layer*/, const Recipe& /*recipe*/) const {}
+
+  virtual bool quantises_gradients() const {
+    return false;
+  }                                                        // in training: the backward pass is not the float product's
+  virtual bool linear_only() const { return false; }       // only Linear layers run so
+  virtual bool integer_products() const { return false; }  // converted Linear layers multiply integers (int8_mm)
+
+  std::string to_json() const;
+  bool operator==(const Scheme& other) const;
+};
+
+// What every scheme's struct shares. `Derived` has kKind, kTypeName and fields().
+template <typename Derived>
+class SchemeOf : public Scheme {
+ public:
+  std::string kind() const override { return Derived::kKind; }
+  std::string type_name() const override { return Derived::kTypeName; }
+  void visit(FieldVisitor& visitor) override { Derived::fields(static_cast<Derived&>(*this), visitor); }
+  std::unique_ptr<Scheme> clone() const override {
+    return std::make_unique<Derived>(static_cast<const Derived&>(*this));
+  }
+
+  // Reads to_json()'s text. Throws std::invalid_argument, as QuantSpec's.
+  static Derived from_json(const std::string& text);
+};
+
+// A scheme or none, with the semantics of a value: a copy of a recipe has a scheme of its own.
+class QUANTRAIN_API SchemeValue {
+ public:
+  SchemeValue() = default;
+  SchemeValue(std::unique_ptr<Scheme> scheme) : scheme_(std::move(scheme)) {}
+  template <typename S>
+    requires std::is_base_of_v<Scheme, S>
+  SchemeValue(const S& scheme) : scheme_(scheme.clone()) {}
+  SchemeValue(const SchemeValue& other) : scheme_(other ? other->clone() : nullptr) {}
+  SchemeValue(SchemeValue&&) = default;
+  SchemeValue& operator=(const SchemeValue& other) {
+    if (this != &other) scheme_ = other ? other->clone() : nullptr;
+    return *this;
+  }
+  SchemeValue& operator=(SchemeValue&&) = default;
+
+  explicit operator bool() const { return scheme_ != nullptr; }
+  Scheme* operator->() const { return scheme_.get(); }
+  Scheme& operator*() const { return *scheme_; }
+  const std::shared_ptr<Scheme>& pointer() const { return scheme_; }
+  bool operator==(const SchemeValue& other) const {
+    return scheme_ && other.scheme_ ? *scheme_ == *other.scheme_ : scheme_ == other.scheme_;
+  }
+
+ private:
+  std::shared_ptr<Scheme> scheme_;
+};
+
+// How a scheme is known: what makes one with its defaults, and its named recipes. by_name: of names that are not listed.
+struct QUANTRAIN_API SchemeEntry {
+  std::string kind;
+  std::function<std::unique_ptr<Scheme>()> make;
+  std::function<std::vector<Recipe>()> recipes = nullptr;
+  std::function<std::optional<Recipe>(const std::string&)> by_name = nullptr;
+};
+
+// Makes a scheme from outside the library known: its recipes have names, its JSON loads. ValueError: a kind that is known.
+QUANTRAIN_API void register_scheme(SchemeEntry entry);
+
+// The scheme of a kind from the JSON of its fields. Throws std::invalid_argument.
+QUANTRAIN_API std::unique_ptr<Scheme> make_scheme(const std::string& kind, const std::string& fields = "{}");
+
+QUANTRAIN_API std::vector<std::string> scheme_kinds();
+
+template <typename Derived>
+Derived SchemeOf<Derived>::from_json(const std::string& text) {
+  return dynamic_cast<const Derived&>(*make_scheme(Derived::kKind, text));
+}
+
+}  // namespace quantrain::nn

@@ -1,0 +1,91 @@
+#include "quantrain/nn/schemes/gradient_quant.h"
+
+#include <map>
+
+#include <c10/util/Exception.h>
+
+#include "nn/json_fields.h"
+#include "nn/named_recipes.h"
+#include "nn/schemes/table.h"
+
+namespace quantrain::nn {
+
+using detail::check_one_of;
+using detail::fail_field;
+
+GradientSpec GradientSpec::resolved(const std::string& tensor, bool convolution) const {
+  check_one_of(kTypeName, "tensor", tensor, {"grad_input", "grad_weight"});
+  GradientSpec spec = *this;
+  if (spec.quantizer == "auto") {
+    spec.quantizer = tensor == "grad_input" ? "per_sample" : convolution ? "per_tensor" : "per_channel";
+  }
+  if (spec.rows == "auto") spec.rows = convolution ? "sample" : "token";
+  return spec;
+}
+
+void GradientSpec::validate() const {
+  if (bits < 2 || bits > 8) fail_field(kTypeName, "bits in 2 to 8", std::to_string(bits));
+  check_one_of(kTypeName, "quantizer", quantizer, {"auto", "per_tensor", "per_sample", "per_channel", "householder"});
+  check_one_of(kTypeName, "rows", rows, {"auto", "sample", "token"});
+  if (preserve_zero && quantizer == "householder") {
+    fail_field(kTypeName, "another quantizer than householder with preserve_zero", "'householder'");
+  }
+  if (max_group < 3 || max_group > 256) fail_field(kTypeName, "max_group in 3 to 256", std::to_string(max_group));
+}
+
+std::string GradientSpec::to_json() const { return detail::to_object(*this).dump(); }
+
+GradientSpec GradientSpec::from_json(const std::string& text) {
+  return detail::from_object<GradientSpec>(detail::parse_object(kTypeName, text));
+}
+
+void GradientQuantSpec::validate() const {
+  if (!grad_input && !grad_weight) fail_field(kTypeName, "a spec for grad_input or grad_weight", "none");
+  if (grad_input) grad_input->validate();
+  if (grad_weight) grad_weight->validate();
+}
+
+void GradientQuantSpec::check_layer(const std::string& layer, const Recipe& recipe) const {
+  TORCH_CHECK_VALUE(layer != "QuantConvTranspose2d", layer,
+                    ": expected a recipe without grad_input and grad_weight, got '", recipe.name, "'");
+}
+
+namespace {
+
+// "fqt-8", or "fqt-<ptq|psq|bhq><bits>" with or without "-paper"; none where `name` is neither. Forward as qat-w8a8.
+//
+// As they are: scales that an integer product allows. "-paper": as the authors trained, rows are samples everywhere and
+// grad_weight has a range for each column over the samples (per tensor for ptq).
+std::optional<Recipe> fqt_recipe(const std::string& name) {
+  static const std::map<std::string, std::string> kQuantizers = {
+      {"ptq", "per_tensor"}, {"psq", "per_sample"}, {"bhq", "householder"}};
+  // Not by std::regex, whose symbols libtorch exports too: with another compiler's version of them it crashes.
+  std::string rest = name == "fqt-8" ? "fqt-psq8" : name;
+  const bool paper = rest.size() > 6 && rest.compare(rest.size() - 6, 6, "-paper") == 0;
+  if (paper) rest.resize(rest.size() - 6);
+  if (rest.size() != 8 || rest.compare(0, 4, "fqt-") != 0 || rest[7] < '2' || rest[7] > '8') return std::nullopt;
+  const std::string quantizer = rest.substr(4, 3);
+  if (!kQuantizers.contains(quantizer)) return std::nullopt;
+  const std::string columns = quantizer == "ptq" ? "per_tensor" : "per_channel";
+  const GradientQuantSpec scheme(GradientSpec{rest[7] - '0', kQuantizers.at(quantizer), paper ? "sample" : "auto"},
+                                 GradientSpec{8, paper ? columns : "auto", paper ? "sample" : "auto"});
+  return detail::named_recipe(name, detail::dynamic_weight(8, Granularity::kPerChannel),
+                              detail::affine_input(8, ObserverKind::kMovingAverage), scheme);
+}
+
+std::vector<Recipe> fqt_recipes() {
+  std::vector<Recipe> recipes = {*fqt_recipe("fqt-8")};
+  for (const char* mode : {"", "-paper"})
+    for (const char* quantizer : {"ptq", "psq", "bhq"})
+      for (const char* bits : {"8", "5", "4"})
+        recipes.push_back(*fqt_recipe(std::string("fqt-") + quantizer + bits + mode));
+  return recipes;
+}
+
+}  // namespace
+
+SchemeEntry detail::gradient_quant_entry() {
+  return {GradientQuantSpec::kKind, [] { return std::make_unique<GradientQuantSpec>(); }, fqt_recipes, fqt_recipe};
+}
+
+}  // namespace quantrain::nn

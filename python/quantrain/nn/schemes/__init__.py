@@ -1,0 +1,133 @@
+"""Schemes: how layers run beyond rounding their tensors. A recipe has one or none.
+
+A scheme is a file here, which registers a :class:`SchemeHandler`, and a C++ file that names its fields (nn/schemes/). Everything that
+serves all layers (prepare, calibrate, convert, report, checkpoints, jobs) asks the handler of a recipe and knows none by name.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+from quantrain._C import Recipe
+
+if TYPE_CHECKING:
+    from ..layers import QuantLayer
+    from ..quantized import QuantizedLayer
+
+__all__ = ["SchemeHandler", "handler_of", "handlers", "register"]
+
+
+class SchemeHandler:
+    """What a scheme does with layers; this class is the handler of recipes without one.
+
+    Attributes:
+        kind: what the recipe's scheme calls itself; "" for recipes without one.
+        rebuilds: whether ``prepare`` makes a new network of the whole model, and ``convert`` another, rather than swap layers.
+    """
+
+    kind: ClassVar[str] = ""
+    rebuilds: ClassVar[bool] = False
+
+    # Layers
+
+    def layer_class(self, twin: type[QuantLayer], recipe: Recipe) -> type[QuantLayer]:
+        """The prepared layer in place of ``twin``, that of recipes without a scheme."""
+        return twin
+
+    def left_float(self, twin: type[QuantLayer], recipe: Recipe) -> str:
+        """Why layers of that kind stay in floating point, as the recipe means them to, or ""."""
+        return ""
+
+    def no_twin(self, twin: type[QuantLayer], recipe: Recipe) -> str:
+        """Why layers of that kind stay in floating point, for want of a way to run them so, or ""."""
+        return ""
+
+    def takes_float64(self, recipe: Recipe) -> bool:
+        return True
+
+    def check_layer(self, layer: QuantLayer) -> None:
+        """Raises ValueError where a layer of this class does not run so; the layer has its recipe and no quantizers yet."""
+
+    def gradient_arguments(self, recipe: Recipe, *, convolution: bool) -> dict[str, str | int | bool] | None:
+        """Arguments of ``fqt_linear`` or ``fqt_conv2d``; None: gradients are not quantised."""
+        return None
+
+    def converted_class(self, layer: QuantLayer, twin: type[QuantizedLayer]) -> type[QuantizedLayer]:
+        """The converted layer in place of ``twin``, that of recipes without a scheme."""
+        return twin
+
+    def gradient_cells(self, layer: QuantLayer) -> dict[str, str | None]:
+        """The columns grad_input and grad_weight of a layer's row in the summary."""
+        return {"grad_input": None, "grad_weight": None}
+
+    # Networks, where ``rebuilds``
+
+    def prepare_network(self, model: nn.Module, recipe: Recipe) -> nn.Module:
+        raise NotImplementedError(f"the scheme {self.kind!r} rebuilds no network")
+
+    def convert_network(self, model: nn.Module) -> nn.Module:
+        raise NotImplementedError(f"the scheme {self.kind!r} rebuilds no network")
+
+    def summary_rows(self, model: nn.Module) -> list[dict[str, Any]]:
+        raise NotImplementedError(f"the scheme {self.kind!r} rebuilds no network")
+
+    def is_prepared(self, model: nn.Module) -> bool:
+        """Whether ``model`` is what ``prepare_network`` returned."""
+        return False
+
+    def calibrated(self, model: nn.Module) -> None:
+        """Called with the prepared network when calibration has set its ranges."""
+
+    def is_converted(self, model: nn.Module) -> bool:
+        """Whether ``model`` is what ``convert_network`` returned. It has ``save(path)``, a class method ``load`` and ``audit()``."""
+        return False
+
+    # Texts of reports
+
+    def spec_text(self, recipe: Recipe, text: str) -> str:
+        """How one tensor is quantised; ``text`` is what its spec says."""
+        return text
+
+    def gradient_text(self, recipe: Recipe) -> str:
+        return ""
+
+    def arithmetic_text(self, recipe: Recipe) -> str:
+        return "rounded, computed in floating point"
+
+
+_HANDLERS: dict[str, SchemeHandler] = {}
+
+
+def register(handler: SchemeHandler) -> SchemeHandler:
+    """Makes the handler of a kind known.
+
+    Raises:
+        ValueError: a kind that has a handler.
+    """
+    if handler.kind in _HANDLERS:
+        raise ValueError(f"register: expected a kind without a handler, got {handler.kind!r}")
+    _HANDLERS[handler.kind] = handler
+    return handler
+
+
+def handler_of(recipe: Recipe) -> SchemeHandler:
+    """The handler of the recipe's scheme.
+
+    Raises:
+        ValueError: a scheme that has none in Python.
+    """
+    kind = "" if recipe.scheme is None else recipe.scheme.kind
+    if kind not in _HANDLERS:
+        raise ValueError(
+            f"recipe {recipe.name!r}: expected a scheme of {', '.join(filter(None, _HANDLERS))}, got {kind!r}"
+        )
+    return _HANDLERS[kind]
+
+
+def handlers() -> list[SchemeHandler]:
+    return list(_HANDLERS.values())
+
+
+register(SchemeHandler())

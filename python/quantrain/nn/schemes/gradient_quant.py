@@ -1,0 +1,64 @@
+"""Gradients computed from a quantised gradient of the output (StatQuant): recipes fqt-*."""
+
+from __future__ import annotations
+
+from quantrain._C import Recipe
+
+from ..convolutions import QuantConvTranspose2d
+from . import SchemeHandler, register
+
+_TENSORS = ("grad_input", "grad_weight")
+
+
+class GradientQuant(SchemeHandler):
+    kind = "gradient_quant"
+
+    def no_twin(self, twin, recipe):
+        return "gradients of ConvTranspose2d are not quantised" if issubclass(twin, QuantConvTranspose2d) else ""
+
+    def takes_float64(self, recipe):
+        return False
+
+    def check_layer(self, layer):
+        if isinstance(layer, QuantConvTranspose2d):
+            raise ValueError(
+                f"{type(layer).__name__}: expected a recipe without grad_input and grad_weight, got {layer.recipe.name!r}"
+            )
+
+    def gradient_arguments(self, recipe, *, convolution):
+        arguments: dict[str, str | int | bool] = {}
+        for tensor in _TENSORS:
+            spec = getattr(recipe.scheme, tensor)
+            if spec is not None:
+                spec = spec.resolved(tensor, convolution=convolution)
+                arguments[tensor] = spec.quantizer
+                for field in ("bits", "rows", "preserve_zero", "max_group"):
+                    arguments[f"{tensor}_{field}"] = getattr(spec, field)
+        return arguments or None
+
+    def gradient_cells(self, layer):
+        return {tensor: _cell(layer.gradient_arguments or {}, tensor) for tensor in _TENSORS}
+
+    def gradient_text(self, recipe: Recipe) -> str:
+        parts, rows = [], []
+        for tensor in _TENSORS:
+            spec = getattr(recipe.scheme, tensor)
+            if spec is None:
+                continue
+            kinds = [spec.resolved(tensor, convolution=convolution) for convolution in (False, True)]
+            names = list(dict.fromkeys(kind.quantizer for kind in kinds))
+            quantizers = names[0] if len(names) == 1 else f"{names[0]} (linear), {names[1]} (convolution)"
+            parts.append(f"{tensor} from {spec.bits} bits {quantizers}")
+            rows += ["token (linear), sample (convolution)" if spec.rows == "auto" else spec.rows]
+        return f"{'; '.join(parts)} (all stochastic, rows: {'; '.join(dict.fromkeys(rows))})"
+
+
+def _cell(arguments: dict[str, str | int | bool], tensor: str) -> str | None:
+    if tensor not in arguments:
+        return None
+    rows = "" if arguments[tensor] == "per_tensor" else f" ({arguments[f'{tensor}_rows']})"
+    zero = ", zero kept" if arguments[f"{tensor}_preserve_zero"] else ""
+    return f"{arguments[f'{tensor}_bits']} bits {arguments[tensor]}{rows}{zero}"
+
+
+register(GradientQuant())
