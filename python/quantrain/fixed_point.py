@@ -33,11 +33,13 @@ def fixed_point_quantize(
     signed: bool = True,
     axis: int | None = None,
 ) -> Tensor:
-    """``clamp(rint(input * 2**FL)) * 2**-FL`` with the element type (float32, float16, bfloat16, float64) and strides of ``input``.
+    """Round to fixed-point numbers of 2 to 16 bits, which are codes times a power of two.
 
-    NaN stays and an infinity saturates. Gradient: the paper's straight-through estimator, which is strict: that of the result where
-    ``lowest code < unclamped code < highest code``, else 0. The end codes do not pass, unlike in :func:`quantrain.fake_quantize`. One
-    bit per element is kept for it; the fraction length gets none. Forward mode and ``torch.func.grad`` give the same derivative.
+    ``clamp(rint(input * 2**FL)) * 2**-FL`` with the element type (float32, float16, bfloat16, float64) and strides of
+    ``input``. NaN stays and an infinity saturates. Gradient: the paper's straight-through estimator, which is strict:
+    that of the result where ``lowest code < unclamped code < highest code``, else 0. The end codes do not pass, unlike
+    in :func:`quantrain.fake_quantize`. One bit per element is kept for it; the fraction length gets none. Forward mode
+    and ``torch.func.grad`` give the same derivative.
 
     >>> x = torch.tensor([-1.0, 0.26, 0.74, 9.0], requires_grad=True)
     >>> y = fixed_point_quantize(x, 1, word_length=4)
@@ -64,7 +66,9 @@ def fixed_point_fraction_length(
     previous: Tensor | None = None,
     hysteresis: float = 0.0,
 ) -> Tensor:
-    """The fraction length (int32) that suits ``input``: ``[1]``, or ``[1, .., C, .., 1]`` with one an index of dimension ``axis``.
+    """The fraction length that suits a tensor or each of its channels, from a statistic of its values.
+
+    int32 of shape ``[1]``, or ``[1, .., C, .., 1]`` with one for each index of dimension ``axis``. By ``method``:
 
     - ``"std"``: the number of ``f`` in ``1..WL - signed`` with ``s <= c / 2**f`` for the unbiased standard deviation ``s`` over all
       elements, ``c = 40`` signed and 70 unsigned at 8 bits (unsigned: meant of the tensor before its ReLU). Equal elements, or one:
@@ -103,9 +107,10 @@ def fixed_point_requantize(
     signed: bool = True,
     axis: int | None = None,
 ) -> Tensor:
-    """8-bit codes at ``fraction_length`` of int32 accumulators at ``accumulator_fraction_length`` (0..31).
+    """Turn int32 sums into 8-bit codes of another fraction length by one shift, rounded half to even.
 
-    With ``n`` their difference: ``accumulator / 2**n`` rounded half to even, or times ``2**-n``, clamped to [-127, 127] (int8) or to
+    The sums are at ``accumulator_fraction_length`` (0..31), the codes at ``fraction_length``. With ``n`` their
+    difference: ``accumulator / 2**n`` rounded half to even, or times ``2**-n``, clamped to [-127, 127] (int8) or to
     [0, 255] (uint8). Exact for every accumulator. No gradient.
 
     >>> fixed_point_requantize(torch.tensor([24, 40, -40, 1000000], dtype=torch.int32), 9, 5)

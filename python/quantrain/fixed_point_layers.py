@@ -43,7 +43,7 @@ def fixed_point_conv2d(
     padding: int | tuple[int, int] = 0,
     groups: int = 1,
 ) -> Tensor:
-    """The exact sums of a convolution of codes.
+    """Convolution of 8-bit codes with exact int32 sums as its result.
 
     Shapes: input uint8 or int8 ``[N, C, H, W]``, weight int8 ``[O, C / groups, KH, KW]``, bias int32 ``[O]`` -> int32 ``[N, O, OH, OW]``. Padding
     is zeros. Fraction length of the result and of the bias: the input's plus the weight's.
@@ -76,7 +76,9 @@ def fixed_point_conv2d_requantize(
     groups: int = 1,
     signed: bool = False,
 ) -> Tensor:
-    """A convolution of codes with codes as its result: ``clamp(round((acc + residual) / 2**shift))``.
+    """Convolution of 8-bit codes with 8-bit codes as its result: sums, residual, one shift and ReLU in one pass.
+
+    ``clamp(round((acc + residual) / 2**shift))``.
 
     Shapes: as :func:`fixed_point_conv2d`; shift an int, or integers of one element or O, in [-31, 31] -> uint8 (``signed=False``: clamped at 0, so a ReLU is
     in it) or int8. residual is uint8, int8 or int32 of the result's shape, with ``residual_shift = FL_acc - FL_residual`` int32 of one element
@@ -107,7 +109,7 @@ def fixed_point_conv2d_requantize(
 
 
 def fixed_point_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The exact sums of a linear layer of codes.
+    """Linear layer of 8-bit codes with exact int32 sums as its result.
 
     Shapes: input uint8 or int8 ``[..., K]``, weight int8 ``[O, K]``, bias int32 ``[O]`` -> int32 ``[..., O]``.
 
@@ -119,7 +121,7 @@ def fixed_point_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None
 
 
 def fixed_point_add(a: Tensor, b: Tensor, a_fraction_length: Tensor | int, b_fraction_length: Tensor | int) -> Tensor:
-    """The sum of two tensors in fixed point, exact: int32 of fraction length ``max(a_fraction_length, b_fraction_length)``.
+    """The exact sum of two fixed-point tensors: int32 of fraction length ``max(a_fraction_length, b_fraction_length)``.
 
     Shapes: a and b uint8, int8 or int32 of one shape; fraction lengths an int, or integers of one element, or of a's rank with one size other than 1
     (``[1, C, 1, 1]``: per channel). Saturates at the ends of int32.
@@ -144,7 +146,9 @@ def fixed_point_max_pool2d(
     stride: int | tuple[int, int],
     padding: int | tuple[int, int] = 0,
 ) -> Tensor:
-    """The largest code of each window; the padding never wins, and is at most half the kernel.
+    """Max pooling of 8-bit codes.
+
+    The padding never wins, and is at most half the kernel.
 
     Shapes: input uint8 or int8 ``[N, C, H, W]`` -> codes of the same type ``[N, C, OH, OW]``.
 
@@ -162,7 +166,7 @@ def fixed_point_max_pool2d(
 
 
 def fixed_point_sum_pool2d(input: Tensor) -> Tensor:
-    """The sum of each image's codes; an average pool is this and a shift.
+    """The int32 sum of each channel's 8-bit codes over the image: an average pool is this and a shift.
 
     Shapes: input uint8 or int8 ``[N, C, H, W]`` -> int32 ``[N, C, 1, 1]``.
 
