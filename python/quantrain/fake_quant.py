@@ -135,9 +135,9 @@ def fake_quantize_dynamic(
 
     A NaN or infinity makes its group NaN (and does not raise). Gradient: straight-through, the scale held constant.
 
-    >>> fake_quantize_dynamic(torch.tensor([[1.0, 2.0], [10.0, 20.0]]), [2, 1], quant_min=-8, quant_max=7)
-    tensor([[ 1.1429,  2.0000],
-            [11.4286, 20.0000]])
+    >>> fake_quantize_dynamic(torch.tensor([[1.0, 3.0], [10.0, 30.0]]), [2, 1], quant_min=-8, quant_max=7)
+    tensor([[ 0.8571,  3.0000],
+            [ 8.5714, 30.0000]])
     """
     op = "fake_quantize_dynamic"
     _arguments.tensor(op, "input", input)
