@@ -4,7 +4,7 @@
     python benchmarks/int8_training_study.py curves         a GPT on tinyshakespeare and wikitext-2, bf16 and int8-training
     python benchmarks/int8_training_study.py finetune       MiniLM-L6 on SST-2 by the job of quantrain finetune, float32 and int8-training
     python benchmarks/int8_training_study.py figures        docs/figures/int8_*.png from the newest results, those of bench_int8 too
-    python benchmarks/int8_training_study.py tables         the measured part of docs/int8.md, likewise
+    python benchmarks/int8_training_study.py tables         the measured parts of docs/measured/int8.md, likewise
 
 Data are read from $QUANTRAIN_DATA (--data random: curves needs none). Results are JSON files in --out (benchmarks/results), written
 after every row, so that a run stopped by --seconds keeps what it has. All three products of every layer are int8 here, also where
@@ -40,7 +40,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, help="curves: steps of a run")
     add("--eager", action="store_true", help="curves: no CUDA graphs")
     add("--no-page", action="store_true", help="all: neither figures nor tables")
-    add("--page", type=Path, default=ROOT / "docs" / "int8.md", help="tables: the page they go into")
+    add("--page", type=Path, default=ROOT / "docs" / "measured" / "int8.md", help="tables: the page they go into")
     add("--figures", type=Path, default=ROOT / "docs" / "figures", help="figures: their folder")
     options = parser.parse_args(arguments)
     if options.part not in ("figures", "tables"):

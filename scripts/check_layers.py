@@ -14,7 +14,7 @@ Rules, each a function below:
   heavy      torch/all.h, torch/torch.h and torch/extension.h are included in python/ and examples/ only
              (torch/torch.h also under tests/, which are users of the library)
   opcheck    every public op (m.def without a leading underscore) is named by a test in tests/python that calls opcheck
-  readme     every public op has a row in a table of README.md
+  operators  every public op has a row in a table of docs/operators.md, which scripts/make_operators.py writes
   columns    no line of C++ and CUDA has more than 120 columns, but in a raw string, such as a schema
 
 Usage: check_layers.py [ROOT]. Prints what it checked, one line a violation, and exits 1 where there is one.
@@ -312,13 +312,13 @@ def check_opcheck(root: Path, ops: dict[str, tuple[str, int]]) -> list[Violation
     ]
 
 
-def check_readme(root: Path, ops: dict[str, tuple[str, int]]) -> list[Violation]:
-    readme = root / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+def check_operators(root: Path, ops: dict[str, tuple[str, int]]) -> list[Violation]:
+    page = root / "docs" / "operators.md"
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
     first_cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("|") and line.count("|") > 2]
     rows = {name for cell in first_cells for name in re.findall(r"`(\w+)(?:\(|`)", cell)}
     return [
-        Violation("readme", *where, f"README.md has no table row that begins with `{name}`")
+        Violation("operators", *where, f"docs/operators.md has no table row that begins with `{name}`")
         for name, where in ops.items()
         if name not in rows
     ]
@@ -338,7 +338,7 @@ def check(root: Path) -> tuple[str, list[Violation]]:
         *check_torch(found),
         *check_heavy(found),
         *check_opcheck(root, ops),
-        *check_readme(root, ops),
+        *check_operators(root, ops),
         *check_columns(root, files),
     ]
     layered = sum(i.layer in LAYERS for i in found)

@@ -4,33 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
+from common.drawing import BLUE, GREY, INK, ORANGE, SKY, panels, save, source
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402, the backend comes first
+from .results import KINDS, MODELS, by_recipe, measure_of, newest
 
-from .results import KINDS, MODELS, by_recipe, newest  # noqa: E402
-
-COLORS = {
-    "per_tensor": "#7a7a7a",
-    "per_sample": "#1f5fa8",
-    "per_sample, zero kept": "#56a3d9",
-    "householder": "#d1650f",
-}
-INK = "#333333"
+COLORS = {"per_tensor": GREY, "per_sample": BLUE, "per_sample, zero kept": SKY, "householder": ORANGE}
 
 
-def _open_frame(axis: plt.Axes) -> None:
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-
-
-# ---- what the reflector does ------------------------------------------------------------------------------------------------
+# ---- what the reflector does -----------------------------------------------------------------------------------------
 
 
 def transform(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(S, Q) of one group whose leader is row 0: S = diag(s1, 1, ..., 1), Q the reflection that sends e1 to 1/sqrt(k)."""
+    """(S, Q) of one group led by row 0: S = diag(s1, 1, ..., 1), Q the reflection that sends e1 to 1/sqrt(k)."""
     k = len(x)
     ranges = x.max(axis=1) - x.min(axis=1)
     n = np.full(k, 1 / np.sqrt(k))
@@ -41,7 +28,7 @@ def transform(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rounded(y: np.ndarray, bins: int, whole: bool, rng: np.random.Generator) -> np.ndarray:
-    """``y`` stochastically rounded to ``bins`` steps of each row's range; or of the whole matrix's, 0 put on the grid."""
+    """``y`` stochastically rounded to ``bins`` steps of each row's range, or of the whole matrix's with 0 on the grid."""
     axis = None if whole else 1
     low = y.min(axis=axis, keepdims=True)
     step = (y.max(axis=axis, keepdims=True) - low) / bins
@@ -51,29 +38,29 @@ def rounded(y: np.ndarray, bins: int, whole: bool, rng: np.random.Generator) -> 
 
 
 def householder(out: Path) -> None:
-    """A group of 16 rows, one of them large: as it is, scaled by S, and mixed by Q; and the errors that each form leaves."""
+    """A group of 16 rows, one of them large: as it is, scaled by S, and mixed by Q; and the errors that each form
+    leaves.
+    """
     rng = np.random.default_rng(4)
     x = rng.standard_normal((16, 200)) * np.array([1.0, *[0.03] * 15])[:, None]
     scale, reflector = transform(x)
     views = (
-        ("X: one large row, 15 small ones", x),
-        ("S X: the leader made smaller, by s1", scale @ x),
-        ("T X = Q S X: the leader spread over all rows", reflector @ scale @ x),
+        ("X\none large row, 15 small ones", x),
+        ("S X\nthe large row made smaller", scale @ x),
+        ("T X = Q S X\nspread over all rows", reflector @ scale @ x),
     )
-    figure, axes = plt.subplots(1, 4, figsize=(13.5, 3.6), layout="constrained", width_ratios=(3, 3, 3, 2))
+    figure, axes = panels(2, 7.0, columns=2)
     for axis, (title, rows) in zip(axes, views, strict=False):
         for place, row in enumerate(rows):
             color = COLORS["householder"] if place == 0 else COLORS["per_sample"]
             axis.vlines(place, row.min(), row.max(), color=color, linewidth=5, alpha=0.35)
             axis.plot(place + rng.uniform(-0.22, 0.22, len(row)), row, ".", color=color, markersize=1.5)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title)
         axis.set_xlabel("row")
+        axis.set_ylabel("value")
         axis.set_xticks([0, 5, 10, 15])
-        _open_frame(axis)
-    axes[0].set_ylabel("value")
     _householder_errors(axes[3], x, reflector @ scale, rng)
-    figure.savefig(out / "gradient_quant_householder.png", dpi=150)
-    plt.close(figure)
+    save(figure, out / "gradient_quant_householder.png")
 
 
 def _householder_errors(axis: plt.Axes, x: np.ndarray, t: np.ndarray, rng: np.random.Generator) -> None:
@@ -86,37 +73,37 @@ def _householder_errors(axis: plt.Axes, x: np.ndarray, t: np.ndarray, rng: np.ra
     for place, (name, draw) in enumerate(forms.items()):
         error = np.mean([np.square(draw() - x).sum() for _ in range(200)])
         axis.bar(place, error, color=COLORS[name], width=0.6)
-        axis.text(place, error * 1.1, f"{error:.2g}", ha="center", fontsize=9)
+        axis.text(place, error * 1.1, f"{error:.2g}", ha="center", fontsize=11)
     axis.set_yscale("log")
     axis.set_ylim(top=axis.get_ylim()[1] * 2)
-    axis.set_xticks(range(3), ["per_\ntensor", "per_\nsample", "house-\nholder"], fontsize=8)
-    axis.set_title("E||Q(X) - X||^2 at 5 bits", fontsize=10)
-    _open_frame(axis)
+    axis.set_xticks(range(3), ["per_\ntensor", "per_\nsample", "house-\nholder"], fontsize=10)
+    axis.set_title("E||Q(X) - X||² at 5 bits\n(lower is better)")
 
 
-# ---- measured ---------------------------------------------------------------------------------------------------------------
+# ---- measured --------------------------------------------------------------------------------------------------------
 
 
 def variance(results: Path, out: Path) -> None:
-    """Quantisation variance over batch variance against the bits, a panel a network, a row of panels a mode."""
+    """Quantization variance over batch variance against the bits, one panel per network, one row of panels per mode."""
     found = newest(results, "variance")
     if found is None:
         return
     path, content = found
     modes = list(dict.fromkeys(row["mode"] for row in content["rows"]))
     models = [model for model in MODELS if any(row["model"] == model for row in content["rows"])]
-    size = (5.2 * len(models), 3.7 * len(modes))
-    figure, axes = plt.subplots(len(modes), len(models), figsize=size, layout="constrained", squeeze=False, sharex=True)
+    figure, axes = panels(len(modes), 3.3 * len(modes) + 1.0, columns=len(models), sharex=True, sharey=True)
     for line, mode in enumerate(modes):
         for column, model in enumerate(models):
             rows = [row for row in content["rows"] if (row["mode"], row["model"]) == (mode, model)]
-            _variance_panel(axes[line][column], rows, f"{MODELS[model]} ({mode} mode)")
-    axes[0][0].legend(fontsize=8, frameon=False)
-    for column in range(len(models)):
-        axes[-1][column].set_xlabel("bits of the gradient that goes to the layer before")
-    figure.suptitle(f"from benchmarks/results/{path.name}: {content['on']}", fontsize=9, color=INK)
-    figure.savefig(out / "gradient_quant_variance.png", dpi=150)
-    plt.close(figure)
+            axis = axes[line * len(models) + column]
+            _variance_panel(axis, rows, f"{MODELS[model].replace(', ', chr(10), 1)}\n{mode} mode")
+        axes[line * len(models)].set_ylabel("quantization variance\n/ batch variance (lower is better)", fontsize=11)
+    for axis in axes[-len(models) :]:
+        axis.set_xlabel("bits of the gradient")
+        axis.set_xticks(range(2, 9))
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2)
+    save(figure, out / "gradient_quant_variance.png", source(path, f", {content['on']}"))
 
 
 def _variance_panel(axis: plt.Axes, rows: list[dict], title: str) -> None:
@@ -125,31 +112,30 @@ def _variance_panel(axis: plt.Axes, rows: list[dict], title: str) -> None:
         style = "--" if "zero" in quantizer else "-"
         if points:
             axis.plot(
-                *zip(*points, strict=True), style, marker="o", markersize=4, color=color, linewidth=1.6, label=quantizer
+                *zip(*points, strict=True), style, marker="o", markersize=5, color=color, linewidth=2, label=quantizer
             )
     axis.axhline(1, color=INK, linewidth=0.9, linestyle=":")
-    axis.annotate("batch variance", (0.99, 1), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", fontsize=8, color=INK)  # fmt: skip
+    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
+    axis.annotate("batch variance", (0.99, 1), (0, 3), fontsize=10, **place)
     axis.set_yscale("log")
-    axis.set_title(title, fontsize=10)
-    axis.set_ylabel("quantisation variance / batch variance", fontsize=9)
+    axis.set_title(title, fontsize=11)
     axis.grid(axis="y", color="#e2e2e2", linewidth=0.6)
-    _open_frame(axis)
 
 
 def accuracy(results: Path, out: Path) -> None:
-    """What each recipe reached, a dot a seed and a bar at the mean, with QAT's seeds as a band."""
+    """What each recipe reached: one dot per seed, a bar at the mean, and QAT's seeds as a band."""
     found = newest(results, "accuracy")
     if found is None:
         return
     path, content = found
     models = [model for model in MODELS if any(model in row for row in content["rows"])]
-    figure, axes = plt.subplots(1, len(models), figsize=(5.6 * len(models), 4), layout="constrained", squeeze=False)
-    for axis, model in zip(axes[0], models, strict=True):
-        _accuracy_panel(axis, by_recipe(content["rows"], model), content["rows"][0][model]["measure"])
-        axis.set_title(MODELS[model], fontsize=10)
-    figure.suptitle(f"from benchmarks/results/{path.name}: {content['on']}", fontsize=9, color=INK)
-    figure.savefig(out / "gradient_quant_accuracy.png", dpi=150)
-    plt.close(figure)
+    figure, axes = panels(len(models), 4.2 * len(models))
+    for axis, model in zip(axes, models, strict=True):
+        measure = measure_of(next(row[model] for row in content["rows"] if model in row))
+        better = "lower" if "loss" in measure else "higher"
+        _accuracy_panel(axis, by_recipe(content["rows"], model), f"{measure}\n({better} is better)")
+        axis.set_title(MODELS[model])
+    save(figure, out / "gradient_quant_accuracy.png", source(path, f", {content['on']}"))
 
 
 def _accuracy_panel(axis: plt.Axes, values: dict[str, list[float]], measure: str) -> None:
@@ -161,15 +147,14 @@ def _accuracy_panel(axis: plt.Axes, values: dict[str, list[float]], measure: str
     for shift, (kind, quantizer) in zip((-0.22, 0, 0.22), KINDS.items(), strict=True):
         points = {place: values.get(f"fqt-{kind}{width}", []) for place, width in enumerate(bits)}
         for place, reached in points.items():
-            axis.plot([place + shift] * len(reached), reached, "o", color=COLORS[quantizer], markersize=4, alpha=0.7)
+            axis.plot([place + shift] * len(reached), reached, "o", color=COLORS[quantizer], markersize=5, alpha=0.7)
             if reached:
                 middle = np.mean(reached)
-                axis.hlines(middle, place + shift - 0.09, place + shift + 0.09, color=COLORS[quantizer], linewidth=2.5)
+                axis.hlines(middle, place + shift - 0.09, place + shift + 0.09, color=COLORS[quantizer], linewidth=3)
         axis.plot([], [], "o", color=COLORS[quantizer], label=quantizer)
-    axis.set_xticks(range(len(bits)), [f"{width} bits" for width in bits])
+    axis.set_xticks(range(len(bits)), [f"{width}-bit gradients" for width in bits])
     axis.set_ylabel(measure)
-    axis.legend(fontsize=8, frameon=False)
-    _open_frame(axis)
+    axis.legend(fontsize=10)
 
 
 def draw_all(results: Path, out: Path) -> None:

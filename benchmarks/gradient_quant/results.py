@@ -19,8 +19,13 @@ def newest(folder: Path, part: str) -> tuple[Path, dict] | None:
     return paths[-1], json.loads(paths[-1].read_text(encoding="utf-8"))
 
 
+def measure_of(result: dict) -> str:
+    """What a number measures, in the words of the page (older results say "nats a byte")."""
+    return result["measure"].replace(" a byte", " per byte")
+
+
 def by_recipe(rows: list[dict], model: str) -> dict[str, list[float]]:
-    """What each recipe reached, a value a seed, in the order of the seeds."""
+    """What each recipe reached, one value per seed, in the order of the seeds."""
     found: dict[str, list[float]] = {}
     for row in sorted(rows, key=lambda row: row["seed"]):
         if model in row:

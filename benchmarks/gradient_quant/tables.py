@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .results import KINDS, MODELS, QUANTIZERS, by_recipe, mean_and_spread, newest
+from .results import KINDS, MODELS, QUANTIZERS, by_recipe, mean_and_spread, measure_of, newest
 
 BLOCK = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 UNMEASURED = "No result is committed yet; `scripts/gpu_study.sh` measures it.\n"
@@ -21,7 +21,7 @@ def _source(path: Path, content: dict) -> str:
 
 
 def variance_text(path: Path, content: dict) -> str:
-    """Quantisation over batch variance at a few widths, and the bias."""
+    """Quantization over batch variance at a few widths, and the bias."""
     settings, rows = content["settings"], content["rows"]
     shown = [bits for bits in (8, 6, 5, 4, 3, 2) if any(row["bits"] == bits for row in rows)]
     lines = []
@@ -35,7 +35,7 @@ def variance_text(path: Path, content: dict) -> str:
                     lines.append([MODELS[model], mode, f"`{quantizer}`", *values])
     biases = [row["bias"] for row in rows]
     return (
-        f"Quantisation variance divided by batch variance, {settings['batches']} batches of {settings['image_batch']} images or "
+        f"Quantization variance divided by batch variance, {settings['batches']} batches of {settings['image_batch']} images or "
         f"{settings['text_batch']} sequences, {settings['draws']} draws each, {settings['train_steps']} (the GPT: {settings['text_train_steps']}) steps of `qat-w8a8` before, ResNet-20 from "
         f"the pretrained weights. "
         f"{_source(path, content)}\n\n"
@@ -46,7 +46,7 @@ def variance_text(path: Path, content: dict) -> str:
 
 
 def accuracy_text(path: Path, content: dict) -> str:
-    """A table a network: mean, spread over the seeds, difference to QAT."""
+    """One table per network: mean, spread over the seeds, difference to QAT."""
     settings, rows = content["settings"], content["rows"]
     text = (
         f"From fresh weights, the same schedule for every recipe: ResNet-20 for {settings['epochs']} epochs at batch "
@@ -58,7 +58,7 @@ def accuracy_text(path: Path, content: dict) -> str:
         values = by_recipe(rows, model)
         if not values:
             continue
-        measure = next(row[model]["measure"] for row in rows if model in row)
+        measure = measure_of(next(row[model] for row in rows if model in row))
         digits = 2 if model == "resnet20" else 4
         base = mean_and_spread(values["qat-w8a8"])[0] if "qat-w8a8" in values else None
 
@@ -71,13 +71,13 @@ def accuracy_text(path: Path, content: dict) -> str:
 
         widths = sorted({name[-1] for name in values if name.startswith("fqt-")}, reverse=True)
         lines = [[f"`{name}`", *[cell(f"fqt-{kind}{bits}") for bits in widths]] for kind, name in KINDS.items()]
-        text += f"\n{title}: {measure}. `qat-w8a8` {cell('qat-w8a8')}; without quantisation {cell('float')}.\n\n"
+        text += f"\n{title}: {measure}. `qat-w8a8` {cell('qat-w8a8')}; without quantization {cell('float')}.\n\n"
         text += _table(["gradient quantizer", *[f"{bits} bits" for bits in widths]], lines)
     return text
 
 
 def step_text(path: Path, content: dict) -> str:
-    """Milliseconds a step and ratios."""
+    """Milliseconds per step and ratios."""
     lines = []
     for row in content["rows"]:
         ratios = [f"{row[key]:.2f}x" if row[key] else "-" for key in ("ratio_to_float", "ratio_to_qat")]
@@ -90,7 +90,7 @@ def step_text(path: Path, content: dict) -> str:
 
 TEXTS = {"variance": variance_text, "accuracy": accuracy_text, "step": step_text}
 FIGURES = {
-    "variance": ("gradient_quant_variance.png", "Quantisation variance over batch variance against bits"),
+    "variance": ("gradient_quant_variance.png", "Quantization variance over batch variance against bits"),
     "accuracy": ("gradient_quant_accuracy.png", "What each recipe reached, by bits of the gradient"),
 }
 

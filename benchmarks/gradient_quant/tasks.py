@@ -116,7 +116,7 @@ class TextTask:
 
     name = "gpt"
     skip = FLOAT_LAYERS
-    measure = "held-out loss, nats a byte"
+    measure = "held-out loss, nats per byte"
 
     def __init__(self, text: Tensor, config: GPTConfig, batch_size: int, device: str) -> None:
         self.config, self.batch_size, self.device = config, batch_size, device

@@ -1,4 +1,4 @@
-"""The measured parts of docs/int8.md: text between ``<!-- measured: PART -->`` and ``<!-- end -->``, from the committed JSON."""
+"""The measured parts of docs/measured/int8.md: text between ``<!-- measured: PART -->`` and ``<!-- end -->``, from the committed JSON."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from .results import bench_section, finals, mean_and_spread, newest, rows_of
 
 BLOCK = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 UNMEASURED = "Not measured yet: `scripts/gpu_int8.sh` measures it.\n"
+RESULTS, PICTURES = "../../benchmarks/results", "../figures"  # from the page
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -17,25 +18,16 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _source(path: Path, content: dict) -> str:
-    where = content["on"] if "CPU" not in content["on"] else content["cpu"]
+def _source(path: Path, content: dict, on_cpu: bool = False) -> str:
+    where = content["cpu"] if on_cpu or "CPU" in content["on"] else content["on"]
     return (
-        f"{where}, torch {content['torch']}, {content['date']}: [{path.name}](../benchmarks/results/{path.name}), "
+        f"{where}, torch {content['torch']}, {content['date']}: [{path.name}]({RESULTS}/{path.name}), "
         f"`{content['command']}`."
     )
 
 
 def _times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
-
-
-def _reach(row: dict) -> str:
-    """The ratio to reach, and whether it was missed."""
-    target, ratio = row["target"], row["ratio"]
-    if target is None or ratio is None:
-        return ""
-    missed = ratio > target if row["section"] == "memory" else ratio < target
-    return f"{target:.2f}{', missed' if missed else ''}"
 
 
 def mm_text(rows: list[dict]) -> str:
@@ -45,11 +37,10 @@ def mm_text(rows: list[dict]) -> str:
             f"{row['values']['bf16_tflops']:.0f}",
             f"{row['values']['int8_tops']:.0f}",
             _times(row["ratio"]),
-            _reach(row),
         ]
         for row in rows
     ]
-    return _table(["M x N x K", "bf16 TFLOP/s", "int8 TOPS", "ratio", "to reach"], lines)
+    return _table(["M x N x K", "bf16 TFLOP/s", "int8 TOPS", "ratio"], lines)
 
 
 def quantize_text(rows: list[dict]) -> str:
@@ -57,16 +48,11 @@ def quantize_text(rows: list[dict]) -> str:
     for row in rows:
         values = row["values"]
         if row["ratio"] is None:
-            lines.append([row["case"], f"{values['us']:.1f}", "4", "100 %", ""])
+            lines.append([row["case"], f"{values['us']:.1f}", "4", "100 %"])
         else:
-            reach = (
-                f"{100 * row['target']:.0f} %{', missed' if row['ratio'] < row['target'] else ''}"
-                if row["target"]
-                else ""
-            )
             share = f"{100 * row['ratio']:.0f} %"
-            lines.append([row["case"], f"{values['us']:.1f}", f"{values['bytes_an_element']:.0f}", share, reach])
-    return _table(["pass", "us", "bytes an element", "of the copy's rate", "to reach"], lines)
+            lines.append([row["case"], f"{values['us']:.1f}", f"{values['bytes_an_element']:.0f}", share])
+    return _table(["pass", "us", "bytes per element", "of the copy's rate"], lines)
 
 
 def fused_text(rows: list[dict]) -> str:
@@ -85,11 +71,10 @@ def linear_text(rows: list[dict]) -> str:
             *(f"{row['values'][key]:.3f}" for key in ("bf16_ms", "int8_ms")),
             _times(row["ratio"]),
             _times(row["values"]["device_ratio"]),
-            _reach(row),
         ]
         for row in whole
     ]
-    text = _table(["tokens x in x out, choice", "bf16 ms", "int8 ms", "eager", "device alone", "to reach"], lines)
+    text = _table(["tokens x in x out, choice", "bf16 ms", "int8 ms", "eager", "device alone"], lines)
     single = [[row["case"], _times(row["ratio"])] for row in rows if row not in whole]
     return (
         text
@@ -104,19 +89,17 @@ def inference_text(rows: list[dict]) -> str:
         values = row["values"]
         graph = [f"{values[f'graph_{key}']:.3f}" if f"graph_{key}" in values else "-" for key in ("fp16_ms", "int8_ms")]
         eager = [f"{values[key]:.3f}" for key in ("fp16_ms", "int8_ms")]
-        lines.append(
-            [row["case"], *eager, _times(row["ratio"]), _reach(row), *graph, _times(values.get("graph_ratio"))]
-        )
-    header = ["layer", "fp16 ms", "int8 ms", "eager", "to reach", "fp16 ms, graph", "int8 ms, graph", "graphs"]
+        lines.append([row["case"], *eager, _times(row["ratio"]), *graph, _times(values.get("graph_ratio"))])
+    header = ["layer", "fp16 ms", "int8 ms", "eager", "fp16 ms, graph", "int8 ms, graph", "graphs"]
     return _table(header, lines)
 
 
 def cpu_text(rows: list[dict]) -> str:
     lines = [
-        [row["case"], f"{row['values']['ms']:.2f}", f"{row['values']['gops']:.0f}", _times(row["ratio"]), _reach(row)]
+        [row["case"], f"{row['values']['ms']:.2f}", f"{row['values']['gops']:.0f}", _times(row["ratio"])]
         for row in rows
     ]
-    return _table(["int8_mm", "ms", "GOP/s", "ratio", "to reach"], lines)
+    return _table(["int8_mm", "ms", "GOP/s", "ratio"], lines)
 
 
 def gpt_text(rows: list[dict], memory: list[dict]) -> str:
@@ -130,14 +113,11 @@ def gpt_text(rows: list[dict], memory: list[dict]) -> str:
                 f"{values['ms']:.1f}",
                 _times(values["over_bf16_eager"]),
                 _times(row["ratio"]),
-                _reach(row),
                 f"{values['peak_gib']:.2f}" if "peak_gib" in values else "-",
                 f"{share['ratio']:.2f}" if share else "",
             ]
         )
-    return _table(
-        ["step", "ms", "over bf16 eager", "over bf16 compiled", "to reach", "peak GiB", "of bf16 eager's"], lines
-    )
+    return _table(["step", "ms", "over bf16 eager", "over bf16 compiled", "peak GiB", "of bf16 eager's"], lines)
 
 
 def torchao_text(rows: list[dict]) -> str:
@@ -179,7 +159,7 @@ def bench_part(part: str, results: Path) -> str:
         table = "".join(f"{note}.\n\n" for note in notes[:1]) + torchao_text(rows)
     else:
         table = SECTIONS[section](rows)
-    return f"{_source(*found)}\n\n{table}"
+    return f"{_source(*found, on_cpu=part == 'cpu')}\n\n{table}"
 
 
 def curves_text(path: Path, content: dict) -> str:
@@ -197,8 +177,8 @@ def curves_text(path: Path, content: dict) -> str:
     seeds = len({row["seed"] for row in rows})
     return (
         f"GPT of {config['layers']} layers, {config['width']} wide, context {config['context']} bytes, batch "
-        f"{settings['batch_size']}, {settings['steps']} steps, {seeds} seed{'s' if seeds > 1 else ''}; loss at the last step in nats a "
-        f"byte, in brackets largest minus smallest over the seeds. {_source(path, content)}\n\n"
+        f"{settings['batch_size']}, {settings['steps']} steps, {seeds} seed{'s' if seeds > 1 else ''}; loss at the last step in nats "
+        f"per byte, in brackets largest minus smallest over the seeds. {_source(path, content)}\n\n"
         + _table(["text", "loss", "bf16", "int8-training", "int8 over bf16"], lines)
     )
 
@@ -232,7 +212,7 @@ def finetune_text(path: Path, content: dict) -> str:
 
 FIGURES = {
     "curves": ("int8_curves.png", "Held-out loss of both precisions against the step"),
-    "linear": ("int8_speed.png", "Ratios of layers, steps and inference"),
+    "linear": ("int8_speed.png", "How much faster int8 is than 16 bit: layers, training steps, inference"),
 }
 
 
@@ -246,7 +226,7 @@ def measured(part: str, results: Path, figures: Path) -> str:
         text = bench_part(part, results)
     name, title = FIGURES.get(part, ("", ""))
     if name and text != UNMEASURED and (figures / name).is_file():
-        text += f"\n![{title}](figures/{name})\n"
+        text += f"\n![{title}]({PICTURES}/{name})\n"
     return text
 
 

@@ -66,7 +66,9 @@ def fake_quantize(
     quant_max: int = 127,
     axis: int | None = None,
 ) -> Tensor:
-    """Quantise and dequantise: ``y`` above, with the element type and strides of ``input``.
+    """Fake quantization: round to codes of 1 to 16 bits and back to real numbers, at any granularity.
+
+    This is ``y`` above, with the element type and strides of ``input``.
 
     Gradient: straight-through (Bengio et al. 2013, arXiv:1308.3432): that of ``y`` where
     ``quant_min <= unclamped code <= quant_max``, else 0. One bit per element is kept for it. Forward-mode differentiation and
@@ -93,7 +95,9 @@ def fake_quantize_learnable(
     grad_factor: float = 1.0,
     axis: int | None = None,
 ) -> Tensor:
-    """:func:`fake_quantize` with a learned scale: LSQ (Esser et al. 2020, arXiv:1902.08153, eq. 3).
+    """Fake quantization whose scale is trained (LSQ), and whose zero point may be (LSQ+).
+
+    Forward as :func:`fake_quantize`; LSQ is Esser et al. 2020, arXiv:1902.08153, eq. 3.
 
     ``zero_point`` may be int32 (fixed) or float32: then it is learned too (LSQ+, Bhalgat et al. 2020, arXiv:2004.09576), rounded
     and held in ``[quant_min, quant_max]`` by the forward pass.
@@ -125,13 +129,15 @@ def fake_quantize_dynamic(
     quant_max: int = 127,
     symmetric: bool = True,
 ) -> Tensor:
-    """:func:`choose_qparams` and :func:`fake_quantize` in one call: the scale is the input's own.
+    """Fake quantization whose scale comes from the input itself, for example one per token.
+
+    :func:`choose_qparams` and :func:`fake_quantize` in one call.
 
     A NaN or infinity makes its group NaN (and does not raise). Gradient: straight-through, the scale held constant.
 
-    >>> fake_quantize_dynamic(torch.tensor([[1.0, 2.0], [10.0, 20.0]]), [2, 1], quant_min=-8, quant_max=7)
-    tensor([[ 1.1429,  2.0000],
-            [11.4286, 20.0000]])
+    >>> fake_quantize_dynamic(torch.tensor([[1.0, 3.0], [10.0, 30.0]]), [2, 1], quant_min=-8, quant_max=7)
+    tensor([[ 0.8571,  3.0000],
+            [ 8.5714, 30.0000]])
     """
     op = "fake_quantize_dynamic"
     _arguments.tensor(op, "input", input)
@@ -148,7 +154,9 @@ def choose_qparams(
     quant_max: int = 127,
     symmetric: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """``(scale float32, zero_point int32)`` of ``scale_shape`` from the extremes of each group, in one pass.
+    """Scale and zero point from the minimum and maximum of each group, in one pass over the input.
+
+    Both have the shape ``scale_shape``; the scale is float32, the zero point int32.
 
     Symmetric: ``scale = absmax / d`` with ``d = min(-quant_min, quant_max)`` (127 for int8: neither end clips), ``zero_point`` 0.
     Affine: the range is widened to hold 0, ``scale = (max - min) / (quant_max - quant_min)``,
@@ -177,12 +185,13 @@ def quantize(
     generator: torch.Generator | None = None,
     axis: int | None = None,
 ) -> Tensor:
-    """The codes ``q`` as int8, uint8, int16 or int32.
+    """Integer codes of 1 to 16 bits, rounded to nearest or stochastically.
 
-    ``stochastic`` rounds up with probability equal to the fraction, from Philox numbers by (seed, offset, element index):
-    unbiased for elements that do not saturate, under ``torch.manual_seed``'s rules. NaN becomes the code nearest to zero. The
-    overload ``torch.ops.quantrain.quantize.seeded(..., seed=, offset=)`` gives the same bits on CPU and CUDA. To nearest this calls
-    ``quantize.nearest``, which does not count as random, so activation checkpointing may repeat it. No gradient.
+    This is ``q`` above, as int8, uint8, int16 or int32. ``stochastic`` rounds up with probability equal to the
+    fraction, from Philox numbers by (seed, offset, element index): unbiased for elements that do not saturate, under
+    ``torch.manual_seed``'s rules. NaN becomes the code nearest to zero. The overload
+    ``torch.ops.quantrain.quantize.seeded(..., seed=, offset=)`` gives the same bits on CPU and CUDA. To nearest this
+    calls ``quantize.nearest``, which does not count as random, so activation checkpointing may repeat it. No gradient.
 
     >>> quantize(torch.tensor([-1.0, 0.26, 9.0]), torch.tensor([0.5]), quant_min=-8, quant_max=7)
     tensor([-2,  1,  7], dtype=torch.int8)
@@ -203,7 +212,9 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
     axis: int | None = None,
 ) -> Tensor:
-    """``(codes - zero_point) * scale`` as float32, float16, bfloat16 or float64. A backward pass raises ``NotImplementedError``.
+    """Integer codes back to real numbers: ``(codes - zero_point) * scale``.
+
+    The result is float32, float16, bfloat16 or float64. A backward pass raises ``NotImplementedError``.
 
     >>> dequantize(torch.tensor([-2, 1, 7], dtype=torch.int8), torch.tensor([0.5]))
     tensor([-1.0000,  0.5000,  3.5000])
@@ -213,7 +224,7 @@ def dequantize(
 
 
 def pack_int4(input: Tensor) -> Tensor:
-    """4-bit codes two a byte along the last dimension, element ``2i`` in the low half.
+    """Pack 4-bit codes, two per byte along the last dimension, element ``2i`` in the low half.
 
     int8 (-8..7) or uint8 (0..15) ``[..., K]`` to uint8 ``[..., ceil(K / 2)]``; an odd row ends in a zero half.
 
@@ -224,7 +235,9 @@ def pack_int4(input: Tensor) -> Tensor:
 
 
 def unpack_int4(input: Tensor, *, size: int, signed: bool = True) -> Tensor:
-    """The inverse of :func:`pack_int4`: int8 (``signed``) or uint8 codes ``[..., size]``.
+    """Unpack the bytes of :func:`pack_int4` to one 4-bit code per element.
+
+    int8 (``signed``) or uint8 codes ``[..., size]``.
 
     >>> unpack_int4(torch.tensor([241, 7], dtype=torch.uint8), size=3)
     tensor([ 1, -1,  7], dtype=torch.int8)

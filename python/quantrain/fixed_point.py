@@ -46,11 +46,13 @@ def fixed_point_quantize(
     signed: bool = True,
     axis: int | None = None,
 ) -> Tensor:
-    """``clamp(rint(input * 2**FL)) * 2**-FL`` with the element type (float32, float16, bfloat16, float64) and strides of ``input``.
+    """Round to fixed-point numbers of 2 to 16 bits, which are codes times a power of two.
 
-    NaN stays and an infinity saturates. Gradient: the paper's straight-through estimator, which is strict: that of the result where
-    ``lowest code < unclamped code < highest code``, else 0. The end codes do not pass, unlike in :func:`quantrain.fake_quantize`. One
-    bit per element is kept for it; the fraction length gets none. Forward mode and ``torch.func.grad`` give the same derivative.
+    ``clamp(rint(input * 2**FL)) * 2**-FL`` with the element type (float32, float16, bfloat16, float64) and strides of
+    ``input``. NaN stays and an infinity saturates. Gradient: the paper's straight-through estimator, which is strict:
+    that of the result where ``lowest code < unclamped code < highest code``, else 0. The end codes do not pass, unlike
+    in :func:`quantrain.fake_quantize`. One bit per element is kept for it; the fraction length gets none. Forward mode
+    and ``torch.func.grad`` give the same derivative.
 
     >>> x = torch.tensor([-1.0, 0.26, 0.74, 9.0], requires_grad=True)
     >>> y = fixed_point_quantize(x, 1, word_length=4)
@@ -77,7 +79,9 @@ def fixed_point_fraction_length(
     previous: Tensor | None = None,
     hysteresis: float = 0.0,
 ) -> Tensor:
-    """The fraction length (int32) that suits ``input``: ``[1]``, or ``[1, .., C, .., 1]`` with one an index of dimension ``axis``.
+    """The fraction length that suits a tensor or each of its channels, from a statistic of its values.
+
+    int32 of shape ``[1]``, or ``[1, .., C, .., 1]`` with one for each index of dimension ``axis``. By ``method``:
 
     - ``"std"``: the number of ``f`` in ``1..WL - signed`` with ``s <= c / 2**f`` for the unbiased standard deviation ``s`` over all
       elements, ``c = 40`` signed and 70 unsigned at 8 bits (unsigned: meant of the tensor before its ReLU). Equal elements, or one:
@@ -116,9 +120,10 @@ def fixed_point_requantize(
     signed: bool = True,
     axis: int | None = None,
 ) -> Tensor:
-    """8-bit codes at ``fraction_length`` of int32 accumulators at ``accumulator_fraction_length`` (0..31).
+    """Turn int32 sums into 8-bit codes of another fraction length by one shift, rounded half to even.
 
-    With ``n`` their difference: ``accumulator / 2**n`` rounded half to even, or times ``2**-n``, clamped to [-127, 127] (int8) or to
+    The sums are at ``accumulator_fraction_length`` (0..31), the codes at ``fraction_length``. With ``n`` their
+    difference: ``accumulator / 2**n`` rounded half to even, or times ``2**-n``, clamped to [-127, 127] (int8) or to
     [0, 255] (uint8). Exact for every accumulator. No gradient.
 
     >>> fixed_point_requantize(torch.tensor([24, 40, -40, 1000000], dtype=torch.int32), 9, 5)
@@ -155,7 +160,7 @@ def fixed_point_conv2d(
     padding: int | tuple[int, int] = 0,
     groups: int = 1,
 ) -> Tensor:
-    """The exact sums of a convolution of codes.
+    """Convolution of 8-bit codes with exact int32 sums as its result.
 
     Shapes: input uint8 or int8 ``[N, C, H, W]``, weight int8 ``[O, C / groups, KH, KW]``, bias int32 ``[O]`` -> int32 ``[N, O, OH, OW]``. Padding
     is zeros. Fraction length of the result and of the bias: the input's plus the weight's.
@@ -188,7 +193,9 @@ def fixed_point_conv2d_requantize(
     groups: int = 1,
     signed: bool = False,
 ) -> Tensor:
-    """A convolution of codes with codes as its result: ``clamp(round((acc + residual) / 2**shift))``.
+    """Convolution of 8-bit codes with 8-bit codes as its result: sums, residual, one shift and ReLU in one pass.
+
+    ``clamp(round((acc + residual) / 2**shift))``.
 
     Shapes: as :func:`fixed_point_conv2d`; shift an int, or integers of one element or O, in [-31, 31] -> uint8 (``signed=False``: clamped at 0, so a ReLU is
     in it) or int8. residual is uint8, int8 or int32 of the result's shape, with ``residual_shift = FL_acc - FL_residual`` int32 of one element
@@ -219,7 +226,7 @@ def fixed_point_conv2d_requantize(
 
 
 def fixed_point_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The exact sums of a linear layer of codes.
+    """Linear layer of 8-bit codes with exact int32 sums as its result.
 
     Shapes: input uint8 or int8 ``[..., K]``, weight int8 ``[O, K]``, bias int32 ``[O]`` -> int32 ``[..., O]``.
 
@@ -231,7 +238,7 @@ def fixed_point_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None
 
 
 def fixed_point_add(a: Tensor, b: Tensor, a_fraction_length: Tensor | int, b_fraction_length: Tensor | int) -> Tensor:
-    """The sum of two tensors in fixed point, exact: int32 of fraction length ``max(a_fraction_length, b_fraction_length)``.
+    """The exact sum of two fixed-point tensors: int32 of fraction length ``max(a_fraction_length, b_fraction_length)``.
 
     Shapes: a and b uint8, int8 or int32 of one shape; fraction lengths an int, or integers of one element, or of a's rank with one size other than 1
     (``[1, C, 1, 1]``: per channel). Saturates at the ends of int32.
@@ -256,7 +263,9 @@ def fixed_point_max_pool2d(
     stride: int | tuple[int, int],
     padding: int | tuple[int, int] = 0,
 ) -> Tensor:
-    """The largest code of each window; the padding never wins, and is at most half the kernel.
+    """Max pooling of 8-bit codes.
+
+    The padding never wins, and is at most half the kernel.
 
     Shapes: input uint8 or int8 ``[N, C, H, W]`` -> codes of the same type ``[N, C, OH, OW]``.
 
@@ -274,7 +283,7 @@ def fixed_point_max_pool2d(
 
 
 def fixed_point_sum_pool2d(input: Tensor) -> Tensor:
-    """The sum of each image's codes; an average pool is this and a shift.
+    """The int32 sum of each channel's 8-bit codes over the image: an average pool is this and a shift.
 
     Shapes: input uint8 or int8 ``[N, C, H, W]`` -> int32 ``[N, C, 1, 1]``.
 

@@ -53,7 +53,9 @@ def fqt_linear(
     grad_weight_preserve_zero: bool = False,
     grad_weight_max_group: int = 128,
 ) -> Tensor:
-    """y = input weight^T + bias, with the gradients above.
+    """Linear layer whose gradients come from two independent stochastic quantizations of the output's gradient.
+
+    y = input weight^T + bias, with the gradients above.
 
     Shapes: input ``[..., K]``, weight ``[O, K]``, bias ``[O]`` -> ``[..., O]``.
 
@@ -99,10 +101,10 @@ def fqt_conv2d(
     grad_weight_preserve_zero: bool = False,
     grad_weight_max_group: int = 128,
 ) -> Tensor:
-    """2-D convolution with the gradients above.
+    """2-D convolution whose gradients come from two independent stochastic quantizations of the output's gradient.
 
-    Shapes: input ``[N, C, H, W]`` or ``[C, H, W]``, weight ``[O, C / groups, kh, kw]``, bias ``[O]``. padding: sizes, ``"valid"`` or
-    ``"same"`` (stride 1).
+    The gradients are those above. Shapes: input ``[N, C, H, W]`` or ``[C, H, W]``, weight ``[O, C / groups, kh, kw]``,
+    bias ``[O]``. padding: sizes, ``"valid"`` or ``"same"`` (stride 1).
 
     >>> x, w = torch.randn(4, 3, 8, 8, requires_grad=True), torch.randn(6, 3, 3, 3, requires_grad=True)
     >>> fqt_conv2d(x, w, padding="same", grad_input="per_sample", grad_input_bits=5, grad_weight="per_tensor").sum().backward()

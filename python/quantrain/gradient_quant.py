@@ -53,7 +53,10 @@ class QuantizedGradient(NamedTuple):
     reflector: Tensor
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """T^-1 (codes * scale + offset) ``[N, D]`` as float32, float16 or bfloat16 (rounded to nearest)."""
+        """Turn a gradient's codes back into real numbers: T^-1 (codes * scale + offset).
+
+        ``[N, D]`` as float32, float16 or bfloat16, rounded to nearest.
+        """
         return _ops.dequantize_gradient(*self, dtype=dtype)
 
 
@@ -68,7 +71,9 @@ def quantize_gradient(
     stochastic: bool = True,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The quantised gradient in floating point, with the shape, element type and strides of ``grad``.
+    """Round a gradient without bias to 2 to 8 bits and back (StatQuant): per tensor, sample or channel, or Householder.
+
+    The result has the shape, element type and strides of ``grad``.
 
     Args:
         grad: float32, float16 or bfloat16, at least one row, any strides.
@@ -111,8 +116,9 @@ def quantize_gradient_codes(
     stochastic: bool = True,
     generator: torch.Generator | None = None,
 ) -> QuantizedGradient:
-    """The integer form of :func:`quantize_gradient`, with the same arguments; for float32 gradients the same values.
+    """Round a gradient without bias to int8 codes, with their scales and reflection, for an integer product.
 
+    The integer form of :func:`quantize_gradient`, with the same arguments; for float32 gradients the same values.
     float16 and bfloat16 gradients are rounded on the float32 grid here, and drawn among values of their own type there.
 
     >>> quantize_gradient_codes(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), 2, "per_sample").codes

@@ -38,9 +38,10 @@ def _scale(name: str, scale: Tensor | float | None, like: Tensor) -> Tensor | No
 def int8_quantize_rows(
     input: Tensor, *, column_factor: Tensor | None = None, stochastic: bool = False, generator: Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rows of ``input * column_factor`` as codes and scales.
+    """Int8 codes and one scale per row, rounded to nearest or stochastically.
 
-    Shapes: input ``[..., K]``, column_factor float32 ``[K]`` -> codes int8 ``[..., K]``, scale float32 ``[..., 1]``.
+    Rows of ``input * column_factor``. Shapes: input ``[..., K]``, column_factor float32 ``[K]`` -> codes int8
+    ``[..., K]``, scale float32 ``[..., 1]``.
 
     >>> codes, scale = int8_quantize_rows(torch.tensor([[1.0, -0.5, 0.25], [0.0, 0.0, 0.0]]))
     >>> codes.tolist(), scale[1].item()
@@ -55,9 +56,10 @@ def int8_quantize_rows(
 def int8_quantize_columns(
     input: Tensor, *, row_factor: Tensor | None = None, stochastic: bool = False, generator: Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Columns of ``input * row_factor[:, None]`` as codes and scales, written as rows.
+    """Int8 codes and one scale per column, written transposed: the operand of a weight's gradient.
 
-    Shapes: input ``[..., K]`` taken as ``[M, K]``, row_factor float32 of M elements -> codes int8 ``[K, M]``, scale float32 ``[K, 1]``.
+    Columns of ``input * row_factor[:, None]``. Shapes: input ``[..., K]`` taken as ``[M, K]``, row_factor float32 of M
+    elements -> codes int8 ``[K, M]``, scale float32 ``[K, 1]``.
 
     >>> codes, scale = int8_quantize_columns(torch.tensor([[1.0, 4.0], [-0.5, 2.0]]))
     >>> codes.tolist()
@@ -77,9 +79,10 @@ def int8_quantize_rows_and_columns(
     stochastic: bool = False,
     generator: Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`int8_quantize_rows` and :func:`int8_quantize_columns` from one draw, in fewer passes over the input.
+    """Int8 codes of a gradient by rows and by columns, from one draw and in two readings.
 
-    What the gradient of an output needs for the two products it enters. Each has the right mean; their errors are not independent of one
+    :func:`int8_quantize_rows` and :func:`int8_quantize_columns` in fewer passes over the input: what the gradient of an
+    output needs for the two products it enters. Each has the right mean; their errors are not independent of one
     another.
 
     >>> codes, scale, codes_t, scale_t = int8_quantize_rows_and_columns(torch.randn(8, 4), stochastic=True)
@@ -94,7 +97,7 @@ def int8_quantize_rows_and_columns(
 
 
 def int8_transpose(codes: Tensor) -> Tensor:
-    """Codes ``[M, K]`` as contiguous ``[K, M]``.
+    """Transpose int8 codes: ``[M, K]`` to contiguous ``[K, M]``.
 
     >>> int8_transpose(torch.tensor([[1, 2, 3]], dtype=torch.int8)).tolist()
     [[1], [2], [3]]
@@ -103,7 +106,9 @@ def int8_transpose(codes: Tensor) -> Tensor:
 
 
 def int8_weight_transpose(weight: Tensor, scale: Tensor, *, scheme: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
-    """The weight's operand in dX = dY W, from the weight and the scale of its rows in the forward pass.
+    """A weight's int8 operand in the gradient of its layer's input, with scales folded or columns quantized anew.
+
+    That is W in dX = dY W, from the weight and the scale of its rows in the forward pass.
 
     scheme:
 
@@ -133,9 +138,10 @@ def int8_mm(
     *,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """(float(a b^T) * b_scale) * a_scale + bias, computed in float32, then rounded to out_dtype; the sums are exact.
+    """Int8 matrix product a b^T with exact sums; scales, bias and result type are applied where the sums are made.
 
-    Sums longer than 131056 are split and their parts added in float32.
+    (float(a b^T) * b_scale) * a_scale + bias, computed in float32, then rounded to out_dtype. Sums longer than 131056
+    are split and their parts added in float32.
 
     Shapes: a int8 ``[..., K]``, b int8 ``[N, K]``; scales float32 of as many elements as the operand has rows, or of one (None: 1); bias
     ``[N]`` of any floating type -> ``[..., N]``. out_dtype: float32, float16 or bfloat16.
@@ -162,7 +168,9 @@ def int8_mm(
 def int8_mm_accumulate_(
     accumulator: Tensor, a: Tensor, b: Tensor, a_scale: Tensor | None = None, b_scale: Tensor | None = None
 ) -> None:
-    """accumulator += the product of :func:`int8_mm`, in place, added in float32 and rounded once.
+    """Add an int8 matrix product to a floating-point matrix in place.
+
+    accumulator += the product of :func:`int8_mm`, added in float32 and rounded once.
 
     Shapes: accumulator ``[M, N]`` of float32, float16 or bfloat16, a ``[M, K]``, b ``[N, K]``.
 
@@ -177,7 +185,9 @@ def int8_mm_accumulate_(
 def int8_layer_norm(
     input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """Layer norm over the last dimension, (x - mean) / sqrt(var + eps) * weight + bias, as int8 rows.
+    """Layer norm whose result leaves as int8 codes with one scale per row.
+
+    (x - mean) / sqrt(var + eps) * weight + bias over the last dimension.
 
     This and the functions after it quantise a result where it is computed, token by token (Yao et al., "ZeroQuant", NeurIPS 2022, section
     4.3): no floating-point copy of it is written. The result is float32 until it is rounded to nearest. Sums over a row are float32 in an
@@ -193,7 +203,9 @@ def int8_layer_norm(
 
 
 def int8_rms_norm(input: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension as int8 rows; shapes as :func:`int8_layer_norm`.
+    """RMS norm whose result leaves as int8 codes with one scale per row.
+
+    x / sqrt(mean(x^2) + eps) * weight over the last dimension; shapes as :func:`int8_layer_norm`.
 
     >>> int8_rms_norm(torch.tensor([[3.0, -4.0]]))[0].tolist()
     [[95, -127]]
@@ -210,10 +222,11 @@ def int8_add_layer_norm(
     *,
     post_norm: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`int8_layer_norm` of s = input + residual (rounded to input's type), and what the next residual needs.
+    """Residual sum and layer norm in one pass, the norm as int8 codes with one scale per row.
 
-    Returns codes, scale and ``carried`` of input's shape and type: s (a pre-norm block adds to it), or with post_norm the normalised value
-    (a post-norm block adds to that).
+    :func:`int8_layer_norm` of s = input + residual (rounded to input's type), and what the next residual needs. Returns
+    codes, scale and ``carried`` of input's shape and type: s (a pre-norm block adds to it), or with post_norm the
+    normalised value (a post-norm block adds to that).
 
     >>> codes, scale, carried = int8_add_layer_norm(torch.ones(2, 8), torch.randn(2, 8))
     >>> carried.shape
@@ -225,7 +238,9 @@ def int8_add_layer_norm(
 def int8_add_rms_norm(
     input: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, post_norm: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`int8_rms_norm` of input + residual; results as :func:`int8_add_layer_norm`.
+    """Residual sum and RMS norm in one pass, the norm as int8 codes with one scale per row.
+
+    :func:`int8_rms_norm` of input + residual; results as :func:`int8_add_layer_norm`.
 
     >>> codes, scale, carried = int8_add_rms_norm(torch.ones(1, 2), torch.tensor([[2.0, -5.0]]))
     >>> codes.tolist(), carried.tolist()
@@ -235,7 +250,9 @@ def int8_add_rms_norm(
 
 
 def int8_gelu(input: Tensor, *, approximate: str = "none") -> tuple[Tensor, Tensor]:
-    """GELU as int8 rows; approximate ``"none"`` (erf) or ``"tanh"``. Shapes as :func:`int8_quantize_rows`.
+    """GELU whose result leaves as int8 codes with one scale per row.
+
+    approximate: ``"none"`` (erf) or ``"tanh"``. Shapes as :func:`int8_quantize_rows`.
 
     >>> int8_gelu(torch.tensor([[0.0, 10.0, -10.0]]))[0].tolist()
     [[0, 127, 0]]
@@ -244,7 +261,9 @@ def int8_gelu(input: Tensor, *, approximate: str = "none") -> tuple[Tensor, Tens
 
 
 def int8_silu_mul(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """gate * sigmoid(gate) * up as int8 rows. Shapes: gate and up ``[..., K]``.
+    """SiLU of a gate times another input, leaving as int8 codes with one scale per row.
+
+    gate * sigmoid(gate) * up. Shapes: gate and up ``[..., K]``.
 
     >>> int8_silu_mul(torch.tensor([[20.0, 0.0]]), torch.tensor([[2.0, 3.0]]))[0].tolist()
     [[127, 0]]
@@ -265,9 +284,9 @@ def int8_linear(
     weight_codes: Tensor | None = None,
     weight_scale: Tensor | None = None,
 ) -> Tensor:
-    """y = input weight^T + bias, each of its three matrix products in int8 or floating point. Differentiable.
+    """Linear layer whose three matrix products run in int8, each by choice or where measured times say it pays.
 
-    ::
+    y = input weight^T + bias, differentiable::
 
         output       Y  = Xq Wq^T * sw * sx + b     Xq, sx and Wq, sw: int8_quantize_rows of X and W
         grad_input   dX = (dY * sw) Wq              dY * sw rounded stochastically, one scale a row

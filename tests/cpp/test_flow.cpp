@@ -316,13 +316,13 @@ TEST_CASE("convert leaves float what no batch reached, and its file comes back",
   const at::Tensor want = net->forward(x);
 
   const TemporaryFolder folder;
-  save_checkpoint(folder / "net.safetensors", *net, Recipe::from_name(recipe));
+  save_checkpoint(folder.file("net"), *net, Recipe::from_name(recipe));
   Net other(Recipe::from_name(recipe));
   convert(*other, /*check_observed=*/false);
-  CHECK_THAT(value_error([&] { load_checkpoint(folder / "net.safetensors", *other); }), Contains("'middle'"));
+  CHECK_THAT(value_error([&] { load_checkpoint(folder.file("net"), *other); }), Contains("'middle'"));
   Net skeleton(Recipe::from_name(recipe));
   convert(*skeleton, /*check_observed=*/false, {"middle"});
-  load_checkpoint(folder / "net.safetensors", *skeleton);
+  load_checkpoint(folder.file("net"), *skeleton);
   CHECK(same_bits(skeleton->forward(x), want));
 }
 

@@ -50,7 +50,7 @@ def test_opcheck():
     for op, args in SAMPLES:
         helper(op, args)
 """,
-    "README.md": "| op | what |\n|---|---|\n| `scale` | scales |\n",
+    "docs/operators.md": "| op | what |\n|---|---|\n| `scale` | scales |\n",
 }
 
 
@@ -127,9 +127,9 @@ def test_a_heavy_header_outside_python_and_examples_fails(tmp_path, path, header
         'm.def(TORCH_SELECTIVE_SCHEMA("fresh(Tensor x) -> Tensor"));',
     ],
 )
-def test_an_op_without_opcheck_and_readme_row_fails_twice(tmp_path, definition):
+def test_an_op_without_opcheck_and_row_fails_twice(tmp_path, definition):
     violations = plant(tmp_path, **{"ops/fresh.cpp": definition})
-    assert sorted(v.rule for v in violations) == ["opcheck", "readme"]
+    assert sorted(v.rule for v in violations) == ["opcheck", "operators"]
     assert all(v.path == "ops/fresh.cpp" and "fresh" in v.text for v in violations)
 
 
@@ -161,11 +161,11 @@ def test_what_counts_as_an_opcheck_test(tmp_path, test):
 
 
 @pytest.mark.parametrize(
-    "readme", ["", "The op `scale` scales.\n", "| op | what |\n|---|---|\n| other | see `scale` |\n"]
+    "page", ["", "The op `scale` scales.\n", "| op | what |\n|---|---|\n| other | see `scale` |\n"]
 )
-def test_what_does_not_count_as_a_readme_row(tmp_path, readme):
-    (violation,) = plant(tmp_path, **{"README.md": readme})
-    assert violation.rule == "readme"
+def test_what_does_not_count_as_a_row(tmp_path, page):
+    (violation,) = plant(tmp_path, **{"docs/operators.md": page})
+    assert violation.rule == "operators"
 
 
 def test_an_empty_tree_fails(tmp_path, monkeypatch, capsys):

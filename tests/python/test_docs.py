@@ -1,4 +1,4 @@
-"""The Python examples of README.md and docs/*.md run as they stand and print what the page says.
+"""The Python examples of README.md and docs/**/*.md run as they stand and print what the page says.
 
 A page's ```python blocks run in order in one namespace; where a ```text block follows one directly, it is what that block
 prints, to the character. A block whose first line is ```python no-run (it needs data or minutes) is only compiled.
@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [p for p in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))] if p.exists()]
+PAGES = [
+    p for p in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))] if p.exists()
+]
 FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -1,4 +1,6 @@
-"""The examples in the docstrings of quantrain.nn and quantrain.amp run and print what they say, and every public name has one."""
+"""The examples in the docstrings of quantrain, its nn and its amp run and print what they say, and every public name
+has a docstring.
+"""
 
 import doctest
 import importlib
@@ -7,11 +9,17 @@ import pkgutil
 
 import pytest
 
+import quantrain
 import quantrain.amp
 import quantrain.nn
 
 PACKAGES = (quantrain.amp, quantrain.nn)
-MODULES = sorted(f"{package.__name__}.{m.name}" for package in PACKAGES for m in pkgutil.iter_modules(package.__path__))
+MODULES = sorted(
+    f"{package.__name__}.{m.name}"
+    for package in (quantrain, *PACKAGES)
+    for m in pkgutil.iter_modules(package.__path__)
+    if not m.ispkg and m.name != "_C"
+)
 NAMES = [(package, name) for package in PACKAGES for name in package.__all__]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
