@@ -1,4 +1,3 @@
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/clone.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -7,6 +6,7 @@
 #include "autograd/second_derivative.h"
 #include "autograd/straight_through.h"
 #include "ops/common/check.h"
+#include "ops/common/dispatch.h"
 #include "quantrain/ops/fake_quant.h"
 
 // Gradients of the fake_quant family. Where nothing needs a gradient the call goes straight to the kernel: no mask, no
@@ -22,19 +22,13 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // ---- operators, below and above this layer --------------------------------------------------------------------------
 
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 using DynamicSignature = at::Tensor(const at::Tensor&, c10::SymIntArrayRef, int64_t, int64_t, bool);
 
 std::tuple<at::Tensor, at::Tensor> fake_quantize_mask(const at::Tensor& input, const at::Tensor& scale,
                                                       const OptionalTensor& zero_point, int64_t quant_min,
                                                       int64_t quant_max, bool check_values) {
-  static const auto op =
-      find_operator<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
-                                                       int64_t, int64_t, bool)>("quantrain::_fake_quantize_mask");
+  static const auto op = find_operator<std::tuple<at::Tensor, at::Tensor>(
+      const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t, bool)>("_fake_quantize_mask");
   return op.call(input, scale, zero_point, quant_min, quant_max, check_values);
 }
 
@@ -93,7 +87,7 @@ struct FakeQuantizeLearnableFunction : torch::autograd::Function<FakeQuantizeLea
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     static const auto op = find_operator<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
         const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t, double)>(
-        "quantrain::_fake_quantize_learnable_backward");
+        "_fake_quantize_learnable_backward");
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto saved = ctx->get_saved_variables();
     const OptionalTensor zero_point = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
@@ -125,10 +119,10 @@ at::Tensor fake_quantize_autograd(const at::Tensor& input, const at::Tensor& sca
 
 at::Tensor fake_quantize_dynamic_autograd(const at::Tensor& input, c10::SymIntArrayRef scale_shape, int64_t quant_min,
                                           int64_t quant_max, bool symmetric) {
-  static const auto dynamic = find_operator<DynamicSignature>("quantrain::fake_quantize_dynamic");
+  static const auto dynamic = find_operator<DynamicSignature>("fake_quantize_dynamic");
   static const auto choose =
       find_operator<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, c10::SymIntArrayRef, int64_t, int64_t, bool)>(
-          "quantrain::choose_qparams");
+          "choose_qparams");
   if (needs_grad(input) && input.sym_numel() == 0) {
     {
       const at::AutoDispatchBelowADInplaceOrView below;

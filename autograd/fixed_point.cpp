@@ -1,9 +1,9 @@
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "autograd/node.h"
 #include "autograd/straight_through.h"
+#include "ops/common/dispatch.h"
 #include "quantrain/ops/fixed_point.h"
 
 // The gradient of fixed_point_quantize: fake_quantize's, from a mask that leaves out the end codes. The other operators
@@ -19,9 +19,8 @@ using torch::autograd::variable_list;
 std::tuple<at::Tensor, at::Tensor> quantize_mask(const at::Tensor& input, const at::Tensor& fraction_length,
                                                  int64_t word_length, bool is_signed) {
   static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("quantrain::_fixed_point_quantize_mask", "")
-          .typed<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, int64_t, bool)>();
+      find_operator<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, int64_t, bool)>(
+          "_fixed_point_quantize_mask");
   return op.call(input, fraction_length, word_length, is_signed);
 }
 

@@ -1,4 +1,3 @@
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
@@ -8,6 +7,7 @@
 #include "autograd/node.h"
 #include "autograd/second_derivative.h"
 #include "ops/common/check.h"
+#include "ops/common/dispatch.h"
 #include "ops/fqt_check.h"
 
 // Gradients of fqt_linear and fqt_conv2d: PyTorch's own products, of a gradient that is quantised anew for each.
@@ -43,10 +43,9 @@ bool needs_bias_grad(AutogradContext* ctx) { return ctx->saved_data["has_bias"].
 
 // Q(dY), a new draw at each call.
 at::Tensor quantized(const at::Tensor& grad_output, const GradientQuantizer& q) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("quantrain::quantize_gradient", "")
-                             .typed<at::Tensor(const at::Tensor&, int64_t, std::string_view, std::string_view, bool,
-                                               int64_t, bool, const std::optional<at::Generator>&)>();
+  static const auto op =
+      find_operator<at::Tensor(const at::Tensor&, int64_t, std::string_view, std::string_view, bool, int64_t, bool,
+                               const std::optional<at::Generator>&)>("quantize_gradient");
   if (q.quantizer == "none" || grad_output.sym_numel() == 0) return grad_output;
   return op.call(grad_output, q.bits, q.quantizer, q.rows, q.preserve_zero, q.max_group, /*stochastic=*/true,
                  std::nullopt);

@@ -3,20 +3,20 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/where.h>
 
 #include <tuple>
+
+#include "ops/common/dispatch.h"
 
 namespace quantrain {
 
 // grad_output where the mask's bit is set, else 0, with the given strides; differentiable itself, with the same mask.
 inline at::Tensor fake_quantize_backward(const at::Tensor& grad_output, const at::Tensor& mask,
                                          c10::SymIntArrayRef stride) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("quantrain::_fake_quantize_backward", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, c10::SymIntArrayRef)>();
+  static const auto op =
+      find_operator<at::Tensor(const at::Tensor&, const at::Tensor&, c10::SymIntArrayRef)>("_fake_quantize_backward");
   return op.call(grad_output, mask, stride);
 }
 

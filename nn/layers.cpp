@@ -140,7 +140,14 @@ void QuantModule::reset_weight_and_bias(bool has_bias) {
 }
 
 at::Tensor QuantModule::quantized_weight(const at::Tensor& float_weight, const at::Tensor& zero) {
-  return weight_fake_quant ? weight_fake_quant->forward(float_weight, zero) : float_weight;
+  if (!weight_fake_quant) return float_weight;
+  if (recipe_.scheme && weight_fake_quant->fake_quant_enabled()) {
+    if (const auto own = recipe_.scheme->weight_qparams(float_weight.detach())) {
+      return quantrain::fake_quantize(float_weight, own->scale, defined_or_none(own->zero_point), own->quant_min,
+                                      own->quant_max);
+    }
+  }
+  return weight_fake_quant->forward(float_weight, zero);
 }
 
 at::Tensor QuantModule::quantized_input(const at::Tensor& input) {
@@ -265,8 +272,16 @@ void QuantModule::store_codes(bool check_observed) {
   at::Tensor zero_point;
   at::Tensor codes;
   if (check_observed || weight_fake_quant->has_scale()) {
-    std::tie(scale, zero_point) = weight_fake_quant->calculate_qparams(values);
-    codes = quantrain::quantize(values, scale, defined_or_none(zero_point), spec.quant_min(), spec.quant_max(),
+    int64_t quant_min = spec.quant_min(), quant_max = spec.quant_max();
+    if (const auto own = recipe_.scheme ? recipe_.scheme->weight_qparams(values) : std::nullopt) {
+      scale = own->scale;
+      zero_point = own->zero_point;
+      quant_min = own->quant_min;
+      quant_max = own->quant_max;
+    } else {
+      std::tie(scale, zero_point) = weight_fake_quant->calculate_qparams(values);
+    }
+    codes = quantrain::quantize(values, scale, defined_or_none(zero_point), quant_min, quant_max,
                                 spec.symmetric ? at::kChar : at::kByte);
   } else {
     scale = at::full_like(weight_fake_quant->scale, std::nan(""));

@@ -1,6 +1,5 @@
 #include "ops/amp.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/zeros.h>
@@ -10,6 +9,7 @@
 
 #include "csrc/cpu/amp.h"
 #include "ops/common/check.h"
+#include "ops/common/dispatch.h"
 #include "ops/common/launch.h"
 #include "ops/common/random.h"
 
@@ -234,24 +234,19 @@ void amp_round_stochastic_seeded_kernel(at::TensorList parameters, at::TensorLis
 namespace detail {
 
 NormCheck amp_check_norm(at::TensorList grads, const at::Tensor& scale, std::optional<double> max_norm) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("quantrain::_amp_check_norm", "")
-                             .typed<decltype(amp_check_norm_kernel)>();
+  static const auto op = find_operator<decltype(amp_check_norm_kernel)>("_amp_check_norm");
   auto [found_inf, norm, grad_scale, non_finite] = op.call(grads, scale, max_norm);
   return {found_inf, norm, grad_scale, non_finite};
 }
 
 void amp_scale_(at::TensorList grads, const at::Tensor& scale, const OptionalTensor& norm,
                 std::optional<double> max_norm) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("quantrain::_amp_scale_", "").typed<decltype(amp_scale_kernel)>();
+  static const auto op = find_operator<decltype(amp_scale_kernel)>("_amp_scale_");
   op.call(grads, scale, norm, max_norm);
 }
 
 void amp_round_stochastic_(at::TensorList parameters, at::TensorList masters, const OptionalGenerator& generator) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("quantrain::_amp_round_stochastic_", "")
-                             .typed<decltype(amp_round_stochastic_kernel)>();
+  static const auto op = find_operator<decltype(amp_round_stochastic_kernel)>("_amp_round_stochastic_");
   op.call(parameters, masters, generator);
 }
 

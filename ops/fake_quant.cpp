@@ -1,6 +1,5 @@
 #include "quantrain/ops/fake_quant.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
@@ -15,6 +14,7 @@
 
 #include "csrc/cpu/fake_quant.h"
 #include "ops/common/check.h"
+#include "ops/common/dispatch.h"
 #include "ops/common/launch.h"
 #include "ops/fake_quant_check.h"
 
@@ -289,26 +289,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> learnable_backward_regrouped(
 
 at::Tensor fake_quantize(const at::Tensor& input, const at::Tensor& scale, const std::optional<at::Tensor>& zero_point,
                          int64_t quant_min, int64_t quant_max) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("quantrain::fake_quantize", "")
-                             .typed<decltype(fake_quantize_kernel)>();
+  static const auto op = find_operator<decltype(fake_quantize_kernel)>("fake_quantize");
   return op.call(input, scale, zero_point, quant_min, quant_max);
 }
 
 at::Tensor fake_quantize_learnable(const at::Tensor& input, const at::Tensor& scale,
                                    const std::optional<at::Tensor>& zero_point, int64_t quant_min, int64_t quant_max,
                                    double grad_factor) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("quantrain::fake_quantize_learnable", "")
-                             .typed<decltype(fake_quantize_learnable_kernel)>();
+  static const auto op = find_operator<decltype(fake_quantize_learnable_kernel)>("fake_quantize_learnable");
   return op.call(input, scale, zero_point, quant_min, quant_max, grad_factor);
 }
 
 at::Tensor fake_quantize_dynamic(const at::Tensor& input, at::IntArrayRef scale_shape, int64_t quant_min,
                                  int64_t quant_max, bool symmetric) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("quantrain::fake_quantize_dynamic", "")
-                             .typed<decltype(fake_quantize_dynamic_kernel)>();
+  static const auto op = find_operator<decltype(fake_quantize_dynamic_kernel)>("fake_quantize_dynamic");
   return op.call(input, c10::fromIntArrayRefSlow(scale_shape), quant_min, quant_max, symmetric);
 }
 

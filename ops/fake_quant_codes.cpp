@@ -1,4 +1,3 @@
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/bitwise_and.h>
 #include <ATen/ops/bitwise_left_shift.h>
 #include <ATen/ops/bitwise_or.h>
@@ -11,6 +10,7 @@
 
 #include "csrc/cpu/fake_quant.h"
 #include "ops/common/check.h"
+#include "ops/common/dispatch.h"
 #include "ops/common/launch.h"
 #include "ops/common/random.h"
 #include "ops/fake_quant_check.h"
@@ -217,37 +217,30 @@ at::Tensor unpack_int4_kernel(const at::Tensor& input, c10::SymInt size, bool is
 at::Tensor quantize(const at::Tensor& input, const at::Tensor& scale, const std::optional<at::Tensor>& zero_point,
                     int64_t quant_min, int64_t quant_max, at::ScalarType dtype, bool stochastic,
                     const std::optional<at::Generator>& generator) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("quantrain::quantize", "").typed<decltype(quantize_kernel)>();
+  static const auto op = find_operator<decltype(quantize_kernel)>("quantize");
   return op.call(input, scale, zero_point, quant_min, quant_max, dtype, stochastic, generator);
 }
 
 at::Tensor quantize_seeded(const at::Tensor& input, const at::Tensor& scale,
                            const std::optional<at::Tensor>& zero_point, int64_t quant_min, int64_t quant_max,
                            at::ScalarType dtype, int64_t seed, int64_t offset) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("quantrain::quantize", "seeded")
-                             .typed<decltype(quantize_seeded_kernel)>();
+  static const auto op = find_operator<decltype(quantize_seeded_kernel)>("quantize", "seeded");
   return op.call(input, scale, zero_point, quant_min, quant_max, dtype, seed, offset);
 }
 
 at::Tensor dequantize(const at::Tensor& input, const at::Tensor& scale, const std::optional<at::Tensor>& zero_point,
                       at::ScalarType dtype) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("quantrain::dequantize", "").typed<decltype(dequantize_kernel)>();
+  static const auto op = find_operator<decltype(dequantize_kernel)>("dequantize");
   return op.call(input, scale, zero_point, dtype);
 }
 
 at::Tensor pack_int4(const at::Tensor& input) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("quantrain::pack_int4", "").typed<decltype(pack_int4_kernel)>();
+  static const auto op = find_operator<decltype(pack_int4_kernel)>("pack_int4");
   return op.call(input);
 }
 
 at::Tensor unpack_int4(const at::Tensor& input, int64_t size, bool is_signed) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("quantrain::unpack_int4", "")
-                             .typed<decltype(unpack_int4_kernel)>();
+  static const auto op = find_operator<decltype(unpack_int4_kernel)>("unpack_int4");
   return op.call(input, size, is_signed);
 }
 

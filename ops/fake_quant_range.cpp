@@ -1,4 +1,3 @@
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/argmin.h>
 #include <ATen/ops/constant_pad_nd.h>
@@ -8,6 +7,7 @@
 
 #include "csrc/cpu/fake_quant.h"
 #include "ops/common/check.h"
+#include "ops/common/dispatch.h"
 #include "ops/common/launch.h"
 #include "ops/fake_quant_check.h"
 #include "quantrain/ops/fake_quant.h"
@@ -172,32 +172,26 @@ TensorPair mse_range_kernel(const at::Tensor& input, c10::SymIntArrayRef symboli
 
 TensorPair choose_qparams(const at::Tensor& input, at::IntArrayRef scale_shape, int64_t quant_min, int64_t quant_max,
                           bool symmetric) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("quantrain::choose_qparams", "")
-                             .typed<decltype(choose_qparams_kernel)>();
+  static const auto op = find_operator<decltype(choose_qparams_kernel)>("choose_qparams");
   return op.call(input, c10::fromIntArrayRefSlow(scale_shape), quant_min, quant_max, symmetric);
 }
 
 namespace detail {
 
 TensorPair min_max(const at::Tensor& input, at::IntArrayRef scale_shape) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("quantrain::_min_max", "").typed<decltype(min_max_kernel)>();
+  static const auto op = find_operator<decltype(min_max_kernel)>("_min_max");
   return op.call(input, c10::fromIntArrayRefSlow(scale_shape));
 }
 
 TensorPair qparams_from_range(const at::Tensor& min, const at::Tensor& max, int64_t quant_min, int64_t quant_max,
                               bool symmetric) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("quantrain::_qparams_from_range", "")
-                             .typed<decltype(qparams_from_range_kernel)>();
+  static const auto op = find_operator<decltype(qparams_from_range_kernel)>("_qparams_from_range");
   return op.call(min, max, quant_min, quant_max, symmetric);
 }
 
 TensorPair mse_range(const at::Tensor& input, at::IntArrayRef scale_shape, int64_t quant_min, int64_t quant_max,
                      bool symmetric, int64_t steps) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("quantrain::_mse_range", "").typed<decltype(mse_range_kernel)>();
+  static const auto op = find_operator<decltype(mse_range_kernel)>("_mse_range");
   return op.call(input, c10::fromIntArrayRefSlow(scale_shape), quant_min, quant_max, symmetric, steps);
 }
 

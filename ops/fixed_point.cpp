@@ -1,6 +1,5 @@
 #include "quantrain/ops/fixed_point.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
@@ -11,6 +10,7 @@
 #include "csrc/cpu/fake_quant.h"
 #include "csrc/cpu/fixed_point.h"
 #include "ops/common/check.h"
+#include "ops/common/dispatch.h"
 #include "ops/common/launch.h"
 #include "ops/fake_quant_check.h"
 
@@ -235,26 +235,20 @@ at::Tensor fixed_point_requantize_kernel(const at::Tensor& accumulator, const at
 
 at::Tensor fixed_point_quantize(const at::Tensor& input, const at::Tensor& fraction_length, int64_t word_length,
                                 bool is_signed) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("quantrain::fixed_point_quantize", "")
-                             .typed<decltype(fixed_point_quantize_kernel)>();
+  static const auto op = find_operator<decltype(fixed_point_quantize_kernel)>("fixed_point_quantize");
   return op.call(input, fraction_length, word_length, is_signed);
 }
 
 at::Tensor fixed_point_fraction_length(const at::Tensor& input, std::optional<int64_t> axis, int64_t word_length,
                                        bool is_signed, std::string_view method,
                                        const std::optional<at::Tensor>& previous, double hysteresis) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("quantrain::fixed_point_fraction_length", "")
-                             .typed<decltype(fixed_point_fraction_length_kernel)>();
+  static const auto op = find_operator<decltype(fixed_point_fraction_length_kernel)>("fixed_point_fraction_length");
   return op.call(input, axis, word_length, is_signed, method, previous, hysteresis);
 }
 
 at::Tensor fixed_point_requantize(const at::Tensor& accumulator, const at::Tensor& accumulator_fraction_length,
                                   int64_t fraction_length, bool is_signed) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("quantrain::fixed_point_requantize", "")
-                             .typed<decltype(fixed_point_requantize_kernel)>();
+  static const auto op = find_operator<decltype(fixed_point_requantize_kernel)>("fixed_point_requantize");
   return op.call(accumulator, accumulator_fraction_length, fraction_length, is_signed);
 }
 

@@ -1,6 +1,5 @@
 #include "quantrain/ops/fixed_point_conv.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/aminmax.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -16,6 +15,7 @@
 #include "csrc/cpu/fixed_point_conv.h"
 #include "csrc/cpu/fixed_point_pool.h"
 #include "ops/common/check.h"
+#include "ops/common/dispatch.h"
 #include "ops/common/launch.h"
 #include "ops/int8_mm_cpu.h"
 
@@ -344,13 +344,6 @@ at::Tensor sum_pool2d_kernel(const at::Tensor& input) {
   return result;
 }
 
-template <typename Signature>
-auto find(std::string_view op) {
-  return c10::Dispatcher::singleton()
-      .findSchemaOrThrow(("quantrain::" + std::string(op)).c_str(), "")
-      .typed<Signature>();
-}
-
 std::array<c10::SymInt, 2> symbolic(const std::array<int64_t, 2>& sizes) { return {sizes[0], sizes[1]}; }
 
 }  // namespace
@@ -440,7 +433,7 @@ void fixed_point_sum_pool2d_out(const at::Tensor& input, at::Tensor& output) {
 
 at::Tensor fixed_point_conv2d(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                               const FixedPointConvOptions& options) {
-  static const auto op = find<decltype(conv2d_kernel)>(kConv);
+  static const auto op = find_operator<decltype(conv2d_kernel)>(kConv);
   return op.call(input, weight, bias, symbolic(options.stride), symbolic(options.padding), options.groups);
 }
 
@@ -448,30 +441,30 @@ at::Tensor fixed_point_conv2d_requantize(const at::Tensor& input, const at::Tens
                                          const at::Tensor& shift, const OptionalTensor& residual,
                                          const OptionalTensor& residual_shift, const FixedPointConvOptions& options,
                                          bool is_signed) {
-  static const auto op = find<decltype(conv2d_requantize_kernel)>(kRequantize);
+  static const auto op = find_operator<decltype(conv2d_requantize_kernel)>(kRequantize);
   return op.call(input, weight, bias, shift, residual, residual_shift, symbolic(options.stride),
                  symbolic(options.padding), options.groups, is_signed);
 }
 
 at::Tensor fixed_point_linear(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias) {
-  static const auto op = find<decltype(linear_kernel)>(kLinear);
+  static const auto op = find_operator<decltype(linear_kernel)>(kLinear);
   return op.call(input, weight, bias);
 }
 
 at::Tensor fixed_point_add(const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_fraction_length,
                            const at::Tensor& b_fraction_length) {
-  static const auto op = find<decltype(add_kernel)>(kAdd);
+  static const auto op = find_operator<decltype(add_kernel)>(kAdd);
   return op.call(a, b, a_fraction_length, b_fraction_length);
 }
 
 at::Tensor fixed_point_max_pool2d(const at::Tensor& input, std::array<int64_t, 2> kernel_size,
                                   std::array<int64_t, 2> stride, std::array<int64_t, 2> padding) {
-  static const auto op = find<decltype(max_pool2d_kernel)>(kMaxPool);
+  static const auto op = find_operator<decltype(max_pool2d_kernel)>(kMaxPool);
   return op.call(input, kernel_size, stride, padding);
 }
 
 at::Tensor fixed_point_sum_pool2d(const at::Tensor& input) {
-  static const auto op = find<decltype(sum_pool2d_kernel)>(kSumPool);
+  static const auto op = find_operator<decltype(sum_pool2d_kernel)>(kSumPool);
   return op.call(input);
 }
 

@@ -1,7 +1,6 @@
 #include "quantrain/ops/fqt.h"
 
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/linear.h>
@@ -13,6 +12,7 @@
 
 #include "csrc/common/gradient_quant.h"
 #include "ops/common/check.h"
+#include "ops/common/dispatch.h"
 #include "ops/fqt_check.h"
 
 // Outputs of fqt_linear and fqt_conv2d: those of PyTorch's operators. Their derivatives are in autograd/fqt.cpp.
@@ -122,8 +122,7 @@ at::Tensor fqt_conv2d_kernel(const at::Tensor& input, const at::Tensor& weight, 
 // ---- "same" and "valid" ---------------------------------------------------------------------------------------------
 
 c10::TypedOperatorHandle<FqtConv2dSignature> fqt_conv2d_operator() {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("quantrain::fqt_conv2d", "").typed<FqtConv2dSignature>();
+  static const auto op = find_operator<FqtConv2dSignature>("fqt_conv2d");
   return op;
 }
 
@@ -167,8 +166,7 @@ OptionalTensor cast(const OptionalTensor& tensor, c10::DeviceType device) {
 template <c10::DeviceType device>
 at::Tensor fqt_linear_autocast(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                                QUANTRAIN_GRADIENTS_PARAMETERS) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("quantrain::fqt_linear", "").typed<FqtLinearSignature>();
+  static const auto op = find_operator<FqtLinearSignature>("fqt_linear");
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(device));
   return op.call(cast(input, device), cast(weight, device), cast(bias, device), QUANTRAIN_GRADIENTS_ARGUMENTS);
@@ -234,8 +232,7 @@ void check_fqt_conv2d(const at::Tensor& input, const at::Tensor& weight, const O
 
 at::Tensor fqt_linear(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                       const GradientQuantizer& grad_input, const GradientQuantizer& grad_weight) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("quantrain::fqt_linear", "").typed<FqtLinearSignature>();
+  static const auto op = find_operator<FqtLinearSignature>("fqt_linear");
   const GradientQuantizer x = with_rows(grad_input, "token"), w = with_rows(grad_weight, "token");
   return op.call(input, weight, bias, x.quantizer, x.bits, x.rows, x.preserve_zero, x.max_group, w.quantizer, w.bits,
                  w.rows, w.preserve_zero, w.max_group);

@@ -1,6 +1,5 @@
 #include "quantrain/ops/gradient_quant.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -14,6 +13,7 @@
 #include "csrc/cpu/fake_quant.h"
 #include "csrc/cpu/gradient_quant.h"
 #include "ops/common/check.h"
+#include "ops/common/dispatch.h"
 #include "ops/common/launch.h"
 #include "ops/common/random.h"
 #include "quantrain/ops/fake_quant.h"
@@ -468,44 +468,34 @@ at::Tensor dequantize_gradient_kernel(const at::Tensor& codes, const at::Tensor&
 
 at::Tensor quantize_gradient(const at::Tensor& grad, int64_t bits, std::string_view quantizer,
                              const GradientQuantOptions& options, const OptionalGenerator& generator) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("quantrain::quantize_gradient", "")
-                             .typed<decltype(quantize_gradient_kernel)>();
+  static const auto op = find_operator<decltype(quantize_gradient_kernel)>("quantize_gradient");
   return op.call(grad, bits, quantizer, options.rows, options.preserve_zero, options.max_group, options.stochastic,
                  generator);
 }
 
 at::Tensor quantize_gradient_seeded(const at::Tensor& grad, int64_t bits, std::string_view quantizer,
                                     const GradientQuantOptions& options, int64_t seed, int64_t offset) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("quantrain::quantize_gradient", "seeded")
-                             .typed<decltype(quantize_gradient_seeded_kernel)>();
+  static const auto op = find_operator<decltype(quantize_gradient_seeded_kernel)>("quantize_gradient", "seeded");
   return op.call(grad, bits, quantizer, options.rows, options.preserve_zero, options.max_group, seed, offset);
 }
 
 QuantizedGradient quantize_gradient_codes(const at::Tensor& grad, int64_t bits, std::string_view quantizer,
                                           const GradientQuantOptions& options, const OptionalGenerator& generator) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("quantrain::quantize_gradient_codes", "")
-                             .typed<decltype(quantize_gradient_codes_kernel)>();
+  static const auto op = find_operator<decltype(quantize_gradient_codes_kernel)>("quantize_gradient_codes");
   auto [codes, scale, offset, order, reflector] = op.call(grad, bits, quantizer, options.rows, options.preserve_zero,
                                                           options.max_group, options.stochastic, generator);
   return {codes, scale, offset, order, reflector};
 }
 
 at::Tensor dequantize_gradient(const QuantizedGradient& quantized, at::ScalarType dtype) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("quantrain::dequantize_gradient", "")
-                             .typed<decltype(dequantize_gradient_kernel)>();
+  static const auto op = find_operator<decltype(dequantize_gradient_kernel)>("dequantize_gradient");
   return op.call(quantized.codes, quantized.scale, quantized.offset, quantized.order, quantized.reflector, dtype);
 }
 
 namespace detail {
 
 at::Tensor reflect_rows(const at::Tensor& input, const at::Tensor& order, const at::Tensor& reflector, bool inverse) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("quantrain::_reflect_rows", "")
-                             .typed<decltype(reflect_rows_kernel)>();
+  static const auto op = find_operator<decltype(reflect_rows_kernel)>("_reflect_rows");
   return op.call(input, order, reflector, inverse);
 }
 

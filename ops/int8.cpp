@@ -1,6 +1,5 @@
 #include "quantrain/ops/int8.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
 #include <torch/library.h>
@@ -9,6 +8,7 @@
 
 #include "csrc/cpu/int8.h"
 #include "ops/common/check.h"
+#include "ops/common/dispatch.h"
 #include "ops/common/launch.h"
 #include "ops/common/random.h"
 
@@ -337,41 +337,31 @@ Triple weight_transpose_kernel(const at::Tensor& weight, const at::Tensor& scale
 // ---- public functions -----------------------------------------------------------------------------------------------
 
 Int8Codes int8_quantize_rows(const at::Tensor& input, const Int8QuantizeOptions& options) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("quantrain::int8_quantize_rows", "")
-                             .typed<decltype(rows_kernel)>();
+  static const auto op = find_operator<decltype(rows_kernel)>("int8_quantize_rows");
   auto [codes, scale] = op.call(input, options.column_factor, options.stochastic, options.generator);
   return {std::move(codes), std::move(scale)};
 }
 
 Int8Codes int8_quantize_columns(const at::Tensor& input, const Int8QuantizeOptions& options) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("quantrain::int8_quantize_columns", "")
-                             .typed<decltype(columns_kernel)>();
+  static const auto op = find_operator<decltype(columns_kernel)>("int8_quantize_columns");
   auto [codes, scale] = op.call(input, options.row_factor, options.stochastic, options.generator);
   return {std::move(codes), std::move(scale)};
 }
 
 Int8RowsAndColumns int8_quantize_rows_and_columns(const at::Tensor& input, const Int8QuantizeOptions& options) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("quantrain::int8_quantize_rows_and_columns", "")
-                             .typed<decltype(rows_and_columns_kernel)>();
+  static const auto op = find_operator<decltype(rows_and_columns_kernel)>("int8_quantize_rows_and_columns");
   auto [codes, scale, codes_t, scale_t] =
       op.call(input, options.column_factor, options.row_factor, options.stochastic, options.generator);
   return {{std::move(codes), std::move(scale)}, {std::move(codes_t), std::move(scale_t)}};
 }
 
 at::Tensor int8_transpose(const at::Tensor& codes) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("quantrain::int8_transpose", "")
-                             .typed<decltype(transpose_kernel)>();
+  static const auto op = find_operator<decltype(transpose_kernel)>("int8_transpose");
   return op.call(codes);
 }
 
 Int8WeightTranspose int8_weight_transpose(const at::Tensor& weight, const at::Tensor& scale, std::string_view scheme) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("quantrain::int8_weight_transpose", "")
-                             .typed<decltype(weight_transpose_kernel)>();
+  static const auto op = find_operator<decltype(weight_transpose_kernel)>("int8_weight_transpose");
   auto [codes, column_factor, column_scale] = op.call(weight, scale, scheme);
   return {std::move(codes), std::move(column_factor), std::move(column_scale)};
 }

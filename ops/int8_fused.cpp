@@ -1,6 +1,5 @@
 #include "quantrain/ops/int8_fused.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -8,6 +7,7 @@
 
 #include "csrc/cpu/int8.h"
 #include "ops/common/check.h"
+#include "ops/common/dispatch.h"
 #include "ops/common/launch.h"
 
 #if defined(QUANTRAIN_WITH_CUDA)
@@ -183,11 +183,6 @@ Pair silu_mul(const at::Tensor& gate, const at::Tensor& up) {
   return activation_kernel(gate, up, Int8Activation::kSiluMul, result);
 }
 
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 Int8Codes as_codes(Pair pair) { return {std::move(std::get<0>(pair)), std::move(std::get<1>(pair))}; }
 
 Int8AddNorm as_add_norm(Triple triple) {
@@ -201,34 +196,34 @@ Int8AddNorm as_add_norm(Triple triple) {
 
 Int8Codes int8_layer_norm(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                           double eps) {
-  static const auto op = find<decltype(layer_norm<false>)>("quantrain::int8_layer_norm");
+  static const auto op = find_operator<decltype(layer_norm<false>)>("int8_layer_norm");
   return as_codes(op.call(input, weight, bias, eps));
 }
 
 Int8Codes int8_rms_norm(const at::Tensor& input, const OptionalTensor& weight, double eps) {
-  static const auto op = find<decltype(rms_norm<false>)>("quantrain::int8_rms_norm");
+  static const auto op = find_operator<decltype(rms_norm<false>)>("int8_rms_norm");
   return as_codes(op.call(input, weight, eps));
 }
 
 Int8AddNorm int8_add_layer_norm(const at::Tensor& input, const at::Tensor& residual, const OptionalTensor& weight,
                                 const OptionalTensor& bias, double eps, bool post_norm) {
-  static const auto op = find<decltype(add_layer_norm<false>)>("quantrain::int8_add_layer_norm");
+  static const auto op = find_operator<decltype(add_layer_norm<false>)>("int8_add_layer_norm");
   return as_add_norm(op.call(input, residual, weight, bias, eps, post_norm));
 }
 
 Int8AddNorm int8_add_rms_norm(const at::Tensor& input, const at::Tensor& residual, const OptionalTensor& weight,
                               double eps, bool post_norm) {
-  static const auto op = find<decltype(add_rms_norm<false>)>("quantrain::int8_add_rms_norm");
+  static const auto op = find_operator<decltype(add_rms_norm<false>)>("int8_add_rms_norm");
   return as_add_norm(op.call(input, residual, weight, eps, post_norm));
 }
 
 Int8Codes int8_gelu(const at::Tensor& input, std::string_view approximate) {
-  static const auto op = find<decltype(gelu<false>)>("quantrain::int8_gelu");
+  static const auto op = find_operator<decltype(gelu<false>)>("int8_gelu");
   return as_codes(op.call(input, approximate));
 }
 
 Int8Codes int8_silu_mul(const at::Tensor& gate, const at::Tensor& up) {
-  static const auto op = find<decltype(silu_mul<false>)>("quantrain::int8_silu_mul");
+  static const auto op = find_operator<decltype(silu_mul<false>)>("int8_silu_mul");
   return as_codes(op.call(gate, up));
 }
 

@@ -1,12 +1,12 @@
 #include "quantrain/ops/int8_linear.h"
 
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
 #include "ops/common/check.h"
+#include "ops/common/dispatch.h"
 #include "ops/common/layout.h"
 #include "ops/int8_linear_plan.h"
 #include "quantrain/ops/fake_quant.h"
@@ -81,8 +81,7 @@ at::Tensor int8_linear_kernel(const at::Tensor& input, const at::Tensor& weight,
 }
 
 c10::TypedOperatorHandle<Int8LinearSignature> int8_linear_operator() {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("quantrain::int8_linear", "").typed<Int8LinearSignature>();
+  static const auto op = find_operator<Int8LinearSignature>("int8_linear");
   return op;
 }
 

@@ -1,10 +1,10 @@
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "ops/common/check.h"
+#include "ops/common/dispatch.h"
 #include "ops/common/launch.h"
 #include "ops/int8_mm_cpu.h"
 #include "quantrain/ops/int8.h"
@@ -245,16 +245,13 @@ void accumulate_kernel(at::Tensor& accumulator, const at::Tensor& a, const at::T
 
 at::Tensor int8_mm(const at::Tensor& a, const at::Tensor& b, const OptionalTensor& a_scale,
                    const OptionalTensor& b_scale, const OptionalTensor& bias, at::ScalarType out_dtype) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("quantrain::int8_mm", "").typed<decltype(mm_kernel)>();
+  static const auto op = find_operator<decltype(mm_kernel)>("int8_mm");
   return op.call(a, b, a_scale, b_scale, bias, out_dtype);
 }
 
 void int8_mm_accumulate_(at::Tensor& accumulator, const at::Tensor& a, const at::Tensor& b,
                          const OptionalTensor& a_scale, const OptionalTensor& b_scale) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("quantrain::int8_mm_accumulate_", "")
-                             .typed<decltype(accumulate_kernel)>();
+  static const auto op = find_operator<decltype(accumulate_kernel)>("int8_mm_accumulate_");
   op.call(accumulator, a, b, a_scale, b_scale);
 }
 

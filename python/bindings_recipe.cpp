@@ -5,6 +5,7 @@
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include "quantrain/nn/recipe.h"
 #include "quantrain/nn/schemes/fixed_point.h"
@@ -142,6 +143,17 @@ void bind_scheme(py::module_& module) {
                              "Whether converted Linear layers multiply integers.")
       .def_property_readonly("quantises_gradients", &Scheme::quantises_gradients)
       .def("to_json", &Scheme::to_json)
+      .def(
+          "weight_qparams",
+          [](const Scheme& self, const at::Tensor& weight) -> py::object {
+            const auto own = self.weight_qparams(weight);
+            if (!own) return py::none();
+            const std::optional<at::Tensor> zero =
+                own->zero_point.defined() ? std::optional<at::Tensor>(own->zero_point) : std::nullopt;
+            return py::make_tuple(own->scale, zero, own->quant_min, own->quant_max);
+          },
+          py::arg("weight"),
+          "(scale, zero_point, quant_min, quant_max) where the scheme has a rule of its own for a weight [O, ...], else None.")
       .def_static("kinds", &scheme_kinds, "The kinds that are known.")
       .def("__getattr__",
            [](const Scheme& self, const std::string& name) -> py::object {

@@ -15,6 +15,9 @@
 #include "csrc/common/macros.h"
 #include "csrc/common/philox.h"
 #include "csrc/common/types.h"
+#if defined(__CUDACC__)
+#include "csrc/cuda/ptx.cuh"
+#endif
 
 namespace quantrain {
 
@@ -36,27 +39,13 @@ QUANTRAIN_HOST_DEVICE QParams make_qparams(float scale, float zero_point) {
   return QParams{checked, 1.0f / checked, zero_point};
 }
 
-#if defined(__CUDACC__)
-__device__ __forceinline__ float max_nan(float a, float b) {
-  float result;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-}
-
-__device__ __forceinline__ float min_nan(float a, float b) {
-  float result;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-}
-#endif
-
 QUANTRAIN_HOST_DEVICE float round_half_even(float x) { return rintf(x); }
 
 // NaN stays: on the host because the comparisons are then false, on the device by max.NaN (one instruction); fmin and
 // fmax drop it.
 QUANTRAIN_HOST_DEVICE float clamp_code(float v, QuantRange range) {
 #if defined(__CUDA_ARCH__)
-  return min_nan(max_nan(v, range.min), range.max);
+  return cuda::ptx::min_nan(cuda::ptx::max_nan(v, range.min), range.max);
 #else
   v = range.min > v ? range.min : v;
   return range.max < v ? range.max : v;

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "csrc/cuda/gradient_quant.cuh"
+#include "csrc/common/gradient_quant.h"
+#include "csrc/cuda/common.cuh"
+#include "csrc/cuda/ptx.cuh"
 
 // Grids of blocks, and rounding on them. A thread rounds kPhiloxElements consecutive elements of a row with the numbers
 // of one Philox block. Rows that fit the registers of a thread block are read once; others in two passes.
@@ -18,8 +20,8 @@ constexpr int kManySplits = 64;  // from so many partial extremes on a thread bl
 __device__ __forceinline__ void warp_extremes(float& min, float& max) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
-    min = min_nan(min, __shfl_xor_sync(0xffffffffu, min, step));
-    max = max_nan(max, __shfl_xor_sync(0xffffffffu, max, step));
+    min = ptx::min_nan(min, __shfl_xor_sync(0xffffffffu, min, step));
+    max = ptx::max_nan(max, __shfl_xor_sync(0xffffffffu, max, step));
   }
 }
 
@@ -31,8 +33,8 @@ __global__ void gradient_grids_kernel(const GradientGridsArgs a) {
   const float *mins = a.min + i * a.group_stride, *maxs = a.max + i * a.group_stride;
   float min = *mins, max = *maxs;
   for (int64_t split = 1; split < a.splits; ++split) {
-    min = min_nan(min, mins[split * a.split_stride]);
-    max = max_nan(max, maxs[split * a.split_stride]);
+    min = ptx::min_nan(min, mins[split * a.split_stride]);
+    max = ptx::max_nan(max, maxs[split * a.split_stride]);
   }
   const Grid grid = make_grid(min, max, a.bits, a.preserve_zero);
   a.scale[i] = grid.scale;
@@ -46,8 +48,8 @@ __global__ void folded_grids_kernel(const GradientGridsArgs a) {
   const float *all_mins = a.min + i * a.group_stride, *all_maxs = a.max + i * a.group_stride;
   float min = *all_mins, max = *all_maxs;
   for (int64_t split = threadIdx.x; split < a.splits; split += kThreads) {
-    min = min_nan(min, all_mins[split * a.split_stride]);
-    max = max_nan(max, all_maxs[split * a.split_stride]);
+    min = ptx::min_nan(min, all_mins[split * a.split_stride]);
+    max = ptx::max_nan(max, all_maxs[split * a.split_stride]);
   }
   warp_extremes(min, max);
   if (threadIdx.x % 32 == 0) {
@@ -57,8 +59,8 @@ __global__ void folded_grids_kernel(const GradientGridsArgs a) {
   __syncthreads();
   if (threadIdx.x > 0) return;
   for (int w = 1; w < kThreads / 32; ++w) {
-    min = min_nan(min, mins[w]);
-    max = max_nan(max, maxs[w]);
+    min = ptx::min_nan(min, mins[w]);
+    max = ptx::max_nan(max, maxs[w]);
   }
   const Grid grid = make_grid(min, max, a.bits, a.preserve_zero);
   a.scale[i] = grid.scale;
@@ -70,8 +72,8 @@ __global__ void ordering_ranges_kernel(const OrderingRangesArgs a) {
   if (i >= a.rows) return;
   float min = a.partial_min[i * a.splits], max = a.partial_max[i * a.splits];
   for (int64_t split = 1; split < a.splits; ++split) {
-    min = min_nan(min, a.partial_min[i * a.splits + split]);
-    max = max_nan(max, a.partial_max[i * a.splits + split]);
+    min = ptx::min_nan(min, a.partial_min[i * a.splits + split]);
+    max = ptx::max_nan(max, a.partial_max[i * a.splits + split]);
   }
   a.min[i] = min;
   a.max[i] = max;
@@ -100,8 +102,8 @@ __device__ __forceinline__ void widen(const Pack<T, kItem>& item, float& min, fl
   if constexpr (std::is_same_v<T, float>) {
 #pragma unroll
     for (int j = 0; j < kItem; ++j) {
-      min = min_nan(min, item.value[j]);
-      max = max_nan(max, item.value[j]);
+      min = ptx::min_nan(min, item.value[j]);
+      max = ptx::max_nan(max, item.value[j]);
     }
   } else {
     using Pair = std::conditional_t<std::is_same_v<T, BFloat16>, __nv_bfloat162, __half2>;
@@ -112,8 +114,8 @@ __device__ __forceinline__ void widen(const Pack<T, kItem>& item, float& min, fl
       low = __hmin2_nan(low, pairs[j]);
       high = __hmax2_nan(high, pairs[j]);
     }
-    min = min_nan(min, min_nan(static_cast<float>(low.x), static_cast<float>(low.y)));
-    max = max_nan(max, max_nan(static_cast<float>(high.x), static_cast<float>(high.y)));
+    min = ptx::min_nan(min, ptx::min_nan(static_cast<float>(low.x), static_cast<float>(low.y)));
+    max = ptx::max_nan(max, ptx::max_nan(static_cast<float>(high.x), static_cast<float>(high.y)));
   }
 }
 

@@ -1,8 +1,11 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "csrc/cuda/gradient_quant.cuh"
+#include "csrc/common/gradient_quant.h"
+#include "csrc/cuda/common.cuh"
+#include "csrc/cuda/device.h"
 #include "csrc/cuda/gradient_quant.h"
+#include "csrc/cuda/ptx.cuh"
 
 // Block Householder. A thread block keeps a tile on chip: the rows of one block of rows, and some columns. Sums over a
 // group go down the rows, a thread a column, in the order of positions, as on the CPU; everything else goes along rows,
@@ -167,11 +170,8 @@ struct Span {
 
 // 16 bytes from global to shared memory, past the registers.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
-  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  ptx::cp_async_16(ptx::shared_address(shared), global);
 }
-
-__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Columns past the last are zero. kAligned: rows begin on 16-byte boundaries and hold whole 16 bytes. Ends with a
 // barrier.
@@ -193,7 +193,7 @@ __device__ __forceinline__ void load_tile(const Shared<T, kColumns>& shared, con
       *to = at + j < columns ? *from : T{};
     }
   }
-  if constexpr (kAligned) wait_copies();
+  if constexpr (kAligned) ptx::cp_async_wait_all();
   __syncthreads();
 }
 
@@ -300,8 +300,8 @@ __global__ void __launch_bounds__(kThreads) reflected_ranges_kernel(const Reflec
         for (int j = 0; j < kPhiloxElements; ++j) {
           const float y = item.value[j] * params.s - params.m * item.sum[j];
           if (whole || at + column + j < a.columns) {
-            min = min_nan(min, y);
-            max = max_nan(max, y);
+            min = ptx::min_nan(min, y);
+            max = ptx::max_nan(max, y);
           }
         }
       });
@@ -314,8 +314,8 @@ __global__ void __launch_bounds__(kThreads) reflected_ranges_kernel(const Reflec
   if (share.segment > 0 || share.p >= rows) return;
   for (int segment = 1; segment < share.segments; ++segment) {
     const int other = static_cast<int>(threadIdx.x) + segment * ((rows + 31) / 32 * 32);
-    min = min_nan(min, mins[other]);
-    max = max_nan(max, maxs[other]);
+    min = ptx::min_nan(min, mins[other]);
+    max = ptx::max_nan(max, maxs[other]);
   }
   const int64_t to = static_cast<int64_t>(blockIdx.y) * a.blocks.rows + shared.params[share.p].row;
   a.partial_min[to] = min;
@@ -460,10 +460,7 @@ bool rows_aligned(const void* x, const void* y, int64_t columns) {
 
 // The shared memory that a thread block may ask for on this device.
 int64_t shared_memory_limit() {
-  int device = 0, bytes = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return bytes - 4096;  // what the kernels declare beside it
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 4096;  // what the kernels declare beside it
 }
 
 template <typename Args>

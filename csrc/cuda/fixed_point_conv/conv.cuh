@@ -1,77 +1,21 @@
-// Pieces of the fixed-point convolution kernels: tensor-core instructions, asynchronous copies, and what happens to a
-// tile of sums.
+// Pieces of the fixed-point convolution kernels: what happens to a tile of sums.
 #pragma once
 
 #include "csrc/common/fixed_point.h"
 #include "csrc/common/fixed_point_conv.h"
 #include "csrc/cuda/common.cuh"
+#include "csrc/cuda/ptx.cuh"
 
 namespace quantrain::cuda::conv {
 
 constexpr int kChunk = 16;  // bytes of one copy and of one row of ldmatrix
 
-// ---- instructions ---------------------------------------------------------------------------------------------------
-
-#if !defined(QUANTRAIN_EMULATED)  // tests/cpp/emulated has its own
-using SharedAddress = uint32_t;
-
-__device__ __forceinline__ SharedAddress shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
+using ptx::SharedAddress;
 
 // Zeros where not inside; the address is then not read.
 __device__ __forceinline__ void copy_chunk(SharedAddress to, const void* from, bool inside) {
-  const int bytes = inside ? kChunk : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+  ptx::cp_async_16(to, from, inside ? kChunk : 0);
 }
-
-// As __byte_perm, which knows no signs: bit 3 of a selector's digit repeats the sign of its byte.
-__device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
-  uint32_t result;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
-  return result;
-}
-
-// Into the L2 cache.
-__device__ __forceinline__ void prefetch(const void* from) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
-}
-
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int kPending>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], SharedAddress from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(from)
-               : "memory");
-}
-
-// The value, of which the compiler knows nothing: what follows from it is computed again a tile instead of kept in
-// registers.
-__device__ __forceinline__ int opaque(int value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
-
-// c += a b over 32 bytes of depth: a [16, 32], b [32, 8].
-template <bool kInputSigned>
-__device__ __forceinline__ void multiply(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-#define QUANTRAIN_MMA(type)                                                                                         \
-  asm("mma.sync.aligned.m16n8k32.row.col.s32." type ".s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])                                                              \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
-  if constexpr (kInputSigned)
-    QUANTRAIN_MMA("s8");
-  else
-    QUANTRAIN_MMA("u8");
-#undef QUANTRAIN_MMA
-}
-#endif
 
 // ---- one output, any shift ------------------------------------------------------------------------------------------
 
@@ -146,7 +90,7 @@ __device__ __forceinline__ uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c
 
 // Byte i of a word as an integer.
 __device__ __forceinline__ int32_t byte_at(uint32_t word, int i, bool is_signed) {
-  return static_cast<int32_t>(permute(word, 0, is_signed ? (8 + i) * 0x1110 + i : 0x4440 + i));
+  return static_cast<int32_t>(ptx::prmt(word, 0, is_signed ? (8 + i) * 0x1110 + i : 0x4440 + i));
 }
 
 __device__ __forceinline__ int32_t saturated(int64_t value) {
@@ -280,7 +224,7 @@ struct TilePart {
   int first_row, column;
 
   __device__ __forceinline__ TilePart() {
-    const int tid = opaque(static_cast<int>(threadIdx.x)), lane = tid % 32, warp = tid / 32;
+    const int tid = ptx::opaque(static_cast<int>(threadIdx.x)), lane = tid % 32, warp = tid / 32;
     first_row = warp / Shape::kWarpsN * Shape::kWarpM + lane / 4;
     column = warp % Shape::kWarpsN * Shape::kWarpN + lane % 4 * Shape::kVector;
   }

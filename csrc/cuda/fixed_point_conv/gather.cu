@@ -1,5 +1,6 @@
 #include "csrc/cuda/fixed_point_conv/gather.cuh"
 
+#include "csrc/cuda/device.h"
 #include "csrc/cuda/fixed_point_conv/conv.h"
 
 namespace quantrain::cuda::conv {
@@ -9,15 +10,12 @@ constexpr int kBlocksAMultiprocessor = 4;
 
 template <int kWords, bool kInputSigned>
 int launch(const GatherParams& p, cudaStream_t stream) {
-  int device = 0, multiprocessors = 0;
-  if (const auto error = cudaGetDevice(&device)) return error;
-  if (const auto error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) return error;
   const int shared = gather_shared_bytes(p.pitch);
   auto* const kernel = &fixed_point_conv_gather_kernel<kWords, kInputSigned>;
   if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared))
     return error;
   const auto column_tiles = static_cast<unsigned>(ceil_div(p.g.o, GatherShape::kTileN));
-  const int most = static_cast<int>(ceil_div(multiprocessors * kBlocksAMultiprocessor, column_tiles));
+  const int most = static_cast<int>(ceil_div(multiprocessors() * kBlocksAMultiprocessor, column_tiles));
   const dim3 grid(static_cast<unsigned>(p.row_tiles < most ? p.row_tiles : most), column_tiles);
   kernel<<<grid, GatherShape::kThreads, static_cast<size_t>(shared), stream>>>(p);
   return cudaGetLastError();

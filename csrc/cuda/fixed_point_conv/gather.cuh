@@ -126,9 +126,9 @@ __global__ void __launch_bounds__(GatherShape::kThreads, 4)
   const Ending ending = load_rules<Shape>(rules, p.g, at, p.g.kh * p.g.kw * p.g.c);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const SharedAddress a_row =
-      shared_address(shared_bytes) + (warp / Shape::kWarpsN * Shape::kWarpM + lane % 16) * p.pitch + lane / 16 * kChunk;
-  const SharedAddress b_row = shared_address(weight) +
+  const SharedAddress a_row = ptx::shared_address(shared_bytes) +
+                              (warp / Shape::kWarpsN * Shape::kWarpM + lane % 16) * p.pitch + lane / 16 * kChunk;
+  const SharedAddress b_row = ptx::shared_address(weight) +
                               (warp % Shape::kWarpsN * Shape::kWarpN + lane % 8 + lane / 16 * 8) * p.pitch +
                               lane / 8 % 2 * kChunk;
   for (int tile = blockIdx.x; tile < p.row_tiles; tile += gridDim.x) {
@@ -143,14 +143,14 @@ __global__ void __launch_bounds__(GatherShape::kThreads, 4)
     for (int k = 0; k < p.depth; k += 32) {
       uint32_t a[Shape::kTilesM][4], b[Shape::kTilesN / 2][4];
 #pragma unroll
-      for (int i = 0; i < Shape::kTilesM; ++i) load_matrices(a[i], a_row + i * 16 * p.pitch + k);
+      for (int i = 0; i < Shape::kTilesM; ++i) ptx::ldmatrix_x4(a[i], a_row + i * 16 * p.pitch + k);
 #pragma unroll
-      for (int j = 0; j < Shape::kTilesN / 2; ++j) load_matrices(b[j], b_row + j * 16 * p.pitch + k);
+      for (int j = 0; j < Shape::kTilesN / 2; ++j) ptx::ldmatrix_x4(b[j], b_row + j * 16 * p.pitch + k);
 #pragma unroll
       for (int i = 0; i < Shape::kTilesM; ++i)
 #pragma unroll
         for (int j = 0; j < Shape::kTilesN; ++j)
-          multiply<kInputSigned>(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+          ptx::mma_m16n8k32<kInputSigned>(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
     }
     write_tile<Shape>(sums, rules, ending, p.g, at, [&](int row) {
       return first_pixel + row < p.pixels ? static_cast<int64_t>(first_pixel + row) : int64_t{-1};

@@ -2,6 +2,7 @@
 
 #include <string_view>
 
+#include "csrc/cuda/device.h"
 #include "csrc/cuda/fixed_point_conv/conv.h"
 
 namespace quantrain::cuda::conv {
@@ -10,15 +11,6 @@ namespace {
 struct Device {
   int multiprocessors = 0, shared = 0, major = 0;  // shared: bytes of a multiprocessor
 };
-
-int query(Device& d) {
-  int device = 0;
-  if (const auto error = cudaGetDevice(&device)) return error;
-  if (const auto error = cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, device))
-    return error;
-  if (const auto error = cudaDeviceGetAttribute(&d.major, cudaDevAttrComputeCapabilityMajor, device)) return error;
-  return cudaDeviceGetAttribute(&d.shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-}
 
 constexpr int kReservedShared = 1024;  // of a block, by CUDA
 
@@ -96,8 +88,9 @@ bool suits_mma(const FixedPointConvArgs& a) {
 }
 
 int launch_mma(const FixedPointConvArgs& a, const char* tile, void* stream) {
-  Device device;
-  if (const int error = query(device)) return error;
+  const Device device{multiprocessors(), device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                      device_attribute(cudaDevAttrComputeCapabilityMajor)};
+  if (device.multiprocessors == 0) return cudaErrorInvalidDevice;
   MmaParams p = mma_params(a);
   const Candidate* best = nullptr;
   double least = 1e299;

@@ -71,11 +71,11 @@ __device__ __forceinline__ void multiply_stage(typename Tile::Sums& sums, Shared
   const auto load = [&](int slice) {
 #pragma unroll
     for (int i = 0; i < Tile::kTilesM; ++i)
-      load_matrices(a[slice % 2][i], a_stage + chunk_place<Tile::kDepth>(a_row + i * 16, slice * 2 + lane / 16));
+      ptx::ldmatrix_x4(a[slice % 2][i], a_stage + chunk_place<Tile::kDepth>(a_row + i * 16, slice * 2 + lane / 16));
     // Two tiles of 8 channels at once, each with both chunks.
 #pragma unroll
     for (int j = 0; j < Tile::kTilesN / 2; ++j)
-      load_matrices(b[slice % 2][j], b_stage + chunk_place<Tile::kDepth>(b_row + j * 16, slice * 2 + lane / 8 % 2));
+      ptx::ldmatrix_x4(b[slice % 2][j], b_stage + chunk_place<Tile::kDepth>(b_row + j * 16, slice * 2 + lane / 8 % 2));
   };
   load(0);
 #pragma unroll
@@ -85,8 +85,8 @@ __device__ __forceinline__ void multiply_stage(typename Tile::Sums& sums, Shared
     for (int i = 0; i < Tile::kTilesM; ++i)
 #pragma unroll
       for (int j = 0; j < Tile::kTilesN; ++j)
-        multiply<kInputSigned>(sums[i][j], a[slice % 2][i], b[slice % 2][j / 2][j % 2 * 2],
-                               b[slice % 2][j / 2][j % 2 * 2 + 1]);
+        ptx::mma_m16n8k32<kInputSigned>(sums[i][j], a[slice % 2][i], b[slice % 2][j / 2][j % 2 * 2],
+                                        b[slice % 2][j / 2][j % 2 * 2 + 1]);
   }
 }
 
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   const FixedPointConvArgs& g = p.g;
   const auto rules = TileRules::at<Shape>(shared_bytes + p.rules);
-  const SharedAddress shared = shared_address(shared_bytes);
+  const SharedAddress shared = ptx::shared_address(shared_bytes);
   // Channels vary first: the tiles that read one block of pixels run side by side.
   const int column_tile = static_cast<int>(blockIdx.x) % p.column_tiles;
   const int first_row_tile = static_cast<int>(blockIdx.x) / p.column_tiles;
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
         if (fill_tile < p.row_tiles) place_rows(fill_tile);
       }
     }
-    commit_copies();
+    ptx::cp_async_commit_group();
   };
 
   if (p.resident)
@@ -236,12 +236,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   for (int row_tile = first_row_tile; row_tile < p.row_tiles; row_tile += p.row_step) {
     const int first_pixel = row_tile * Shape::kTileM;
     if (has_codes && tid < Shape::kTileM && first_pixel + tid < p.pixels)
-      prefetch(static_cast<const uint8_t*>(g.residual) + static_cast<int64_t>(first_pixel + tid) * at.channels +
-               at.first_channel);
+      ptx::prefetch_global_l2(static_cast<const uint8_t*>(g.residual) +
+                              static_cast<int64_t>(first_pixel + tid) * at.channels + at.first_channel);
     typename Tile::Sums sums;
     Engine::template begin<Tile>(sums);
     for (int step = 0; step < p.steps; ++step) {
-      wait_copies<Tile::kStages - 2>();
+      ptx::cp_async_wait_group<Tile::kStages - 2>();
       Engine::publish();
       __syncthreads();
       const SharedAddress a = shared + slot * p.stage_bytes;

@@ -1,5 +1,6 @@
 #include "csrc/cuda/fixed_point_conv/patch.cuh"
 
+#include "csrc/cuda/device.h"
 #include "csrc/cuda/fixed_point_conv/conv.h"
 
 namespace quantrain::cuda::conv {
@@ -9,15 +10,12 @@ constexpr int kBlocksAMultiprocessor = 4;
 
 template <int kC, int kSegments, bool kInputSigned>
 int launch(PatchParams& p, cudaStream_t stream) {
-  int device = 0, multiprocessors = 0;
-  if (const auto error = cudaGetDevice(&device)) return error;
-  if (const auto error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) return error;
   const int shared = lay_out_patch(p, kSegments);
   auto* const kernel = &fixed_point_conv_patch_kernel<kC, kSegments, kInputSigned>;
   if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared))
     return error;
   const auto column_tiles = static_cast<unsigned>(ceil_div(p.g.o, PatchShape::kTileN));
-  const int most = static_cast<int>(ceil_div(multiprocessors * kBlocksAMultiprocessor, column_tiles));
+  const int most = static_cast<int>(ceil_div(multiprocessors() * kBlocksAMultiprocessor, column_tiles));
   const dim3 grid(static_cast<unsigned>(p.tiles < most ? p.tiles : most), column_tiles);
   kernel<<<grid, PatchShape::kThreads, static_cast<size_t>(shared), stream>>>(p);
   return cudaGetLastError();

@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(PatchShape::kThreads, 4)
   const int stride_w = static_cast<int>(g.stride_w), row_words = static_cast<int>(g.stride_h) * p.pitch;
   const uint32_t* const a_first = patch + warp * 2 * row_words + lane / 4 * stride_w + lane % 4;
   const SharedAddress b_row =
-      shared_address(weight) + (lane % 8 + lane / 16 * 8) * p.weight_pitch + lane / 8 % 2 * kChunk;
+      ptx::shared_address(weight) + (lane % 8 + lane / 16 * 8) * p.weight_pitch + lane / 8 % 2 * kChunk;
   for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
     const uint32_t image = p.image.divide(static_cast<uint32_t>(tile));
     const uint32_t in_image = static_cast<uint32_t>(tile) - image * p.image.divisor;
@@ -159,12 +159,12 @@ __global__ void __launch_bounds__(PatchShape::kThreads, 4)
         a[i][3] = from[8 * stride_w + second];
       }
 #pragma unroll
-      for (int j = 0; j < Shape::kTilesN / 2; ++j) load_matrices(b[j], b_row + j * 16 * p.weight_pitch + step * 32);
+      for (int j = 0; j < Shape::kTilesN / 2; ++j) ptx::ldmatrix_x4(b[j], b_row + j * 16 * p.weight_pitch + step * 32);
 #pragma unroll
       for (int i = 0; i < Shape::kTilesM; ++i)
 #pragma unroll
         for (int j = 0; j < Shape::kTilesN; ++j)
-          multiply<kInputSigned>(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+          ptx::mma_m16n8k32<kInputSigned>(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
     }
     write_tile<Shape>(sums, rules, ending, g, at, [&](int row) {
       const int oy = oy0 + row / kPatchColumns, ox = ox0 + row % kPatchColumns;

@@ -1,7 +1,9 @@
 #include <cmath>
 
 #include "csrc/cuda/common.cuh"
+#include "csrc/cuda/device.h"
 #include "csrc/cuda/int8.h"
+#include "csrc/cuda/ptx.cuh"
 
 #if defined(QUANTRAIN_WITH_SM90)
 #include "csrc/cuda/int8_mm/sm90/kernels.h"
@@ -30,21 +32,7 @@ __device__ __forceinline__ int chunk_place(int row, int chunk) {
 }
 
 __device__ __forceinline__ void copy_chunk(uint32_t shared, const int8_t* global, bool inside) {
-  const int bytes = inside ? kChunk : 0;  // the rest is filled with zeros
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes));
-}
-
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t shared) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared));
-}
-
-__device__ __forceinline__ void multiply(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  ptx::cp_async_16(shared, global, inside ? kChunk : 0);  // the rest is filled with zeros
 }
 
 // One operand's part of a stage: kTile rows of kDepth bytes, two chunks a thread.
@@ -77,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, 2) int8_mm_kernel(const Int8MmArgs g
       copy_operand(stage, g.a, first_row, g.m, step * kDepth, g.k);
       copy_operand(stage + kTile * kDepth, g.b, first_column, g.n, step * kDepth, g.k);
     }
-    asm volatile("cp.async.commit_group;");
+    ptx::cp_async_commit_group();
   };
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -86,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, 2) int8_mm_kernel(const Int8MmArgs g
   const int64_t steps = (g.k + kDepth - 1) / kDepth;
   for (int s = 0; s < kStages - 1; ++s) start_stage(s);
   for (int64_t step = 0; step < steps; ++step) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2));
+    ptx::cp_async_wait_group<kStages - 2>();
     __syncthreads();
     start_stage(step + kStages - 1);
     const uint32_t a_stage = shared + static_cast<uint32_t>(step % kStages) * kStageBytes;
@@ -96,19 +84,20 @@ __global__ void __launch_bounds__(kThreads, 2) int8_mm_kernel(const Int8MmArgs g
       uint32_t a[4][4], b[2][4];
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        load_matrices(a[i], a_stage + chunk_place(warp_row + i * 16 + lane % 16, half * 2 + lane / 16));
+        ptx::ldmatrix_x4(a[i], a_stage + chunk_place(warp_row + i * 16 + lane % 16, half * 2 + lane / 16));
       // Two column tiles at once: rows 0 to 7 and 8 to 15 of b, each with both chunks.
 #pragma unroll
       for (int j = 0; j < 2; ++j)
-        load_matrices(b[j],
-                      b_stage + chunk_place(warp_column + j * 16 + lane % 8 + lane / 16 * 8, half * 2 + lane / 8 % 2));
+        ptx::ldmatrix_x4(
+            b[j], b_stage + chunk_place(warp_column + j * 16 + lane % 8 + lane / 16 * 8, half * 2 + lane / 8 % 2));
 #pragma unroll
       for (int i = 0; i < 4; ++i)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) multiply(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+        for (int j = 0; j < 4; ++j)
+          ptx::mma_m16n8k32<true>(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
     }
   }
-  asm volatile("cp.async.wait_group 0;");
+  ptx::cp_async_wait_group<0>();
 
   Out* __restrict__ d = static_cast<Out*>(g.d);
 #pragma unroll
@@ -143,13 +132,6 @@ int launch_sm80(const Int8MmArgs& a, cudaStream_t stream) {
   const int64_t tiles = static_cast<int64_t>(row_tiles) * column_tiles;
   int8_mm_kernel<Out><<<static_cast<unsigned>(tiles), kThreads, kSharedBytes, stream>>>(a, row_tiles, column_tiles);
   return cudaGetLastError();
-}
-
-int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess)
-    return 0;
-  return value;
 }
 
 // ---- Hopper: which kernel -------------------------------------------------------------------------------------------

@@ -11,12 +11,21 @@
 #include <utility>
 #include <vector>
 
+#include <ATen/core/Tensor.h>
+
 #include "quantrain/nn/fields.h"
 #include "quantrain/ops/export.h"
 
 namespace quantrain::nn {
 
 struct Recipe;
+
+// How a scheme rounds a weight, where that is not its QuantSpec's own affair.
+struct QUANTRAIN_API WeightQparams {
+  at::Tensor scale;       // as QuantSpec::weight_scale_shape
+  at::Tensor zero_point;  // int32 of that shape, or undefined: symmetric
+  int64_t quant_min = 0, quant_max = 0;
+};
 
 class QUANTRAIN_API Scheme {
  public:
@@ -34,9 +43,13 @@ class QUANTRAIN_API Scheme {
   // Throws c10::ValueError where a layer of that class ("QuantLinear") does not run so.
   virtual void check_layer(const std::string& /*layer*/, const Recipe& /*recipe*/) const {}
 
+  // A rule of the scheme's own for the codes of a weight [O, ...]; without one the recipe's QuantSpec decides. Both
+  // languages' layers ask here, in training and to convert.
+  virtual std::optional<WeightQparams> weight_qparams(const at::Tensor& /*weight*/) const { return std::nullopt; }
+
   virtual bool quantises_gradients() const {
     return false;
-  }                                                        // in training: the backward pass is not the float product's
+  }  // in training: the backward pass is not the float product's
   virtual bool linear_only() const { return false; }       // only Linear layers run so
   virtual bool integer_products() const { return false; }  // converted Linear layers multiply integers (int8_mm)
 

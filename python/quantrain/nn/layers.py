@@ -37,6 +37,7 @@ class QuantLayer(nn.Module):
     rounds_input_itself = False  # the forward pass does not call input_fake_quant
     token_dims = 1  # trailing dimensions of an input that a per_token scale covers
     gradient_quant_enabled = True
+    _own_weight_rule = False  # the scheme rounds the weight by a rule of its own
     called = False  # whether a forward pass, not counting compiled ones, came by
     # Called with the layer and the result of its product, before batch norm and output_fake_quant; see GradientProbe.
     output_hook: Callable[[QuantLayer, Tensor], None] | None = None
@@ -68,6 +69,7 @@ class QuantLayer(nn.Module):
             "gradient_quant_enabled",
             "gradient_arguments",
             "output_hook",
+            "_own_weight_rule",
             "_variance",
         ):
             layer.__dict__.pop(attribute, None)
@@ -82,6 +84,7 @@ class QuantLayer(nn.Module):
     def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
         self.recipe = as_recipe(recipe)
         handler_of(self.recipe).check_layer(self)
+        self._own_weight_rule = handler_of(self.recipe).own_weight_rule
         device = self.weight.device
         for tensor in ("weight", "input", "output"):
             spec = getattr(self.recipe, tensor)
@@ -132,7 +135,12 @@ class QuantLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         weight = self.weight_to_quantize()
-        return weight if self.weight_fake_quant is None else self.weight_fake_quant(weight)
+        if self.weight_fake_quant is None:
+            return weight
+        if self._own_weight_rule and self.weight_fake_quant.fake_quant_enabled:
+            scale, zero_point, low, high = self.recipe.scheme.weight_qparams(weight.detach())
+            return torch.ops.quantrain.fake_quantize(weight, scale, zero_point, quant_min=low, quant_max=high)
+        return self.weight_fake_quant(weight)
 
     def quantized_output(self, y: Tensor) -> Tensor:
         return y if self.output_fake_quant is None else self.output_fake_quant(y)

@@ -101,7 +101,10 @@ class QuantizedLayer(Float32State):
         self.weight_shape = tuple(weight.shape)
         if check_observed and not bool(torch.isfinite(weight).all()):
             raise ValueError(f"convert: {type(layer).__name__}: expected finite weights, got NaN or Inf")
-        if fake_quant.ready or check_observed:
+        low, high = fake_quant.quant_min, fake_quant.quant_max
+        if handler_of(layer.recipe).own_weight_rule:
+            scale, zero_point, low, high = layer.recipe.scheme.weight_qparams(weight)
+        elif fake_quant.ready or check_observed:
             scale, zero_point = fake_quant.calculate_qparams(weight)
         else:
             scale, zero_point = torch.ones_like(fake_quant.scale), fake_quant.zero_point
@@ -109,8 +112,8 @@ class QuantizedLayer(Float32State):
             weight,
             scale,
             zero_point,
-            quant_min=fake_quant.quant_min,
-            quant_max=fake_quant.quant_max,
+            quant_min=low,
+            quant_max=high,
             dtype="int8" if self.signed else "uint8",
         )
         if self.packed:

@@ -100,15 +100,21 @@ inline int __syncthreads_and(int value) {
 }
 
 namespace quantrain::cuda::conv {
-
-using SharedAddress = uint32_t;
 alignas(1024) inline uint8_t shared_bytes[emulated::kSharedBytes];  // the kernels' extern array
+}
+
+// As csrc/cuda/ptx.cuh.
+namespace quantrain::cuda::ptx {
+
+using conv::shared_bytes;
+using SharedAddress = uint32_t;
 
 inline SharedAddress shared_address(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - shared_bytes);
 }
 
-inline void copy_chunk(SharedAddress to, const void* from, bool inside) {
+inline void cp_async_16(SharedAddress to, const void* from, int size = 16) {
+  const bool inside = size == 16;
   const auto* const bytes = static_cast<const uint8_t*>(from);
   emulated::expect(to % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0, "a copy is not on 16 bytes");
   bool allowed = !inside;
@@ -117,14 +123,14 @@ inline void copy_chunk(SharedAddress to, const void* from, bool inside) {
   emulated::threads[emulated::current].open.push_back({to, inside && allowed ? bytes : nullptr});
 }
 
-inline void commit_copies() {
+inline void cp_async_commit_group() {
   auto& thread = emulated::threads[emulated::current];
   thread.groups.push_back(std::move(thread.open));
   thread.open.clear();
 }
 
 template <int kPending>
-void wait_copies() {
+void cp_async_wait_group() {
   auto& thread = emulated::threads[emulated::current];
   for (; static_cast<int>(thread.groups.size()) > kPending; thread.groups.pop_front())
     for (const auto& copy : thread.groups.front()) {
@@ -135,10 +141,10 @@ void wait_copies() {
     }
 }
 
-inline void prefetch(const void*) {}
+inline void prefetch_global_l2(const void*) {}
 inline int opaque(int value) { return value; }
 
-inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = uint64_t{b} << 32 | a;
   uint32_t result = 0;
   for (int i = 0; i < 4; ++i) {
@@ -150,7 +156,7 @@ inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 
-inline void load_matrices(uint32_t (&r)[4], SharedAddress from) {
+inline void ldmatrix_x4(uint32_t (&r)[4], SharedAddress from) {
   using emulated::threads;
   emulated::expect(from % 16 == 0, "a matrix row is not on 16 bytes");
   const int me = emulated::current, lane = me % 32, first = me - lane;
@@ -167,8 +173,8 @@ inline void load_matrices(uint32_t (&r)[4], SharedAddress from) {
 }
 
 // Fragments of m16n8k32 as the PTX ISA lays them out.
-template <bool kInputSigned>
-void multiply(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+template <bool kSigned>
+void mma_m16n8k32(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   using emulated::threads;
   const int me = emulated::current, lane = me % 32, first = me - lane;
   std::memcpy(threads[me].a, a, sizeof a);
@@ -181,11 +187,17 @@ void multiply(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
       const uint32_t a_word = threads[first + row % 8 * 4 + k % 16 / 4].a[row / 8 + k / 16 * 2];
       const uint32_t b_word = threads[first + column * 4 + k % 16 / 4].b[k / 16];
       const auto x = static_cast<uint8_t>(a_word >> k % 4 * 8);
-      c[i] += (kInputSigned ? static_cast<int8_t>(x) : x) * static_cast<int8_t>(b_word >> k % 4 * 8);
+      c[i] += (kSigned ? static_cast<int8_t>(x) : x) * static_cast<int8_t>(b_word >> k % 4 * 8);
     }
   }
   emulated::yield();
 }
+
+}  // namespace quantrain::cuda::ptx
+
+namespace quantrain::cuda::conv {
+
+using ptx::SharedAddress;
 
 // ---- wgmma: descriptors keep the address in units of 16 bytes and the depth, which names the swizzle ----------------
 

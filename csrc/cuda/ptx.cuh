@@ -1,0 +1,90 @@
+// Instructions that CUDA C++ has no name for, one function each, named as in the PTX manual. tests/cpp/emulated has its own of
+// those that the fixed-point convolutions use.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#if !defined(QUANTRAIN_EMULATED)
+namespace quantrain::cuda::ptx {
+
+// min.NaN, max.NaN: NaN wins.
+__device__ __forceinline__ float min_nan(float a, float b) {
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+using SharedAddress = uint32_t;
+
+__device__ __forceinline__ SharedAddress shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 bytes from global to shared memory, past the registers and the first-level cache.
+__device__ __forceinline__ void cp_async_16(SharedAddress to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+// The same where `bytes` is 16; zeros, and `from` is not read, where it is 0.
+__device__ __forceinline__ void cp_async_16(SharedAddress to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait_group() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+__device__ __forceinline__ void prefetch_global_l2(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
+}
+
+// As __byte_perm, which knows no signs: bit 3 of a selector's digit repeats the sign of its byte.
+__device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
+  return result;
+}
+
+// Four 8 x 8 matrices of 16-bit elements: here 16 rows of 32 bytes.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], SharedAddress from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(from)
+               : "memory");
+}
+
+// c += a b over 32 bytes of depth: a [16, 32] int8 or uint8, b [32, 8] int8.
+template <bool kSigned>
+__device__ __forceinline__ void mma_m16n8k32(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#define QUANTRAIN_MMA(type)                                                                                         \
+  asm("mma.sync.aligned.m16n8k32.row.col.s32." type ".s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])                                                              \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+  if constexpr (kSigned)
+    QUANTRAIN_MMA("s8");
+  else
+    QUANTRAIN_MMA("u8");
+#undef QUANTRAIN_MMA
+}
+
+// The value, of which the compiler knows nothing: what follows from it is computed again instead of kept in registers.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+}  // namespace quantrain::cuda::ptx
+#endif
