@@ -33,7 +33,7 @@ import quantrain
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "python"))
-from fixed_point_graphs import GraphBuilder  # noqa: E402
+from samples.fixed_point_graphs import GraphBuilder  # noqa: E402
 
 from quantrain.nn.fixed_point.onnx import export_onnx  # noqa: E402
 

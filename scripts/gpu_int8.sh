@@ -123,7 +123,7 @@ sanitize() {
   for tool in memcheck racecheck synccheck; do
     # Without PyTorch's cache of memory every tensor has its own bounds.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "${SANITIZE_SECONDS:-90}" "$file" "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 5 \
-      "$python" tests/python/int8_every_kernel.py
+      "$python" tests/python/samples/int8_every_kernel.py
   done
 }
 

@@ -1,4 +1,4 @@
-// The README's C++ example; tests/python/test_docs.py compares the two, and what this prints.
+// The README's C++ example; tests/python/house/test_docs.py compares the two, and what this prints.
 #include <iostream>
 
 #include <quantrain/quantrain.h>

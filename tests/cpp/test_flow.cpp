@@ -552,7 +552,7 @@ TEST_CASE("a graph with an addition of codes trains and converts to the same int
 }
 
 TEST_CASE("a network with an addition is the one that Python makes", "[flow]") {
-  const std::string data = QUANTRAIN_TEST_DATA;  // written by tests/python/fixed_point_add.py
+  const std::string data = QUANTRAIN_TEST_DATA;  // written by tests/python/samples/fixed_point_add.py
   FixedPointGraph g = adding_graph("f8net");
   load_checkpoint(data + "/fixed_point_add.safetensors", *g);
   g->eval();

@@ -82,7 +82,7 @@ TEST_CASE("a probe of unbiased quantizers: small z, the exact variance, within t
 }
 
 TEST_CASE("the numbers that Python gets", "[probe]") {
-  // (exact_variance, bound, gradient_square), as in tests/python/test_gradient_probe.py.
+  // (exact_variance, bound, gradient_square), as in tests/python/nn/test_gradient_probe.py.
   const std::vector<std::pair<std::string, std::vector<double>>> expected = {
       {"per_tensor:4", {0.892134449, 4.89709522, 27.0738595}},
       {"per_sample:4", {0.176893992, 0.236920628, 27.0738595}},

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from draw import Draw, drawn, same
-from drawn_gradient_quant_layers import backward, compare, leaves_of
+from drawn_fqt import backward, compare, leaves_of
 
 ops = torch.ops.quantrain
 

@@ -8,9 +8,9 @@ FAMILIES = (
     "fake_quant",
     "fake_quant_ranges",
     "fixed_point",
-    "fixed_point_layers",
+    "fixed_point_conv",
     "gradient_quant",
-    "gradient_quant_layers",
+    "fqt",
     "int8",
     "int8_fused",
     "int8_linear",
@@ -19,7 +19,7 @@ FAMILIES = (
 
 # Operators without a drawn and a hostile test, with the reason.
 LEFT_OUT = {
-    "_int8_mm_by_kernel": "int8_mm's kernels one by one, for sweeps: tests/python/int8_every_kernel.py goes through all",
+    "_int8_mm_by_kernel": "int8_mm's kernels one by one, for sweeps: tests/python/samples/int8_every_kernel.py goes through all",
     "_snapshot": "a clone for compiled batch norms, in Python: nn/conv_bn.py",
 }
 
