@@ -52,13 +52,25 @@ __device__ __forceinline__ float normalised(float s, Moments m, float weight, fl
   return (s - m.mean) * m.inverse * weight + bias;
 }
 
-// Eight parameters at once.
-template <typename T>
+// The item of eight elements at `index`, as vectors or an element at a time.
+template <typename T, bool kAligned>
+__device__ __forceinline__ Pack<T, kItem> load_item(const void* __restrict__ values, int64_t index) {
+  if constexpr (kAligned) {
+    return load(static_cast<const Pack<T, kItem>*>(values) + index);
+  } else {
+    Pack<T, kItem> item;
+#pragma unroll
+    for (int j = 0; j < kItem; ++j) item.value[j] = static_cast<const T*>(values)[index * kItem + j];
+    return item;
+  }
+}
+
+template <typename T, bool kAligned>
 __device__ __forceinline__ void parameters(const void* values, DType type, uint32_t item, float (&result)[kItem]) {
   if (type == DType::kFloat32)
-    unpack(load(static_cast<const Pack<float, kItem>*>(values) + item), result);
+    unpack(load_item<float, kAligned>(values, item), result);
   else
-    unpack(load(static_cast<const Pack<T, kItem>*>(values) + item), result);
+    unpack(load_item<T, kAligned>(values, item), result);
 }
 
 // The codes and the scale of a row whose values a row's threads hold; kOf items each.
@@ -86,14 +98,15 @@ __device__ __forceinline__ void quantize_row(const float (&values)[kOf][kItem], 
   }
 }
 
-template <typename T, int kOf>
+// kAligned: x, residual, weight and bias begin on 16 bytes. Where they do not the sums keep their order, so that the result does not
+// depend on where a tensor lies.
+template <typename T, int kOf, bool kAligned>
 __global__ void __launch_bounds__(kOf == kWarpItems ? 32 * kWarpRows : kMaxThreads)
     norm_kernel(const Int8NormArgs a, uint32_t items_per_row) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (blockDim.y > 1 && row >= a.rows) return;
   const int64_t first = row * items_per_row;
-  const auto* __restrict__ x = static_cast<const Pack<T, kItem>*>(a.x);
-  const auto* __restrict__ residual = static_cast<const Pack<T, kItem>*>(a.residual);
+  const void* __restrict__ residual = a.residual;
   auto* __restrict__ carried = static_cast<Pack<T, kItem>*>(a.carried);
   float values[kOf][kItem];
   float sum = 0.0f;
@@ -103,10 +116,10 @@ __global__ void __launch_bounds__(kOf == kWarpItems ? 32 * kWarpRows : kMaxThrea
 #pragma unroll
     for (int j = 0; j < kItem; ++j) values[u][j] = 0.0f;
     if (item >= items_per_row) continue;
-    unpack(load(x + first + item), values[u]);
+    unpack(load_item<T, kAligned>(a.x, first + item), values[u]);
     if (residual) {
       float other[kItem];
-      unpack(load(residual + first + item), other);
+      unpack(load_item<T, kAligned>(residual, first + item), other);
 #pragma unroll
       for (int j = 0; j < kItem; ++j) values[u][j] += other[j];
       const auto rounded = pack<T>(values[u]);
@@ -135,8 +148,8 @@ __global__ void __launch_bounds__(kOf == kWarpItems ? 32 * kWarpRows : kMaxThrea
     const uint32_t item = u * blockDim.x + threadIdx.x;
     if (item >= items_per_row) continue;
     float weight[kItem], bias[kItem];
-    if (a.weight) parameters<T>(a.weight, a.parameter_dtype, item, weight);
-    if (a.bias) parameters<T>(a.bias, a.parameter_dtype, item, bias);
+    if (a.weight) parameters<T, kAligned>(a.weight, a.parameter_dtype, item, weight);
+    if (a.bias) parameters<T, kAligned>(a.bias, a.parameter_dtype, item, bias);
 #pragma unroll
     for (int j = 0; j < kItem; ++j) {
       values[u][j] *= m.inverse;
@@ -250,15 +263,17 @@ constexpr unsigned kElementThreads = 512;
 int int8_norm(const Int8NormArgs& a, void* stream_pointer) {
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   const auto rows = static_cast<unsigned>(a.rows);
-  const bool whole = fits(a.columns) && is_aligned(a.x) && is_aligned(a.residual) && is_aligned(a.carried) &&
-                     is_aligned(a.codes) && is_aligned(a.weight) &&
-                     is_aligned(a.bias);  // parameters are loaded as vectors too
+  // The results are ours, and aligned.
+  const bool aligned = is_aligned(a.x) && is_aligned(a.residual) && is_aligned(a.weight) && is_aligned(a.bias);
   const auto items = static_cast<uint32_t>(a.columns / kItem);
   dispatch_float(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    if (whole)
+    if (fits(a.columns))
       launch_rows(a.rows, items, [&](auto of_thread, unsigned blocks, dim3 threads) {
-        norm_kernel<T, of_thread.value><<<blocks, threads, 0, stream>>>(a, items);
+        if (aligned)
+          norm_kernel<T, of_thread.value, true><<<blocks, threads, 0, stream>>>(a, items);
+        else
+          norm_kernel<T, of_thread.value, false><<<blocks, threads, 0, stream>>>(a, items);
       });
     else
       norm_elements_kernel<T><<<rows, kElementThreads, 0, stream>>>(a);

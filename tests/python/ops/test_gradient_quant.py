@@ -601,6 +601,7 @@ def test_a_graphs_replays_draw_afresh(quantizer, dtype):
     with torch.cuda.graph(graph):
         first, second = simulate(grad, quantizer), simulate(grad, quantizer)
         codes = encode(grad, quantizer)
+    torch.cuda.synchronize()  # capture fills the graph's seed on a stream of its own
     torch.cuda.manual_seed(3)
     seen = []
     for _ in range(3):
