@@ -11,6 +11,8 @@ TORCH_LIBRARY_IMPL(quantrain, Autograd, m) {
            "_min_max",
            "_qparams_from_range",
            "_mse_range",
+           "_percentile_range",
+           "_observe_",
            "quantize",
            "quantize.nearest",
            "quantize.seeded",

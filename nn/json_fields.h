@@ -1,7 +1,7 @@
 // Fields as JSON, and the errors of both. Private to the library.
 //
-// On reading, a missing field keeps its default and an unknown one is an error, so that a misspelt field never passes in
-// silence.
+// On reading, a missing field keeps its default and an unknown one is an error, so that a misspelt field never passes
+// in silence.
 #pragma once
 
 #include <cmath>

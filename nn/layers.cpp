@@ -74,8 +74,8 @@ QuantModule::QuantModule(std::string name, const Recipe& recipe, std::vector<int
       recipe_(recipe),
       weight_shape_(std::move(weight_shape)),
       token_shape_(std::move(token_shape)) {
-  recipe_.validate();
   if (recipe_.scheme) recipe_.scheme->check_layer(this->name(), recipe_);
+  recipe_.validate();
   make_fake_quants();
 }
 

@@ -1,7 +1,7 @@
 #include "nn/named_recipes.h"
 
-// Recipes that round tensors and nothing more, and the look-up of all names: those of the schemes follow, in the order of
-// their table.
+// Recipes that round tensors and nothing more, and the look-up of all names: those of the schemes follow, in the order
+// of their table.
 
 #include <algorithm>
 

@@ -1,6 +1,6 @@
 #include "quantrain/nn/observers.h"
 
-// The averaging is written without a branch on the data, so that only nan_policy "raise" waits for the device.
+// Only nan_policy "raise" waits for the device: the update of the range is an operator without a branch on the data.
 
 #include <algorithm>
 #include <cmath>
@@ -11,13 +11,9 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/isfinite.h>
-#include <ATen/ops/isinf.h>
-#include <ATen/ops/kthvalue.h>
 #include <ATen/ops/logical_and.h>
 #include <ATen/ops/logical_not.h>
 #include <ATen/ops/logical_or.h>
-#include <ATen/ops/maximum.h>
-#include <ATen/ops/minimum.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
@@ -26,40 +22,6 @@
 #include "quantrain/ops/fake_quant.h"
 
 namespace quantrain::nn {
-namespace {
-
-// [scales, elements of one scale]: the blocks of `input` as rows.
-at::Tensor blocks(const at::Tensor& input, const std::vector<int64_t>& scale_shape) {
-  const int64_t rank = input.dim();
-  if (static_cast<int64_t>(scale_shape.size()) != rank) {
-    return input.reshape({1, -1});
-  }
-  std::vector<int64_t> split;
-  std::vector<int64_t> order;
-  int64_t scales = 1;
-  for (int64_t d = 0; d < rank; ++d) {
-    split.insert(split.end(), {scale_shape[d], input.size(d) / scale_shape[d]});
-    scales *= scale_shape[d];
-  }
-  for (const int64_t half : {0, 1}) {
-    for (int64_t d = 0; d < rank; ++d) order.push_back(2 * d + half);
-  }
-  return input.reshape(split).permute(order).reshape({scales, -1});
-}
-
-std::tuple<at::Tensor, at::Tensor> percentile_range(const at::Tensor& input, const std::vector<int64_t>& scale_shape,
-                                                    double percentile) {
-  const at::Tensor rows = blocks(input.to(at::kFloat), scale_shape);
-  const int64_t n = rows.size(1);
-  const int64_t k =
-      std::clamp<int64_t>(static_cast<int64_t>(std::ceil(percentile / 100.0 * static_cast<double>(n))), 1, n);
-  at::Tensor min = std::get<0>(at::kthvalue(rows, n + 1 - k, 1)).reshape(scale_shape);
-  at::Tensor max = std::get<0>(at::kthvalue(rows, k, 1)).reshape(scale_shape);
-  return {std::move(min), std::move(max)};
-}
-
-}  // namespace
-
 namespace detail {
 
 KeepRandomState::KeepRandomState() : state_(at::detail::getDefaultCPUGenerator().get_state()) {}
@@ -115,22 +77,9 @@ ObserverImpl::Range ObserverImpl::measure(const at::Tensor& input, bool check) c
 
 void ObserverImpl::update(const Range& range) {
   const at::NoGradGuard no_grad;
-  const auto& [low, high, finite] = range;
-  const at::Tensor nothing = at::isinf(min_val);
-  const at::Tensor zero = at::logical_and(low == 0, high == 0);
-  const at::Tensor counts = at::logical_and(finite, at::logical_or(nothing, at::logical_not(zero)));
-  const at::Tensor first = at::logical_or(nothing, only_zeros());
-  at::Tensor new_min;
-  at::Tensor new_max;
-  if (spec_.observer == ObserverKind::kMinMax) {
-    new_min = at::minimum(min_val, low);
-    new_max = at::maximum(max_val, high);
-  } else {
-    new_min = min_val + spec_.averaging_constant * (low - min_val);
-    new_max = max_val + spec_.averaging_constant * (high - max_val);
-  }
-  min_val.copy_(at::where(counts, at::where(first, low, new_min), min_val));
-  max_val.copy_(at::where(counts, at::where(first, high, new_max), max_val));
+  const bool averages = spec_.observer != ObserverKind::kMinMax;
+  quantrain::detail::observe_(min_val, max_val, range.low, range.high, range.finite,
+                              averages ? spec_.averaging_constant : 0.0);
 }
 
 at::Tensor ObserverImpl::only_zeros() const { return at::logical_and(min_val == 0, max_val == 0); }
@@ -143,7 +92,7 @@ std::tuple<at::Tensor, at::Tensor> ObserverImpl::batch_range(const at::Tensor& i
   if (spec_.observer == ObserverKind::kMse) {
     return quantrain::detail::mse_range(input, scale_shape_, spec_.quant_min(), spec_.quant_max(), spec_.symmetric);
   }
-  return percentile_range(input, scale_shape_, spec_.percentile);
+  return quantrain::detail::percentile_range(input, scale_shape_, spec_.percentile);
 }
 
 std::tuple<at::Tensor, at::Tensor> ObserverImpl::qparams_of(const at::Tensor& low, const at::Tensor& high) const {

@@ -43,8 +43,7 @@ void check_list(std::string_view op, std::string_view name, at::TensorList tenso
 }
 
 void check_one(std::string_view op, std::string_view name, const at::Tensor& tensor, c10::Device device) {
-  QUANTRAIN_CHECK_TYPE(tensor.scalar_type() == at::kFloat, "{}: expected {} of float32, got {}", op, name,
-                       c10::toString(tensor.scalar_type()));
+  detail::check_type(op, name, tensor, at::kFloat, "float32");
   QUANTRAIN_CHECK_VALUE(tensor.sym_numel() == 1, "{}: expected {} with one element, got shape {}", op, name,
                         detail::shape_text(tensor));
   QUANTRAIN_CHECK_TYPE(tensor.device() == device, "{}: expected {} on the gradients' device {}, got {}", op, name,

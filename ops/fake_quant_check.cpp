@@ -55,8 +55,7 @@ void check_input(std::string_view op, const at::Tensor& input) {
   const auto type = input.scalar_type();
   QUANTRAIN_CHECK_TYPE(type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || type == at::kDouble,
                        "{}: expected input of float32, float16, bfloat16 or float64, got {}", op, type_name(input));
-  QUANTRAIN_CHECK_TYPE(input.layout() == at::kStrided, "{}: expected a dense input, got layout {}", op,
-                       c10::str(input.layout()));
+  detail::check_dense(op, "input", input);
 }
 
 void check_scale_shape(std::string_view op, std::string_view name, c10::SymIntArrayRef sizes,
@@ -78,17 +77,14 @@ void check_qparams(std::string_view op, const at::Tensor& input, const at::Tenso
                    const std::optional<at::Tensor>& zero_point, bool zero_point_may_be_float) {
   QUANTRAIN_CHECK_TYPE(scale.scalar_type() == at::kFloat || both_double(input, scale),
                        "{}: expected scale of float32, got {}", op, type_name(scale));
-  QUANTRAIN_CHECK_TYPE(scale.device() == input.device(), "{}: expected scale on the input's device {}, got {}", op,
-                       input.device().str(), scale.device().str());
+  detail::check_device(op, "scale", scale, input, "the input's");
   check_scale_shape(op, "scale", input.sym_sizes(), scale.sym_sizes());
   if (!zero_point) return;
   const bool learned = zero_point->scalar_type() == at::kFloat || both_double(input, *zero_point);
   QUANTRAIN_CHECK_TYPE(holds_integers(*zero_point) || (zero_point_may_be_float && learned),
                        "{}: expected zero_point of an integer type{}, got {}", op,
                        zero_point_may_be_float ? " or float32" : "", type_name(*zero_point));
-  QUANTRAIN_CHECK_TYPE(zero_point->device() == input.device(),
-                       "{}: expected zero_point on the input's device {}, got {}", op, input.device().str(),
-                       zero_point->device().str());
+  detail::check_device(op, "zero_point", *zero_point, input, "the input's");
   // One integer serves every scale; a learned zero point has its gradient's shape.
   const bool one = !zero_point->is_floating_point() && TORCH_GUARD_OR_FALSE(zero_point->sym_numel().sym_eq(1));
   QUANTRAIN_CHECK_VALUE(one || zero_point->sym_sizes() == scale.sym_sizes(),

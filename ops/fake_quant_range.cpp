@@ -3,7 +3,18 @@
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/isinf.h>
+#include <ATen/ops/kthvalue.h>
+#include <ATen/ops/logical_and.h>
+#include <ATen/ops/logical_not.h>
+#include <ATen/ops/logical_or.h>
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/minimum.h>
+#include <ATen/ops/where.h>
 #include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
 
 #include "csrc/cpu/fake_quant.h"
 #include "ops/common/check.h"
@@ -46,6 +57,32 @@ at::Tensor empty_scale(const at::Tensor& like, c10::SymIntArrayRef shape, at::Sc
 TensorPair min_max_meta(const at::Tensor& input, c10::SymIntArrayRef scale_shape) {
   check_reduced_input("_min_max", input, scale_shape);
   return {empty_scale(input, scale_shape, at::kFloat), empty_scale(input, scale_shape, at::kFloat)};
+}
+
+TensorPair percentile_range_meta(const at::Tensor& input, c10::SymIntArrayRef scale_shape, double percentile) {
+  check_reduced_input("_percentile_range", input, scale_shape);
+  QUANTRAIN_CHECK_VALUE(percentile > 50 && percentile <= 100,
+                        "_percentile_range: expected percentile in (50, 100], got {}", percentile);
+  return {empty_scale(input, scale_shape, at::kFloat), empty_scale(input, scale_shape, at::kFloat)};
+}
+
+void observe_meta(at::Tensor& min_val, at::Tensor& max_val, const at::Tensor& low, const at::Tensor& high,
+                  const at::Tensor& finite, double averaging_constant) {
+  QUANTRAIN_CHECK_VALUE(averaging_constant >= 0 && averaging_constant <= 1,
+                        "_observe_: expected averaging_constant in [0, 1], got {}", averaging_constant);
+  const auto check = [&](const char* name, const at::Tensor& tensor, at::ScalarType type) {
+    QUANTRAIN_CHECK_TYPE(tensor.scalar_type() == type && tensor.device() == min_val.device(),
+                         "_observe_: expected {} of {} on min_val's device {}, got {} on {}", name, c10::toString(type),
+                         min_val.device().str(), c10::toString(tensor.scalar_type()), tensor.device().str());
+    QUANTRAIN_CHECK_VALUE(tensor.sym_sizes() == min_val.sym_sizes(),
+                          "_observe_: expected {} of min_val's shape {}, got {}", name, detail::shape_text(min_val),
+                          detail::shape_text(tensor));
+  };
+  check("min_val", min_val, at::kFloat);
+  check("max_val", max_val, at::kFloat);
+  check("low", low, at::kFloat);
+  check("high", high, at::kFloat);
+  check("finite", finite, at::kBool);
 }
 
 TensorPair qparams_from_range_meta(const at::Tensor& min, const at::Tensor& max, int64_t quant_min, int64_t quant_max,
@@ -166,6 +203,35 @@ TensorPair mse_range_kernel(const at::Tensor& input, c10::SymIntArrayRef symboli
   return {min.mul(ratio), max.mul(ratio)};
 }
 
+TensorPair percentile_range_kernel(const at::Tensor& input, c10::SymIntArrayRef symbolic_shape, double percentile) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  percentile_range_meta(input, symbolic_shape, percentile);
+  const at::IntArrayRef scale_shape = C10_AS_INTARRAYREF_SLOW(symbolic_shape);
+  const at::Tensor rows = regroup(input, scale_shape).to(at::kFloat);
+  const int64_t n = rows.size(1);
+  const auto rank = static_cast<int64_t>(std::ceil(percentile / 100.0 * static_cast<double>(n)));
+  const int64_t k = std::clamp<int64_t>(rank, 1, n);
+  if (k == n) return min_max_kernel(input, symbolic_shape);
+  return {std::get<0>(at::kthvalue(rows, n + 1 - k, 1)).reshape(scale_shape),
+          std::get<0>(at::kthvalue(rows, k, 1)).reshape(scale_shape)};
+}
+
+// Without a branch on the data, so that nothing waits for the device.
+void observe_kernel(at::Tensor& min_val, at::Tensor& max_val, const at::Tensor& low, const at::Tensor& high,
+                    const at::Tensor& finite, double averaging_constant) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  observe_meta(min_val, max_val, low, high, finite, averaging_constant);
+  const at::Tensor nothing = at::isinf(min_val);
+  const at::Tensor zero = at::logical_and(low == 0, high == 0);
+  const at::Tensor counts = at::logical_and(finite, at::logical_or(nothing, at::logical_not(zero)));
+  const at::Tensor first = at::logical_or(nothing, at::logical_and(min_val == 0, max_val == 0));
+  const bool averages = averaging_constant > 0;
+  const at::Tensor new_min = averages ? min_val + averaging_constant * (low - min_val) : at::minimum(min_val, low);
+  const at::Tensor new_max = averages ? max_val + averaging_constant * (high - max_val) : at::maximum(max_val, high);
+  min_val.copy_(at::where(counts, at::where(first, low, new_min), min_val));
+  max_val.copy_(at::where(counts, at::where(first, high, new_max), max_val));
+}
+
 }  // namespace
 
 // ---- public functions -----------------------------------------------------------------------------------------------
@@ -189,6 +255,17 @@ TensorPair qparams_from_range(const at::Tensor& min, const at::Tensor& max, int6
   return op.call(min, max, quant_min, quant_max, symmetric);
 }
 
+TensorPair percentile_range(const at::Tensor& input, at::IntArrayRef scale_shape, double percentile) {
+  static const auto op = find_operator<decltype(percentile_range_kernel)>("_percentile_range");
+  return op.call(input, c10::fromIntArrayRefSlow(scale_shape), percentile);
+}
+
+void observe_(at::Tensor& min_val, at::Tensor& max_val, const at::Tensor& low, const at::Tensor& high,
+              const at::Tensor& finite, double averaging_constant) {
+  static const auto op = find_operator<decltype(observe_kernel)>("_observe_");
+  op.call(min_val, max_val, low, high, finite, averaging_constant);
+}
+
 TensorPair mse_range(const at::Tensor& input, at::IntArrayRef scale_shape, int64_t quant_min, int64_t quant_max,
                      bool symmetric, int64_t steps) {
   static const auto op = find_operator<decltype(mse_range_kernel)>("_mse_range");
@@ -210,6 +287,10 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
       "_qparams_from_range(Tensor min, Tensor max, *, int quant_min, int quant_max, bool symmetric) -> (Tensor "
       "scale, Tensor "
       "zero_point)");
+  m.def("_percentile_range(Tensor input, SymInt[] scale_shape, *, float percentile) -> (Tensor min, Tensor max)");
+  m.def(
+      "_observe_(Tensor(a!) min_val, Tensor(b!) max_val, Tensor low, Tensor high, Tensor finite, *, float "
+      "averaging_constant=0.) -> ()");
   m.def(
       "_mse_range(Tensor input, SymInt[] scale_shape, *, int quant_min, int quant_max, bool symmetric, int "
       "steps=80) -> (Tensor "
@@ -220,6 +301,8 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
   m.impl("choose_qparams", &quantrain::choose_qparams_##kind);          \
   m.impl("_min_max", &quantrain::min_max_##kind);                       \
   m.impl("_qparams_from_range", &quantrain::qparams_from_range_##kind); \
+  m.impl("_percentile_range", &quantrain::percentile_range_##kind);     \
+  m.impl("_observe_", &quantrain::observe_##kind);                      \
   m.impl("_mse_range", &quantrain::mse_range_##kind)
 
 TORCH_LIBRARY_IMPL(quantrain, CPU, m) { QUANTRAIN_REGISTER_RANGE(kernel); }

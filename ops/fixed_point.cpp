@@ -37,10 +37,8 @@ void check_word_length(std::string_view op, int64_t word_length) {
 }
 
 void check_lengths(std::string_view op, std::string_view name, const at::Tensor& input, const at::Tensor& lengths) {
-  QUANTRAIN_CHECK_TYPE(holds_integers(lengths), "{}: expected {} of an integer type, got {}", op, name,
-                       c10::toString(lengths.scalar_type()));
-  QUANTRAIN_CHECK_TYPE(lengths.device() == input.device(), "{}: expected {} on the input's device {}, got {}", op, name,
-                       input.device().str(), lengths.device().str());
+  check_integers(op, name, lengths);
+  detail::check_device(op, name, lengths, input, "the input's");
 }
 
 // What only a look at the values can tell; CPU tensors alone.
@@ -110,8 +108,7 @@ at::Tensor fixed_point_fraction_length_meta(const at::Tensor& input, std::option
 
 at::Tensor fixed_point_requantize_meta(const at::Tensor& accumulator, const at::Tensor& accumulator_fraction_length,
                                        int64_t fraction_length, bool is_signed) {
-  QUANTRAIN_CHECK_TYPE(accumulator.scalar_type() == at::kInt, "{}: expected accumulator of int32, got {}", kRequantize,
-                       c10::toString(accumulator.scalar_type()));
+  detail::check_type(kRequantize, "accumulator", accumulator, at::kInt, "int32");
   check_lengths(kRequantize, "accumulator_fraction_length", accumulator, accumulator_fraction_length);
   check_scale_shape(kRequantize, "accumulator_fraction_length", accumulator.sym_sizes(),
                     accumulator_fraction_length.sym_sizes());

@@ -52,17 +52,14 @@ void check_image(std::string_view op, const at::Tensor& input) {
 }
 
 void check_device(std::string_view op, std::string_view name, const at::Tensor& tensor, const at::Tensor& input) {
-  QUANTRAIN_CHECK_TYPE(tensor.device() == input.device(), "{}: expected {} on input's device {}, got {}", op, name,
-                       input.device().str(), tensor.device().str());
+  detail::check_device(op, name, tensor, input, "input's");
 }
 
 void check_weight(std::string_view op, const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias) {
-  QUANTRAIN_CHECK_TYPE(weight.scalar_type() == at::kChar, "{}: expected weight of int8, got {}", op,
-                       c10::toString(weight.scalar_type()));
+  detail::check_type(op, "weight", weight, at::kChar, "int8");
   check_device(op, "weight", weight, input);
   if (!bias) return;
-  QUANTRAIN_CHECK_TYPE(bias->scalar_type() == at::kInt, "{}: expected bias of int32, got {}", op,
-                       c10::toString(bias->scalar_type()));
+  detail::check_type(op, "bias", *bias, at::kInt, "int32");
   check_device(op, "bias", *bias, input);
   QUANTRAIN_CHECK_VALUE(bias->dim() == 1 && equal(bias->sym_size(0), weight.sym_size(0)),
                         "{}: expected bias of weight's dimension 0, got {} and {}", op, detail::shape_text(*bias),
@@ -117,8 +114,7 @@ at::Tensor convolution(std::string_view op, const at::Tensor& input, const at::T
 
 void check_shift(std::string_view op, std::string_view name, const at::Tensor& shift, const at::Tensor& input,
                  const c10::SymInt& channels) {
-  QUANTRAIN_CHECK_TYPE(holds_integers(shift), "{}: expected {} of an integer type, got {}", op, name,
-                       c10::toString(shift.scalar_type()));
+  check_integers(op, name, shift);
   check_device(op, name, shift, input);
   QUANTRAIN_CHECK_VALUE(
       shift.dim() == 1 && (equal(shift.sym_size(0), channels) || TORCH_GUARD_OR_FALSE(shift.sym_size(0).sym_eq(1))),
@@ -172,8 +168,7 @@ at::Tensor linear_meta(const at::Tensor& input, const at::Tensor& weight, const 
 
 // The dimension along which fraction lengths differ; -1: one for all.
 int64_t fraction_length_axis(std::string_view name, const at::Tensor& fraction_length, const at::Tensor& input) {
-  QUANTRAIN_CHECK_TYPE(holds_integers(fraction_length), "{}: expected {} of an integer type, got {}", kAdd, name,
-                       c10::toString(fraction_length.scalar_type()));
+  check_integers(kAdd, name, fraction_length);
   check_device(kAdd, name, fraction_length, input);
   if (TORCH_GUARD_OR_FALSE(fraction_length.sym_numel().sym_eq(1))) return -1;
   int64_t axis = -1;

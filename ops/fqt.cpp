@@ -14,6 +14,7 @@
 #include "ops/common/check.h"
 #include "ops/common/dispatch.h"
 #include "ops/fqt_check.h"
+#include "ops/gradient_quant_check.h"
 
 // Outputs of fqt_linear and fqt_conv2d: those of PyTorch's operators. Their derivatives are in autograd/fqt.cpp.
 
@@ -25,28 +26,12 @@ using OptionalTensor = std::optional<at::Tensor>;
 // ---- checks ---------------------------------------------------------------------------------------------------------
 
 void check_quantizer(std::string_view op, std::string_view gradient, const GradientQuantizer& quantizer) {
-  static constexpr std::array<std::string_view, 5> kQuantizers = {"none", "per_tensor", "per_sample", "per_channel",
-                                                                  "householder"};
-  QUANTRAIN_CHECK_VALUE(std::find(kQuantizers.begin(), kQuantizers.end(), quantizer.quantizer) != kQuantizers.end(),
-                        "{}: expected {} to be one of {}, got '{}'", op, gradient, fmt::join(kQuantizers, ", "),
-                        quantizer.quantizer);
-  QUANTRAIN_CHECK_VALUE(quantizer.bits >= 2 && quantizer.bits <= 8, "{}: expected {}_bits in 2 to 8, got {}", op,
-                        gradient, quantizer.bits);
-  QUANTRAIN_CHECK_VALUE(quantizer.rows == "sample" || quantizer.rows == "token",
-                        "{}: expected {}_rows to be one of sample, token, got '{}'", op, gradient, quantizer.rows);
-  QUANTRAIN_CHECK_VALUE(
-      !quantizer.preserve_zero || quantizer.quantizer != "householder",
-      "{}: expected {}_preserve_zero with another quantizer than householder, got it with householder", op, gradient);
-  QUANTRAIN_CHECK_VALUE(quantizer.max_group >= 3 && quantizer.max_group <= kMaxGroup,
-                        "{}: expected {}_max_group in 3 to {}, got {}", op, gradient, kMaxGroup, quantizer.max_group);
+  const std::string prefix = std::string(gradient) + "_";
+  const std::string fault = detail::gradient_quantizer_fault(quantizer, gradient, prefix, {"none"});
+  QUANTRAIN_CHECK_VALUE(fault.empty(), "{}: expected {}", op, fault);
 }
 
 bool may_quantise(at::ScalarType type) { return type == at::kFloat || type == at::kHalf || type == at::kBFloat16; }
-
-void check_dense(std::string_view op, std::string_view name, const at::Tensor& tensor) {
-  QUANTRAIN_CHECK_TYPE(tensor.layout() == at::kStrided, "{}: expected a dense {}, got layout {}", op, name,
-                       c10::str(tensor.layout()));
-}
 
 void check_image(std::string_view op, const at::Tensor& input, const at::Tensor& weight) {
   const auto at_least_one = [](const c10::SymInt& size) { return TORCH_GUARD_OR_TRUE(size.sym_ge(1)); };
@@ -56,8 +41,8 @@ void check_image(std::string_view op, const at::Tensor& input, const at::Tensor&
   QUANTRAIN_CHECK_VALUE(
       (input.dim() == 3 || input.dim() == 4) && at_least_one(input.sym_size(-1)) && at_least_one(input.sym_size(-2)),
       "{}: expected input [N, C, H, W] or [C, H, W] of at least one pixel, got {}", op, detail::shape_text(input));
-  check_dense(op, "input", input);
-  check_dense(op, "weight", weight);
+  detail::check_dense(op, "input", input);
+  detail::check_dense(op, "weight", weight);
 }
 
 void check_tensors(std::string_view op, const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
@@ -72,12 +57,11 @@ void check_tensors(std::string_view op, const at::Tensor& input, const at::Tenso
   const auto check_like_input = [&](std::string_view name, const at::Tensor& tensor) {
     QUANTRAIN_CHECK_TYPE(tensor.scalar_type() == type, "{}: expected {} of input's type {}, got {}", op, name,
                          c10::toString(type), c10::toString(tensor.scalar_type()));
-    QUANTRAIN_CHECK_TYPE(tensor.device() == input.device(), "{}: expected {} on input's device {}, got {}", op, name,
-                         input.device().str(), tensor.device().str());
+    detail::check_device(op, name, tensor, input, "input's");
   };
-  check_dense(op, "input", input);
-  check_dense(op, "weight", weight);
-  if (bias) check_dense(op, "bias", *bias);
+  detail::check_dense(op, "input", input);
+  detail::check_dense(op, "weight", weight);
+  if (bias) detail::check_dense(op, "bias", *bias);
   check_like_input("weight", weight);
   if (!bias) return;
   check_like_input("bias", *bias);

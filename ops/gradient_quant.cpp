@@ -16,6 +16,7 @@
 #include "ops/common/dispatch.h"
 #include "ops/common/launch.h"
 #include "ops/common/random.h"
+#include "ops/gradient_quant_check.h"
 #include "quantrain/ops/fake_quant.h"
 
 #if defined(QUANTRAIN_WITH_CUDA)
@@ -47,14 +48,11 @@ struct Request {
 
 // ---- checks and shapes, shared with Meta ----------------------------------------------------------------------------
 
-Quantizer parse_quantizer(std::string_view op, std::string_view quantizer) {
+// Of a name that was checked.
+Quantizer parse_quantizer(std::string_view quantizer) {
   if (quantizer == "per_tensor") return Quantizer::kPerTensor;
   if (quantizer == "per_sample") return Quantizer::kPerSample;
-  if (quantizer == "per_channel") return Quantizer::kPerChannel;
-  QUANTRAIN_CHECK_VALUE(quantizer == "householder",
-                        "{}: expected quantizer per_tensor, per_sample, per_channel or householder, got '{}'", op,
-                        quantizer);
-  return Quantizer::kHouseholder;
+  return quantizer == "per_channel" ? Quantizer::kPerChannel : Quantizer::kHouseholder;
 }
 
 // N and D.
@@ -67,20 +65,13 @@ std::pair<c10::SymInt, c10::SymInt> matrix_size(const at::Tensor& grad, bool tok
 
 Request check_request(std::string_view op, const at::Tensor& grad, int64_t bits, std::string_view quantizer,
                       std::string_view rows, bool preserve_zero, int64_t max_group) {
-  QUANTRAIN_CHECK_VALUE(bits >= 2 && bits <= 8, "{}: expected bits in 2 to 8, got {}", op, bits);
-  const Quantizer parsed = parse_quantizer(op, quantizer);
-  QUANTRAIN_CHECK_VALUE(rows == "sample" || rows == "token", "{}: expected rows sample or token, got '{}'", op, rows);
-  QUANTRAIN_CHECK_VALUE(
-      !preserve_zero || parsed != Quantizer::kHouseholder,
-      "{}: expected preserve_zero with per_sample or per_channel (per_tensor always does), got it with householder",
-      op);
-  QUANTRAIN_CHECK_VALUE(max_group >= 3 && max_group <= kMaxGroup, "{}: expected max_group in 3 to {}, got {}", op,
-                        kMaxGroup, max_group);
+  const GradientQuantizer given{std::string(quantizer), bits, std::string(rows), preserve_zero, max_group};
+  const std::string fault = detail::gradient_quantizer_fault(given, "quantizer", "", {});
+  QUANTRAIN_CHECK_VALUE(fault.empty(), "{}: expected {}", op, fault);
+  const Quantizer parsed = parse_quantizer(quantizer);
   const auto type = grad.scalar_type();
-  QUANTRAIN_CHECK_TYPE(type == at::kFloat || type == at::kHalf || type == at::kBFloat16,
-                       "{}: expected grad of float32, float16 or bfloat16, got {}", op, c10::toString(type));
-  QUANTRAIN_CHECK_TYPE(grad.layout() == at::kStrided, "{}: expected a dense grad, got layout {}", op,
-                       c10::str(grad.layout()));
+  detail::check_float(op, "grad", type);
+  detail::check_dense(op, "grad", grad);
   QUANTRAIN_CHECK_VALUE(grad.dim() >= 1, "{}: expected grad with at least one dimension, got {}", op, grad.dim());
   const bool token_rows = rows == "token";
   QUANTRAIN_CHECK_VALUE(TORCH_GUARD_OR_TRUE(matrix_size(grad, token_rows).first.sym_gt(0)),
@@ -143,10 +134,8 @@ CodesTuple quantize_gradient_codes_seeded_meta(const at::Tensor& grad, int64_t b
 }
 
 void check_reflection(std::string_view op, const at::Tensor& on, const at::Tensor& order, const at::Tensor& reflector) {
-  QUANTRAIN_CHECK_TYPE(order.scalar_type() == at::kInt, "{}: expected order of int32, got {}", op,
-                       c10::toString(order.scalar_type()));
-  QUANTRAIN_CHECK_TYPE(reflector.scalar_type() == at::kFloat, "{}: expected reflector of float32, got {}", op,
-                       c10::toString(reflector.scalar_type()));
+  detail::check_type(op, "order", order, at::kInt, "int32");
+  detail::check_type(op, "reflector", reflector, at::kFloat, "float32");
   QUANTRAIN_CHECK_TYPE(order.device() == on.device() && reflector.device() == on.device(),
                        "{}: expected order and reflector on {}, got {} and {}", op, on.device().str(),
                        order.device().str(), reflector.device().str());
@@ -161,8 +150,7 @@ void check_reflection(std::string_view op, const at::Tensor& on, const at::Tenso
 
 at::Tensor dequantize_gradient_meta(const at::Tensor& codes, const at::Tensor& scale, const at::Tensor& offset,
                                     const at::Tensor& order, const at::Tensor& reflector, at::ScalarType dtype) {
-  QUANTRAIN_CHECK_TYPE(codes.scalar_type() == at::kChar, "{}: expected codes of int8, got {}", kDequantize,
-                       c10::toString(codes.scalar_type()));
+  detail::check_type(kDequantize, "codes", codes, at::kChar, "int8");
   QUANTRAIN_CHECK_VALUE(codes.dim() == 2, "{}: expected codes [N, D], got shape {}", kDequantize,
                         detail::shape_text(codes));
   QUANTRAIN_CHECK_TYPE(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16,
@@ -181,8 +169,7 @@ at::Tensor dequantize_gradient_meta(const at::Tensor& codes, const at::Tensor& s
 }
 
 at::Tensor reflect_rows_meta(const at::Tensor& input, const at::Tensor& order, const at::Tensor& reflector, bool) {
-  QUANTRAIN_CHECK_TYPE(input.scalar_type() == at::kFloat, "{}: expected input of float32, got {}", kReflect,
-                       c10::toString(input.scalar_type()));
+  detail::check_type(kReflect, "input", input, at::kFloat, "float32");
   QUANTRAIN_CHECK_VALUE(input.dim() == 2, "{}: expected input [N, K], got shape {}", kReflect,
                         detail::shape_text(input));
   check_reflection(kReflect, input, order, reflector);

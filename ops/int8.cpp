@@ -39,8 +39,7 @@ void check_input(std::string_view op, const char* name, const at::Tensor& input,
   QUANTRAIN_CHECK_TYPE(codes || type == at::kFloat || type == at::kHalf || type == at::kBFloat16,
                        "{}: expected {} of float32, float16{}, got {}", op, name,
                        codes_allowed ? ", bfloat16 or int8" : " or bfloat16", c10::toString(type));
-  QUANTRAIN_CHECK_TYPE(input.layout() == at::kStrided, "{}: expected a dense {}, got layout {}", op, name,
-                       c10::str(input.layout()));
+  detail::check_dense(op, name, input);
   QUANTRAIN_CHECK_VALUE(input.dim() >= 1 && TORCH_GUARD_OR_TRUE(input.sym_size(-1).sym_gt(0)),
                         "{}: expected {} with at least one column, got {}", op, name, detail::shape_text(input));
 }
@@ -48,10 +47,8 @@ void check_input(std::string_view op, const char* name, const at::Tensor& input,
 void check_factor(std::string_view op, const char* name, const OptionalTensor& factor, const c10::SymInt& size,
                   const at::Tensor& input) {
   if (!factor) return;
-  QUANTRAIN_CHECK_TYPE(factor->scalar_type() == at::kFloat, "{}: expected {} of float32, got {}", op, name,
-                       c10::toString(factor->scalar_type()));
-  QUANTRAIN_CHECK_TYPE(factor->device() == input.device(), "{}: expected {} on input's device {}, got {}", op, name,
-                       input.device().str(), factor->device().str());
+  detail::check_type(op, name, *factor, at::kFloat, "float32");
+  detail::check_device(op, name, *factor, input, "input's");
   QUANTRAIN_CHECK_VALUE(TORCH_GUARD_OR_TRUE(factor->sym_numel().sym_eq(size)), "{}: expected {} of {} elements, got {}",
                         op, name, c10::str(size), detail::shape_text(*factor));
 }
@@ -116,8 +113,7 @@ Quadruple rows_and_columns_seeded_meta(const at::Tensor& input, const OptionalTe
 }
 
 at::Tensor transpose_meta(const at::Tensor& codes) {
-  QUANTRAIN_CHECK_TYPE(codes.scalar_type() == at::kChar, "{}: expected codes of int8, got {}", kTranspose,
-                       c10::toString(codes.scalar_type()));
+  detail::check_type(kTranspose, "codes", codes, at::kChar, "int8");
   QUANTRAIN_CHECK_VALUE(codes.dim() == 2, "{}: expected codes [M, K], got {}", kTranspose, detail::shape_text(codes));
   return at::empty_symint({codes.sym_size(1), codes.sym_size(0)}, codes.options());
 }

@@ -25,8 +25,7 @@ using Triple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 void check_input(std::string_view op, const char* name, const at::Tensor& input) {
   const auto type = input.scalar_type();
-  QUANTRAIN_CHECK_TYPE(type == at::kFloat || type == at::kHalf || type == at::kBFloat16,
-                       "{}: expected {} of float32, float16 or bfloat16, got {}", op, name, c10::toString(type));
+  detail::check_float(op, name, type);
   QUANTRAIN_CHECK_VALUE(input.dim() >= 1 && TORCH_GUARD_OR_TRUE(input.sym_size(-1).sym_gt(0)),
                         "{}: expected {} with at least one column, got {}", op, name, detail::shape_text(input));
 }

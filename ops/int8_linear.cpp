@@ -25,12 +25,9 @@ constexpr std::string_view kOp = "int8_linear";
 
 void check_float(const char* name, const at::Tensor& tensor, const at::Tensor& input) {
   const at::ScalarType type = tensor.scalar_type();
-  QUANTRAIN_CHECK_TYPE(type == at::kFloat || type == at::kHalf || type == at::kBFloat16,
-                       "{}: expected {} of float32, float16 or bfloat16, got {}", kOp, name, c10::toString(type));
-  QUANTRAIN_CHECK_TYPE(tensor.device() == input.device(), "{}: expected {} on input's device {}, got {}", kOp, name,
-                       input.device().str(), tensor.device().str());
-  QUANTRAIN_CHECK_TYPE(tensor.layout() == at::kStrided, "{}: expected a dense {}, got layout {}", kOp, name,
-                       c10::str(tensor.layout()));
+  detail::check_float(kOp, name, type);
+  detail::check_device(kOp, name, tensor, input, "input's");
+  detail::check_dense(kOp, name, tensor);
 }
 
 void check_weight_codes(const at::Tensor& codes, const at::Tensor& scale, const at::Tensor& weight) {

@@ -32,8 +32,7 @@ void check_operands(std::string_view op, const at::Tensor& a, const at::Tensor& 
   QUANTRAIN_CHECK_TYPE(a.scalar_type() == at::kChar && b.scalar_type() == at::kChar,
                        "{}: expected a and b of int8, got {} and {}", op, c10::toString(a.scalar_type()),
                        c10::toString(b.scalar_type()));
-  QUANTRAIN_CHECK_TYPE(a.device() == b.device(), "{}: expected b on a's device {}, got {}", op, a.device().str(),
-                       b.device().str());
+  detail::check_device(op, "b", b, a, "a's");
   QUANTRAIN_CHECK_VALUE(a.dim() >= 1 && b.dim() == 2 && TORCH_GUARD_OR_TRUE(a.sym_size(-1).sym_eq(b.sym_size(1))),
                         "{}: expected a [..., K] and b [N, K], got {} and {}", op, detail::shape_text(a),
                         detail::shape_text(b));
@@ -42,10 +41,8 @@ void check_operands(std::string_view op, const at::Tensor& a, const at::Tensor& 
 void check_scale(std::string_view op, const char* name, const OptionalTensor& scale, const c10::SymInt& rows,
                  const at::Tensor& a) {
   if (!scale) return;
-  QUANTRAIN_CHECK_TYPE(scale->scalar_type() == at::kFloat, "{}: expected {} of float32, got {}", op, name,
-                       c10::toString(scale->scalar_type()));
-  QUANTRAIN_CHECK_TYPE(scale->device() == a.device(), "{}: expected {} on the operands' device {}, got {}", op, name,
-                       a.device().str(), scale->device().str());
+  detail::check_type(op, name, *scale, at::kFloat, "float32");
+  detail::check_device(op, name, *scale, a, "the operands'");
   QUANTRAIN_CHECK_VALUE(
       TORCH_GUARD_OR_TRUE(scale->sym_numel().sym_eq(rows)) || TORCH_GUARD_OR_FALSE(scale->sym_numel().sym_eq(1)),
       "{}: expected {} of {} elements or of one, got {}", op, name, c10::str(rows), detail::shape_text(*scale));

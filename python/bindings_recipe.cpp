@@ -109,7 +109,8 @@ void bind_fields(Class& cls, const std::vector<std::string>& others = {}) {
       .def("__repr__", [names](const py::object& self) { return repr_of<T>(self, names); });
 }
 
-// Pickle keeps a value that is not valid, as an assignment can make it, only as far as JSON does: reading it back raises.
+// Pickle keeps a value that is not valid, as an assignment can make it, only as far as JSON does: reading it back
+// raises.
 template <typename T, typename Class>
 void bind_value(Class& cls) {
   cls.def("to_json", &T::to_json, "The JSON form, every field under its name.")
@@ -153,7 +154,8 @@ void bind_scheme(py::module_& module) {
             return py::make_tuple(own->scale, zero, own->quant_min, own->quant_max);
           },
           py::arg("weight"),
-          "(scale, zero_point, quant_min, quant_max) where the scheme has a rule of its own for a weight [O, ...], else None.")
+          "(scale, zero_point, quant_min, quant_max) where the scheme has a rule of its own for a weight [O, ...], "
+          "else None.")
       .def_static("kinds", &scheme_kinds, "The kinds that are known.")
       .def("__getattr__",
            [](const Scheme& self, const std::string& name) -> py::object {
@@ -253,7 +255,7 @@ void bind_recipe(py::module_& module) {
       "Which of a Linear layer's three matrix products run in int8 while it trains: 'int8', 'none' or 'auto' each.");
   bind_scheme_of<FixedPointSpec>(
       module,
-      "How a model trains in fixed point (F8Net): how fraction lengths are chosen, and whether activations are clipped at "
-      "a learned level.");
+      "How a model trains in fixed point (F8Net): how fraction lengths are chosen, and whether activations are clipped "
+      "at a learned level.");
   bind_recipe_class(module);
 }

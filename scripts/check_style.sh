@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-export PATH="$PWD/.venv/bin:$PATH"
+export PATH="$PWD/${STYLE_VENV:-.venv}/bin:$PATH"
 python -m pip install --quiet --disable-pip-version-check -r scripts/requirements-style.txt
 
 mapfile -t cpp < <(git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes .venv in the checkout and builds and installs quantrain into it. A second run does only what changed.
 # Usage: scripts/setup.sh [--tests]     --tests also builds the C++ tests and examples, in build/package
-# Environment: PYTHON (interpreter), CXX (compiler), QUANTRAIN_CUDA=AUTO|ON|OFF (AUTO: ON where nvcc and a driver are)
+# Environment: PYTHON (interpreter), CXX (compiler), QUANTRAIN_CUDA=AUTO|ON|OFF (AUTO: ON where nvcc and a driver are),
+# CUDAARCHS (GPU architectures, as CMake reads it)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -92,7 +93,7 @@ if [ "$(cat .venv/.quantrain-pins 2>/dev/null)" != "$pins" ]; then
 fi
 
 cuda=${QUANTRAIN_CUDA:-AUTO}
-toolchain="${CXX:-c++} $("${CXX:-c++}" -dumpfullversion) $(command -v nvcc || true) $(ls /dev/nvidiactl 2>/dev/null || true)"
+toolchain="${CUDAARCHS:-} ${CXX:-c++} $("${CXX:-c++}" -dumpfullversion) $(command -v nvcc || true) $(ls /dev/nvidiactl 2>/dev/null || true)"
 inputs=(CMakeLists.txt CMakePresets.json pyproject.toml cmake include csrc ops autograd optim nn amp python examples tests)
 sources=$({ find "${inputs[@]}" -type f ! -name '*.py[co]' ! -path 'tests/python/*' 2>/dev/null || true; } | LC_ALL=C sort)
 for built in "$tests" ON; do # a build with tests serves a run without them

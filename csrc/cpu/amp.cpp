@@ -5,15 +5,13 @@
 #include <cstring>
 #include <type_traits>
 
-#include "csrc/cpu/simd.h"
+#include "csrc/cpu/lanes.h"
 
 // Plain loops over chunks; sixteen independent sums a chunk, added in a fixed order, so that results repeat whatever
 // the threads.
 
 namespace quantrain::cpu {
 namespace {
-
-constexpr int kLanes = 16;  // one AVX-512 register of float32
 
 // Calls visit(tensor, first element, elements, chunk) for the chunks from begin to end.
 template <typename Visit>
@@ -34,30 +32,20 @@ struct SumAndFinite {
   bool finite;
 };
 
-using Floats __attribute__((vector_size(kLanes * sizeof(float)))) = float;
-
-QUANTRAIN_INLINE const float* as_floats(const float* x, int64_t, float*) { return x; }
-
-template <typename T>
-QUANTRAIN_INLINE const float* as_floats(const T* x, int64_t n, float* buffer) {
-  for (int64_t i = 0; i < n; ++i) buffer[i] = to_float(x[i]);
-  return buffer;
-}
-
 // Sum of (x inv_scale)^2. A product with 0 is 0 for what is finite and NaN for Inf and NaN: adding them up needs no
 // branch. Vector types, because gcc does not reorder a float sum; two sums, because one would wait for its own
 // addition.
 template <typename T>
 QUANTRAIN_INLINE SumAndFinite sum_squares(const T* __restrict__ x, int64_t size, float inv_scale) {
   constexpr int64_t kBlock = 512;
-  Floats sums[2] = {}, zeros[2] = {};
+  Lanes sums[2] = {}, zeros[2] = {};
   float buffer[kBlock];
   for (int64_t first = 0; first < size; first += kBlock) {
     const int64_t n = std::min(kBlock, size - first);
-    const float* values = as_floats(x + first, n, buffer);
+    const float* values = load_block(x + first, static_cast<int>(n), buffer);
     int64_t i = 0;
     for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-      Floats a, b;
+      Lanes a, b;
       std::memcpy(&a, values + i, sizeof(a));
       std::memcpy(&b, values + i + kLanes, sizeof(b));
       zeros[0] += a * 0.0f;

@@ -5,8 +5,8 @@
 #include <limits>
 #include <type_traits>
 
+#include "csrc/cpu/lanes.h"
 #include "csrc/cpu/philox.h"
-#include "csrc/cpu/simd.h"
 
 // Rounding goes along rows, with random numbers made sixteen Philox blocks at a time. The Householder kernels work on
 // tiles: a block of rows by kColumnTile columns, in float32.
@@ -167,8 +167,6 @@ struct Tile {
 
   // Widens [min, max] to hold row p's first n values; NaN if one is.
   QUANTRAIN_INLINE void widen(int p, int n, float& min, float& max) {
-    using Lanes = float __attribute__((vector_size(64)));
-    using LaneMask = int32_t __attribute__((vector_size(64)));
     float* row = value[p];
     for (int i = n; i < kTile; ++i) row[i] = row[0];
     Lanes low, high;

@@ -1,4 +1,5 @@
-// What the CUDA runtime says of the current device. Kernels' launchers ask at each call: the answers are the runtime's own cache.
+// What the CUDA runtime says of the current device. Kernels' launchers ask at each call: the answers are the runtime's
+// own cache.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -98,8 +98,8 @@ __device__ __forceinline__ void quantize_row(const float (&values)[kOf][kItem], 
   }
 }
 
-// kAligned: x, residual, weight and bias begin on 16 bytes. Where they do not the sums keep their order, so that the result does not
-// depend on where a tensor lies.
+// kAligned: x, residual, weight and bias begin on 16 bytes. Where they do not the sums keep their order, so that the
+// result does not depend on where a tensor lies.
 template <typename T, int kOf, bool kAligned>
 __global__ void __launch_bounds__(kOf == kWarpItems ? 32 * kWarpRows : kMaxThreads)
     norm_kernel(const Int8NormArgs a, uint32_t items_per_row) {

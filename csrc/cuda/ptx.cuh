@@ -1,5 +1,5 @@
-// Instructions that CUDA C++ has no name for, one function each, named as in the PTX manual. tests/cpp/emulated has its own of
-// those that the fixed-point convolutions use.
+// Instructions that CUDA C++ has no name for, one function each, named as in the PTX manual. tests/cpp/emulated has its
+// own of those that the fixed-point convolutions use.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -4,6 +4,7 @@
 
 #include <quantrain/nn/int8_linear.h>
 #include <quantrain/nn/layers.h>
+#include <quantrain/nn/schemes/int8.h>
 #include <torch/nn/functional/activation.h>
 #include <torch/nn/functional/dropout.h>
 #include <torch/nn/init.h>
@@ -42,7 +43,8 @@ class AnyLinear {
  public:
   AnyLinear(torch::nn::Module& parent, const std::string& name, int64_t in_features, int64_t out_features,
             const std::optional<quantrain::nn::Recipe>& recipe) {
-    if (recipe && recipe->scheme_as<quantrain::nn::Int8Spec>()) {
+    const auto* int8 = recipe ? recipe->scheme_as<quantrain::nn::Int8Spec>() : nullptr;
+    if (int8 && int8->training) {
       int8_ = parent.register_module(name, quantrain::nn::Int8Linear(in_features, out_features, *recipe));
     } else if (recipe) {
       quantized_ = parent.register_module(name, quantrain::nn::QuantLinear(in_features, out_features, *recipe));

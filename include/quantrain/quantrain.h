@@ -7,6 +7,7 @@
 #include "quantrain/nn/calibration.h"
 #include "quantrain/nn/checkpoint.h"
 #include "quantrain/nn/convolutions.h"
+#include "quantrain/nn/fixed_point/fold.h"
 #include "quantrain/nn/fixed_point/graph.h"
 #include "quantrain/nn/fixed_point/layers.h"
 #include "quantrain/nn/fixed_point/network.h"

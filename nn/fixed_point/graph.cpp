@@ -3,7 +3,6 @@
 // Declaration, forward pass and conversion of a FixedPointGraph.
 
 #include <algorithm>
-#include <cmath>
 #include <set>
 #include <sstream>
 #include <utility>
@@ -11,12 +10,9 @@
 #include <ATen/Functions.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/util/Exception.h>
-#include <nlohmann/json.hpp>
 
 namespace quantrain::nn {
 namespace {
-
-using Json = nlohmann::ordered_json;
 
 // A step of a module's path that is no layer: "layer1", "0".
 class Folder : public torch::nn::Module {
@@ -29,14 +25,6 @@ std::vector<std::string> split(const std::string& name) {
   std::istringstream stream(name);
   for (std::string part; std::getline(stream, part, '.');) parts.push_back(part);
   return parts;
-}
-
-Json fraction_lengths(const at::Tensor& lengths) {
-  const at::Tensor flat = lengths.flatten().cpu();
-  if (flat.numel() == 1) return flat.item<int64_t>();
-  Json list = Json::array();
-  for (int64_t i = 0; i < flat.numel(); ++i) list.push_back(flat[i].item<int64_t>());
-  return list;
 }
 
 int64_t whole(const at::Tensor& one) { return one.item<int64_t>(); }
@@ -323,83 +311,49 @@ void FixedPointGraphImpl::to(torch::Device device, bool non_blocking) { torch::n
 
 FixedPointProgram FixedPointGraphImpl::program() {
   const at::NoGradGuard no_grad;
-  FixedPointProgram result;
-  Json nodes = Json::array();
-  double output_scale = 1.0;
-  std::string output_name;
+  using Codes = FixedPointProgramWriter::Codes;
+  const auto codes = [](FixedPointActivationImpl& activation) {
+    return Codes{activation.is_signed(), whole(activation.rounded_fraction_length())};
+  };
+  FixedPointProgramWriter writer(recipe_, nodes_[0].channels, codes(*input_activation),
+                                 static_cast<double>(input_activation->step().item<float>()));
   for (const Node& node : nodes_) {
     if (node.op == "input") continue;
-    Json json{{"name", node.name}, {"op", node.op}, {"inputs", Json::array()}};
-    for (const int64_t input : node.inputs) json["inputs"].push_back(nodes_[static_cast<size_t>(input)].name);
+    std::vector<std::string> inputs;
+    for (const int64_t input : node.inputs) inputs.push_back(nodes_[static_cast<size_t>(input)].name);
     if (node.layer) {
       TORCH_CHECK_VALUE(node.layer->input_activation, "convert: '", node.name,
                         "': expected a shortcut that a sum reads, got one without reader");
       const FixedPointFolded folded = node.layer->folded();
-      TORCH_CHECK_VALUE(folded.bound.isfinite().all().item<bool>(), "convert: '", node.name,
-                        "': expected finite weights, got NaN or Inf");
-      const at::Tensor bias = folded.bias_codes.defined() ? folded.bias_codes : at::zeros_like(folded.bound);
-      result.tensors[node.name + ".weight"] = folded.codes.to(at::kChar).cpu();
-      result.tensors[node.name + ".bias"] = bias.to(at::kInt).cpu();
+      const std::optional<Codes> output =
+          node.layer->quantizes ? std::optional<Codes>(codes(*node.activation)) : std::nullopt;
       if (node.op == "conv2d") {
         const auto& conv = static_cast<const FixedPointConv2dImpl&>(*node.layer);
-        json["kernel"] = *conv.options().kernel_size();
-        json["stride"] = *conv.options().stride();
-        json["padding"] = conv.padding();
-        json["groups"] = conv.options().groups();
-        json["channels"] = node.channels;
+        const at::ArrayRef<int64_t> kernel = *conv.options().kernel_size(), stride = *conv.options().stride();
+        writer.conv2d(node.name, inputs, {kernel[0], kernel[1]}, {stride[0], stride[1]}, conv.padding(),
+                      conv.options().groups(), folded, output);
       } else {
-        const std::string flat = nodes_[static_cast<size_t>(node.inputs[0])].name + ".flatten";
-        nodes.push_back({{"name", flat}, {"op", "flatten"}, {"inputs", json["inputs"]}});
-        json["inputs"] = Json::array({flat});
-        json["features"] = node.channels;
-      }
-      json["weight_fraction_length"] = fraction_lengths(folded.fraction_length);
-      json["output"] = node.layer->quantizes ? "codes" : "accumulators";
-      if (node.layer->quantizes) {
-        json["signed"] = node.activation->is_signed();
-        json["fraction_length"] = whole(node.activation->rounded_fraction_length());
-      }
-      if (folded.exponent.defined()) {
-        output_scale = std::ldexp(1.0, -static_cast<int>(whole(folded.accumulator_fraction_length)) -
-                                           static_cast<int>(folded.exponent.item<float>()));
+        writer.flatten(inputs[0] + ".flatten", inputs[0]);
+        writer.linear(node.name, inputs[0] + ".flatten", folded, output);
       }
     } else if (node.op == "avg_pool2d") {
       const at::Tensor size = node.pool->size.cpu();
       node.pool->read_size();
       TORCH_CHECK_VALUE(node.pool->activation->pixels > 0, "convert: '", node.name,
                         "': expected a pool that has seen an image, got none (calibrate or evaluate first)");
-      json["size"] = {size[0].item<int64_t>(), size[1].item<int64_t>()};
-      json["shift"] = node.pool->activation->shift();
-      json["fraction_length"] = whole(node.activation->rounded_fraction_length());
+      writer.avg_pool2d(node.name, inputs[0], {size[0].item<int64_t>(), size[1].item<int64_t>()},
+                        node.pool->activation->shift(), whole(node.activation->rounded_fraction_length()));
     } else if (node.op == "add") {
-      json["signed"] = node.activation->is_signed();
-      json["fraction_length"] = whole(node.activation->rounded_fraction_length());
+      writer.add(node.name, inputs, codes(*node.activation));
     } else if (node.op == "max_pool2d") {
-      json["kernel"] = node.kernel;
-      json["stride"] = node.stride;
-      json["padding"] = node.padding;
+      writer.max_pool2d(node.name, inputs[0], node.kernel, node.stride, node.padding);
     } else {
-      json["stride"] = node.stride;
-      json["pad"] = node.padding;
+      writer.slice_pad(node.name, inputs[0], node.stride, node.padding);
     }
-    output_name = node.name;
-    nodes.push_back(std::move(json));
   }
   TORCH_CHECK_VALUE(nodes_.size() > 1 && nodes_.back().op == "linear",
                     "convert: expected a graph that ends in a linear layer, got '", nodes_.back().op, "'");
-  const Json graph{{"format", "quantrain.fixed_point"},
-                   {"version", 1},
-                   {"recipe", recipe_.to_json()},
-                   {"input",
-                    {{"name", "input"},
-                     {"channels", nodes_[0].channels},
-                     {"signed", input_activation->is_signed()},
-                     {"fraction_length", whole(input_activation->rounded_fraction_length())},
-                     {"scale", static_cast<double>(input_activation->step().item<float>())}}},
-                   {"nodes", nodes},
-                   {"output", {{"name", output_name}, {"scale", output_scale}}}};
-  result.graph = graph.dump();
-  return result;
+  return writer.finish();
 }
 
 FixedPointNetwork convert(FixedPointGraphImpl& graph) {

@@ -14,21 +14,21 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/Exception.h>
 
+#include "nn/fixed_point/constants.h"
 #include "nn/parameters.h"
 #include "quantrain/nn/fake_quantize.h"
 #include "quantrain/ops/fake_quant.h"
 #include "quantrain/ops/fixed_point.h"
 
 namespace quantrain::nn {
+
+using detail::kWordLength;
 namespace {
 
-constexpr int64_t kWordLength = 8;
 constexpr double kInitialFractionLength = 6.0;  // before the first batch, as published
 constexpr double kAveraging = 0.1;       // weight of the new batch in the average of fraction lengths, as published
 constexpr double kSmallestLevel = 1e-8;  // an optimiser's step can carry a level through zero
 constexpr double kExactFloat32 = 16777216.0;  // 2^24: integers below it are exact in float32
-constexpr double kLargestAccumulator = 2147483647.0;
-constexpr double kMedianC = 40.0;  // fraction length 7 is for a standard deviation of at most 40 / 2^7
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // Products and sums of small integers held in floating point stay exact: no autocast, no cuDNN (Winograd, TF32).
@@ -322,7 +322,7 @@ std::pair<at::Tensor, at::Tensor> FixedPointLayer::factor(const at::Tensor& sf) 
   if (output_activation) return {factor, {}};
   const at::Tensor effective = weight.detach() * factor.detach();
   const at::Tensor deviation = at::sqrt(at::square(effective.to(at::kFloat)).mean()).reshape(1);
-  at::Tensor exponent = at::floor(at::log2(kMedianC / deviation)) - (kWordLength - 1);
+  at::Tensor exponent = at::floor(at::log2(detail::kMedianC / deviation)) - (kWordLength - 1);
   exponent = at::clamp(at::where(at::isfinite(exponent), exponent, at::zeros_like(exponent)), -31, 31);
   return {factor * at::exp2(exponent), exponent};
 }
@@ -388,29 +388,24 @@ at::Tensor FixedPointLayer::double_forward(const at::Tensor& input) {
 }
 
 FixedPointFolded FixedPointLayer::folded() {
-  const at::NoGradGuard no_grad;
-  const at::Tensor sf = scale_factor();
-  const auto [both, exponent] = factor(sf);
-  const at::Tensor effective = weight.to(at::kFloat) * both;
-  FixedPointFolded result;
-  result.exponent = exponent;
-  result.fraction_length = choose_fraction_length(effective);
-  const at::Tensor scale = at::exp2(result.fraction_length.to(at::kFloat));
-  result.codes = at::clamp(at::round(effective * scale), -127, 127);
-  result.weight = result.codes / scale;
-  result.accumulator_fraction_length = input_activation->rounded_fraction_length() + result.fraction_length.flatten();
-  result.bound = at::abs(result.codes).to(at::kDouble).flatten(1).sum(1) * input_activation->quant_max();
-  at::Tensor b = bias;
+  const FixedPointSpec& spec = *recipe_.scheme_as<FixedPointSpec>();
+  FixedPointFoldArguments arguments{.weight = weight,
+                                    .bias = bias,
+                                    .eta_in = input_activation->eta(),
+                                    .input_fraction_length = input_activation->rounded_fraction_length(),
+                                    .input_quant_max = input_activation->quant_max(),
+                                    .weight_fraction_length = weight_fraction_length,
+                                    .method = spec.fraction_length,
+                                    .hysteresis = spec.hysteresis};
+  if (output_activation) arguments.eta_out = output_activation->eta();
   if (bn) {
-    const at::Tensor shift = bias.defined() ? bn->running_mean - bias : bn->running_mean;
-    b = bn->bias - shift * sf;
+    arguments.bn_weight = bn->weight;
+    arguments.bn_bias = bn->bias;
+    arguments.bn_running_mean = bn->running_mean;
+    arguments.bn_running_var = bn->running_var;
+    arguments.bn_eps = bn->options.eps();
   }
-  if (!b.defined()) return result;
-  b = exponent.defined() ? b * at::exp2(exponent) : b / output_activation->eta();
-  b = at::round(b.to(at::kDouble) * at::exp2(result.accumulator_fraction_length.to(at::kDouble)));
-  result.bias_codes = at::clamp(b, -kLargestAccumulator, kLargestAccumulator);
-  result.bound = result.bound + at::abs(result.bias_codes);
-  return result;
+  return fold_fixed_point(arguments);
 }
 
 at::Tensor FixedPointLayer::unit_forward(const at::Tensor& input, const at::Tensor& residual) {

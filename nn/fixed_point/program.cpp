@@ -15,6 +15,7 @@
 #include <ATen/ops/abs.h>
 #include <ATen/ops/sum.h>
 
+#include "nn/fixed_point/constants.h"
 #include "nn/fixed_point/fields.h"
 #include "nn/json.h"
 #include "ops/common/check.h"
@@ -30,7 +31,6 @@ constexpr int64_t kMaxSize = 1 << 20;  // of a kernel, a stride, an image side: 
 constexpr int64_t kMaxChannels = 1 << 24;
 constexpr int64_t kMaxPoolShift = 23;  // more pixels than a sum in int32 can hold
 constexpr const char* kOps[] = {"conv2d", "linear", "max_pool2d", "avg_pool2d", "slice_pad", "add", "flatten"};
-constexpr const char* kFormat = "quantrain.fixed_point";
 
 int64_t at_channel(const std::vector<int64_t>& values, int64_t channel) {
   return values.size() == 1 ? values[0] : values[channel];
@@ -52,8 +52,8 @@ class Parser {
     if (json.is_discarded()) fail("graph", "JSON text", std::to_string(text.size()) + " bytes that are none");
     graph_.json = json.dump();
     Fields fields("graph", json);
-    if (const std::string format = fields.string("format"); format != kFormat)
-      fail("graph", std::string("format ") + in_quotes(kFormat), in_quotes(format));
+    if (const std::string format = fields.string("format"); format != kProgramFormat)
+      fail("graph", std::string("format ") + in_quotes(kProgramFormat), in_quotes(format));
     if (const Json& version = fields.get("version"); version != 1) fail("graph", "version 1", shortened(version));
     check_recipe(fields.string("recipe"));
     read_input(fields.get("input"));

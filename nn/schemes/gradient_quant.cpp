@@ -1,12 +1,14 @@
 #include "quantrain/nn/schemes/gradient_quant.h"
 
 #include <map>
+#include <stdexcept>
 
 #include <c10/util/Exception.h>
 
 #include "nn/json_fields.h"
 #include "nn/named_recipes.h"
 #include "nn/schemes/table.h"
+#include "ops/gradient_quant_check.h"
 
 namespace quantrain::nn {
 
@@ -24,13 +26,8 @@ GradientSpec GradientSpec::resolved(const std::string& tensor, bool convolution)
 }
 
 void GradientSpec::validate() const {
-  if (bits < 2 || bits > 8) fail_field(kTypeName, "bits in 2 to 8", std::to_string(bits));
-  check_one_of(kTypeName, "quantizer", quantizer, {"auto", "per_tensor", "per_sample", "per_channel", "householder"});
-  check_one_of(kTypeName, "rows", rows, {"auto", "sample", "token"});
-  if (preserve_zero && quantizer == "householder") {
-    fail_field(kTypeName, "another quantizer than householder with preserve_zero", "'householder'");
-  }
-  if (max_group < 3 || max_group > 256) fail_field(kTypeName, "max_group in 3 to 256", std::to_string(max_group));
+  const std::string fault = quantrain::detail::gradient_quantizer_fault(*this, "quantizer", "", {"auto"});
+  if (!fault.empty()) throw std::invalid_argument(std::string(kTypeName) + ": expected " + fault);
 }
 
 std::string GradientSpec::to_json() const { return detail::to_object(*this).dump(); }

@@ -54,8 +54,12 @@ void Int8Spec::check_layer(const std::string& layer, const Recipe& recipe) const
                       recipe.name, "'");
     return;
   }
-  TORCH_CHECK_VALUE(layer == "Int8Linear" && training, layer,
-                    ": expected a recipe without integer products, which Linear layers have, got '", recipe.name, "'");
+  if (layer == "Int8Linear") {
+    TORCH_CHECK_VALUE(training, "Int8Linear: expected a recipe with int8, got '", recipe.name, "'");
+    return;
+  }
+  TORCH_CHECK_VALUE(false, layer, ": expected a recipe without integer products, which Linear layers have, got '",
+                    recipe.name, "'");
 }
 
 SchemeEntry detail::int8_entry() {

@@ -57,4 +57,29 @@ inline at::ScalarType named_type(std::string_view op, std::string_view argument,
   return at::kInt;
 }
 
+// The verbs: what most operators ask of a tensor, and how each says it.
+
+inline void check_dense(std::string_view op, std::string_view name, const at::Tensor& tensor) {
+  QUANTRAIN_CHECK_TYPE(tensor.layout() == at::kStrided, "{}: expected a dense {}, got layout {}", op, name,
+                       c10::str(tensor.layout()));
+}
+
+// whose: of `other`, as "input's".
+inline void check_device(std::string_view op, std::string_view name, const at::Tensor& tensor, const at::Tensor& other,
+                         std::string_view whose) {
+  QUANTRAIN_CHECK_TYPE(tensor.device() == other.device(), "{}: expected {} on {} device {}, got {}", op, name, whose,
+                       other.device().str(), tensor.device().str());
+}
+
+inline void check_type(std::string_view op, std::string_view name, const at::Tensor& tensor, at::ScalarType type,
+                       std::string_view type_name) {
+  QUANTRAIN_CHECK_TYPE(tensor.scalar_type() == type, "{}: expected {} of {}, got {}", op, name, type_name,
+                       c10::toString(tensor.scalar_type()));
+}
+
+inline void check_float(std::string_view op, std::string_view name, at::ScalarType type) {
+  QUANTRAIN_CHECK_TYPE(type == at::kFloat || type == at::kHalf || type == at::kBFloat16,
+                       "{}: expected {} of float32, float16 or bfloat16, got {}", op, name, c10::toString(type));
+}
+
 }  // namespace quantrain::detail

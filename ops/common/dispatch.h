@@ -8,7 +8,8 @@
 
 namespace quantrain {
 
-// The operator quantrain::<name>, of the overload: static const auto op = find_operator<decltype(kernel)>("quantize", "seeded").
+// The operator quantrain::<name>, of the overload: static const auto op = find_operator<decltype(kernel)>("quantize",
+// "seeded").
 template <typename Signature>
 c10::TypedOperatorHandle<Signature> find_operator(std::string_view name, const char* overload = "") {
   return c10::Dispatcher::singleton()

@@ -118,6 +118,11 @@ bool holds_integers(const at::Tensor& tensor) {
   return type == at::kInt || type == at::kLong || type == at::kShort || type == at::kChar || type == at::kByte;
 }
 
+void check_integers(std::string_view op, std::string_view name, const at::Tensor& tensor) {
+  QUANTRAIN_CHECK_TYPE(holds_integers(tensor), "{}: expected {} of an integer type, got {}", op, name,
+                       c10::toString(tensor.scalar_type()));
+}
+
 at::Tensor as_int32(const at::Tensor& integers) {
   if (integers.scalar_type() != at::kLong) return integers.to(at::kInt);
   using Limits = std::numeric_limits<int32_t>;

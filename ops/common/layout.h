@@ -20,6 +20,8 @@ QuantRange make_range(int64_t quant_min, int64_t quant_max);
 
 // Of a signed integer type of any width, or uint8: what people write as an integer tensor (torch.tensor(3) is int64).
 bool holds_integers(const at::Tensor& tensor);
+void check_integers(std::string_view op, std::string_view name,
+                    const at::Tensor& tensor);  // TypeError where it does not
 
 // Such a tensor as int32, saturating; itself where it is int32.
 at::Tensor as_int32(const at::Tensor& integers);

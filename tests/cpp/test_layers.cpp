@@ -157,8 +157,8 @@ TEST_CASE("QuantEmbedding equals looking up in the quantised table", "[layers]")
     for (const char* observer : {"dynamic", "min_max"}) {
       INFO(granularity << " " << observer);
       Recipe recipe = Recipe::from_name("qat-w4a8");
-      recipe.weight->granularity = granularity;
-      recipe.weight->observer = observer;
+      recipe.weight->granularity = quantrain::nn::value_of<quantrain::nn::Granularity>(granularity);
+      recipe.weight->observer = quantrain::nn::value_of<quantrain::nn::ObserverKind>(observer);
       QuantEmbedding layer(20, 64, recipe);
       CHECK_FALSE(layer->input_fake_quant);
       const at::Tensor rows = layer->forward(indices).detach();

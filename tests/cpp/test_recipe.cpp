@@ -116,7 +116,7 @@ TEST_CASE("a gradient spec's own JSON keeps every field, and refuses others", "[
   refused({9}, "bits in 2 to 8, got 9");
   refused({8, "none"}, "quantizer to be one of auto, per_tensor, per_sample, per_channel, householder, got 'none'");
   refused({8, "per_sample", "row"}, "rows to be one of auto, sample, token, got 'row'");
-  refused({8, "householder", "auto", true}, "another quantizer than householder with preserve_zero");
+  refused({8, "householder", "auto", true}, "preserve_zero with another quantizer than householder");
   refused({8, "householder", "auto", false, 2}, "max_group in 3 to 256, got 2");
   refused({8, "householder", "auto", false, 257}, "max_group in 3 to 256, got 257");
 

@@ -1,6 +1,7 @@
 // A scheme that the library does not know (tests/toy_scheme/ternary.cpp): prepares, trains, converts, saves and loads.
 #include "support.h"
 
+#include <torch/nn/modules/container/functional.h>
 #include <torch/nn/modules/container/sequential.h>
 #include <torch/optim/sgd.h>
 
@@ -13,7 +14,8 @@ namespace {
 
 torch::nn::Sequential net(const Recipe& recipe) {
   torch::manual_seed(0);
-  return torch::nn::Sequential(QuantLinear(16, 32, recipe), torch::nn::ReLU(), QuantLinear(32, 4, recipe));
+  return torch::nn::Sequential(QuantLinear(16, 32, recipe), torch::nn::Functional(at::relu),
+                               QuantLinear(32, 4, recipe));
 }
 
 }  // namespace

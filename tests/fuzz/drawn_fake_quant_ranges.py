@@ -1,6 +1,7 @@
 """Drawn tests of the fake_quant family: ranges, and quantisation under a range of the input's own."""
 
 import functools
+import math
 
 import torch
 from draw import NAN, Draw, check, close, drawn, same, same_bits
@@ -69,6 +70,56 @@ def fake_quantize_dynamic(d: Draw):
         kept.append((plain, found))
     for found, cpu in zip(kept[-1], kept[0], strict=True):
         same_bits(found, cpu, "fake_quantize_dynamic on CPU and CUDA")
+
+
+@drawn("_percentile_range")
+def percentile_range(d: Draw):
+    """The elements of those ranks, by sorting."""
+    x, scale_shape, *_ = operands(d)
+    percentile = d.choice((50.5, 60.0, 75.0, 99.0, 99.99, 100.0))
+    rows = reference.groups(x, scale_shape).float()
+    n = rows.shape[1]
+    k = min(max(math.ceil(percentile / 100.0 * n), 1), n)
+    ranked, known = rows.sort(1).values, ~rows.isnan().any(1)
+    for device in d.devices:
+        found = ops._percentile_range(d.on(device, x), scale_shape, percentile=percentile)
+        for one, rank, name in zip(found, (n - k, k - 1), ("min", "max"), strict=True):
+            check(list(one.shape) == list(scale_shape), f"_percentile_range's {name}: expected scale_shape")
+            wanted = ranked[:, rank]
+            same(
+                torch.where(known, one.cpu().flatten(), 0.0),
+                torch.where(known, wanted, 0.0),
+                f"_percentile_range's {name} on {device}",
+            )
+
+
+@drawn("_observe_")
+def observe(d: Draw):
+    """The rule a block at a time, in Python."""
+    count, c = d.randint(1, 12), d.choice((0.0, 0.1, 0.5, 1.0))
+    some = (0.0, 0.0, 1.0, -2.0, 0.3, math.inf)
+    state = torch.tensor([[d.choice((math.inf, 0.0, -1.5, 0.25)), d.choice((0.0, 2.0, 7.5))] for _ in range(count)])
+    state = torch.where(torch.isinf(state[:, :1]), torch.tensor([math.inf, -math.inf]), state)
+    batch = torch.tensor([[d.choice(some), d.choice(some)] for _ in range(count)])
+    finite = batch.isfinite().all(1)
+    expected = state.clone()
+    for i in range(count):
+        zero, nothing = bool((batch[i] == 0).all()), math.isinf(state[i, 0])
+        if not finite[i] or (zero and not nothing):
+            continue
+        if nothing or bool((state[i] == 0).all()):
+            expected[i] = batch[i]
+        elif c > 0:
+            expected[i] = state[i] + c * (batch[i] - state[i])
+        else:
+            expected[i] = torch.stack(
+                [torch.minimum(state[i, 0], batch[i, 0]), torch.maximum(state[i, 1], batch[i, 1])]
+            )
+    for device in d.devices:
+        low, high = (t.clone().to(device) for t in state.unbind(1))
+        ends = [t.contiguous().to(device) for t in (*batch.unbind(1), finite)]
+        ops._observe_(low, high, *ends, averaging_constant=c)
+        same(torch.stack([low, high], 1).cpu(), expected, f"_observe_ on {device}")
 
 
 @drawn("_mse_range")

@@ -63,6 +63,18 @@ def mse(d):
     return ranged(d) | {"steps": d.choice((1, 3, 10))}
 
 
+def percentile(d):
+    shape = small(d)
+    return {"input": floats(d, shape), "scale_shape": d.scale_shape(shape), "percentile": d.choice((60.0, 99.9, 100.0))}
+
+
+def observed(d):
+    shape = small(d)
+    ends = {name: floats(d, shape, torch.float32) for name in ("min_val", "max_val", "low", "high")}
+    ends |= {name: torch.empty_like(ends[name]).copy_(ends[name]) for name in ("min_val", "max_val")}
+    return ends | {"finite": torch.ones(shape, dtype=torch.bool), "averaging_constant": d.choice((0.0, 0.1, 1.0))}
+
+
 def range_ends(d):
     shape = small(d)
     return {
@@ -317,6 +329,8 @@ ARGUMENTS = {
     **dict.fromkeys(("fake_quantize_dynamic", "choose_qparams", "_min_max"), ranged),
     "_mse_range": mse,
     "_qparams_from_range": range_ends,
+    "_percentile_range": percentile,
+    "_observe_": observed,
     "quantize": quantize,
     "dequantize": dequantize,
     "pack_int4": pack,

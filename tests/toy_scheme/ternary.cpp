@@ -26,6 +26,7 @@ struct TernarySpec : SchemeOf<TernarySpec> {
   void check_layer(const std::string& layer, const Recipe& /*recipe*/) const override {
     TORCH_CHECK_VALUE(layer == "QuantLinear", layer, ": expected a recipe of another scheme than ternary, got one");
   }
+  bool linear_only() const override { return true; }
   std::optional<WeightQparams> weight_qparams(const at::Tensor& weight) const override {
     const at::Tensor magnitude = weight.abs().to(at::kFloat);
     const at::Tensor large = magnitude > threshold * magnitude.mean(1, /*keepdim=*/true);

@@ -1,5 +1,5 @@
-// Calibration, and the switches of a whole model. What a module does in calibration it says itself, by Calibrates; rooms
-// here know no family by name.
+// Calibration, and the switches of a whole model. What a module does in calibration it says itself, by Calibrates;
+// rooms here know no family by name.
 #pragma once
 
 #include <memory>
@@ -53,8 +53,8 @@ class QUANTRAIN_API FinishesCalibration {
   virtual void freeze_for_inference() {}  // under a recipe that is not for training
 };
 
-// Switches every module that rounds, itself included. enable_observer(module, false) freezes the ranges, for the last part
-// of training.
+// Switches every module that rounds, itself included. enable_observer(module, false) freezes the ranges, for the last
+// part of training.
 QUANTRAIN_API void enable_observer(torch::nn::Module& module, bool on = true);
 QUANTRAIN_API void enable_fake_quant(torch::nn::Module& module, bool on = true);
 
@@ -68,10 +68,10 @@ struct QUANTRAIN_API CalibrationReport {
 };
 
 // While it lives, forward passes of `module` calibrate: evaluation mode, no gradients, observers on, nothing quantised.
-// Afterwards modes and switches are what they were: in training the ranges go on following the tensors (learnable scales
-// are the optimiser's) until enable_observer(module, false) freezes them. Layers whose recipe is not for training
-// (ptq-..., int8-static) have their ranges frozen at the end, but for those that saw nothing or zeros only. Where an
-// exception ends it, ranges and scales too are what they were.
+// Afterwards modes and switches are what they were: in training the ranges go on following the tensors (learnable
+// scales are the optimiser's) until enable_observer(module, false) freezes them. Layers whose recipe is not for
+// training (ptq-..., int8-static) have their ranges frozen at the end, but for those that saw nothing or zeros only.
+// Where an exception ends it, ranges and scales too are what they were.
 //
 // Calibrate a network whose batch norms have seen data: TORCH_WARN names one that has not, and at the end what was not
 // reached.

@@ -29,10 +29,10 @@ namespace quantrain::nn {
 //   and learnable        `scale` is a parameter: set by the observer, then trained by LSQ with the gradient factor
 //                        1 / sqrt(x.numel() / scale.numel() * quant_max); pulled up to 1e-8 where a step took it below
 //
-// It observes under Calibration (calibration.h) and in training until enable_observer(false) freezes the range. Evaluation
-// never moves a range, nor does a forward pass inside a backward pass (activation checkpointing). A learnable scale
-// takes its first value from Calibration or else the first training batch; from then on, and from a loaded scale, only
-// the optimiser moves it.
+// It observes under Calibration (calibration.h) and in training until enable_observer(false) freezes the range.
+// Evaluation never moves a range, nor does a forward pass inside a backward pass (activation checkpointing). A
+// learnable scale takes its first value from Calibration or else the first training batch; from then on, and from a
+// loaded scale, only the optimiser moves it.
 //
 // A block of zeros says nothing about its range. Its scale is 1 until the first block that is not zero sets it. Where
 // it is learnable and a weight's (set_of_weight: zero-initialised, so small at first and then growing), the scale

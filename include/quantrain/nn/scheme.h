@@ -1,6 +1,6 @@
-// A scheme: how a layer runs beyond rounding its tensors. One recipe has one scheme or none, so that schemes exclude each
-// other by construction. Rooms that serve every layer (Calibration, convert, checkpoints) ask the scheme and know none by
-// name. A new scheme is a file of its own and a line in nn/schemes/table.cpp, or a call of register_scheme().
+// A scheme: how a layer runs beyond rounding its tensors. One recipe has one scheme or none, so that schemes exclude
+// each other by construction. Rooms that serve every layer (Calibration, convert, checkpoints) ask the scheme and know
+// none by name. A new scheme is a file of its own and a line in nn/schemes/table.cpp, or a call of register_scheme().
 #pragma once
 
 #include <functional>
@@ -35,8 +35,8 @@ class QUANTRAIN_API Scheme {
   virtual void visit(FieldVisitor& visitor) = 0;
   virtual std::unique_ptr<Scheme> clone() const = 0;
 
-  // Throws std::invalid_argument naming the field, the rule and the value: of this struct's own fields, and of the recipe
-  // that holds it.
+  // Throws std::invalid_argument naming the field, the rule and the value: of this struct's own fields, and of the
+  // recipe that holds it.
   virtual void validate() const {}
   virtual void check_recipe(const Recipe& /*recipe*/) const {}
 
@@ -100,7 +100,8 @@ class QUANTRAIN_API SchemeValue {
   std::shared_ptr<Scheme> scheme_;
 };
 
-// How a scheme is known: what makes one with its defaults, and its named recipes. by_name: of names that are not listed.
+// How a scheme is known: what makes one with its defaults, and its named recipes. by_name: of names that are not
+// listed.
 struct QUANTRAIN_API SchemeEntry {
   std::string kind;
   std::function<std::unique_ptr<Scheme>()> make;
@@ -108,7 +109,8 @@ struct QUANTRAIN_API SchemeEntry {
   std::function<std::optional<Recipe>(const std::string&)> by_name = nullptr;
 };
 
-// Makes a scheme from outside the library known: its recipes have names, its JSON loads. ValueError: a kind that is known.
+// Makes a scheme from outside the library known: its recipes have names, its JSON loads. ValueError: a kind that is
+// known.
 QUANTRAIN_API void register_scheme(SchemeEntry entry);
 
 // The scheme of a kind from the JSON of its fields. Throws std::invalid_argument.

@@ -91,6 +91,15 @@ QUANTRAIN_API std::tuple<at::Tensor, at::Tensor> min_max(const at::Tensor& input
 QUANTRAIN_API std::tuple<at::Tensor, at::Tensor> qparams_from_range(const at::Tensor& min, const at::Tensor& max,
                                                                     int64_t quant_min, int64_t quant_max,
                                                                     bool symmetric);
+// With n elements in a group and k = clamp(ceil(percentile / 100 n), 1, n) (nearest rank, no interpolation): the (n + 1
+// - k)-th and the k-th smallest. percentile in (50, 100].
+QUANTRAIN_API std::tuple<at::Tensor, at::Tensor> percentile_range(const at::Tensor& input, at::IntArrayRef scale_shape,
+                                                                  double percentile);
+// Takes a batch's range low, high into account in min_val, max_val, block by block where it is finite: the extremes of
+// all batches, or with averaging_constant c > 0 m + c (batch - m). The first batch sets the range. A block of zeros
+// sets that of a block that saw nothing to [0, 0] and changes no other; the first block that is not zero sets it anew.
+QUANTRAIN_API void observe_(at::Tensor& min_val, at::Tensor& max_val, const at::Tensor& low, const at::Tensor& high,
+                            const at::Tensor& finite, double averaging_constant = 0);
 // The group's range times the ratio in {1 / steps, 2 / steps, ..., 1} whose quantisation error is least in the squared
 // sense.
 QUANTRAIN_API std::tuple<at::Tensor, at::Tensor> mse_range(const at::Tensor& input, at::IntArrayRef scale_shape,

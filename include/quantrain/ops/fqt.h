@@ -26,17 +26,9 @@
 #include <string_view>
 
 #include "quantrain/ops/export.h"
+#include "quantrain/ops/gradient_quant.h"
 
 namespace quantrain {
-
-// How a gradient is quantised before a product: the arguments of quantize_gradient.
-struct GradientQuantizer {
-  std::string quantizer = "none";  // or per_tensor, per_sample, per_channel, householder
-  int64_t bits = 8;                // 2 to 8
-  std::string rows = "";           // "sample" or "token"; "": "token" for fqt_linear, "sample" for fqt_conv2d
-  bool preserve_zero = false;
-  int64_t max_group = 128;
-};
 
 // y = input weight^T + bias. input [..., K], weight [O, K], bias [O]; y [..., O].
 QUANTRAIN_API at::Tensor fqt_linear(const at::Tensor& input, const at::Tensor& weight,

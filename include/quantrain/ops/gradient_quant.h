@@ -31,11 +31,21 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
 #include <string_view>
 
 #include "quantrain/ops/export.h"
 
 namespace quantrain {
+
+// How a gradient is quantised before a product (fqt.h), and what one rule checks for all who take these fields.
+struct GradientQuantizer {
+  std::string quantizer = "none";  // or per_tensor, per_sample, per_channel, householder
+  int64_t bits = 8;                // 2 to 8
+  std::string rows = "";           // "sample" or "token"; "": "token" for fqt_linear, "sample" for fqt_conv2d
+  bool preserve_zero = false;
+  int64_t max_group = 128;
+};
 
 struct GradientQuantOptions {
   std::string_view rows = "sample";  // or "token"

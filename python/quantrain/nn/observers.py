@@ -48,20 +48,6 @@ class Float32State(nn.Module):
         return [(n, t) for group in (self._parameters, self._buffers) for n, t in group.items() if t is not None]
 
 
-def to_blocks(x: Tensor, scale_shape: Sequence[int]) -> Tensor:
-    """``x`` as a matrix [number of scales, elements a scale], row i being the block of scale element i (row-major).
-
-    Args:
-        x: any tensor.
-        scale_shape: one element of any rank, or the rank of ``x`` with sizes that divide its sizes.
-    """
-    if math.prod(scale_shape) == 1:
-        return x.reshape(1, -1)
-    split = [size for s, n in zip(scale_shape, x.shape, strict=True) for size in (s, n // s)]
-    order = [*range(0, 2 * x.dim(), 2), *range(1, 2 * x.dim(), 2)]
-    return x.reshape(split).permute(order).reshape(math.prod(scale_shape), -1)
-
-
 class Observer(Float32State):
     """Base of the observers: checks a batch, updates the range, computes the scale.
 
@@ -84,6 +70,7 @@ class Observer(Float32State):
         ValueError: a NaN or Inf in the batch under ``"raise"``; a ``nan_policy`` that is neither.
     """
 
+    averaging_constant = 0.0  # weight of the new batch; 0: the extremes of all batches
     min_val: Tensor
     max_val: Tensor
     frozen: Tensor
@@ -131,12 +118,9 @@ class Observer(Float32State):
     @torch.no_grad()
     def update(self, low: Tensor, high: Tensor, finite: Tensor) -> None:
         """Takes a batch's range into account, block by block."""
-        unseen, zero = torch.isinf(self.min_val), (low == 0) & (high == 0)
-        counts = finite & (unseen | ~zero)
-        new_low, new_high = self.updated(low, high)
-        first = unseen | self.only_zeros()
-        self.min_val.copy_(torch.where(counts, torch.where(first, low, new_low), self.min_val))
-        self.max_val.copy_(torch.where(counts, torch.where(first, high, new_high), self.max_val))
+        torch.ops.quantrain._observe_(
+            self.min_val, self.max_val, low, high, finite, averaging_constant=self.averaging_constant
+        )
 
     def only_zeros(self) -> Tensor:
         """Blocks that were seen, but only as zeros: bool of ``scale_shape``."""
@@ -155,10 +139,6 @@ class Observer(Float32State):
     def batch_range(self, x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """The range of one batch, given its extremes a block (``low``, ``high``, shape ``scale_shape``)."""
         return low, high
-
-    def updated(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """What ``min_val``, ``max_val`` become after a batch with the range ``low``, ``high`` that is not the first."""
-        raise NotImplementedError(f"{type(self).__name__} defines no range update")
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """``(scale, zero_point)``, float32 and int32 of ``scale_shape``, of the range seen so far.
@@ -199,9 +179,6 @@ class MinMaxObserver(Observer):
     tensor([3.])
     """
 
-    def updated(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.minimum(self.min_val, low), torch.maximum(self.max_val, high)
-
 
 class MovingAverageMinMaxObserver(Observer):
     """Exponential averages of the batches' extremes: m = m + averaging_constant * (batch - m); the first batch sets m.
@@ -222,10 +199,6 @@ class MovingAverageMinMaxObserver(Observer):
         if not 0 < averaging_constant <= 1:
             raise ValueError(f"{type(self).__name__}: expected averaging_constant in (0, 1], got {averaging_constant}")
         self.averaging_constant = averaging_constant
-
-    def updated(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        c = self.averaging_constant
-        return self.min_val + c * (low - self.min_val), self.max_val + c * (high - self.max_val)
 
 
 class PercentileObserver(MovingAverageMinMaxObserver):
@@ -251,15 +224,7 @@ class PercentileObserver(MovingAverageMinMaxObserver):
         self.percentile = percentile
 
     def batch_range(self, x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        blocks = to_blocks(x, self.scale_shape).float()
-        n = blocks.shape[1]
-        k = min(max(math.ceil(self.percentile / 100.0 * n), 1), n)
-        if k == n:
-            return low, high
-        return (
-            blocks.kthvalue(n + 1 - k, dim=1).values.reshape(self.scale_shape),
-            blocks.kthvalue(k, dim=1).values.reshape(self.scale_shape),
-        )
+        return torch.ops.quantrain._percentile_range(x, self.scale_shape, percentile=self.percentile)
 
 
 class MSEObserver(MovingAverageMinMaxObserver):

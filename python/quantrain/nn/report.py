@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ from quantrain.tables import Table
 from .calibrate import enable_fake_quant, evaluating, fake_quants, run_batch
 from .fake_quantize import FakeQuantize
 from .layers import QuantLayer
-from .observers import to_blocks
 from .quantized import QuantizedLayer, kPackedBits
 
 __all__ = ["ErrorTable", "SizeTable", "model_size", "quantization_error"]
@@ -133,6 +132,20 @@ def _converted_bytes(layer: QuantLayer, fresh_weight: bool) -> int:
     return total
 
 
+def _to_blocks(x: Tensor, scale_shape: Sequence[int]) -> Tensor:
+    """``x`` as a matrix [number of scales, elements a scale], row i being the block of scale element i (row-major).
+
+    Args:
+        x: any tensor.
+        scale_shape: one element of any rank, or the rank of ``x`` with sizes that divide its sizes.
+    """
+    if math.prod(scale_shape) == 1:
+        return x.reshape(1, -1)
+    split = [size for s, n in zip(scale_shape, x.shape, strict=True) for size in (s, n // s)]
+    order = [*range(0, 2 * x.dim(), 2), *range(1, 2 * x.dim(), 2)]
+    return x.reshape(split).permute(order).reshape(math.prod(scale_shape), -1)
+
+
 @dataclass
 class _Error:
     """Sums over one tensor or many: signal and noise power, and how many elements saturated."""
@@ -149,7 +162,7 @@ class _Error:
 
     def add_saturation(self, x: Tensor, fake_quant: FakeQuantize) -> None:
         scale, zero_point = fake_quant.calculate_qparams(x)
-        codes = torch.round(to_blocks(x, scale.shape).float() * (1 / scale).reshape(-1, 1))
+        codes = torch.round(_to_blocks(x, scale.shape).float() * (1 / scale).reshape(-1, 1))
         if zero_point is not None:
             codes = codes + zero_point.reshape(-1, 1)
         self.saturated += int(((codes < fake_quant.quant_min) | (codes > fake_quant.quant_max)).sum())

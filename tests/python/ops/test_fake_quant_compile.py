@@ -41,6 +41,10 @@ def test_opcheck_ranges_and_dynamic(sample, device, symmetric):
     opcheck(ops.choose_qparams, (x, shape), keywords)
     opcheck(ops._min_max, (x, shape))
     opcheck(ops._mse_range, (x, shape), dict(steps=5, **keywords))
+    opcheck(ops._percentile_range, (x, shape), dict(percentile=90.0))
+    low, high = ops._min_max(x, shape)
+    seen = (torch.full_like(low, -0.5), torch.full_like(low, 0.5))
+    opcheck(ops._observe_, (*seen, low, high, torch.isfinite(low)), dict(averaging_constant=0.1))
     opcheck(ops._qparams_from_range, ops._min_max(x, shape), keywords)
     opcheck(ops.fake_quantize_dynamic, (x.requires_grad_(), shape), keywords)
 

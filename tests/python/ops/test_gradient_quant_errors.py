@@ -26,14 +26,14 @@ REQUESTS = [
     ("expected bits in 2 to 8, got 1", both(1, "per_tensor")),
     ("expected bits in 2 to 8, got 9", both(9, "householder")),
     ("expected bits in 2 to 8, got -3", both(-3, "per_sample")),
-    ("expected quantizer per_tensor, per_sample, per_channel or householder, got 'per_row'", both(8, "per_row")),
-    ("expected quantizer per_tensor, per_sample, per_channel or householder, got ''", both(8, "")),
-    ("expected rows sample or token, got 'batch'", both(8, "per_sample", rows="batch")),
+    ("expected quantizer to be one of per_tensor, per_sample, per_channel, householder, got 'per_row'", both(8, "per_row")),
+    ("expected quantizer to be one of per_tensor, per_sample, per_channel, householder, got ''", both(8, "")),
+    ("expected rows to be one of sample, token, got 'batch'", both(8, "per_sample", rows="batch")),
     ("expected max_group in 3 to 256, got 2", both(8, "householder", max_group=2)),
     ("expected max_group in 3 to 256, got 257", both(8, "householder", max_group=257)),
     ("expected max_group in 3 to 256, got 0", both(8, "householder", max_group=0)),
     ("expected max_group in 3 to 256, got -1", both(8, "householder", max_group=-1)),
-    ("expected preserve_zero with per_sample or per_channel (per_tensor always does), got it with householder", both(8, "householder", preserve_zero=True)),
+    ("expected preserve_zero with another quantizer than householder, got it with householder", both(8, "householder", preserve_zero=True)),
 ]  # fmt: skip
 GRADS = [
     (ValueError, "expected at least one sample, got grad of shape [0, 6]", lambda x: x[:0], "sample"),

@@ -47,13 +47,6 @@ struct FixedPointConvArguments {
       std::nullopt;  // codes in the units of these, as FixedPointGraph::add() needs them
 };
 
-// A converted network: the graph's JSON text (version 1) and its tensors, "<layer>.weight" int8 and "<layer>.bias"
-// int32, on CPU.
-struct QUANTRAIN_API FixedPointProgram {
-  std::string graph;
-  std::map<std::string, at::Tensor> tensors;
-};
-
 // Layers in the order of their declaration; ValueError names the layer and the rule. A residual that is codes (an
 // identity shortcut, or slice and pad) shares its activation with the sum: one alpha and one FL along a chain of
 // residual blocks. The sum must then have the same sign and max_alpha.

@@ -27,6 +27,7 @@
 #include <torch/nn/pimpl.h>
 
 #include "quantrain/nn/calibration.h"
+#include "quantrain/nn/fixed_point/fold.h"
 #include "quantrain/nn/observers.h"
 #include "quantrain/nn/schemes/fixed_point.h"
 #include "quantrain/ops/export.h"
@@ -141,17 +142,6 @@ class QUANTRAIN_API FixedPointPoolActivationImpl : public FixedPointActivationIm
   std::shared_ptr<FixedPointActivationImpl> source_;
 };
 TORCH_MODULE(FixedPointPoolActivation);
-
-// What a layer is in evaluation, on its device.
-struct QUANTRAIN_API FixedPointFolded {
-  at::Tensor weight;           // float32: codes 2^-FL_w
-  at::Tensor codes;            // float32 whole numbers
-  at::Tensor bias_codes;       // float64 whole numbers of fraction length FL_x + FL_w; undefined where there is no bias
-  at::Tensor fraction_length;  // FL_w, int32 [1] or [O, 1, ...]
-  at::Tensor accumulator_fraction_length;  // FL_x + FL_w, int32 [1] or [O]
-  at::Tensor exponent;                     // j, float32 [1], where the output is not in the units of an activation
-  at::Tensor bound;                        // float64 [O]: the accumulator's largest magnitude
-};
 
 // What the convolution and the linear layer share. With sf = bn.weight / sqrt(bn.running_var + eps) (1 without batch
 // norm) and W_eff = W sf eta_in / eta_out, FL_w chosen from W_eff at every call, Q = fix_quant to 8 signed bits:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
+from quantrain import _C
 from quantrain.tables import Table
 
 from ..calibrate import evaluating
 from ..weight_hooks import run_weight_hooks
 from .activation import FixedPointActivation
-from .layers import FixedPointLayer, Folded
+from .layers import FixedPointLayer
 from .network import FixedPointNetwork
 from .prepare import FixedPointGraph, layers_of
 from .trace import PRODUCTS, Step, maker_of
 
 __all__ = ["audit", "fixed_point_program", "simulated_codes"]
 
-kFormat, kVersion = "quantrain.fixed_point", 1
 kAccumulators = 2**31  # every accumulator stays below, whatever the codes
 
 
@@ -60,34 +57,21 @@ def fixed_point_program(model: FixedPointGraph) -> tuple[str, dict[str, Tensor]]
 
 
 class _Writer:
+    """Walks a prepared model and hands each step to the C++ writer, which alone knows the graph's text."""
+
     def __init__(self, model: FixedPointGraph):
         self.model = model
         self.steps = {step.name: step for step in model._steps}
-        self.tensors: dict[str, Tensor] = {}
-        self.folded: dict[str, Folded] = {}
+        self.folded: dict[str, _C._FixedPointFolded] = {}
 
     def write(self) -> tuple[str, dict[str, Tensor]]:
-        steps = self.model._steps
         source = self.model.input_activation
-        nodes = [self.node(step) for step in steps if step.op != "input"]
-        last = nodes[-1]["name"]
-        maker = self.folded[maker_of(self.steps, last).name]
-        exponent = -(maker.accumulator_fraction_length.double() + maker.exponent.double())
-        graph = {
-            "format": kFormat,
-            "version": kVersion,
-            "recipe": next(iter(layers_of(self.model).values())).recipe.to_json(),
-            "input": {
-                "name": "input",
-                "channels": self.channels(),
-                "signed": source.signed,
-                "fraction_length": int(source.rounded_fraction_length()),
-                "scale": float(source.step()),
-            },
-            "nodes": nodes,
-            "output": {"name": last, "scale": float(torch.exp2(exponent))},
-        }
-        return json.dumps(graph, indent=1), self.tensors
+        recipe = next(iter(layers_of(self.model).values())).recipe
+        writer = _C._FixedPointProgramWriter(recipe, self.channels(), _codes(source), float(source.step()))
+        for step in self.model._steps:
+            if step.op != "input":
+                self.node(writer, step)
+        return writer.finish()
 
     def channels(self) -> int:
         for step in self.model._steps:
@@ -100,59 +84,39 @@ class _Writer:
                 return layer.in_channels
         raise ValueError("convert: expected a convolution to read the images, got none")
 
-    def node(self, step: Step) -> dict[str, Any]:
-        node: dict[str, Any] = {"name": step.name, "op": step.op, "inputs": list(step.inputs)}
+    def node(self, writer: _C._FixedPointProgramWriter, step: Step) -> None:
+        name, inputs, given = step.name, list(step.inputs), step.arguments
         if step.op in PRODUCTS:
-            return node | self.product(step)
-        if step.op == "max_pool2d":
-            return node | {key: list(step.arguments[key]) for key in ("kernel", "stride", "padding")}
-        if step.op == "slice_pad":
-            return node | {key: list(step.arguments[key]) for key in ("stride", "pad")}
-        if step.op == "avg_pool2d":
-            return node | self.pool(step)
-        if step.op == "add":
-            made = _output(self.model.get_submodule(step.module).output_activation)
-            return node | {key: made[key] for key in ("signed", "fraction_length")}  # always codes
-        return node
+            self.product(writer, step)
+        elif step.op == "max_pool2d":
+            writer.max_pool2d(name, inputs[0], given["kernel"], given["stride"], given["padding"])
+        elif step.op == "slice_pad":
+            writer.slice_pad(name, inputs[0], given["stride"], given["pad"])
+        elif step.op == "avg_pool2d":
+            pool = self.model.get_submodule(step.module)
+            if 0 in pool.pixels:
+                raise ValueError(
+                    f"convert: '{name}': expected an average pool that has seen an image, got none (calibrate or train first)"
+                )
+            length = int(pool.activation.rounded_fraction_length())
+            writer.avg_pool2d(name, inputs[0], pool.pixels, pool.activation.shift, length)
+        elif step.op == "add":
+            writer.add(name, inputs, _codes(self.model.get_submodule(step.module).output_activation))
+        else:
+            writer.flatten(name, inputs[0])
 
-    def pool(self, step: Step) -> dict[str, Any]:
-        pool = self.model.get_submodule(step.module)
-        if 0 in pool.pixels:
-            raise ValueError(
-                f"convert: '{step.name}': expected an average pool that has seen an image, got none (calibrate or train first)"
-            )
-        activation = pool.activation
-        return {
-            "size": list(pool.pixels),
-            "shift": activation.shift,
-            "fraction_length": int(activation.rounded_fraction_length()),
-        }
-
-    def product(self, step: Step) -> dict[str, Any]:
+    def product(self, writer: _C._FixedPointProgramWriter, step: Step) -> None:
         layer: FixedPointLayer = self.model.get_submodule(step.module)
         folded = self.folded[step.name] = layer.folded()
-        if not bool(torch.isfinite(folded.bound).all()):
-            raise ValueError(f"convert: '{step.name}': expected finite weights, got NaN or Inf")
         self.check_bound(step, layer, folded)
-        self.tensors[f"{step.name}.weight"] = folded.codes.to(torch.int8)
-        bias = folded.bias_codes if folded.bias_codes is not None else folded.bound.new_zeros(len(folded.bound))
-        self.tensors[f"{step.name}.bias"] = bias.to(torch.int32)
-        lengths = folded.fraction_length.flatten().tolist()
-        node: dict[str, Any] = {}
+        output = _codes(layer.output_activation) if step.quantizes else None
         if step.op == "conv2d":
-            node = {
-                "kernel": list(layer.kernel_size),
-                "stride": list(layer.stride),
-                "padding": list(layer.padding),
-                "groups": layer.groups,
-                "channels": layer.out_channels,
-            }
+            sizes = (layer.kernel_size, layer.stride, layer.padding)
+            writer.conv2d(step.name, list(step.inputs), *sizes, layer.groups, folded, output)
         else:
-            node = {"features": layer.out_features}
-        node["weight_fraction_length"] = lengths[0] if layer.axis is None else lengths
-        return node | (_output(layer.output_activation) if step.quantizes else {"output": "accumulators"})
+            writer.linear(step.name, step.inputs[0], folded, output)
 
-    def check_bound(self, step: Step, layer: FixedPointLayer, folded: Folded) -> None:
+    def check_bound(self, step: Step, layer: FixedPointLayer, folded: _C._FixedPointFolded) -> None:
         """The accumulator and, where there is one, its sum with the residual fit 32 bits at the longer fraction length."""
         own = folded.accumulator_fraction_length.double()
         bound = folded.bound
@@ -173,12 +137,9 @@ class _Writer:
             )
 
 
-def _output(activation: FixedPointActivation) -> dict[str, Any]:
-    return {
-        "output": "codes",
-        "signed": activation.signed,
-        "fraction_length": int(activation.rounded_fraction_length()),
-    }
+def _codes(activation: FixedPointActivation) -> tuple[bool, int]:
+    """Whether codes are signed, and their fraction length."""
+    return activation.signed, int(activation.rounded_fraction_length())
 
 
 @torch.no_grad()

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quantrain import _C
 from quantrain._C import Recipe
 from quantrain.fixed_point import fixed_point_fraction_length, fixed_point_quantize
 
@@ -26,20 +26,6 @@ from .activation import FixedPointActivation, FixedPointPoolActivation, kWordLen
 __all__ = ["FixedPointActivation", "FixedPointAvgPool2d", "FixedPointConv2d", "FixedPointLinear"]
 
 kExactFloat32 = 2**24  # integers below it are exact in float32
-kLargestAccumulator = 2**31 - 1
-
-
-@dataclass
-class Folded:
-    """What a layer is in evaluation: units of its weight, and integers of both (float64 tensors of whole numbers)."""
-
-    weight: Tensor  # float32, codes * 2^-FL_w
-    codes: Tensor  # float32 whole numbers
-    bias_codes: Tensor | None  # float64 whole numbers, fraction length FL_x + FL_w
-    fraction_length: Tensor  # FL_w, int32 [1] or [O, 1, ...]
-    accumulator_fraction_length: Tensor  # FL_x + FL_w, int32 [1] or [O]
-    exponent: Tensor | None  # j, float32 [1], where the output is not in the units of an activation
-    bound: Tensor  # float64 [O]: the accumulator's largest magnitude
 
 
 @contextmanager
@@ -221,34 +207,22 @@ class FixedPointLayer(Calibrates, nn.Module):
         return fixed_point_quantize(weight, fraction_length)
 
     @torch.no_grad()
-    def folded(self) -> Folded:
+    def folded(self) -> _C._FixedPointFolded:
         """Weight and bias as evaluation and the converted network have them."""
-        sf = self.scale_factor()
-        factor, exponent = self.factor(sf)
-        effective = self.weight.float() * factor
-        fraction_length = self.choose_fraction_length(effective)
-        scale = torch.exp2(fraction_length.float())
-        codes = (effective * scale).round().clamp(-127, 127)
-        input_length = self.input_activation.rounded_fraction_length()
-        accumulator = input_length + fraction_length.flatten()
-        bias = self._folded_bias(sf, exponent)
-        bound = codes.abs().double().flatten(1).sum(1) * self.input_activation.quant_max
-        if bias is not None:
-            bias = (bias.double() * torch.exp2(accumulator.double())).round()
-            bias = bias.clamp(-kLargestAccumulator, kLargestAccumulator)
-            bound = bound + bias.abs()
-        return Folded(codes / scale, codes, bias, fraction_length, accumulator, exponent, bound)
-
-    def _folded_bias(self, sf: Tensor | None, exponent: Tensor | None) -> Tensor | None:
-        bias = self.bias
-        if self.bn is not None:
-            shift = self.bn.running_mean if bias is None else self.bn.running_mean - bias
-            bias = self.bn.bias - shift * sf
-        if bias is None:
-            return None
-        if exponent is not None:
-            return bias * torch.exp2(exponent)
-        return bias / self.output_activation.eta()
+        bn, output = self.bn, self.output_activation
+        return _C._fold_fixed_point(
+            weight=self.weight,
+            bias=self.bias,
+            bn=None if bn is None else (bn.weight, bn.bias, bn.running_mean, bn.running_var),
+            bn_eps=0.0 if bn is None else bn.eps,
+            eta_in=self.input_activation.eta(),
+            eta_out=None if output is None else output.eta(),
+            input_fraction_length=self.input_activation.rounded_fraction_length(),
+            input_quant_max=self.input_activation.quant_max,
+            weight_fraction_length=self.weight_fraction_length,
+            method=self.method,
+            hysteresis=self.hysteresis,
+        )
 
     def _unit_forward(self, units: Tensor, residual: Tensor | None) -> Tensor:
         with exact_arithmetic(units.device):
