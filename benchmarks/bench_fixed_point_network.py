@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from int8_bench.report import environment
+from common.report import environment
 from torch import nn
 
 import quantrain

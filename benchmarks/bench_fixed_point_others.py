@@ -4,27 +4,25 @@
 
 Shapes of ResNet-50 at batch 64: sums of a convolution, linear, add, max pool, average pool's sum. First each result is checked against float64 (linear:
 int64 on the CPU). Times are medians of CUDA graphs of calls that rotate through more than the cache holds; bound: what the bytes that must move
-take at the rate of a copy in this run. On a CPU nothing is measured (bench_fixed_point_layers.py has the convolutions).
+take at the rate of a copy in this run. On a CPU nothing is measured (bench_fixed_point_conv.py has the convolutions).
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fixed_point.resnet50_layers import CACHE_BYTES, Captured, codes, copy_rate, medians
+from common.operands import codes
+from common.timing import Captured, copy_rate, medians
 
 import quantrain
 
 BATCH = 64
+CACHE_BYTES = 200 << 20
 
 
 def sets(nbytes: int) -> int:

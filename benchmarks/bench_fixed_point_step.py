@@ -21,13 +21,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from common.models import mobilenet_v2
+from common.timing import captured
 from torch import nn
 from torch.nn import functional
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fixed_point.models import mobilenet_v2
-from int8_bench.timing import captured
 
 from quantrain import nn as qnn
 from quantrain.finetune.models import resnet20

@@ -30,8 +30,8 @@ import traceback
 from pathlib import Path
 
 import torch
-from int8_bench import cpu, gemm, gpt_step, inference, linear, quantise
-from int8_bench.report import Report
+from common.report import Report
+from int8 import cpu, gemm, gpt_step, inference, linear, quantize
 
 from quantrain.finetune.memory import keep_freed_memory
 
@@ -60,8 +60,8 @@ def run_section(name: str, report: Report, options: argparse.Namespace) -> None:
     device, quick = options.device, options.quick
     sections = {
         "mm": lambda: gemm.mm(report, device, quick),
-        "quantize": lambda: quantise.quantize(report, device, quick),
-        "fused": lambda: quantise.fused(report, device, quick),
+        "quantize": lambda: quantize.quantize(report, device, quick),
+        "fused": lambda: quantize.fused(report, device, quick),
         "linear": lambda: linear.linear(report, device, quick),
         "inference": lambda: inference.inference(report, device, quick),
         "cpu": lambda: cpu.cpu(report, quick),

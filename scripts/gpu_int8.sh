@@ -85,7 +85,7 @@ bench() { # SECONDS NAME ARGUMENTS...
 study() { # SECONDS ARGUMENTS...
   local seconds=$1
   shift
-  part $((seconds + 20)) /dev/null "$python" benchmarks/int8_training_study.py "$@" --device cuda --seconds "$seconds"
+  part $((seconds + 20)) /dev/null "$python" benchmarks/studies/int8_training/study.py "$@" --device cuda --seconds "$seconds"
 }
 
 # The C++ tests find torch's libraries where this Python has them.
@@ -101,7 +101,7 @@ check() {
   scratch=$(mktemp -d)
   part "${CHECK_SECONDS:-150}" /dev/null "$python" benchmarks/bench_int8.py --device cuda --quick \
     --only mm,quantize,fused,linear,inference,cpu,gpt,grid --json "$scratch/bench.json" --csv "$scratch/grid.csv"
-  part "${CHECK_SECONDS:-150}" /dev/null "$python" benchmarks/int8_training_study.py curves --quick --data random \
+  part "${CHECK_SECONDS:-150}" /dev/null "$python" benchmarks/studies/int8_training/study.py curves --quick --data random \
     --device cuda --out "$scratch"
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Where there is a GPU: runs benchmarks/gradient_quant_study.py part by part. Each part writes its JSON after every row, stops
+# Where there is a GPU: runs benchmarks/studies/gradient_quant/study.py part by part. Each part writes its JSON after every row, stops
 # by itself at its time limit and does not stop the others by failing; the log holds its traceback. Fails where a part fails.
 # Usage: scripts/gpu_study.sh [PART ...]    parts: check variance step accuracy (default: all, in this order)
 #   check: the whole study in a tiny form on the GPU (random data), so that a broken capture shows within a minute
@@ -42,7 +42,7 @@ part() {
   local seconds=$1
   shift
   say "$* (limit $seconds s)" | tee -a "$log"
-  timeout --kill-after=5 $((seconds + 20)) "$python" benchmarks/gradient_quant_study.py "$@" --device cuda \
+  timeout --kill-after=5 $((seconds + 20)) "$python" benchmarks/studies/gradient_quant/study.py "$@" --device cuda \
     --seconds "$seconds" 2>&1 | tee -a "$log"
   local status=${PIPESTATUS[0]}
   if [ "$status" -ne 0 ]; then

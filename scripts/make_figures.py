@@ -20,9 +20,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from common.drawing import BLUE, GREY, INK, ORANGE, PALE_BLUE, SKY, panels, plt, save, source  # noqa: E402
-from fixed_point import figures as fixed_point  # noqa: E402
-from gradient_quant import figures as gradient_quant  # noqa: E402
-from int8_training import figures as int8_training  # noqa: E402
+from studies.fixed_point import figures as fixed_point  # noqa: E402
+from studies.gradient_quant import figures as gradient_quant  # noqa: E402
+from studies.int8_training import figures as int8_training  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[3]
-SCRIPT = ROOT / "benchmarks" / "gradient_quant_study.py"
+SCRIPT = ROOT / "benchmarks" / "studies" / "gradient_quant" / "study.py"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 pytest.importorskip("matplotlib")
 
-from gradient_quant import accuracy, captured, data, figures, results, tables, tasks, variance  # noqa: E402
-from gradient_quant.recipes import prepared, recipe_of  # noqa: E402
+from common import captured, data, tasks  # noqa: E402
+from studies.gradient_quant import accuracy, figures, results, tables, variance  # noqa: E402
+from studies.gradient_quant.recipes import prepared, recipe_of  # noqa: E402
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 

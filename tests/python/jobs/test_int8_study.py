@@ -15,11 +15,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 pytest.importorskip("matplotlib")
 
 import bench_int8  # noqa: E402
-import int8_training_study  # noqa: E402
-from int8_bench import checks, encoder, timing  # noqa: E402
-from int8_bench.recipes import int8_recipe  # noqa: E402
-from int8_bench.report import Row  # noqa: E402
-from int8_training import curves, figures, finetune, results, tables  # noqa: E402
+from common import operands, timing  # noqa: E402
+from common.recipes import int8_recipe  # noqa: E402
+from common.report import Row  # noqa: E402
+from int8 import checks, encoder  # noqa: E402
+from studies.int8_training import curves, figures, finetune, results, study, tables  # noqa: E402
 
 from quantrain.finetune import job, minilm, text  # noqa: E402
 
@@ -35,8 +35,8 @@ def out(tmp_path_factory) -> Path:
     try:
         flags = ["--device", "cpu", "--quick", "--only", ",".join(BENCH), "--csv", str(folder / "grid.csv")]
         assert bench_int8.main([*flags, "--json", str(folder / "int8-bench-cpu-2000-01-01.json")]) == 0
-        study = ["curves", "--quick", "--data", "random", "--device", "cpu", "--out", str(folder)]
-        assert int8_training_study.main(study) == 0
+        flags = ["curves", "--quick", "--data", "random", "--device", "cpu", "--out", str(folder)]
+        assert study.main(flags) == 0
     finally:
         torch.set_num_threads(threads)
     return folder
@@ -77,7 +77,7 @@ def test_a_tiny_fine_tuning_runs_in_both_precisions(tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "stored_type", lambda: "float32")
     settings = finetune.Settings(seeds=1, train_rows=64, batch_size=8, epochs=4, lr=1e-2)
     monkeypatch.setattr(finetune, "QUICK", settings)
-    assert int8_training_study.main(["finetune", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert study.main(["finetune", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     content = results.newest(tmp_path, "finetune")[1]
     assert [row["kind"] for row in content["rows"]] == [finetune.FLOAT, finetune.FROM_START, finetune.ON_TOP]
     assert [row["steps"] for row in content["rows"]] == [32, 32, 2]
@@ -156,8 +156,8 @@ def test_tables_and_figures_of_a_gpu(tmp_path):
 
 def product_operands() -> tuple:
     torch.manual_seed(0)
-    a, b = checks.random_codes(96, 160, "cpu"), checks.random_codes(80, 160, "cpu")
-    return a, b, checks.random_scale(96, "cpu"), checks.random_scale(80, "cpu"), torch.randn(80)
+    a, b = operands.random_codes(96, 160, "cpu"), operands.random_codes(80, 160, "cpu")
+    return a, b, operands.random_scale(96, "cpu"), operands.random_scale(80, "cpu"), torch.randn(80)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

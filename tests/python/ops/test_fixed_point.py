@@ -253,7 +253,7 @@ def test_hysteresis_of_each_channel():
 
 
 def test_constants_are_those_of_the_integral():
-    sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+    sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks" / "fits"))
     try:
         import fixed_point_constants
     finally:

@@ -1,0 +1,1 @@
+"""What several benchmarks use: clocks, reports, data, models, the look of figures."""

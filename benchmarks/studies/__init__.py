@@ -1,0 +1,1 @@
+"""Questions that take more than one number: a folder each, run by its study.py."""
