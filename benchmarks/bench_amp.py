@@ -1,11 +1,11 @@
 """Loss scaling: the fused gradient steps against PyTorch's, and training in every precision, all in one run.
 
-    python benchmarks/bench_amp.py [--device cpu|cuda] [--part clip|train|all] [--cpp PROGRAM] [--curves FILE] [--json FILE]
+    python benchmarks/bench_amp.py [--device cpu|cuda] [--quick] [--part clip|train|all] [--cpp PROGRAM] [--curves FILE] [--json FILE]
 
 clip: unscale, check for Inf and NaN, and clip by norm the gradients of GPT-2 124M (148 tensors). Results are checked against float64
-before they are timed. "floor": the time that 12 bytes a float32 element (one reading, then one reading and writing) would take at the
-rate of a copy measured in the same run, as per cent of the call's time; "PyTorch": GradScaler.unscale_ and clip_grad_norm_(foreach=True)
-over ours.
+before they are timed. Columns: time of one call; the bytes that it must move, per second; the time that they (12 bytes per float32
+element: one reading, then one reading and writing) would take at the rate of a copy measured in the same run, as per cent of the call's
+time; GradScaler.unscale_ and clip_grad_norm_(foreach=True) over ours.
 train (CUDA): GPT-2 124M, in Python and, with --cpp (the built examples/cpp/train_gpt), in C++, eager and captured; and a network of
 ResNet-50's convolutions. Time a step, the host's part of it, peak memory, loss after the steps. --curves: also trains the small preset
 on tinyshakespeare in float32, float16 and bfloat16 and writes the losses, which scripts/make_figures.py draws.
@@ -13,7 +13,6 @@ on tinyshakespeare in float32, float16 and bfloat16 and writes the losses, which
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
@@ -21,48 +20,22 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
+from common.cases import parser_of, report_of
+from common.report import Measured, Report
+from common.timing import copy_rate, host_seconds, kernel_seconds, turns
 from torch import nn
 
-import quantrain
 from quantrain.amp import GradScaler
 
 ROOT = Path(__file__).resolve().parent.parent
 SCALE, MAX_NORM = 2.0**16, 1.0
-
-# ---- timing ----------------------------------------------------------------------------------------------------------------
-
-
-def time_cuda(run, batches: int = 15, calls: int = 6) -> float:
-    """Seconds a call, median over batches; launch time stays out."""
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(batches):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(20_000_000)
-        start.record()
-        for _ in range(calls):
-            run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / calls)
-    return statistics.median(times)
-
-
-def time_cpu(run, calls: int = 9) -> float:
-    """Seconds a call, median."""
-    run()
-    times = []
-    for _ in range(calls):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
+TINY = {"width": 64, "vocabulary": 256, "context": 32}
+# How often a gradient is read or written: the check reads, unscaling and clipping reads and writes. What an optimizer that takes the
+# scale needs is the check alone; with the scaler's overflow report and update it is the third.
+CLIPS = (("clip_grad_norm_", 3), ("clip_grad_norm_, check alone", 1), ("clip_grad_norm_, check and update", 1))
 
 # ---- unscale, check and clip ------------------------------------------------------------------------------------------------
 
@@ -81,10 +54,10 @@ def gpt2_shapes(
 class Setup:
     """Parameters with gradients, an optimizer that holds them, and both scalers."""
 
-    def __init__(self, device: str, dtype: torch.dtype, layers: int) -> None:
+    def __init__(self, device: str, dtype: torch.dtype, layers: int, **sizes: int) -> None:
         self.device = device
         self.parameters = [
-            nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in gpt2_shapes(layers)
+            nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in gpt2_shapes(layers, **sizes)
         ]
         self.optimizer = torch.optim.SGD(self.parameters, lr=0.1)
         self.fused = torch.optim.AdamW(self.parameters, fused=True)
@@ -139,44 +112,23 @@ class Setup:
             )
 
 
-def copy_rate(device: str, timer) -> float:
-    """Bytes a second of a copy, reading and writing counted, 512 MB each way on CUDA and 64 MB on the CPU."""
-    source = torch.randn((128 if device == "cuda" else 16) * 2**20, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / timer(lambda: target.copy_(source))
-
-
-def bench_clip(device: str, rows: list) -> None:
-    timer = time_cuda if device == "cuda" else time_cpu
-    rate = copy_rate(device, timer)
-    print(f"copy: {rate / 1e9:.0f} GB/s" if device == "cuda" else "copy: measured")
-    print(
-        f"{'unscale + check + clip':<74} {'us':>9} {'floor':>7} {'PyTorch':>8}"
-        if device == "cuda"
-        else f"{'unscale + check + clip':<74} {'floor':>7} {'PyTorch':>8}"
-    )
-    layers = 12 if device == "cuda" else 2
+def bench_clip(report: Report, *, quick: bool) -> None:
+    device = report.device
+    rate = copy_rate(device)
     for dtype in (torch.float32, torch.bfloat16):
-        setup = Setup(device, dtype, layers)
+        setup = Setup(device, dtype, 12 if device == "cuda" else 2, **TINY if quick else {})
         setup.verify()
         setup.refill(2)
-        seconds, check, takes = timer(setup.ours), timer(setup.check_only), timer(setup.takes_scale)
         # PyTorch's unscale_ has no bfloat16 on CUDA.
-        native = timer(setup.pytorch) if dtype == torch.float32 or device == "cpu" else None
+        native = setup.pytorch if dtype == torch.float32 or device == "cpu" else None
+        calls = [setup.ours, setup.check_only, setup.takes_scale, *([native] if native else [])]
+        seconds = [kernel_seconds([lambda _, call=call: call()], device, repeats=9)[0] for call in calls]
         element = float(setup.parameters[0].grad.float().std()) / (MAX_NORM / setup.numel**0.5)
         assert 0.5 < element < 2, f"expected clipped gradients to be timed, got {element} of their size"
-        size = torch.finfo(dtype).bits // 8
-        for name, value, floor_bytes, other in (
-            ("clip_grad_norm_", seconds, 3 * size, native),
-            ("check alone, as an optimizer that takes the scale needs", check, size, native),
-            ("... through the scaler, with overflow report and update", takes, size, native),
-        ):
-            other = None if other is None else round(other / value, 2)
-            share = 100 * floor_bytes * setup.numel / rate / value
-            label = f"{name}, {len(setup.parameters)} x {str(dtype)[6:]}"
-            time_text = f"{value * 1e6:9.1f} " if device == "cuda" else ""
-            print(f"{label:<74.74} {time_text}{share:6.0f} % {f'{other:.2f}x' if other else '-':>8}")
-            rows.append({"op": name, "dtype": str(dtype), "floor_per_cent": round(share, 1), "pytorch": other})
+        size, what = torch.finfo(dtype).bits // 8, (f"{len(setup.parameters)} tensors", dtype, (setup.numel,))
+        for (name, accesses), value in zip(CLIPS, seconds, strict=False):
+            moved = accesses * size * setup.numel
+            report.measured(Measured(name, *what, value, moved, rate, seconds[3] if native else None))
         del setup
         gc.collect()
 
@@ -215,7 +167,7 @@ def run_gpt(command: list[str], flags: list[str], text: Path) -> dict | None:
     return json.loads(lines[-1])
 
 
-def bench_gpt(cpp: str | None, rows: list) -> None:
+def bench_gpt(cpp: str | None, report: Report) -> None:
     text = Path(tempfile.gettempdir()) / "bench_amp_text.txt"
     torch.manual_seed(0)
     text.write_bytes(bytes(torch.randint(97, 123, (2_000_000,), dtype=torch.uint8).tolist()))
@@ -223,7 +175,7 @@ def bench_gpt(cpp: str | None, rows: list) -> None:
     if cpp:
         programs["C++"] = [cpp]
     header = ["GPT-2 124M", "batch", "precision", "ms/step", "host ms", "memory GB", "loss", "against Python"]
-    print("\n" + "{:<22}{:>9}{:>10}{:>9}{:>9}{:>11}{:>8}{:>16}".format(*header))
+    report.say("\n" + "{:<22}{:>9}{:>10}{:>9}{:>9}{:>11}{:>8}{:>16}".format(*header))
     for batch, context in ((8, 1024), (1, 256)):
         sizes = ["--batch-size", str(batch), "--context", str(context), "--benchmark", "20"]
         for precision, flags in PRECISIONS.items():
@@ -240,13 +192,12 @@ def bench_gpt(cpp: str | None, rows: list) -> None:
                         continue
                     python = python or result["step_ms_median"]
                     label = name + variant
-                    print(
+                    report.add(
+                        {"op": "train_gpt", "batch": f"{batch}x{context}", **result},
                         f"{label:<22}{f'{batch}x{context}':>9}{precision:>10}{result['step_ms_median']:>9.2f}"
                         f"{result['host_ms_median']:>9.2f}{result['peak_memory_bytes'] / 1e9:>11.2f}"
                         f"{result['final_loss']:>8.3f}{python / result['step_ms_median']:>15.2f}x",
-                        flush=True,
                     )
-                    rows.append({"op": "train_gpt", "batch": f"{batch}x{context}", **result})
 
 
 def train_curves(path: Path) -> None:
@@ -302,8 +253,8 @@ def resnet50() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(entry, 1000))
 
 
-def bench_convolutions(rows: list) -> None:
-    print(
+def bench_convolutions(report: Report) -> None:
+    report.say(
         "\n"
         + f"{'ResNet-50, 64x3x224x224':<22}{'precision':>14}{'ms/step':>9}{'memory GB':>11}{'loss':>8}{'against fp32':>14}"
     )
@@ -320,7 +271,7 @@ def bench_convolutions(rows: list) -> None:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float16
         losses = []
 
-        def step(optimizer=optimizer, model=model, scaler=scaler, dtype=dtype, precision=precision, losses=losses):
+        def step(_, optimizer=optimizer, model=model, scaler=scaler, dtype=dtype, precision=precision, losses=losses):
             optimizer.zero_grad()
             with torch.autocast("cuda", dtype, enabled=precision in ("fp16", "bf16")):
                 loss = nn.functional.cross_entropy(model(x).float(), y)
@@ -331,23 +282,14 @@ def bench_convolutions(rows: list) -> None:
 
         torch.cuda.reset_peak_memory_stats()
         for _ in range(5):
-            step()
-        times = []
-        for _ in range(20):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            step()
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
+            step(0)
+        (times,) = turns([lambda turn, step=step: host_seconds(step, 1, "cuda")], 20)
         seconds = statistics.median(times)
         baseline = baseline or seconds
         memory = torch.cuda.max_memory_allocated() / 1e9
-        print(
+        report.add(
+            {"op": "resnet50", "precision": precision, "ms": round(seconds * 1e3, 2), "memory_gb": round(memory, 2)},
             f"{'':<22}{precision:>14}{seconds * 1e3:>9.2f}{memory:>11.2f}{float(losses[-1]):>8.3f}{baseline / seconds:>13.2f}x",
-            flush=True,
-        )
-        rows.append(
-            {"op": "resnet50", "precision": precision, "ms": round(seconds * 1e3, 2), "memory_gb": round(memory, 2)}
         )
         del model, optimizer
         gc.collect()
@@ -355,25 +297,19 @@ def bench_convolutions(rows: list) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = parser_of(__doc__)
     parser.add_argument("--part", choices=["clip", "train", "all"], default="all")
     parser.add_argument("--cpp", default=os.environ.get("QUANTRAIN_TRAIN_GPT"), help="the built examples/cpp/train_gpt")
     parser.add_argument("--curves", type=Path, help="also train in three precisions and write the losses to this file")
-    parser.add_argument("--json", help="also write the rows to this file")
     options = parser.parse_args()
-    where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU, 2 threads"
-    print(f"bench_amp on {where}, torch {torch.__version__}, quantrain {quantrain.__version__}")
-    rows: list[dict] = []
+    report = report_of("bench_amp", options)
     if options.part in ("clip", "all"):
-        bench_clip(options.device, rows)
-    if options.part in ("train", "all") and options.device == "cuda":
-        bench_gpt(options.cpp, rows)
-        bench_convolutions(rows)
+        bench_clip(report, quick=options.quick)
+    if options.part in ("train", "all") and options.device == "cuda" and not options.quick:
+        bench_gpt(options.cpp, report)
+        bench_convolutions(report)
     if options.curves:
         train_curves(options.curves)
-    if options.json:
-        Path(options.json).write_text(json.dumps({"benchmark": "bench_amp", "on": where, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,82 +1,32 @@
 """The fake_quant family against a copy of the same bytes and against PyTorch's own operators, all in one run.
 
-    python benchmarks/bench_fake_quant.py [--device cpu|cuda] [--json FILE]
+    python benchmarks/bench_fake_quant.py [--device cpu|cuda] [--quick] [--json FILE]
 
 Every line is checked before it is timed: fresh random inputs, results against PyTorch's operator or the formula in float64.
 Columns: time of one call; "floor": the time that the bytes the operation must move would take at the copy's rate, as per cent of the
 call's time; "native": the time of PyTorch's own operator over ours.
 Floor bytes an element of size s: forward 2 s; forward + backward 4 s + 2/8 (mask written and read); learnable forward + backward 5 s;
 quantize s + 1; dequantize 1 + s; choose_qparams s.
-CUDA: events around batches of calls on rotating inputs larger than the second-level cache, median. CPU: two threads, wall clock, the
-candidates interleaved, median.
+CUDA: on the device's clock, rotating inputs larger than the second-level cache. CPU: two threads, wall clock. The candidates take turns;
+medians. The last lines: host time of an eager call at 256 elements over the native operator's.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
-from dataclasses import dataclass
-
 import torch
+from common.cases import Case, bench_cases, parser_of, report_of
+from common.timing import host_seconds, medians, turns
 
 import quantrain
 
-CUDA_SHAPES = {"8192x8192": (8192, 8192), "64x256x56x56": (64, 256, 56, 56)}
-CPU_SHAPES = {"1024x1024": (1024, 1024), "4096x4096": (4096, 4096)}
-
-
-@dataclass
-class Case:
-    op: str
-    granularity: str
-    run: object  # call(set index)
-    floor_bytes: float
-    native: object = None
-    check: object = None
-
-
-# ---- timing ----------------------------------------------------------------------------------------------------------------
-
-
-def time_cuda(run, sets: int, batches: int = 15, calls: int = 6) -> float:
-    """Seconds a call, median over batches."""
-    for i in range(3):
-        run(i % sets)
-    times = []
-    for batch in range(batches):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(4_000_000)  # about 2 ms in which the queue fills: launch time stays out
-        start.record()
-        for i in range(calls):
-            run((batch + i) % sets)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / calls)
-    return statistics.median(times)
-
-
-def time_cpu(runs: list, sets: int, seconds: float = 1.5) -> list[float]:
-    """Seconds a call of each candidate, interleaved so that a disturbance strikes all of them; median."""
-    times = [[] for _ in runs]
-    for run in runs:
-        run(0)
-    stop = time.perf_counter() + seconds * len(runs)
-    index = 0
-    while time.perf_counter() < stop or index < 7:
-        for k, run in enumerate(runs):
-            start = time.perf_counter()
-            run(index % sets)
-            times[k].append(time.perf_counter() - start)
-        index += 1
-    return [statistics.median(t) for t in times]
+CUDA_SHAPES = ((8192, 8192), (64, 256, 56, 56))
+CPU_SHAPES = ((1024, 1024), (4096, 4096))
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------------------
 
 
-def make_cases(shape, dtype, device, sets, copy_only=False):
+def make_cases(shape, dtype, device, sets):
     x = [torch.randn(shape, device=device, dtype=dtype) for _ in range(sets)]
     leaf = [t.detach().clone().requires_grad_() for t in x]
     grad = [torch.randn(shape, device=device, dtype=dtype) for _ in range(sets)]
@@ -201,6 +151,12 @@ def make_cases(shape, dtype, device, sets, copy_only=False):
     return x, cases
 
 
+def make_cpu_cases(shape, dtype, device, sets):
+    """Of the larger shape the forward passes alone."""
+    x, cases = make_cases(shape, dtype, device, sets)
+    return x, [case for case in cases if tuple(shape) != CPU_SHAPES[1] or case.op == "fake_quantize forward"]
+
+
 def expand(scale, shape):
     if scale.numel() == 1:
         return scale
@@ -210,84 +166,10 @@ def expand(scale, shape):
     return scale
 
 
-# ---- report ----------------------------------------------------------------------------------------------------------------
+# ---- launches --------------------------------------------------------------------------------------------------------
 
 
-class Report:
-    def __init__(self, device):
-        self.device, self.rows = device, []
-
-    def add(self, case, dtype, shape, seconds, rate, native_seconds, **more):
-        row = {
-            "op": case.op,
-            "granularity": case.granularity,
-            "dtype": str(dtype).removeprefix("torch."),
-            "shape": shape,
-            "microseconds": round(seconds * 1e6, 2),
-            "gigabytes_per_second": round(case.floor_bytes / seconds / 1e9, 1),
-            "percent_of_floor": round(100 * case.floor_bytes / rate / seconds, 1),
-            "native_ratio": round(native_seconds / seconds, 2) if native_seconds else None,
-            **more,
-        }
-        self.rows.append(row)
-        native = f"{row['native_ratio']:8.2f}x" if native_seconds else f"{'-':>9}"
-        extra = "".join(f"  {k} {v}" for k, v in more.items())
-        # CPU times are ratios only: a shared machine's seconds say nothing.
-        absolute = (
-            f"{row['microseconds']:10.1f} us {row['gigabytes_per_second']:8.0f} GB/s" if self.device == "cuda" else ""
-        )
-        print(
-            f"{row['op']:<41} {row['granularity']:<17} {row['dtype']:<9} {shape:<13} {absolute} {row['percent_of_floor']:6.1f} %{native}{extra}",
-            flush=True,
-        )
-
-
-def bench_cuda(report, shapes=CUDA_SHAPES, make_cases=make_cases):
-    for label, shape in shapes.items():
-        for dtype in (torch.float32, torch.bfloat16):
-            sets = 3
-            x, cases = make_cases(shape, dtype, "cuda", sets)
-            y = torch.empty_like(x[0])
-            copy = time_cuda(lambda i: y.copy_(x[i]), sets)  # noqa: B023
-            rate = 2 * x[0].numel() * x[0].element_size() / copy
-            print(
-                f"\ncopy {dtype} {label}: {copy * 1e6:.1f} us, {rate / 1e9:.0f} GB/s; floor and native below are ratios to this run"
-            )
-            for case in cases:
-                if case.check:
-                    case.check()
-                native = time_cuda(case.native, sets, batches=7, calls=3) if case.native else None
-                report.add(case, dtype, label, time_cuda(case.run, sets), rate, native)
-            del x, cases, y
-            torch.cuda.empty_cache()
-
-
-def bench_cpu(report):
-    torch.set_num_threads(2)
-    for label, shape in CPU_SHAPES.items():
-        small = shape[0] == 1024
-        sets = 1 if small else 2
-        x, cases = make_cases(shape, torch.float32, "cpu", sets)
-        cases = [c for c in cases if small or c.op.startswith("fake_quantize forward")]
-        for case in cases:
-            if case.check:
-                case.check()
-            runs = [case.run, lambda i: torch.empty_like(x[i]).copy_(x[i]), lambda i: x[i].clone()]  # noqa: B023
-            times = time_cpu(runs + ([case.native] if case.native else []), sets, 0.8)
-            rate = 2 * x[0].numel() * 4 / times[1]
-            report.add(
-                case,
-                torch.float32,
-                label,
-                times[0],
-                rate,
-                times[3] if case.native else None,
-                times_of_copy=round(times[0] / times[1], 2),
-                times_of_clone=round(times[0] / times[2], 2),
-            )
-
-
-def bench_launch(report):
+def bench_launch(report, *, quick=False):
     """Host time of an eager call at 256 elements, ours over the native operator's."""
     device = report.device
     x, scale = torch.randn(256, device=device), torch.tensor([0.05], device=device)
@@ -308,41 +190,22 @@ def bench_launch(report):
             lambda: torch.fake_quantize_per_channel_affine(rows, rows_scale, zeros, 0, -128, 127),
         ),
     }
-    print("\nhost time of an eager call at 256 elements, over the native operator's")
-    for name, (ours, native) in pairs.items():
-        times = [[], []]
-        for _ in range(40):
-            for k, run in enumerate((ours, native)):
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                start = time.perf_counter()
-                for _ in range(100):
-                    run()
-                times[k].append(time.perf_counter() - start)
-        ratio = statistics.median(times[0]) / statistics.median(times[1])
-        report.rows.append({"op": "launch overhead", "granularity": name, "native_time_ratio": round(ratio, 2)})
-        print(f"launch overhead {name:<14} {ratio:.2f}x the native call")
+    for name, runs in pairs.items():
+        timers = [lambda turn, run=run: host_seconds(lambda _: run(), 100, device, wait=False) for run in runs]
+        ours, native = medians(turns(timers, 2 if quick else 40))
+        row = {"op": "launch overhead", "granularity": name, "native_time_ratio": round(ours / native, 2)}
+        report.add(row, f"launch overhead {name:<14} {ours / native:.2f}x the native call")
 
 
-def run_benchmark(name, description, bench):
-    """The command line of a benchmark: ``bench(report)`` on the device asked for, rows to a file where one is."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", help="also write the rows to this file")
-    options = parser.parse_args()
-    where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU, 2 threads"
-    print(f"{name} on {where}, torch {torch.__version__}, quantrain {quantrain.__version__}")
-    report = Report(options.device)
-    bench(report)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"benchmark": name, "on": where, "torch": torch.__version__, "rows": report.rows}, file, indent=1)
-
-
-def bench_all(report):
-    (bench_cuda if report.device == "cuda" else bench_cpu)(report)
-    bench_launch(report)
+def main() -> None:
+    options = parser_of(__doc__).parse_args()
+    report = report_of("bench_fake_quant", options)
+    if options.device == "cuda":
+        bench_cases(report, CUDA_SHAPES, make_cases, quick=options.quick)
+    else:
+        bench_cases(report, CPU_SHAPES, make_cpu_cases, quick=options.quick)
+    bench_launch(report, quick=options.quick)
 
 
 if __name__ == "__main__":
-    run_benchmark("bench_fake_quant", __doc__.splitlines()[0], bench_all)
+    main()

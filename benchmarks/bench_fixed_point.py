@@ -1,6 +1,6 @@
 """The fixed_point family against a copy of the same bytes and against PyTorch's own operators, all in one run.
 
-    python benchmarks/bench_fixed_point.py [--device cpu|cuda] [--json FILE]
+    python benchmarks/bench_fixed_point.py [--device cpu|cuda] [--quick] [--json FILE]
 
 Every line is checked before it is timed. Columns: time of one call; "floor": the time that the bytes the operation must move would take
 at the copy's rate, as per cent of the call's time; "native": the time of the shortest composition of PyTorch's operators over ours (for
@@ -12,12 +12,12 @@ CUDA and CPU timing as in bench_fake_quant.py.
 from __future__ import annotations
 
 import torch
-from bench_fake_quant import Case, bench_cuda, run_benchmark, time_cpu
+from common.cases import Case, bench_cases, parser_of, report_of
 
 import quantrain
 
-CUDA_SHAPES = {"8192x8192": (8192, 8192), "64x256x56x56": (64, 256, 56, 56), "512x512x3x3": (512, 512, 3, 3)}
-CPU_SHAPES = {"1024x1024": (1024, 1024), "512x512x3x3": (512, 512, 3, 3)}
+CUDA_SHAPES = ((8192, 8192), (64, 256, 56, 56), (512, 512, 3, 3))
+CPU_SHAPES = ((1024, 1024), (512, 512, 3, 3))
 
 
 def native_length(x, dims=None):
@@ -126,26 +126,11 @@ def make_cases(shape, dtype, device, sets):
     return x, cases
 
 
-def bench_cpu(report):
-    torch.set_num_threads(2)
-    for label, shape in CPU_SHAPES.items():
-        x, cases = make_cases(shape, torch.float32, "cpu", 1)
-        for case in cases:
-            if case.check:
-                case.check()
-            runs = [case.run, lambda i: torch.empty_like(x[i]).copy_(x[i])]  # noqa: B023
-            times = time_cpu(runs + ([case.native] if case.native else []), 1, 0.5)
-            rate = 2 * x[0].numel() * 4 / times[1]
-            native = times[2] if case.native else None
-            report.add(case, torch.float32, label, times[0], rate, native, times_of_copy=round(times[0] / times[1], 2))
-
-
-def bench_all(report):
-    if report.device == "cuda":
-        bench_cuda(report, CUDA_SHAPES, make_cases)
-    else:
-        bench_cpu(report)
+def main() -> None:
+    options = parser_of(__doc__).parse_args()
+    report = report_of("bench_fixed_point", options)
+    bench_cases(report, CUDA_SHAPES if options.device == "cuda" else CPU_SHAPES, make_cases, quick=options.quick)
 
 
 if __name__ == "__main__":
-    run_benchmark("bench_fixed_point", __doc__.splitlines()[0], bench_all)
+    main()

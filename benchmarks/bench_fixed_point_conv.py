@@ -1,6 +1,6 @@
 """Convolutions of codes on the CPU or a GPU: quantrain's, against float32 and oneDNN's int8 in the same run.
 
-    python benchmarks/bench_fixed_point_conv.py [--device cpu] [--threads 2] [--repeats 15]
+    python benchmarks/bench_fixed_point_conv.py [--device cpu] [--threads 2] [--repeats 15] [--json FILE]
 
 One line a layer shape of ResNet-20 (32 x 32) and ResNet-18 (224 x 224): milliseconds, GMAC/s, and how many times as long the others take. The last
 lines are sums over all the network's convolutions.
@@ -9,9 +9,11 @@ lines are sums over all the network's convolutions.
 from __future__ import annotations
 
 import argparse
-import time
+from pathlib import Path
 
 import torch
+from common.report import Report
+from common.timing import host_seconds
 
 import quantrain
 
@@ -42,20 +44,12 @@ RESNET18 = [
 def milliseconds(run, repeats: int, device: str) -> float:
     """The least of `repeats` timings, each of enough calls for a millisecond: other programs only add to it."""
 
-    def timed(calls: int) -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) * 1e3 / calls
-
-    for _ in range(3):
+    def call(index: int) -> None:
         run()
-    calls = max(1, int(1 / max(timed(3), 1e-6)))
-    return min(timed(calls) for _ in range(repeats))
+
+    host_seconds(call, 3, device)
+    calls = max(1, int(1e-3 / max(host_seconds(call, 3, device), 1e-9)))
+    return 1e3 * min(host_seconds(call, calls, device) for _ in range(repeats))
 
 
 def onednn(x, w, stride: int, padding: int):
@@ -95,9 +89,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--only", default="", help="a network and batch, as in the output: 'resnet20 64'")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    report = Report("bench_fixed_point_conv", args.device, args.json)
     for name, shapes, batches in (("resnet20", RESNET20, (64, 1)), ("resnet18", RESNET18, (16, 1))):
         for batch in batches:
             if args.only and args.only != f"{name} {batch}":
@@ -108,15 +104,15 @@ def main() -> None:
                 ours = times["quantrain"]
                 macs = batch * (size // stride) ** 2 * o * c * kernel**2
                 ratios = "  ".join(f"{other} {t / ours:5.2f}x" for other, t in times.items() if other != "quantrain")
-                print(
-                    f"{name} batch {batch:2d}  {c:3d}->{o:3d} {size:3d}px {kernel}x{kernel}/{stride}  {ours:8.4f} ms "
-                    f"{macs / ours / 1e6:6.0f} GMAC/s  {ratios}"
+                case = f"{c:3d}->{o:3d} {size:3d}px {kernel}x{kernel}/{stride}"
+                report.add(
+                    {"network": name, "batch": batch, "layer": case, "count": count, "ms": times},
+                    f"{name} batch {batch:2d}  {case}  {ours:8.4f} ms {macs / ours / 1e6:6.0f} GMAC/s  {ratios}",
                 )
                 for other, t in times.items():
                     total[other] = total.get(other, 0.0) + count * t
-            print(
-                f"{name} batch {batch:2d}  all convolutions: " + "  ".join(f"{k} {t:.3f} ms" for k, t in total.items())
-            )
+            sums = "  ".join(f"{other} {t:.3f} ms" for other, t in total.items())
+            report.say(f"{name} batch {batch:2d}  all convolutions: {sums}")
 
 
 if __name__ == "__main__":

@@ -3,26 +3,25 @@
     python benchmarks/bench_fixed_point_others.py [--device cuda] [--output FILE]
 
 Shapes of ResNet-50 at batch 64: sums of a convolution, linear, add, max pool, average pool's sum. First each result is checked against float64 (linear:
-int64 on the CPU). Times are medians of CUDA graphs of calls that rotate through more than the cache holds; bound: what the bytes that must move
-take at the rate of a copy in this run. On a CPU nothing is measured (bench_fixed_point_conv.py has the convolutions).
+int64 on the CPU). Times are medians of CUDA graphs of calls that rotate through more than the cache holds. Columns: time of one call; the bytes
+that it must move, per second; what they take at the rate of a copy in this run, as per cent of the call's time; float16 over ours. On a CPU nothing is measured (bench_fixed_point_conv.py has the convolutions).
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from common.operands import codes
-from common.timing import Captured, copy_rate, medians
+from common.report import Measured, Report
+from common.timing import CACHE_BYTES, Captured, copy_rate, graph_seconds
 
 import quantrain
 
 BATCH = 64
-CACHE_BYTES = 200 << 20
 
 
 def sets(nbytes: int) -> int:
@@ -92,12 +91,13 @@ def sum_pool2d() -> tuple:
     return n, moved, lambda i: quantrain.fixed_point_sum_pool2d(x[i]), lambda i: x16[i].mean((2, 3), keepdim=True)
 
 
-CASES: dict[str, Callable[[], tuple]] = {
-    "conv2d 128 -> 512 1x1 at 28": conv2d,
-    "linear 2048 -> 1000": linear,
-    "add 256 at 56": add,
-    "max_pool2d 64 at 112 3x3/2": max_pool2d,
-    "sum_pool2d 2048 at 7": sum_pool2d,
+# op, case, element type, shape of the input
+CASES: dict[tuple, Callable[[], tuple]] = {
+    ("fixed_point_conv2d", "to 512, 1x1", torch.uint8, (BATCH, 128, 28, 28)): conv2d,
+    ("fixed_point_linear", "to 1000", torch.uint8, (BATCH, 2048)): linear,
+    ("fixed_point_add", "", torch.uint8, (BATCH, 256, 56, 56)): add,
+    ("fixed_point_max_pool2d", "3x3, stride 2", torch.uint8, (BATCH, 64, 112, 112)): max_pool2d,
+    ("fixed_point_sum_pool2d", "", torch.uint8, (BATCH, 2048, 7, 7)): sum_pool2d,
 }
 
 
@@ -105,38 +105,22 @@ CASES: dict[str, Callable[[], tuple]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="a text file; the rows go to the same with .json")
     options = parser.parse_args()
     if options.device != "cuda":
         print("bench_fixed_point_others: measured on a GPU only")
         return
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
-    lines: list[str] = []
-
-    def say(text: str) -> None:
-        lines.append(text)
-        print(text, flush=True)
-
-    rate = copy_rate()
-    say(f"# fixed-point layers over torch's float16, batch {BATCH}, channels-last")
-    say(
-        f"# gpu {torch.cuda.get_device_name()}; date {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%dT%H:%MZ}; torch {torch.__version__}"
-    )
-    say("# command python benchmarks/bench_fixed_point_others.py")
-    say(f"# copy of 1 GiB: {rate / 1e12:.2f} TB/s read and written; times in microseconds")
-    say(f"{'':<30} {'codes':>8} {'float16':>8} {'ratio':>6} {'bound':>8} {'of bound':>8}")
-    for name, make in CASES.items():
+    path = options.output.with_suffix(".json") if options.output else None
+    report = Report("bench_fixed_point_others", "cuda", path, text=options.output)
+    rate = copy_rate("cuda")
+    report.say(f"copy of 1 GiB: {rate / 1e12:.2f} TB/s read and written; the peer is torch's float16, channels-last")
+    for what, make in CASES.items():
         n, moved, ours, theirs = make()
-        found = medians({"ours": Captured(ours, n), "theirs": Captured(theirs, n)})
-        bound = moved / rate
-        say(
-            f"{name:<30} {found['ours'] * 1e6:8.1f} {found['theirs'] * 1e6:8.1f} {found['theirs'] / found['ours']:6.2f} "
-            f"{bound * 1e6:8.1f} {bound / found['ours']:8.0%}"
-        )
+        found = graph_seconds({"ours": Captured(ours, n), "theirs": Captured(theirs, n)})
+        report.measured(Measured(*what, found["ours"], moved, rate, found["theirs"]))
         torch.cuda.empty_cache()
-    if options.output:
-        options.output.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

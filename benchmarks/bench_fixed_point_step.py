@@ -4,25 +4,22 @@
 On a GPU both steps are CUDA graphs and the float one runs under bfloat16 autocast, as does the fixed-point one; on a CPU both are
 float32. A step: forward, backward, SGD with momentum.
 
-Usage: bench_fixed_point_step.py [--device cpu|cuda] [--rounds N] [--out FOLDER]; with --out writes fixed-point-step-<device>.json there
+    python benchmarks/bench_fixed_point_step.py [--device cpu|cuda] [--rounds N] [--out FOLDER]
+
+With --out writes fixed-point-step-<device>.json there.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
-import sys
-import time
-from collections.abc import Callable
-from datetime import date
-from functools import partial
 from pathlib import Path
 
 import torch
 from common.models import mobilenet_v2
-from common.timing import captured
+from common.report import Results
+from common.timing import Captured, Run, host_seconds, turns
 from torch import nn
 from torch.nn import functional
 
@@ -44,10 +41,10 @@ CASES = {
 }
 
 
-def make_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, autocast: bool) -> Callable[[], None]:
+def make_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, autocast: bool) -> Run:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
-    def step() -> None:
+    def step(index: int) -> None:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
             loss = functional.cross_entropy(model(images).float(), labels)
         optimizer.zero_grad(set_to_none=True)
@@ -55,17 +52,6 @@ def make_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, auto
         optimizer.step()
 
     return step
-
-
-def milliseconds(step: Callable[[], None], device: torch.device, repeats: int) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - started) / repeats
 
 
 def measure(name: str, device: torch.device, rounds: int) -> dict | None:
@@ -86,13 +72,11 @@ def measure(name: str, device: torch.device, rounds: int) -> dict | None:
     steps = {}
     for kind, module in (("float", model), ("f8net", prepared)):
         step = make_step(module.train(), images, labels, autocast=on_gpu)
-        steps[kind] = partial(captured(step), 0) if on_gpu else step
-    times: dict[str, list[float]] = {kind: [] for kind in steps}
-    for round_number in range(rounds + 1):
-        for kind, step in steps.items():
-            taken = milliseconds(step, device, 20 if on_gpu else 1)
-            if round_number:  # the first warms up
-                times[kind].append(taken)
+        steps[kind] = Captured(step) if on_gpu else step
+    calls = 20 if on_gpu else 1
+    timers = [lambda turn, step=step: 1e3 * host_seconds(step, calls, device.type) for step in steps.values()]
+    found = [taken[1:] for taken in turns(timers, rounds + 1)]  # the first warms up
+    times = dict(zip(steps, found, strict=True))
     row = {"model": name, "batch": batch, "size": size, "float_type": "bfloat16" if on_gpu else "float32"}
     for kind, values in times.items():
         row[f"{kind}_ms"], row[f"{kind}_best_ms"] = statistics.median(values), min(values)
@@ -108,29 +92,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    rows = []
+    path = arguments.out / f"fixed-point-step-{device.type}.json" if arguments.out else None
+    results = Results("bench_fixed_point_step", device.type, path)
     for name in arguments.models:
         row = measure(name, device, arguments.rounds)
         if row is None:
             continue
-        rows.append(row)
-        # Times of a CPU depend on the machine: there the ratio alone is printed.
+        # Times of a CPU depend on the machine: there the ratio alone is printed and kept.
         times = f"{row['float_ms']:.2f} ms and {row['f8net_ms']:.2f} ms, " if device.type == "cuda" else ""
         print(f"{name} batch {row['batch']}: {row['float_type']} and f8net {times}{row['ratio']:.2f}x", flush=True)
-    if arguments.out is not None:
-        if device.type == "cpu":
-            rows = [{k: v for k, v in row.items() if not k.endswith("_ms")} for row in rows]
-        command = " ".join(["benchmarks/bench_fixed_point_step.py", *sys.argv[1:]])
-        result = {
-            "device": where,
-            "date": date.today().isoformat(),
-            "torch": torch.__version__,
-            "command": command,
-            "rows": rows,
-        }
-        path = arguments.out / f"fixed-point-step-{device.type}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        results.keep({k: v for k, v in row.items() if device.type == "cuda" or not k.endswith("_ms")})
 
 
 if __name__ == "__main__":

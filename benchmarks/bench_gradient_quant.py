@@ -1,31 +1,29 @@
 """The gradient quantisers against a copy, against rounding to nearest and against PyTorch's own operators, all in one run.
 
-    python benchmarks/bench_gradient_quant.py [--device cpu|cuda] [--profile] [--json FILE]
+    python benchmarks/bench_gradient_quant.py [--device cpu|cuda] [--quick] [--profile] [--json FILE]
 
 Every quantiser is checked before it is timed: on CUDA bit for bit against the CPU, everywhere that the error of a draw is within a step
-and its mean within five standard errors of zero. Columns: time of one stochastic call; "floor": the time that the bytes it must move
-would take at the rate of a copy measured in the same run, as per cent of the call's time; "copies": its time over a copy's;
-"nearest": its time over that of the same call rounding to nearest; "PSQ": over per_sample's; "eager": the time of the same per_sample
-arithmetic in PyTorch's operators over ours.
+and its mean within five standard errors of zero. Columns: time of one stochastic call; the bytes that it must move, per second; the time
+that they would take at the rate of a copy measured in the same run, as per cent of the call's time; the time of the same per_sample
+arithmetic in PyTorch's operators over ours; "copies": its time over a copy's; "over_nearest": over that of the same call rounding to
+nearest; "over_per_sample": over per_sample's.
 Floor bytes an element of size s: two readings and one writing, 3 s (householder three readings, 4 s); codes one byte in the place of the
-writing. CUDA: events around batches of calls on rotating inputs larger than the second-level cache, median. CPU: two threads, wall clock,
-interleaved with the copy, median; glibc is told to keep freed memory, as the trainers do, or results would pay for page faults that the
+writing. CUDA and CPU timing as in bench_fake_quant.py; on a CPU glibc is told to keep freed memory, as the trainers do, or results would pay for page faults that the
 copy's target does not. --profile: time of each CUDA kernel instead.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-
 import torch
-from bench_fake_quant import time_cpu, time_cuda
+from common.cases import parser_of, report_of, seconds_of
+from common.report import Measured, Report
 
 import quantrain
 from quantrain.finetune.memory import keep_freed_memory
 
 CUDA_SHAPES = (((128, 200704), torch.float32), ((16384, 4096), torch.bfloat16), ((16384, 4096), torch.float32))
 CPU_SHAPES = (((128, 32768), torch.float32), ((4096, 1024), torch.float32))
+QUICK = (((48, 160), torch.float32),)
 BITS = 5
 QUANTIZERS = ("per_tensor", "per_sample", "per_channel", "householder")
 READINGS = {"householder": 3}
@@ -74,73 +72,45 @@ def profile(grads: list[torch.Tensor]) -> None:
                 )
 
 
-def bench(shape: tuple[int, int], dtype: torch.dtype, device: str) -> list[dict]:
-    sets = 3 if device == "cuda" else 2
-    x = gradients(shape, dtype, device, sets)
+def bench(report: Report, shape: tuple[int, int], dtype: torch.dtype, *, quick: bool) -> None:
+    """A line for each quantizer, dequantized and as codes; the peer is the same arithmetic in PyTorch's operators."""
+    sets = 3 if report.device == "cuda" else 2
+    x = gradients(shape, dtype, report.device, sets)
     target = [torch.empty_like(t) for t in x]
     size, numel = x[0].element_size(), x[0].numel()
-
-    def times(runs: list) -> list[float]:
-        return [time_cuda(run, sets) for run in runs] if device == "cuda" else time_cpu(runs, sets)
-
-    lines = []
     for quantizer in QUANTIZERS:
         check(quantizer, x[0])
         for codes in (False, True):
             call = quantrain.quantize_gradient_codes if codes else quantrain.quantize_gradient
             runs = [
                 lambda i: target[i].copy_(x[i]),
-                lambda i: call(x[i], BITS, quantizer),  # noqa: B023
-                lambda i: call(x[i], BITS, quantizer, stochastic=False),  # noqa: B023
+                lambda i: call(x[i], BITS, quantizer),
+                lambda i: call(x[i], BITS, quantizer, stochastic=False),
                 lambda i: quantrain.quantize_gradient(x[i], BITS, "per_sample"),
             ]
-            eager = quantizer == "per_sample" and not codes
-            copy, seconds, nearest, per_sample, *peer = times(runs + [lambda i: eager_per_sample(x[i])] * eager)
+            if quantizer == "per_sample" and not codes:
+                runs.append(lambda i: eager_per_sample(x[i]))
+            copy, ours, nearest, per_sample, *eager = seconds_of(runs, report.device, sets, quick=quick)
             moved = (READINGS.get(quantizer, 2) * size + (1 if codes else size)) * numel
-            floor = moved / (2 * size * numel / copy)
-            line = {
-                "op": "quantize_gradient" + ("_codes" if codes else ""),
-                "quantizer": quantizer,
-                "dtype": str(dtype).removeprefix("torch."),
-                "shape": list(shape),
-                "microseconds": seconds * 1e6,
-                "floor_per_cent": 100 * floor / seconds,
-                "copies": seconds / copy,
-                "over_nearest": seconds / nearest,
-                "over_per_sample": seconds / per_sample,
-                "eager_over_ours": peer[0] / seconds if peer else None,
-                "copy_gb_s": 2 * size * numel / copy / 1e9,
-            }
-            lines.append(line)
-            print(
-                f"{line['op']:24} {quantizer:11} {line['dtype']:9} {shape!s:14}"
-                + (f"{line['microseconds']:9.1f} us" if device == "cuda" else "")
-                + f"  floor {line['floor_per_cent']:5.1f} %  copies {line['copies']:5.2f}  nearest {line['over_nearest']:5.2f}x"
-                f"  PSQ {line['over_per_sample']:5.2f}x" + (f"  eager {line['eager_over_ours']:5.2f}x" if peer else ""),
-                flush=True,
-            )
-    return lines
+            more = {"copies": ours / copy, "over_nearest": ours / nearest, "over_per_sample": ours / per_sample}
+            what = ("quantize_gradient" + ("_codes" if codes else ""), quantizer, dtype, shape)
+            rate = 2 * size * numel / copy
+            report.measured(Measured(*what, ours, moved, rate, eager[0] if eager else None, more))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = parser_of(__doc__)
     parser.add_argument("--profile", action="store_true", help="time of each CUDA kernel instead")
-    parser.add_argument("--json", help="also write the lines to this file")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    if args.device == "cpu":
-        torch.set_num_threads(2)
+    options = parser.parse_args()
+    report = report_of("bench_gradient_quant", options)
+    if options.device == "cpu":
         keep_freed_memory()
-    lines = []
-    for shape, dtype in CUDA_SHAPES if args.device == "cuda" else CPU_SHAPES:
-        if args.profile:
-            profile(gradients(shape, dtype, args.device, 3))
+    cases = CUDA_SHAPES if options.device == "cuda" else CPU_SHAPES
+    for shape, dtype in QUICK if options.quick else cases:
+        if options.profile:
+            profile(gradients(shape, dtype, options.device, 3))
         else:
-            lines += bench(shape, dtype, args.device)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(lines, file, indent=1)
+            bench(report, shape, dtype, quick=options.quick)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ import traceback
 from pathlib import Path
 
 import torch
-from common.report import Report
 from int8 import cpu, gemm, gpt_step, inference, linear, quantize
+from int8.report import SectionReport
 
 from quantrain.finetune.memory import keep_freed_memory
 
@@ -56,7 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def run_section(name: str, report: Report, options: argparse.Namespace) -> None:
+def run_section(name: str, report: SectionReport, options: argparse.Namespace) -> None:
     device, quick = options.device, options.quick
     sections = {
         "mm": lambda: gemm.mm(report, device, quick),
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cpu":
         torch.set_num_threads(1 if options.quick else 2)
         keep_freed_memory()
-    report = Report(options.device, options.json, options.quick)
+    report = SectionReport("bench_int8", options.device, options.json, quick=options.quick)
     failed = 0
     for name in options.only:
         started = time.monotonic()

@@ -143,18 +143,3 @@ def learning_rate(step: int, steps: int, peak: float, warm_up: float = 0.1) -> f
     if step < rising:
         return peak * (step + 1) / rising
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
-
-
-def environment(device: str) -> dict[str, str]:
-    """Where a result was measured."""
-    import datetime
-
-    import quantrain
-
-    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {
-        "on": where,
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        "quantrain": quantrain.__version__,
-    }

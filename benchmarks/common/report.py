@@ -1,4 +1,4 @@
-"""Rows of results: printed as they come, kept for JSON, with the figure to reach beside each ratio."""
+"""Results: rows printed as they come and kept for JSON, with where and of what they were measured."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,72 +18,7 @@ import quantrain
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One measured case.
-
-    Attributes:
-        section: the part of the benchmark.
-        case: what was measured, with its shape.
-        ratio: how many times as fast as what it is compared with, or the share of a rate; None where nothing is compared.
-        target: the ratio to reach; None where there is none.
-        values: named figures, units in their names (us, ms, tops, gib).
-    """
-
-    section: str
-    case: str
-    ratio: float | None
-    target: float | None
-    values: dict[str, float] = field(default_factory=dict)
-
-    def line(self) -> str:
-        ratio = "" if self.ratio is None else f"{self.ratio:6.3f}"
-        target = "" if self.target is None else f"to reach {self.target:.2f}{' MISSED' if self.missed else ''}"
-        figures = "  ".join(f"{name} {value:.4g}" for name, value in self.values.items())
-        return f"{self.section:<10} {self.case:<58} {ratio:>7}  {target:<21} {figures}"
-
-    @property
-    def missed(self) -> bool:
-        if self.target is None or self.ratio is None:
-            return False
-        return self.ratio > self.target if self.section == "memory" else self.ratio < self.target
-
-
-class Report:
-    """Rows as they come; the JSON file is rewritten after each, so that a run that is stopped keeps what it has."""
-
-    def __init__(self, device: str, path: Path | None, quick: bool) -> None:
-        self.path, self.rows, self.notes = path, [], []
-        self.head = {"benchmark": "bench_int8", **environment(device), "quick": quick}
-        print("\n".join(f"{key:<10}{value}" for key, value in self.head.items()), flush=True)
-
-    def add(self, *arguments, **values: float) -> None:
-        """A row of section, case, ratio, target and named figures."""
-        row = Row(*arguments, values)
-        self.rows.append(row)
-        print(row.line(), flush=True)
-        self._write()
-
-    def note(self, text: str) -> None:
-        """Something that is no figure: what was skipped, and why."""
-        self.notes.append(text)
-        print(text, flush=True)
-        self._write()
-
-    def _write(self) -> None:
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        content = {**self.head, "notes": self.notes, "rows": [asdict(row) for row in self.rows]}
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.path)
-
-    def summary(self) -> None:
-        """How many targets were reached."""
-        aimed = [row for row in self.rows if row.target is not None and row.ratio is not None]
-        if aimed:
-            print(f"reached {sum(not row.missed for row in aimed)} of {len(aimed)} figures", flush=True)
+# ---- where and of what -----------------------------------------------------------------------------------------------
 
 
 def environment(device: str) -> dict[str, str]:
@@ -90,12 +26,11 @@ def environment(device: str) -> dict[str, str]:
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     script = Path(sys.argv[0]).resolve()
     script = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else script.name
-    command = " ".join(["python", script, *map(_short, sys.argv[1:])])
     return {
         "on": where,
         "cpu": f"{_cpu_name()}, {torch.get_num_threads()} threads",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "command": command,
+        "command": " ".join(["python", script, *map(_short, sys.argv[1:])]),
         "commit": commit(),
         "torch": torch.__version__,
         "quantrain": quantrain.__version__,
@@ -126,3 +61,127 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return "unknown"
+
+
+def slug(head: dict[str, str]) -> str:
+    """The device in a file's name: h200, cpu."""
+    return head["on"].split()[-1].lower()
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One call of an operator, beside the ceiling and the peer of the same run.
+
+    Attributes:
+        op: the operator, and which pass.
+        granularity: or what else tells its cases apart.
+        dtype: of the input.
+        shape: of the input.
+        seconds: of a call.
+        moved: bytes that it must move.
+        ceiling: bytes per second of a copy.
+        peer_seconds: of the peer's operator; None where there is none.
+        more: further figures by name.
+    """
+
+    op: str
+    granularity: str
+    dtype: torch.dtype
+    shape: Sequence[int]
+    seconds: float
+    moved: float
+    ceiling: float
+    peer_seconds: float | None = None
+    more: dict[str, float] = field(default_factory=dict)
+
+    def row(self) -> dict:
+        """As JSON holds it."""
+        return {
+            "op": self.op,
+            "granularity": self.granularity,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": "x".join(map(str, self.shape)),
+            "microseconds": round(self.seconds * 1e6, 2),
+            "gigabytes_per_second": round(self.moved / self.seconds / 1e9, 1),
+            "percent_of_floor": round(100 * self.moved / self.ceiling / self.seconds, 1),
+            "native_ratio": round(self.peer_seconds / self.seconds, 2) if self.peer_seconds else None,
+            **{name: round(value, 2) for name, value in self.more.items()},
+        }
+
+    def line(self, *, absolute: bool) -> str:
+        """As it is printed, and as scripts/make_figures.py reads it; without ``absolute`` ratios alone."""
+        row = self.row()
+        times = f"{row['microseconds']:10.1f} us {row['gigabytes_per_second']:8.0f} GB/s" if absolute else ""
+        peer = f"{row['native_ratio']:8.2f}x" if self.peer_seconds else f"{'-':>9}"
+        more = "".join(f"  {name} {row[name]}" for name in self.more)
+        return (
+            f"{self.op:<41} {self.granularity:<17} {row['dtype']:<9} {row['shape']:<13} {times} "
+            f"{row['percent_of_floor']:6.1f} %{peer}{more}"
+        )
+
+
+class Results:
+    """Rows as they come; the JSON file is rewritten after each, so that a run that is stopped keeps what it has.
+
+    Args:
+        benchmark: what measures.
+        device: cpu or cuda.
+        path: the JSON file, where there is one.
+        facts: what else the file begins with.
+    """
+
+    def __init__(self, benchmark: str, device: str, path: Path | None = None, **facts) -> None:
+        self.device, self.path = device, path
+        self.head = {"benchmark": benchmark, **environment(device), **facts}
+        self.notes: list[str] = []
+        self.rows: list[dict] = []
+
+    def keep(self, row: dict) -> None:
+        self.rows.append(row)
+        self.write()
+
+    def write(self) -> None:
+        if self.path is not None:
+            write_json(self.path, {**self.head, "notes": self.notes, "rows": self.rows})
+
+
+class Report(Results):
+    """Results that are printed too, and written as text beside the JSON where ``text`` names a file."""
+
+    def __init__(self, benchmark: str, device: str, path: Path | None = None, *, text: Path | None = None, **facts):
+        super().__init__(benchmark, device, path, **facts)
+        self.text, self.lines = text, []
+        self.say("\n".join(f"{key:<11} {value}" for key, value in self.head.items() if not isinstance(value, dict)))
+
+    def say(self, line: str) -> None:
+        """A line that is no row."""
+        self.lines.append(line)
+        print(line, flush=True)
+        if self.text is not None:
+            self.text.parent.mkdir(parents=True, exist_ok=True)
+            self.text.write_text("\n".join(self.lines) + "\n", encoding="utf-8")
+
+    def add(self, row: dict, line: str) -> None:
+        self.say(line)
+        self.keep(row)
+
+    def measured(self, measured: Measured) -> None:
+        """A line of an operator; of a CPU ratios alone, for a shared machine's seconds say nothing."""
+        self.add(measured.row(), measured.line(absolute=self.device == "cuda"))
+
+    def note(self, text: str) -> None:
+        """Something that is no figure: what was skipped, and why."""
+        self.notes.append(text)
+        self.say(text)
+        self.write()
+
+
+def write_json(path: Path, content: dict) -> None:
+    """At once or not at all: who reads it meanwhile finds the old content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -8,10 +8,70 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-CACHE_BYTES = 160 << 20  # rotating operands hold more than this: an H200's second-level cache has 60 MB
+CACHE_BYTES = 200 << 20  # rotating operands hold more than this: an H200's second-level cache has 60 MB
 CYCLES_A_SECOND = 2e9  # of the spin kernel, at the highest clock
+SPIN_SECONDS = 2e-4  # beyond what the host needs to queue a batch
 
 Run = Callable[[int], object]  # of the number of a set of operands
+Timer = Callable[[int], float]  # of the number of the turn: seconds
+
+
+# ---- one batch of calls ----------------------------------------------------------------------------------------------
+
+
+def device_seconds(run: Run, calls: int, *, first: int = 0, spin: float = 0.0) -> float:
+    """Seconds per call on the device's clock.
+
+    Args:
+        run: called with ``first``, ``first + 1``, ...
+        calls: how often.
+        first: number of the first call.
+        spin: seconds of a kernel that spins before them while the host queues them, so that the device never waits for it.
+    """
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if spin:
+        torch.cuda._sleep(int(CYCLES_A_SECOND * spin))
+    start.record()
+    for call in range(first, first + calls):
+        run(call)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
+
+
+def host_seconds(run: Run, calls: int, device: str = "cpu", *, wait: bool = True) -> float:
+    """Seconds per call on the host's clock, back to back from an idle device; without ``wait`` the host's part alone."""
+    synchronize(device)
+    started = time.perf_counter()
+    for call in range(calls):
+        run(call)
+    if wait:
+        synchronize(device)
+    return (time.perf_counter() - started) / calls
+
+
+def synchronize(device: str) -> None:
+    """Waits for the device where it is one to wait for."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+# ---- candidates ------------------------------------------------------------------------------------------------------
+
+
+def turns(timers: Sequence[Timer], repeats: int, seconds: float = 0.0) -> list[list[float]]:
+    """What each timer gives, ``repeats`` times and on until ``seconds`` are over; in turns: a disturbance strikes all alike."""
+    times: list[list[float]] = [[] for _ in timers]
+    stop, turn = time.perf_counter() + seconds, 0
+    while turn < repeats or time.perf_counter() < stop:
+        for timer, found in zip(timers, times, strict=True):
+            found.append(timer(turn))
+        turn += 1
+    return times
+
+
+def medians(times: list[list[float]]) -> list[float]:
+    return [statistics.median(found) for found in times]
 
 
 def sets_for(bytes_a_set: int, device: str) -> int:
@@ -20,103 +80,53 @@ def sets_for(bytes_a_set: int, device: str) -> int:
 
 
 def kernel_seconds(runs: Sequence[Run], device: str, *, repeats: int = 15, batch_seconds: float = 2e-3) -> list[float]:
-    """Seconds a call of each candidate on the device's clock.
-
-    CUDA: a spin kernel runs while the calls of a batch are queued behind it, so the device never waits for the host.
-    """
+    """Seconds per call of each candidate on the device's clock."""
     if device == "cpu":
         return wall_seconds(runs, repeats=repeats)
-    calls, spins = zip(*(_batch(run, batch_seconds) for run in runs), strict=True)
-    times: list[list[float]] = [[] for _ in runs]
-    for repeat in range(repeats):
-        for run, count, spin, found in zip(runs, calls, spins, times, strict=True):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(spin)
-            start.record()
-            for call in range(count):
-                run(repeat + call)
-            end.record()
-            end.synchronize()
-            found.append(start.elapsed_time(end) / 1e3 / count)
-    return [statistics.median(found) for found in times]
+    return medians(turns([_kernel_timer(run, batch_seconds) for run in runs], repeats))
 
 
-def _batch(run: Run, batch_seconds: float) -> tuple[int, int]:
-    """(calls of a batch, cycles to spin while the host queues them)."""
+def _kernel_timer(run: Run, batch_seconds: float) -> Timer:
+    """Of batches of so many calls as take ``batch_seconds``, queued behind a spin kernel."""
     for index in range(3):
         run(index)
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for index in range(4):
-        run(index)
-    host = (time.perf_counter() - started) / 4
-    torch.cuda.synchronize()
-    whole = (time.perf_counter() - started) / 4
+    host, whole = host_seconds(run, 4, "cuda", wait=False), host_seconds(run, 4, "cuda")
     calls = min(max(2, round(batch_seconds / whole)), 20)
-    return calls, int(CYCLES_A_SECOND * (2 * host * calls + 2e-4))
+    return lambda turn: device_seconds(run, calls, first=turn, spin=2 * host * calls + SPIN_SECONDS)
 
 
 def step_seconds(runs: Sequence[Run], device: str, *, repeats: int = 7, group_seconds: float = 0.03) -> list[float]:
-    """Seconds a call of each candidate as a user has it: calls back to back from an idle device, launches included."""
+    """Seconds per call of each candidate as a user has it: calls back to back from an idle device, launches included."""
     if device == "cpu":
         return wall_seconds(runs, repeats=repeats)
-    counts = []
-    for run in runs:
-        for index in range(3):
-            run(index)
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        run(0)
-        torch.cuda.synchronize()
-        counts.append(min(max(2, round(group_seconds / (time.perf_counter() - started))), 50))
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(repeats):
-        for run, count, found in zip(runs, counts, times, strict=True):
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            for call in range(count):
-                run(call)
-            torch.cuda.synchronize()
-            found.append((time.perf_counter() - started) / count)
-    return [statistics.median(found) for found in times]
+    return medians(turns([_step_timer(run, group_seconds) for run in runs], repeats))
 
 
-def wall_seconds(runs: Sequence[Run], *, repeats: int = 7) -> list[float]:
-    """Seconds a call of each candidate on the CPU."""
-    times: list[list[float]] = [[] for _ in runs]
+def _step_timer(run: Run, group_seconds: float) -> Timer:
+    for index in range(3):
+        run(index)
+    calls = min(max(2, round(group_seconds / host_seconds(run, 1, "cuda"))), 50)
+    return lambda turn: host_seconds(run, calls, "cuda")
+
+
+def wall_seconds(runs: Sequence[Run], *, repeats: int = 7, seconds: float = 0.0) -> list[float]:
+    """Seconds per call of each candidate on the CPU; ``seconds`` for each at least."""
     for run in runs:
         run(0)
-    for repeat in range(repeats):
-        for run, found in zip(runs, times, strict=True):
-            started = time.perf_counter()
-            run(repeat)
-            found.append(time.perf_counter() - started)
-    return [statistics.median(found) for found in times]
+    timers = [lambda turn, run=run: host_seconds(lambda _: run(turn), 1) for run in runs]
+    return medians(turns(timers, repeats, seconds * len(runs)))
 
 
-def captured(run: Callable[[], object]) -> Run:
-    """The replay of ``run`` captured in a CUDA graph. It keeps ``run``: the graph uses memory that ``run`` may own."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-
-    def replay(index: int, run: Callable[[], object] = run) -> None:
-        graph.replay()
-
-    return replay
+# ---- CUDA graphs -----------------------------------------------------------------------------------------------------
 
 
 class Captured:
-    """A graph of calls run(0), run(1), ...; results are kept, so that each call has memory of its own."""
+    """A CUDA graph of ``run(0)``, ``run(1)``, ...: calling it replays them.
 
-    def __init__(self, run, calls: int) -> None:
+    It keeps ``run``, whose memory the graph may use, and the results, so that each call has memory of its own.
+    """
+
+    def __init__(self, run: Run, calls: int = 1) -> None:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -124,32 +134,39 @@ class Captured:
                 run(index % calls)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
-        self.calls, self.graph = calls, torch.cuda.CUDAGraph()
+        self.run, self.calls, self.graph = run, calls, torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.results = [run(index) for index in range(calls)]
 
-    def seconds(self) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    def __call__(self, index: int = 0) -> None:
         self.graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / self.calls
+
+    def seconds(self, turn: int = 0) -> float:
+        """Per call of ``run``, of one replay on the device's clock."""
+        return device_seconds(self, 1) / self.calls
 
 
-def medians(graphs: dict[str, Captured], repeats: int = 15) -> dict[str, float]:
+def graph_seconds(graphs: dict[str, Captured], repeats: int = 15) -> dict[str, float]:
+    """Seconds per call in each graph."""
     for graph in graphs.values():
         graph.seconds()
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(repeats):
-        for name, graph in graphs.items():
-            times[name].append(graph.seconds())
-    return {name: statistics.median(found) for name, found in times.items()}
+    times = turns([graph.seconds for graph in graphs.values()], repeats)
+    return dict(zip(graphs, medians(times), strict=True))
 
 
-def copy_rate() -> float:
-    """Bytes read and written a second by a device copy of 1 GiB."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+# ---- the ceiling -----------------------------------------------------------------------------------------------------
+
+
+def copy_rate(device: str) -> float:
+    """Bytes read and written per second by a copy of 1 GiB on a GPU, of 64 MiB on a CPU."""
+    source = torch.ones((1 << 30) if device == "cuda" else (64 << 20), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    graph = Captured(lambda _: target.copy_(source), 4)
-    return 2 * source.numel() / medians({"copy": graph})["copy"]
+
+    def copy(index: int) -> None:
+        target.copy_(source)
+
+    if device == "cuda":
+        seconds = graph_seconds({"copy": Captured(copy, 4)})["copy"]
+    else:
+        (seconds,) = wall_seconds([copy], repeats=9)
+    return 2 * source.numel() / seconds

@@ -1,1 +1,1 @@
-"""The parts of benchmarks/bench_int8.py: clocks, checks against references, one module a section, and the report."""
+"""The parts of bench_int8.py: checks against references, one module per section, and its rows."""

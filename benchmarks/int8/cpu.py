@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import torch
 from common.operands import random_codes, random_scale
-from common.report import Report
 from common.timing import wall_seconds
 
 import quantrain
 
 from .checks import check_mm
+from .report import SectionReport
 
 SHAPES = (((1024, 1024, 1024), 6.0, 1.6), ((2048, 2048, 2048), None, None), ((512, 2048, 512), None, None))
 QUICK = (((128, 96, 64), None, None),)
 THREADS = 2
 
 
-def cpu(report: Report, quick: bool) -> None:
+def cpu(report: SectionReport, quick: bool) -> None:
     """Ratios over float32, with scales on and a float32 result, and over bfloat16, with a bfloat16 result."""
     threads = torch.get_num_threads()
     torch.set_num_threads(THREADS)
@@ -38,8 +38,8 @@ def cpu(report: Report, quick: bool) -> None:
                 repeats=3 if quick else 31,
             )
             name, gops = f"{m}x{n}x{k}, {THREADS} threads", 2 * m * n * k / 1e9
-            report.add("cpu", f"{name}, over float32", fp32 / to_fp32, over_fp32, ms=1e3 * to_fp32, gops=gops / to_fp32)
-            report.add(
+            report.row("cpu", f"{name}, over float32", fp32 / to_fp32, over_fp32, ms=1e3 * to_fp32, gops=gops / to_fp32)
+            report.row(
                 "cpu", f"{name}, over bfloat16", bf16 / to_bf16, over_bf16, ms=1e3 * to_bf16, gops=gops / to_bf16
             )
     finally:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 from common.operands import random_codes, random_scale
-from common.report import Report
 from common.timing import kernel_seconds, sets_for
 from torch import Tensor
 
 import quantrain
 
 from .checks import check_accumulate, check_mm
+from .report import SectionReport
 
 # (M, N, K), what the shape is, the ratio to reach over bfloat16
 NAMED = (
@@ -79,7 +79,7 @@ def operands(m: int, n: int, k: int, device: str, sets: int) -> tuple[list, list
     return wide, codes
 
 
-def mm(report: Report, device: str, quick: bool) -> None:
+def mm(report: SectionReport, device: str, quick: bool) -> None:
     """int8_mm to bfloat16 with both scales, over torch.mm of the same M, N, K."""
     a, b = random_codes(ODD[0], ODD[2], device), random_codes(ODD[1], ODD[2], device)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -100,13 +100,13 @@ def mm(report: Report, device: str, quick: bool) -> None:
         )
         tops = 2 * m * n * k / 1e12
         figures = {"bf16_tflops": tops / bf16, "int8_tops": tops / int8, "bf16_us": 1e6 * bf16, "int8_us": 1e6 * int8}
-        report.add("mm", f"{m}x{n}x{k} ({kind})", bf16 / int8, target, **figures)
+        report.row("mm", f"{m}x{n}x{k} ({kind})", bf16 / int8, target, **figures)
 
 
 # ---- grid ------------------------------------------------------------------------------------------------------------------
 
 
-def grid(report: Report, device: str, quick: bool, path: Path | None) -> None:
+def grid(report: SectionReport, device: str, quick: bool, path: Path | None) -> None:
     """For each linear layer the three products in both types and every pass that int8 needs; a CSV of microseconds.
 
     ``passes_us``: the passes that this product alone needs (forward: X and W by rows; grad_input: dY by rows and the weight
@@ -126,12 +126,12 @@ def grid(report: Report, device: str, quick: bool, path: Path | None) -> None:
             values = (tokens, inputs, outputs, name, m, n, k, bf16, int8, own[name], ratio)
             rows.append({**dict(zip(GRID_COLUMNS, values, strict=False)), **passes})
             figures = {"bf16_us": bf16, "int8_mm_us": int8, "passes_us": own[name]}
-            report.add("grid", f"{tokens}x{inputs}x{outputs} {name}", ratio, None, **figures)
+            report.row("grid", f"{tokens}x{inputs}x{outputs} {name}", ratio, None, **figures)
         if path is not None:
             _write_csv(path, rows, report)
 
 
-def _write_csv(path: Path, rows: list[dict], report: Report) -> None:
+def _write_csv(path: Path, rows: list[dict], report: SectionReport) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         for key, value in report.head.items():

@@ -5,19 +5,19 @@ from __future__ import annotations
 import gc
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from common.recipes import int8_recipe
-from common.report import Report
+from common.timing import host_seconds, synchronize, turns
 from torch import Tensor, nn
 
 import quantrain.nn as qnn
 
 from .checks import require
+from .report import SectionReport
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "python"))
 from gpt import FLOAT_LAYERS, GPT, GPTConfig, init_weights, loss_of  # noqa: E402
@@ -81,7 +81,7 @@ def measure(case: Case, change: Callable[[nn.Module], nn.Module], compiled: bool
     tokens = torch.randint(case.config.vocab, (case.batch, case.config.context + 1), device=device)
     losses: list[Tensor] = []
 
-    def step() -> None:
+    def step(index: int) -> None:
         optimizer.zero_grad(set_to_none=True)
         loss = loss_of(forward(tokens[:, :-1]), tokens[:, 1:])
         loss.backward()
@@ -89,27 +89,16 @@ def measure(case: Case, change: Callable[[nn.Module], nn.Module], compiled: bool
         losses.append(loss.detach())
 
     for _ in range(WARM_UP):
-        step()
-    wait(device)
+        step(0)
+    synchronize(device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(GROUPS):
-        started = time.perf_counter()
-        for _ in range(STEPS):
-            step()
-        wait(device)
-        times.append((time.perf_counter() - started) / STEPS)
+    (times,) = turns([lambda turn: host_seconds(step, STEPS, device)], GROUPS)
     peak = torch.cuda.max_memory_allocated() - before if device == "cuda" else 0
     found = Measured(statistics.median(times), peak, (float(losses[0]), float(losses[-1])))
     for parameter in model.parameters():
         require(torch.isfinite(parameter).all(), "GPT: a weight is NaN or Inf")
     return found
-
-
-def wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def clean(device: str) -> None:
@@ -120,7 +109,7 @@ def clean(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def gpt(report: Report, device: str, quick: bool, *, compile_int8: bool = False) -> None:
+def gpt(report: SectionReport, device: str, quick: bool, *, compile_int8: bool = False) -> None:
     """Ratios are to compiled bfloat16. ``compile_int8`` measures the compiled int8 step instead of the eager ones."""
     for case in QUICK if quick else CASES:
         config = case.config
@@ -146,7 +135,7 @@ def gpt(report: Report, device: str, quick: bool, *, compile_int8: bool = False)
     clean(device)
 
 
-def report_case(report: Report, name: str, case: Case, found: dict[str, Measured], device: str) -> None:
+def report_case(report: SectionReport, name: str, case: Case, found: dict[str, Measured], device: str) -> None:
     eager = found["bf16 eager"]
     base = found.get("bf16 compiled")
     for kind, measured in found.items():
@@ -159,10 +148,10 @@ def report_case(report: Report, name: str, case: Case, found: dict[str, Measured
         if device == "cuda":
             figures |= {"peak_gib": measured.peak / 2**30}
         ratio = base.seconds / measured.seconds if base else None
-        report.add("gpt", f"{name}: {kind}", ratio, case.target if kind == "int8 auto" else None, **figures)
+        report.row("gpt", f"{name}: {kind}", ratio, case.target if kind == "int8 auto" else None, **figures)
     if device == "cuda":
         for kind in ("int8 auto", "int8 all"):
             if kind in found:
                 share = found[kind].peak / eager.peak
                 target = PEAK_TARGET if kind == "int8 auto" and case.target else None
-                report.add("memory", f"{name}: {kind} over bf16 eager", share, target)
+                report.row("memory", f"{name}: {kind} over bf16 eager", share, target)

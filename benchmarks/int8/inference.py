@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 
 import torch
-from common.report import Report
-from common.timing import captured, step_seconds
+from common.timing import Captured, step_seconds
 
 from .checks import poisoned, relative_error, require
 from .encoder import EncoderConfig, make_encoders
+from .report import SectionReport
 
 MODELS = {"BERT-large": EncoderConfig(), "GPT-3-350M": EncoderConfig(pre_norm=True)}
 QUICK = {
@@ -28,7 +28,7 @@ def target(batch: int) -> float | None:
 
 
 @torch.inference_mode()
-def inference(report: Report, device: str, quick: bool) -> None:
+def inference(report: SectionReport, device: str, quick: bool) -> None:
     """Milliseconds a layer; the ratio is that of eager calls, ``graph_ratio`` that of captured ones."""
     dtype = torch.float16 if device == "cuda" else torch.float32
     for name, config in (QUICK if quick else MODELS).items():
@@ -43,7 +43,7 @@ def inference(report: Report, device: str, quick: bool) -> None:
             eager = [seconds / config.layers for seconds in step_seconds(runs, device, group_seconds=0.02)]
             figures = {"fp16_ms": 1e3 * eager[0], "int8_ms": 1e3 * eager[1], "error": error}
             if device == "cuda":
-                graphs = [captured(lambda: wide(x)), captured(lambda: narrow(x))]
+                graphs = [Captured(run) for run in runs]
                 alone = [seconds / config.layers for seconds in step_seconds(graphs, device, group_seconds=0.02)]
                 figures |= {
                     "graph_ratio": alone[0] / alone[1],
@@ -51,7 +51,7 @@ def inference(report: Report, device: str, quick: bool) -> None:
                     "graph_int8_ms": 1e3 * alone[1],
                 }
                 del graphs
-            report.add(
+            report.row(
                 "inference",
                 f"{name} layer, batch {batch} x {x.shape[1]}",
                 eager[0] / eager[1],

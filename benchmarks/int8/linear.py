@@ -9,13 +9,13 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
-from common.report import Report
 from common.timing import kernel_seconds, step_seconds
 from torch import Tensor, nn
 
 import quantrain
 
 from .checks import poisoned, relative_error, require
+from .report import SectionReport
 
 # (tokens, in, out), the ratio to reach over bfloat16
 SHAPES = (
@@ -74,7 +74,7 @@ class Pass:
         return errors
 
 
-def linear(report: Report, device: str, quick: bool) -> None:
+def linear(report: SectionReport, device: str, quick: bool) -> None:
     """int8 in all three products, and "auto", over nn.Linear: launches included (ratio) and on the device's clock alone."""
     for shape, target in QUICK if quick else SHAPES:
         passes = [Pass(layer, shape, device) for layer in (F.linear, int8_layer("int8"), int8_layer("auto"))]
@@ -88,13 +88,13 @@ def linear(report: Report, device: str, quick: bool) -> None:
             figures |= {"device_ratio": alone[0] / alone[index], "device_bf16_ms": 1e3 * alone[0]}
             if kind == "int8":
                 figures |= {f"error_{key}": error for key, error in errors.items()}
-            report.add("linear", f"{name} {kind}", eager[0] / eager[index], target, **figures)
+            report.row("linear", f"{name} {kind}", eager[0] / eager[index], target, **figures)
         del passes
         gc.collect()
     gemms(report, device, quick)
 
 
-def gemms(report: Report, device: str, quick: bool) -> None:
+def gemms(report: SectionReport, device: str, quick: bool) -> None:
     """One product in int8 at a time, the others in floating point: which of them pays at the smallest and the largest shape."""
     for shape, _ in QUICK if quick else (SHAPES[0], SHAPES[-1]):
         choices = ("output", "grad_input", "grad_weight")
@@ -107,7 +107,7 @@ def gemms(report: Report, device: str, quick: bool) -> None:
             found.check(f"int8_linear {one}")
         base, *times = kernel_seconds(passes, device, repeats=7)
         for one, seconds in zip(choices, times, strict=True):
-            report.add(
+            report.row(
                 "linear", f"{'x'.join(map(str, shape))} only {one}", base / seconds, None, device_ms=1e3 * seconds
             )
 
@@ -115,7 +115,7 @@ def gemms(report: Report, device: str, quick: bool) -> None:
 # ---- torchao ---------------------------------------------------------------------------------------------------------------
 
 
-def torchao(report: Report, device: str, quick: bool, seconds: float) -> None:
+def torchao(report: SectionReport, device: str, quick: bool, seconds: float) -> None:
     """torchao's compiled int8 mixed precision at the same shapes, with ours in the same turns; skipped where it is absent.
 
     Its Triton kernel tries some thirty configurations a shape at its first call, so no shape is begun after ``seconds``.
@@ -140,7 +140,7 @@ def torchao(report: Report, device: str, quick: bool, seconds: float) -> None:
         alone = kernel_seconds(passes, device, repeats=7)
         figures = {"bf16_ms": 1e3 * bf16, "torchao_ms": 1e3 * theirs, "int8_ms": 1e3 * ours}
         figures |= {"device_ratio": alone[0] / alone[1], "ours_over_torchao": theirs / ours, "error_dw": errors["dw"]}
-        report.add("torchao", "x".join(map(str, shape)), bf16 / theirs, None, **figures)
+        report.row("torchao", "x".join(map(str, shape)), bf16 / theirs, None, **figures)
         del passes
         gc.collect()
 

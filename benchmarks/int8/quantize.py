@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from common.report import Report
 from common.timing import kernel_seconds, sets_for
 from torch import Tensor
 
 import quantrain
 
 from . import checks
+from .report import SectionReport
 
 SHAPES = ((16384, 4096), (16384, 768), (16384, 1024), (16384, 3072), (8192, 8192), (8192, 14336))
 QUICK = ((300, 776),)
 FUSED_SHAPES = ((16384, 768), (16384, 1024), (16384, 4096))
 
 
-def quantize(report: Report, device: str, quick: bool) -> None:
+def quantize(report: SectionReport, device: str, quick: bool) -> None:
     """Each pass: bytes that it must move over its time, as a share of a copy's bytes over its time."""
     for rows, columns in QUICK if quick else SHAPES:
         quantize_shape(report, device, rows, columns)
 
 
-def quantize_shape(report: Report, device: str, rows: int, columns: int) -> None:
+def quantize_shape(report: SectionReport, device: str, rows: int, columns: int) -> None:
     sets = sets_for(2 * rows * columns, device)
     x = [torch.randn(rows, columns, device=device).bfloat16() for _ in range(sets)]
     target = [torch.empty_like(t) for t in x]
@@ -64,11 +64,11 @@ def quantize_shape(report: Report, device: str, rows: int, columns: int) -> None
     copy, *seconds = kernel_seconds(runs, device)
     elements = rows * columns
     rate = 4 * elements / copy
-    report.add("quantize", f"copy {rows}x{columns} bf16", None, None, us=1e6 * copy, gb_s=rate / 1e9)
+    report.row("quantize", f"copy {rows}x{columns} bf16", None, None, us=1e6 * copy, gb_s=rate / 1e9)
     for (name, _, moved, share), found in zip(cases, seconds, strict=True):
         reached = moved * elements / found / rate
         target_share = share if (rows, columns) == SHAPES[0] else None
-        report.add(
+        report.row(
             "quantize", f"{name} {rows}x{columns}", reached, target_share, us=1e6 * found, bytes_an_element=float(moved)
         )
 
@@ -86,13 +86,13 @@ def check_equal_on_cpu(x: Tensor) -> None:
 # ---- fused -----------------------------------------------------------------------------------------------------------------
 
 
-def fused(report: Report, device: str, quick: bool) -> None:
+def fused(report: SectionReport, device: str, quick: bool) -> None:
     """Producers with codes out over the same from F.layer_norm, F.rms_norm, F.gelu, F.silu, + and int8_quantize_rows."""
     for rows, columns in QUICK if quick else FUSED_SHAPES:
         fused_shape(report, device, rows, columns)
 
 
-def fused_shape(report: Report, device: str, rows: int, columns: int) -> None:
+def fused_shape(report: SectionReport, device: str, rows: int, columns: int) -> None:
     sets = sets_for(4 * rows * columns, device)
     dtype = torch.bfloat16
     x = [torch.randn(rows, columns, device=device).to(dtype) for _ in range(sets)]
@@ -169,7 +169,7 @@ def fused_shape(report: Report, device: str, rows: int, columns: int) -> None:
     for (name, _, _, moved), ours, separate in zip(cases, seconds[::2], seconds[1::2], strict=True):
         share = moved * rows * columns / ours / rate
         figures = {"us": 1e6 * ours, "separate_us": 1e6 * separate, "share_of_copy": share}
-        report.add("fused", f"{name} {rows}x{columns}", separate / ours, None, **figures)
+        report.row("fused", f"{name} {rows}x{columns}", separate / ours, None, **figures)
 
 
 def check_producers(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -26,12 +25,12 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.operands import codes
-from common.timing import Captured, copy_rate, medians
+from common.report import write_json
+from common.timing import CACHE_BYTES, Captured, copy_rate, graph_seconds
 
 import quantrain  # noqa: F401  loads the operators
 
 ops = torch.ops.quantrain
-CACHE_BYTES = 200 << 20
 VARIABLE = "QUANTRAIN_CUDA_FIXED_POINT_CONV"
 WGMMA = (
     "wgmma_128x128x128",
@@ -220,7 +219,7 @@ def measure(layer: Layer, batch: int, rate: float, sweep: bool) -> dict:
         )
     x16, weight16 = ([t.half() / 64 for t in tensors] for tensors in (x, weight))
     graphs["fp16"] = Captured(lambda i: F.conv2d(x16[i], weight16[i], **where), sets)
-    found = medians(graphs)
+    found = graph_seconds(graphs)
     row = {
         **asdict(layer), "name": layer.name, "int8_us": found["int8"] * 1e6, "fp16_us": found["fp16"] * 1e6,
         "residual_us": found["residual"] * 1e6 if layer.expands else None, "ratio": found["fp16"] / found["int8"],
@@ -233,7 +232,7 @@ def measure(layer: Layer, batch: int, rate: float, sweep: bool) -> dict:
         for kernel in KERNELS:
             os.environ[VARIABLE] = kernel
             try:
-                row["kernels_us"][kernel] = medians({"it": Captured(fixed, sets)}, 7)["it"] * 1e6
+                row["kernels_us"][kernel] = graph_seconds({"it": Captured(fixed, sets)}, 7)["it"] * 1e6
             except RuntimeError:  # it does not serve the shape
                 torch.cuda.synchronize()
             finally:
@@ -278,7 +277,7 @@ def main() -> int:
         say(f"# {checks(options.batch)} checks passed: exact against float64, memory poisoned")
     if options.checks_only:
         return 0
-    rate = copy_rate()
+    rate = copy_rate("cuda")
     say(f"# copy of 1 GiB: {rate / 1e12:.2f} TB/s read and written; times in microseconds; rate: TB/s")
     say(f"{'layer':<33} {'int8':>8} {'fp16':>8} {'ratio':>6} {'residual':>8} {'bound':>8} {'TOP/s':>6} {'rate':>6}")
     rows = []
@@ -299,7 +298,7 @@ def main() -> int:
             "gpu": torch.cuda.get_device_name(), "command": " ".join(sys.argv), "header": lines[:4], "layers": rows,
             "copy_bytes_per_second": rate, "sum": total, "ratio": ratio,
         }  # fmt: skip
-        options.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+        write_json(options.output.with_suffix(".json"), report)
     return 0 if ratio >= 1.2 else 1
 
 

@@ -19,7 +19,6 @@ import json
 import sys
 import time
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -28,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.data import cifar10_jpeg, pretrained_resnet20, random_images
 from common.models import MODELS
+from common.report import environment, write_json
 
 import quantrain
 from quantrain import nn as qnn
@@ -96,15 +96,11 @@ def start(arguments: argparse.Namespace) -> tuple[Images, torch.nn.Module, dict]
     model = MODELS[arguments.model](10, images.train_images.shape[1]).to(device)
     if (arguments.data, arguments.model) == ("cifar10-jpeg", "resnet20"):
         model.load_state_dict(pretrained_resnet20())
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     about = {
         "data": arguments.data,
         "model": arguments.model,
         "seed": arguments.seed,
-        "device": where,
-        "date": date.today().isoformat(),
-        "torch": torch.__version__,
-        "command": "benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        **environment(device.type),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     return images, model, about
@@ -134,7 +130,7 @@ def run_equality(arguments: argparse.Namespace) -> int:
     compared = result["compared"] = sum(node["compared"] for node in result["nodes"].values())
     print(f"{len(images.test_labels)} images, {compared} codes of {len(result['nodes'])} nodes, {different} differ")
     path = arguments.out / f"fixed-point-equality-{arguments.data}-{arguments.model}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(path, result)
     return different
 
 
@@ -146,7 +142,7 @@ def run(arguments: argparse.Namespace) -> dict:
 
     def keep(stage: str, **values) -> None:
         result["stages"][stage] = values
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(path, result)
         print(
             arguments.data,
             arguments.model,

@@ -9,6 +9,7 @@ import traceback
 
 import torch
 from common.captured import TrainingStep
+from common.timing import device_seconds, host_seconds
 
 from .recipes import FLOAT, prepared
 
@@ -17,24 +18,12 @@ RECIPES = (FLOAT, "qat-w8a8", "fqt-ptq8", "fqt-psq8", "fqt-psq5", "fqt-bhq5", "f
 
 def seconds_a_step(step: TrainingStep, index: torch.Tensor, groups: int = 7, steps: int = 20) -> float:
     """Median over groups of steps, on the device's clock."""
+    run = lambda _: step(index, 1e-4)  # noqa: E731
     for _ in range(3):
-        step(index, 1e-4)
+        run(0)
     if step.graph is None:
-        start = time.perf_counter()
-        for _ in range(2):
-            step(index, 1e-4)
-        return (time.perf_counter() - start) / 2
-    times = []
-    for _ in range(groups):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(20_000_000)  # launches queue up behind it: the host's time stays out
-        start.record()
-        for _ in range(steps):
-            step(index, 1e-4)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / steps)
-    return statistics.median(times)
+        return host_seconds(run, 2)
+    return statistics.median(device_seconds(run, steps, spin=0.01) for _ in range(groups))
 
 
 def measure(label: str, task, recipes: tuple[str, ...], precision: str, deadline: float, save) -> int:

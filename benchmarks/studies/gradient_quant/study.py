@@ -91,22 +91,11 @@ class Study:
 
     def saver(self, part: str, settings: dict) -> Callable[[dict], None]:
         """A function that adds a row to the part's result file."""
-        from common.captured import environment
+        from common.report import Results, slug
 
-        where = environment(self.options.device)
-        slug = where["on"].split(",")[0].split()[-1].lower()
-        path = self.options.out / f"gradient-quant-{part}-{slug}-{where['date']}.json"
-        content: dict = {"benchmark": f"gradient_quant_study {part}", "command": " ".join(["python", *sys.argv])}
-        content |= {**where, "settings": settings, "rows": []}
-
-        def save(row: dict) -> None:
-            content["rows"].append(row)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            partial.replace(path)
-
-        return save
+        results = Results(f"gradient_quant_study {part}", self.options.device, settings=settings)
+        results.path = self.options.out / f"gradient-quant-{part}-{slug(results.head)}-{results.head['date']}.json"
+        return results.keep
 
 
 def variance_part(study: Study) -> int:

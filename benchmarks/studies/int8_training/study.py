@@ -14,7 +14,6 @@ after every row, so that a run stopped by --seconds keeps what it has. All three
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import traceback
@@ -53,21 +52,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def saver(options: argparse.Namespace, part: str, settings: dict) -> Callable[[dict], None]:
     """A function that adds a row to the part's result file."""
-    from common.report import environment
+    from common.report import Results, slug
 
-    where = environment(options.device)
-    slug = where["on"].split()[-1].lower()
-    path = options.out / f"int8-{part}-{slug}-{where['date']}.json"
-    content: dict = {"benchmark": f"int8_training_study {part}", **where, "settings": settings, "rows": []}
-
-    def save(row: dict) -> None:
-        content["rows"].append(row)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-
-    return save
+    results = Results(f"int8_training_study {part}", options.device, settings=settings)
+    results.path = options.out / f"int8-{part}-{slug(results.head)}-{results.head['date']}.json"
+    return results.keep
 
 
 def chosen(options: argparse.Namespace, module):
