@@ -6,17 +6,18 @@ ResNet-20 at 32 x 32 (batches 64 and 1) and ResNet-18 at 224 x 224 (batches 16 a
     torch float32           channels-last, batch norm folded into the convolutions
     onnxruntime float32     the same model by torch.onnx.export
     onnxruntime int8        that, quantised statically: QDQ, uint8 activations, int8 weights, per tensor, calibrated on random images
-    quantrain integers      FixedPointNetwork: uint8 codes in, int32 accumulators out
+    quantrain integers      that model prepared with f8net and converted: 8-bit codes in, int32 accumulators out
     quantrain's ONNX        the same integer network, exported by export_onnx, in onnxruntime
-The integers of both are first held against the oracle, at batch 1. Candidates take turns: in each round each one is called once unmeasured, then measured for at least 50 ms. Best and median of the rounds.
+The integers of every node are first held against those of the simulation, and onnxruntime's against them, at batch 1. Candidates take turns: in each round each one is called once unmeasured, then measured for at least 50 ms. Best and median of the rounds.
 --output writes PREFIX.json and PREFIX.txt.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
-import json
+import math
 import statistics
 import sys
 import tempfile
@@ -26,66 +27,62 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common.report import environment
+from common.models import resnet18
+from common.report import Report
+from common.timing import host_seconds, turns
 from torch import nn
 
-import quantrain
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "python"))
-from samples.fixed_point_graphs import GraphBuilder  # noqa: E402
-
-from quantrain.nn.fixed_point.onnx import export_onnx  # noqa: E402
+from quantrain import nn as qnn
+from quantrain.finetune.models import resnet20
 
 NETWORKS = {"resnet20": (32, (64, 1)), "resnet18": (224, (16, 1))}
-OURS, PEERS = "quantrain integers", ("torch float32", "onnxruntime float32", "onnxruntime int8")
+OURS = "quantrain integers"
 Run = Callable[[], object]
 
 
 # ---- the networks ----
 
 
+def trained_like(name: str) -> nn.Module:
+    """For evaluation: random weights, and the batch norms' statistics of random images, so that values keep their size."""
+    torch.manual_seed(0)
+    model = resnet20(10, 3) if name == "resnet20" else resnet18(1000, 3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the statistics of what it has seen, whole
+    with torch.no_grad():
+        model.train()(random_images(name, 8))
+    return model.eval()
+
+
+def random_images(name: str, batch: int) -> torch.Tensor:
+    size = NETWORKS[name][0]
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(batch))
+
+
 def float_model(name: str) -> nn.Module:
-    """For evaluation, with its batch norms folded."""
+    """With its batch norms folded."""
     from torch.fx.experimental.optimization import fuse
 
-    torch.manual_seed(0)
-    if name == "resnet20":
-        from quantrain.finetune.models import resnet20
-
-        model = resnet20(10, 3)
-    else:
-        from torchvision.models import resnet18
-
-        model = resnet18()
-    return fuse(model.eval())
+    return fuse(trained_like(name))
 
 
-def integer_graph(name: str, batch: int) -> tuple[GraphBuilder, tuple]:
-    """(builder, (graph, tensors, codes)) of the same network in integers: random weights, fraction lengths by what they give."""
-    size = NETWORKS[name][0]
-    b = GraphBuilder(0, channels=3, size=size, batch=batch, signed=False, fraction_length=8)
-    if name == "resnet20":
-        x = b.conv("input", 16)
-        widths, blocks, classes = (16, 32, 64), 3, 10
-    else:
-        x = b.max_pool(b.conv("input", 64, kernel=7, stride=2, padding=3))
-        widths, blocks, classes = (64, 128, 256, 512), 2, 1000
-    for stage, width in enumerate(widths):
-        for block in range(blocks):
-            x = residual_block(b, x, width, stride=2 if stage and not block else 1, convolution=name == "resnet18")
-    return b, b.classify(x, classes)
+def integer_model(name: str) -> nn.Module:
+    """The same network in integers.
 
-
-def residual_block(b: GraphBuilder, x: str, width: int, *, stride: int, convolution: bool) -> str:
-    y = b.conv(x, width, stride=stride)
-    if stride == 1:
-        shortcut = x
-    elif convolution:
-        shortcut = b.conv(x, width, kernel=1, stride=stride, output="accumulators")
-    else:
-        shortcut = b.slice_pad(x, stride, (width // 4, width // 4))
-    return b.conv(y, width, residual=shortcut)
+    Raises:
+        AssertionError: an integer is not the one that the simulation stands for.
+    """
+    prepared = qnn.prepare(trained_like(name), "f8net")
+    qnn.calibrate(prepared, [random_images(name, 8)])
+    converted = qnn.convert(copy.deepcopy(prepared).eval())
+    images = random_images(name, 1)
+    codes = converted.network.quantize_input(images)
+    integers = {"input": codes, **converted.network.forward_all(codes)}
+    for node, expected in qnn.simulated_codes(prepared, images).items():
+        if not torch.equal(integers[node].to(torch.int64), expected):
+            raise AssertionError(f"{name}: {node}: the integers are not the simulation's")
+    return converted
 
 
 # ---- candidates: each gives a call without arguments ----
@@ -146,60 +143,46 @@ def quantize_statically(source: Path, target: Path, size: int) -> None:
     )  # fmt: skip
 
 
-def assert_oracle(name: str, b: GraphBuilder, graph: dict, found: np.ndarray) -> None:
-    if not np.array_equal(found, b.values[graph["output"]["name"]].data):
-        raise AssertionError(f"{name}: the integers are not the oracle's")
-
-
-def integer_network(name: str, batch: int) -> tuple[Run | None, str]:
-    """(a call of FixedPointNetwork, checked against the oracle; or None, and why not)."""
-    if not hasattr(quantrain._C, "FixedPointNetwork"):
-        return None, "this build has no FixedPointNetwork"
-    b, (graph, tensors, codes) = integer_graph(name, 1)
-    network = quantrain._C.FixedPointNetwork(json.dumps(graph), {k: torch.from_numpy(v) for k, v in tensors.items()})
-    assert_oracle(name, b, graph, network.forward(torch.from_numpy(codes)).numpy())
-    many = torch.randint(0, 256, (batch, *codes.shape[1:]), dtype=torch.uint8)
-    many = many.contiguous(memory_format=torch.channels_last)
-    return lambda: network.forward(many), "equal to the oracle at batch 1"
-
-
-def candidates(name: str, batch: int, folder: Path, threads: int) -> tuple[dict[str, Run], str]:
-    size = NETWORKS[name][0]
+def candidates(name: str, batch: int, folder: Path, threads: int) -> dict[str, Run]:
     source, quantized, integer = (folder / f"{name}.{kind}.onnx" for kind in ("float", "int8", "integer"))
+    converted = integer_model(name)
+    network = converted.network
     if not source.exists():
-        export_float(float_model(name), size, source)
-        quantize_statically(source, quantized, size)
-        b, (graph, tensors, codes) = integer_graph(name, 1)
-        export_onnx((graph, tensors), integer)
-        assert_oracle(name, b, graph, onnx_run(integer, codes, threads)()[0])
-    images = torch.rand(batch, 3, size, size)
-    codes = np.random.default_rng(2).integers(0, 256, images.shape).astype(np.uint8)
-    runs = {
+        export_float(float_model(name), NETWORKS[name][0], source)
+        quantize_statically(source, quantized, NETWORKS[name][0])
+        qnn.export_onnx(converted, integer)
+        one = network.quantize_input(random_images(name, 1))
+        if not np.array_equal(onnx_run(integer, one.numpy(), threads)()[0], network.forward(one).numpy()):
+            raise AssertionError(f"{name}: the exported network gives other integers")
+    images = random_images(name, batch)
+    codes = network.quantize_input(images).contiguous()
+    channels_last = codes.contiguous(memory_format=torch.channels_last)
+    return {
+        OURS: lambda: network.forward(channels_last),
         "torch float32": torch_float(float_model(name), images),
         "onnxruntime float32": onnx_run(source, images.numpy(), threads),
         "onnxruntime int8": onnx_run(quantized, images.numpy(), threads),
-        "quantrain's ONNX": onnx_run(integer, codes, threads),
+        "quantrain's ONNX": onnx_run(integer, codes.numpy(), threads),
     }
-    ours, note = integer_network(name, batch)
-    return (runs if ours is None else {OURS: ours, **runs}), note
 
 
 # ---- time ----
 
 
 def measure(runs: dict[str, Run], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds a call, a list a candidate. A short rest lets the threads of the one before stop spinning."""
-    times = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            time.sleep(0.01)
+    """Milliseconds per call, a list for each candidate; in each round so many calls as take ``seconds``."""
+
+    def timer(run: Run):
+        calls = max(1, math.ceil(seconds / host_seconds(lambda _: run(), 2)))
+
+        def timed(turn: int) -> float:
+            time.sleep(0.01)  # a short rest lets the threads of the one before stop spinning
             run()
-            calls, started = 0, time.perf_counter()
-            while calls == 0 or time.perf_counter() - started < seconds:
-                run()
-                calls += 1
-            times[name].append(1e3 * (time.perf_counter() - started) / calls)
-    return times
+            return 1e3 * host_seconds(lambda _: run(), calls)
+
+        return timed
+
+    return dict(zip(runs, turns([timer(run) for run in runs.values()], rounds), strict=True))
 
 
 def rows_of(name: str, batch: int, times: dict[str, list[float]]) -> list[dict]:
@@ -207,16 +190,15 @@ def rows_of(name: str, batch: int, times: dict[str, list[float]]) -> list[dict]:
         {"network": name, "batch": batch, "candidate": candidate, "best_ms": min(t), "median_ms": statistics.median(t)}
         for candidate, t in times.items()
     ]
-    ours = next((row for row in rows if row["candidate"] == OURS), None)
+    ours = next(row for row in rows if row["candidate"] == OURS)
     for row in rows:
-        row["times_ours"] = None if ours is None else row["best_ms"] / ours["best_ms"]
+        row["times_ours"] = row["best_ms"] / ours["best_ms"]
     return rows
 
 
 def line(row: dict) -> str:
-    ratio = "" if row["times_ours"] is None else f"{row['times_ours']:8.2f} x ours"
     case = f"{row['network']} batch {row['batch']}"
-    return f"{case:<20}{row['candidate']:<22}{row['best_ms']:10.3f} ms best{row['median_ms']:10.3f} ms median{ratio}"
+    return f"{case:<20}{row['candidate']:<22}{row['best_ms']:10.3f} ms best{row['median_ms']:10.3f} ms median{row['times_ours']:8.2f} x ours"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -243,30 +225,16 @@ def main(arguments: list[str] | None = None) -> int:
     import onnxruntime
 
     torch.set_num_threads(options.threads)
-    head = {"benchmark": "bench_fixed_point_network", **environment("cpu"), "onnxruntime": onnxruntime.__version__}
-    if options.note:
-        head["note"] = options.note
-    lines = [f"{key:<12}{value}" for key, value in head.items()]
-    print("\n".join(lines), flush=True)
-    rows, notes = [], {}
+    facts = {"onnxruntime": onnxruntime.__version__, **({"note": options.note} if options.note else {})}
+    path, text = (options.output.with_suffix(end) if options.output else None for end in (".json", ".txt"))
+    report = Report("bench_fixed_point_network", "cpu", path, text=text, **facts)
     with tempfile.TemporaryDirectory() as folder:
         for name in options.networks:
             for batch in NETWORKS[name][1]:
-                runs, notes[name] = candidates(name, batch, Path(folder), options.threads)
-                rows += rows_of(name, batch, measure(runs, options.rounds, options.seconds))
-                new = [line(row) for row in rows[-len(runs) :]]
-                lines += new
-                print("\n".join(new), flush=True)
-                write(options.output, {**head, "checks": notes, "rows": rows}, lines)
+                runs = candidates(name, batch, Path(folder), options.threads)
+                for row in rows_of(name, batch, measure(runs, options.rounds, options.seconds)):
+                    report.add(row, line(row))
     return 0
-
-
-def write(prefix: Path | None, results: dict, lines: list[str]) -> None:
-    if prefix is None:
-        return
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    prefix.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    prefix.with_suffix(".txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

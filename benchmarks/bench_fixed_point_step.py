@@ -17,7 +17,7 @@ import statistics
 from pathlib import Path
 
 import torch
-from common.models import mobilenet_v2
+from common.models import mobilenet_v2, resnet18
 from common.report import Results
 from common.timing import Captured, Run, host_seconds, turns
 from torch import nn
@@ -25,13 +25,6 @@ from torch.nn import functional
 
 from quantrain import nn as qnn
 from quantrain.finetune.models import resnet20
-
-
-def resnet18(num_classes: int, in_channels: int) -> nn.Module:
-    from torchvision.models import resnet18
-
-    return resnet18(num_classes=num_classes)
-
 
 # name -> model, image size, batch sizes on a CPU (0: left out) and a GPU
 CASES = {

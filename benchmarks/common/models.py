@@ -1,4 +1,4 @@
-"""The networks of the study, in plain PyTorch, for images of 28x28 and 32x32 pixels."""
+"""Networks in plain PyTorch: for images of 28x28 and 32x32 pixels, and ResNet-18 for those of 224x224."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from quantrain.finetune.models import resnet20
 
-__all__ = ["MODELS", "MobileNetV2", "mobilenet_v2"]
+__all__ = ["MODELS", "MobileNetV2", "mobilenet_v2", "resnet18"]
 
 # expansion t, channels c, blocks n, first stride s: table 2 of Sandler et al. 2018 (arXiv:1801.04381), cut for small images.
 _STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 3, 2), (6, 96, 2, 1))
@@ -60,6 +60,13 @@ class MobileNetV2(nn.Module):
 def mobilenet_v2(num_classes: int = 10, in_channels: int = 3) -> MobileNetV2:
     """:class:`MobileNetV2` with fresh weights drawn from the default generator."""
     return MobileNetV2(num_classes, in_channels)
+
+
+def resnet18(num_classes: int, in_channels: int) -> nn.Module:
+    """torchvision's, of three input channels."""
+    from torchvision.models import resnet18
+
+    return resnet18(num_classes=num_classes)
 
 
 MODELS = {"resnet20": resnet20, "mobilenet_v2": mobilenet_v2}
