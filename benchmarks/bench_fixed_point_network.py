@@ -204,6 +204,7 @@ def line(row: dict) -> str:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="on cuda nothing is measured")
     add("--networks", type=lambda text: text.split(","), default=list(NETWORKS), help="separated by commas")
     add("--rounds", type=int, default=15)
     add("--threads", type=int, default=2)
@@ -219,6 +220,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    if options.device == "cuda":
+        print("bench_fixed_point_network: measured on a CPU only")
+        return 0
     if importlib.util.find_spec("onnxruntime") is None or importlib.util.find_spec("onnx") is None:
         print("expected the packages onnx and onnxruntime (extra [onnx])", file=sys.stderr)
         return 1
