@@ -25,11 +25,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-import traceback
 from pathlib import Path
 
 import torch
+from common.parts import run_parts
 from int8 import cpu, gemm, gpt_step, inference, linear, quantize
 from int8.report import SectionReport
 
@@ -81,18 +80,15 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(1 if options.quick else 2)
         keep_freed_memory()
     report = SectionReport("bench_int8", options.device, options.json, quick=options.quick)
-    failed = 0
-    for name in options.only:
-        started = time.monotonic()
+
+    def section(name: str) -> None:
         try:
             run_section(name, report, options)
-        except Exception as error:
-            failed += 1
-            traceback.print_exc()
-            report.note(f"{name}: FAILED, {type(error).__name__}: {error}")
-        if options.device == "cuda":
-            torch.cuda.empty_cache()
-        print(f"bench_int8: {name} took {time.monotonic() - started:.0f} s", flush=True)
+        finally:
+            if options.device == "cuda":
+                torch.cuda.empty_cache()
+
+    failed = run_parts("bench_int8", {name: lambda name=name: section(name) for name in options.only}, report.note)
     report.summary()
     return failed
 

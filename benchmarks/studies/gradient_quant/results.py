@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from pathlib import Path
 
 QUANTIZERS = ("per_tensor", "per_sample", "per_sample, zero kept", "householder")
@@ -31,8 +30,3 @@ def by_recipe(rows: list[dict], model: str) -> dict[str, list[float]]:
         if model in row:
             found.setdefault(row["recipe"], []).append(row[model]["value"])
     return found
-
-
-def mean_and_spread(values: list[float]) -> tuple[float, float]:
-    """Mean, and largest minus smallest."""
-    return statistics.mean(values), max(values) - min(values)

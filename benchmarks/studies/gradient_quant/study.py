@@ -19,13 +19,15 @@ import argparse
 import json
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from common.parts import run_parts  # noqa: E402
+
 PARTS = ("variance", "step", "accuracy")
 TEXT_STEPS = 1000
 NO_LIMIT = 1e6  # seconds
@@ -228,20 +230,14 @@ def main(arguments: list[str] | None = None) -> int:
     if options.part in ("figures", "tables"):
         return draw_part(options)
     study = Study(options)
-    parts = {"variance": variance_part, "step": step_part, "accuracy": accuracy_part, "worker": worker_part}
-    failed = 0
-    for part in PARTS if options.part == "all" else (options.part,):
-        started = time.monotonic()
-        try:
-            failed += parts[part](study)
-        except Exception:
-            failed += 1
-            traceback.print_exc()
-        if part != "worker":
-            print(f"gradient_quant_study: {part} took {time.monotonic() - started:.0f} s", flush=True)
+    if options.part == "worker":
+        return worker_part(study)
+    parts = {"variance": variance_part, "step": step_part, "accuracy": accuracy_part}
+    chosen = PARTS if options.part == "all" else (options.part,)
+    failed = run_parts("gradient_quant_study", {part: lambda run=parts[part]: run(study) for part in chosen})
     if options.part == "all" and not options.no_page:
         draw_part(options)
-    return min(failed, 100)
+    return failed
 
 
 if __name__ == "__main__":

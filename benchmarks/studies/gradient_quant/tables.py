@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from .results import KINDS, MODELS, QUANTIZERS, by_recipe, mean_and_spread, measure_of, newest
+from common import pages
+from common.pages import mean_and_spread, table
 
-BLOCK = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+from .results import KINDS, MODELS, QUANTIZERS, by_recipe, measure_of, newest
+
 UNMEASURED = "No result is committed yet; `scripts/gpu_study.sh` measures it.\n"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _source(path: Path, content: dict) -> str:
@@ -39,7 +35,7 @@ def variance_text(path: Path, content: dict) -> str:
         f"{settings['text_batch']} sequences, {settings['draws']} draws each, {settings['train_steps']} (the GPT: {settings['text_train_steps']}) steps of `qat-w8a8` before, ResNet-20 from "
         f"the pretrained weights. "
         f"{_source(path, content)}\n\n"
-        + _table(["network", "mode", "quantizer", *[f"{bits} bits" for bits in shown]], lines)
+        + table(["network", "mode", "quantizer", *[f"{bits} bits" for bits in shown]], lines)
         + f"\nThe squared mean of the error, as a multiple of what unbiased draws would leave (1): {min(biases):.2f} to "
         f"{max(biases):.2f} over all lines.\n"
     )
@@ -72,7 +68,7 @@ def accuracy_text(path: Path, content: dict) -> str:
         widths = sorted({name[-1] for name in values if name.startswith("fqt-")}, reverse=True)
         lines = [[f"`{name}`", *[cell(f"fqt-{kind}{bits}") for bits in widths]] for kind, name in KINDS.items()]
         text += f"\n{title}: {measure}. `qat-w8a8` {cell('qat-w8a8')}; without quantization {cell('float')}.\n\n"
-        text += _table(["gradient quantizer", *[f"{bits} bits" for bits in widths]], lines)
+        text += table(["gradient quantizer", *[f"{bits} bits" for bits in widths]], lines)
     return text
 
 
@@ -83,7 +79,7 @@ def step_text(path: Path, content: dict) -> str:
         ratios = [f"{row[key]:.2f}x" if row[key] else "-" for key in ("ratio_to_float", "ratio_to_qat")]
         lines.append([row["model"], f"`{row['recipe']}`", f"{row['ms']:.2f}", *ratios])
     captured = "captured as CUDA graphs" if all(row["captured"] for row in content["rows"]) else "not all captured"
-    return f"Time of a whole training step in bfloat16 autocast, {captured}. {_source(path, content)}\n\n" + _table(
+    return f"Time of a whole training step in bfloat16 autocast, {captured}. {_source(path, content)}\n\n" + table(
         ["network", "recipe", "ms", "to float", "to `qat-w8a8`"], lines
     )
 
@@ -109,6 +105,4 @@ def measured(part: str, results: Path, figures: Path) -> str:
 
 def fill(page: Path, results: Path, figures: Path) -> None:
     """Replace every measured part of the page."""
-    text = page.read_text(encoding="utf-8")
-    text = BLOCK.sub(lambda found: f"{found[1]}{measured(found[2], results, figures)}{found[3]}", text)
-    page.write_text(text, encoding="utf-8")
+    pages.fill(page, lambda part: measured(part, results, figures))

@@ -21,9 +21,10 @@ from common.drawing import (
     source,
     times,
 )
+from common.pages import mean_and_spread
 from matplotlib.patches import Rectangle
 
-from .results import bench_section, finals, mean_and_spread, newest, rows_of
+from .results import bench_section, finals, newest, rows_of
 
 KINDS = {"bf16": (GREY, "bf16"), "int8-training": (BLUE, "int8-training")}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 from pathlib import Path
 
 LONGER = ("gpt_compiled", "torchao")  # sections that the whole benchmark leaves out
@@ -40,8 +39,3 @@ def finals(rows: list[dict], text: str, kind: str, key: str = "held_out_loss") -
     """The last value of each seed's curve."""
     chosen = (row for row in rows if (row["text"], row["kind"]) == (text, kind))
     return [row[key] for row in sorted(chosen, key=lambda row: row["seed"])]
-
-
-def mean_and_spread(values: list[float]) -> tuple[float, float]:
-    """Mean, and largest minus smallest."""
-    return statistics.mean(values), max(values) - min(values)

@@ -16,13 +16,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from common.parts import run_parts  # noqa: E402
+
 PARTS = ("curves", "finetune")
 NO_LIMIT = 1e6  # seconds
 
@@ -103,18 +105,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.part in ("figures", "tables"):
         return draw_part(options)
     parts = {"curves": curves_part, "finetune": finetune_part}
-    failed = 0
-    for part in PARTS if options.part == "all" else (options.part,):
-        started = time.monotonic()
-        try:
-            failed += parts[part](options)
-        except Exception:
-            failed += 1
-            traceback.print_exc()
-        print(f"int8_training_study: {part} took {time.monotonic() - started:.0f} s", flush=True)
+    chosen_parts = PARTS if options.part == "all" else (options.part,)
+    failed = run_parts("int8_training_study", {part: lambda run=parts[part]: run(options) for part in chosen_parts})
     if options.part == "all" and not options.no_page:
         draw_part(options)
-    return min(failed, 100)
+    return failed
 
 
 if __name__ == "__main__":

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
-from .results import bench_section, finals, mean_and_spread, newest, rows_of
+from common import pages
+from common.pages import mean_and_spread, table
 
-BLOCK = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+from .results import bench_section, finals, newest, rows_of
+
 UNMEASURED = "Not measured yet: `scripts/gpu_int8.sh` measures it.\n"
 RESULTS, PICTURES = "../../benchmarks/results", "../figures"  # from the page
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _source(path: Path, content: dict, on_cpu: bool = False) -> str:
@@ -40,7 +36,7 @@ def mm_text(rows: list[dict]) -> str:
         ]
         for row in rows
     ]
-    return _table(["M x N x K", "bf16 TFLOP/s", "int8 TOPS", "ratio"], lines)
+    return table(["M x N x K", "bf16 TFLOP/s", "int8 TOPS", "ratio"], lines)
 
 
 def quantize_text(rows: list[dict]) -> str:
@@ -52,7 +48,7 @@ def quantize_text(rows: list[dict]) -> str:
         else:
             share = f"{100 * row['ratio']:.0f} %"
             lines.append([row["case"], f"{values['us']:.1f}", f"{values['bytes_an_element']:.0f}", share])
-    return _table(["pass", "us", "bytes per element", "of the copy's rate"], lines)
+    return table(["pass", "us", "bytes per element", "of the copy's rate"], lines)
 
 
 def fused_text(rows: list[dict]) -> str:
@@ -60,7 +56,7 @@ def fused_text(rows: list[dict]) -> str:
         [row["case"], *(f"{row['values'][key]:.1f}" for key in ("us", "separate_us")), _times(row["ratio"])]
         for row in rows
     ]
-    return _table(["operator", "us", "separate operators, us", "ratio"], lines)
+    return table(["operator", "us", "separate operators, us", "ratio"], lines)
 
 
 def linear_text(rows: list[dict]) -> str:
@@ -74,12 +70,12 @@ def linear_text(rows: list[dict]) -> str:
         ]
         for row in whole
     ]
-    text = _table(["tokens x in x out, choice", "bf16 ms", "int8 ms", "eager", "device alone"], lines)
+    text = table(["tokens x in x out, choice", "bf16 ms", "int8 ms", "eager", "device alone"], lines)
     single = [[row["case"], _times(row["ratio"])] for row in rows if row not in whole]
     return (
         text
         + ("\nOne product in int8, the other two in bf16 (device alone):\n\n" if single else "")
-        + (_table(["tokens x in x out", "ratio"], single) if single else "")
+        + (table(["tokens x in x out", "ratio"], single) if single else "")
     )
 
 
@@ -91,7 +87,7 @@ def inference_text(rows: list[dict]) -> str:
         eager = [f"{values[key]:.3f}" for key in ("fp16_ms", "int8_ms")]
         lines.append([row["case"], *eager, _times(row["ratio"]), *graph, _times(values.get("graph_ratio"))])
     header = ["layer", "fp16 ms", "int8 ms", "eager", "fp16 ms, graph", "int8 ms, graph", "graphs"]
-    return _table(header, lines)
+    return table(header, lines)
 
 
 def cpu_text(rows: list[dict]) -> str:
@@ -99,7 +95,7 @@ def cpu_text(rows: list[dict]) -> str:
         [row["case"], f"{row['values']['ms']:.2f}", f"{row['values']['gops']:.0f}", _times(row["ratio"])]
         for row in rows
     ]
-    return _table(["int8_mm", "ms", "GOP/s", "ratio"], lines)
+    return table(["int8_mm", "ms", "GOP/s", "ratio"], lines)
 
 
 def gpt_text(rows: list[dict], memory: list[dict]) -> str:
@@ -117,7 +113,7 @@ def gpt_text(rows: list[dict], memory: list[dict]) -> str:
                 f"{share['ratio']:.2f}" if share else "",
             ]
         )
-    return _table(["step", "ms", "over bf16 eager", "over bf16 compiled", "peak GiB", "of bf16 eager's"], lines)
+    return table(["step", "ms", "over bf16 eager", "over bf16 compiled", "peak GiB", "of bf16 eager's"], lines)
 
 
 def torchao_text(rows: list[dict]) -> str:
@@ -130,7 +126,7 @@ def torchao_text(rows: list[dict]) -> str:
         ]
         for row in rows
     ]
-    return _table(
+    return table(
         ["tokens x in x out", "bf16 ms", "torchao ms", "ours ms", "torchao over bf16", "ours over torchao"], lines
     )
 
@@ -179,7 +175,7 @@ def curves_text(path: Path, content: dict) -> str:
         f"GPT of {config['layers']} layers, {config['width']} wide, context {config['context']} bytes, batch "
         f"{settings['batch_size']}, {settings['steps']} steps, {seeds} seed{'s' if seeds > 1 else ''}; loss at the last step in nats "
         f"per byte, in brackets largest minus smallest over the seeds. {_source(path, content)}\n\n"
-        + _table(["text", "loss", "bf16", "int8-training", "int8 over bf16"], lines)
+        + table(["text", "loss", "bf16", "int8-training", "int8 over bf16"], lines)
     )
 
 
@@ -206,7 +202,7 @@ def finetune_text(path: Path, content: dict) -> str:
         f"MiniLM-L6 on SST-2, {settings['train_rows']} sentences, batch {settings['batch_size']}, {settings['epochs']:g} epochs, "
         f"pretrained weights stored in {settings['pretrained_weights']}; accuracy on "
         f"the 872 sentences of the development set in per cent (one sentence is 0.11). {_source(path, content)}\n\n"
-        + _table(["training", *(f"seed {seed}" for seed in seeds), "mean", "to float32, points"], lines)
+        + table(["training", *(f"seed {seed}" for seed in seeds), "mean", "to float32, points"], lines)
     )
 
 
@@ -232,6 +228,4 @@ def measured(part: str, results: Path, figures: Path) -> str:
 
 def fill(page: Path, results: Path, figures: Path) -> None:
     """Replace every measured part of the page."""
-    text = page.read_text(encoding="utf-8")
-    text = BLOCK.sub(lambda found: f"{found[1]}{measured(found[2], results, figures)}{found[3]}", text)
-    page.write_text(text, encoding="utf-8")
+    pages.fill(page, lambda part: measured(part, results, figures))

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 pytest.importorskip("matplotlib")
 
 import bench_int8  # noqa: E402
-from common import operands, timing  # noqa: E402
+from common import operands, pages, timing  # noqa: E402
 from common.recipes import int8_recipe  # noqa: E402
 from int8 import checks, encoder  # noqa: E402
 from int8.report import Row  # noqa: E402
@@ -95,7 +95,7 @@ def test_the_page_takes_the_results_over(out, tmp_path):
         "int8_curves.png",
     }  # int8_speed: of a GPU
     tables.fill(page, tmp_path / "none", tmp_path)
-    blocks = tables.BLOCK.findall(page.read_text())
+    blocks = pages.BLOCK.findall(page.read_text())
     parts = [name for _, name, _ in blocks]
     assert sorted(parts) == sorted({*tables.SECTIONS, "gpt", "gpt_compiled", "torchao", "curves", "finetune"})
     assert page.read_text().count(tables.UNMEASURED) == len(parts)
