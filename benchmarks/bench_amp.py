@@ -7,7 +7,7 @@ before they are timed. Columns: time of one call; the bytes that it must move, p
 element: one reading, then one reading and writing) would take at the rate of a copy measured in the same run, as per cent of the call's
 time; GradScaler.unscale_ and clip_grad_norm_(foreach=True) over ours.
 train (CUDA): GPT-2 124M, in Python and, with --cpp (the built examples/cpp/train_gpt), in C++, eager and captured; and a network of
-ResNet-50's convolutions. Time a step, the host's part of it, peak memory, loss after the steps. --curves: also trains the small preset
+ResNet-50's convolutions. Time per step, the host's part of it, peak memory, loss after the steps. --curves: also trains the small preset
 on tinyshakespeare in float32, float16 and bfloat16 and writes the losses, which scripts/make_figures.py draws.
 """
 

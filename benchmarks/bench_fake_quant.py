@@ -5,7 +5,7 @@
 Every line is checked before it is timed: fresh random inputs, results against PyTorch's operator or the formula in float64.
 Columns: time of one call; "floor": the time that the bytes the operation must move would take at the copy's rate, as per cent of the
 call's time; "native": the time of PyTorch's own operator over ours.
-Floor bytes an element of size s: forward 2 s; forward + backward 4 s + 2/8 (mask written and read); learnable forward + backward 5 s;
+Floor bytes per element of size s: forward 2 s; forward + backward 4 s + 2/8 (mask written and read); learnable forward + backward 5 s;
 quantize s + 1; dequantize 1 + s; choose_qparams s.
 CUDA: on the device's clock, rotating inputs larger than the second-level cache. CPU: two threads, wall clock. The candidates take turns;
 medians. The last lines: host time of an eager call at 256 elements over the native operator's.

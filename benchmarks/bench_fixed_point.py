@@ -4,8 +4,8 @@
 
 Every line is checked before it is timed. Columns: time of one call; "floor": the time that the bytes the operation must move would take
 at the copy's rate, as per cent of the call's time; "native": the time of the shortest composition of PyTorch's operators over ours (for
-the quantiser PyTorch's fused fake_quantize, whose gradient lets the end codes pass; for a fraction length torch.std and the logarithm).
-Floor bytes an element of size s: forward 2 s; forward + backward 4 s + 2/8; fraction_length s; requantize 5.
+the quantizer PyTorch's fused fake_quantize, whose gradient lets the end codes pass; for a fraction length torch.std and the logarithm).
+Floor bytes per element of size s: forward 2 s; forward + backward 4 s + 2/8; fraction_length s; requantize 5.
 CUDA and CPU timing as in bench_fake_quant.py.
 """
 

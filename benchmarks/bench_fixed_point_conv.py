@@ -2,7 +2,7 @@
 
     python benchmarks/bench_fixed_point_conv.py [--device cpu] [--threads 2] [--repeats 15] [--json FILE]
 
-One line a layer shape of ResNet-20 (32 x 32) and ResNet-18 (224 x 224): milliseconds, GMAC/s, and how many times as long the others take. The last
+One line per layer shape of ResNet-20 (32 x 32) and ResNet-18 (224 x 224): milliseconds, GMAC/s, and how many times as long the others take. The last
 lines are sums over all the network's convolutions.
 """
 

@@ -5,7 +5,7 @@
 ResNet-20 at 32 x 32 (batches 64 and 1) and ResNet-18 at 224 x 224 (batches 16 and 1), random weights:
     torch float32           channels-last, batch norm folded into the convolutions
     onnxruntime float32     the same model by torch.onnx.export
-    onnxruntime int8        that, quantised statically: QDQ, uint8 activations, int8 weights, per tensor, calibrated on random images
+    onnxruntime int8        that, quantized statically: QDQ, uint8 activations, int8 weights, per tensor, calibrated on random images
     quantrain integers      that model prepared with f8net and converted: 8-bit codes in, int32 accumulators out
     quantrain's ONNX        the same integer network, exported by export_onnx, in onnxruntime
 The integers of every node are first held against those of the simulation, and onnxruntime's against them, at batch 1. Candidates take turns: in each round each one is called once unmeasured, then measured for at least 50 ms. Best and median of the rounds.

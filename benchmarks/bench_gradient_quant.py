@@ -1,13 +1,13 @@
-"""The gradient quantisers against a copy, against rounding to nearest and against PyTorch's own operators, all in one run.
+"""The gradient quantizers against a copy, against rounding to nearest and against PyTorch's own operators, all in one run.
 
     python benchmarks/bench_gradient_quant.py [--device cpu|cuda] [--quick] [--profile] [--json FILE]
 
-Every quantiser is checked before it is timed: on CUDA bit for bit against the CPU, everywhere that the error of a draw is within a step
+Every quantizer is checked before it is timed: on CUDA bit for bit against the CPU, everywhere that the error of a draw is within a step
 and its mean within five standard errors of zero. Columns: time of one stochastic call; the bytes that it must move, per second; the time
 that they would take at the rate of a copy measured in the same run, as per cent of the call's time; the time of the same per_sample
 arithmetic in PyTorch's operators over ours; "copies": its time over a copy's; "over_nearest": over that of the same call rounding to
 nearest; "over_per_sample": over per_sample's.
-Floor bytes an element of size s: two readings and one writing, 3 s (householder three readings, 4 s); codes one byte in the place of the
+Floor bytes per element of size s: two readings and one writing, 3 s (householder three readings, 4 s); codes one byte in the place of the
 writing. CUDA and CPU timing as in bench_fake_quant.py; on a CPU glibc is told to keep freed memory, as the trainers do, or results would pay for page faults that the
 copy's target does not. --profile: time of each CUDA kernel instead.
 """

@@ -63,7 +63,7 @@ class TrainingStep:
     """Batch, loss, gradients and update: captured once and replayed on a GPU.
 
     What a replay reads from outside are two static tensors, the batch's indices and the learning rate; what it gives is
-    ``loss_sum``. Random numbers (crops, flips, the quantisers' rounding) come from the device's default generator, which
+    ``loss_sum``. Random numbers (crops, flips, the quantizers' rounding) come from the device's default generator, which
     the graph advances at each replay.
 
     Args:

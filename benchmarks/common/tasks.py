@@ -30,7 +30,7 @@ class ImageTask:
 
     Args:
         images: the data.
-        batch_size: samples a step.
+        batch_size: samples per step.
         device: where everything is.
         layout: memory format of images and model.
     """
@@ -63,7 +63,7 @@ class ImageTask:
         return model.to(self.device, memory_format=self.layout)
 
     def indices(self, seed: int, steps: int) -> Iterator[Tensor]:
-        """A batch of sample numbers a step, each epoch in an order of its own."""
+        """A batch of sample numbers per step, each epoch in an order of its own."""
         generator = torch.Generator().manual_seed(seed)
         order: list[Tensor] = []
         for _ in range(steps):
@@ -110,7 +110,7 @@ class TextTask:
     Args:
         text: uint8 bytes.
         config: sizes of the model.
-        batch_size: sequences a step.
+        batch_size: sequences per step.
         device: where everything is.
     """
 

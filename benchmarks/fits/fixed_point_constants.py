@@ -2,7 +2,7 @@
 
     python benchmarks/fits/fixed_point_constants.py
 
-For a Gaussian of standard deviation s, in steps of the quantiser, let g(s) be the mean squared error of rounding to the codes of a word.
+For a Gaussian of standard deviation s, in steps of the quantizer, let g(s) be the mean squared error of rounding to the codes of a word.
 With fraction length f the error is 4^-f g(s 2^f); f and f - 1 are equally good where g(s) = 4 g(s / 2). That s is c, whatever f is.
 Signed words hold [-(2^(WL-1) - 1), 2^(WL-1) - 1]; unsigned ones [0, 2^WL - 1], of the Gaussian after a ReLU: "std" takes the deviation
 before the ReLU, "rms" the root mean square after it (smaller by the square root of 2). The integral is taken cell by cell, by Gauss

@@ -66,7 +66,7 @@ def shapes() -> list[tuple[int, int, int]]:
 
 
 def measure(path: Path) -> None:
-    """One line a shape, kernel and setting; stream-K where tiles are few."""
+    """One line per shape, kernel and setting; stream-K where tiles are few."""
     with path.open("w", newline="") as file:
         file.write(f"# {torch.cuda.get_device_name()}; quantrain {quantrain.__version__}, torch {torch.__version__}\n")
         rows = csv.writer(file)

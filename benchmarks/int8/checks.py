@@ -101,7 +101,7 @@ def check_accumulate(a: Tensor, b: Tensor, a_scale: Tensor, accumulator: Tensor)
     )
 
 
-# ---- quantisation ----------------------------------------------------------------------------------------------------------
+# ---- quantization ----------------------------------------------------------------------------------------------------------
 
 
 def nearest_rows(x: Tensor) -> tuple[Tensor, Tensor]:

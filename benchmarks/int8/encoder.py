@@ -1,4 +1,4 @@
-"""Encoder layers for inference: nn's operators in float16, and W8A8 with every quantisation fused into the operator before.
+"""Encoder layers for inference: nn's operators in float16, and W8A8 with every quantization fused into the operator before.
 
 Post-norm is BERT's (Devlin et al. 2018): x = norm(x + attention(x)), x = norm(x + feed_forward(x)). Pre-norm is GPT's:
 x = x + attention(norm(x)), x = x + feed_forward(norm(x)), attention causal. The fusion is token-wise, as in ZeroQuant (Yao et al.,

@@ -61,7 +61,7 @@ def prepared(model: nn.Module, choice: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds a step, bytes at the peak, first and last loss."""
+    """Seconds per step, bytes at the peak, first and last loss."""
 
     seconds: float
     peak: int

@@ -29,7 +29,7 @@ def target(batch: int) -> float | None:
 
 @torch.inference_mode()
 def inference(report: SectionReport, device: str, quick: bool) -> None:
-    """Milliseconds a layer; the ratio is that of eager calls, ``graph_ratio`` that of captured ones."""
+    """Milliseconds per layer; the ratio is that of eager calls, ``graph_ratio`` that of captured ones."""
     dtype = torch.float16 if device == "cuda" else torch.float32
     for name, config in (QUICK if quick else MODELS).items():
         wide, narrow = make_encoders(config, device, dtype)

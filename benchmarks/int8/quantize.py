@@ -38,7 +38,7 @@ def quantize_shape(report: SectionReport, device: str, rows: int, columns: int) 
     codes = [quantrain.int8_quantize_rows(t)[0] for t in x]
     checks.require(torch.equal(quantrain.int8_transpose(codes[0]), codes[0].t()), "int8_transpose: wrong codes")
     check_equal_on_cpu(x[0])
-    # name, call, bytes an element, share of the copy's rate to reach at 16384 x 4096
+    # name, call, bytes per element, share of the copy's rate to reach at 16384 x 4096
     cases = (
         ("rows, nearest", lambda i: quantrain.int8_quantize_rows(x[i % sets]), 3, 0.92),
         ("rows, stochastic", lambda i: quantrain.int8_quantize_rows(x[i % sets], stochastic=True), 3, 0.75),
@@ -109,7 +109,7 @@ def fused_shape(report: SectionReport, device: str, rows: int, columns: int) -> 
         rows_of(F.layer_norm(carried, size, w, b))
 
     check_producers(x[0], r[0], w, b)
-    # name, fused, separate, bytes an element that the fused one must move
+    # name, fused, separate, bytes per element that the fused one must move
     cases = (
         (
             "int8_layer_norm",

@@ -5,7 +5,7 @@ Parts:
   train      trains float32, fine-tunes by both schedules, converts; accuracy of each, of the integer network by its own arithmetic,
              and the fraction lengths. Writes fixed-point-<data>-<model>.json
   equality   trains float32 and from it `f8net`, --steps each, converts, and compares every code of every node with the simulation over the whole
-             test set. Prints a line a node, writes fixed-point-equality-<data>-<model>.json, fails where a code differs
+             test set. Prints a line per node, writes fixed-point-equality-<data>-<model>.json, fails where a code differs
 
 Usage: python benchmarks/studies/fixed_point/study.py train|equality --data fashion-mnist|cifar10-jpeg --model resnet20|mobilenet_v2 [--device cuda] [--out FOLDER]
 CIFAR-10-JPEG and ResNet-20's published weights are read from $QUANTRAIN_DATA, Fashion-MNIST where `quantrain finetune` finds it.
@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=100, help="of each training before the comparison of codes")
     parser.add_argument("--seconds", type=float, help="limit of each training")
-    parser.add_argument("--per-channel", action="store_true", help="fraction lengths of weights a channel")
+    parser.add_argument("--per-channel", action="store_true", help="fraction lengths of weights per channel")
     parser.add_argument("--save", action="store_true", help="write the integer networks too")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()

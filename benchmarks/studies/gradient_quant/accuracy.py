@@ -1,4 +1,4 @@
-"""Part `accuracy`: the same schedule under every recipe, from fresh weights, for several seeds; one process a run."""
+"""Part `accuracy`: the same schedule under every recipe, from fresh weights, for several seeds; one process per run."""
 
 from __future__ import annotations
 

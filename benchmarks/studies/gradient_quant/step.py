@@ -27,7 +27,7 @@ def seconds_a_step(step: TrainingStep, index: torch.Tensor, groups: int = 7, ste
 
 
 def measure(label: str, task, recipes: tuple[str, ...], precision: str, deadline: float, save) -> int:
-    """A row a recipe; ratios are to the float model and to qat-w8a8 of the same task. Returns how many recipes failed."""
+    """A row per recipe; ratios are to the float model and to qat-w8a8 of the same task. Returns how many recipes failed."""
     known: dict[str, float] = {}
     failed = 0
     for recipe in recipes:

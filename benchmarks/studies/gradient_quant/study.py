@@ -1,7 +1,7 @@
-"""The study of gradient quantisers on ResNet-20 (CIFAR-10-JPEG) and a small GPT (tinyshakespeare), by command.
+"""The study of gradient quantizers on ResNet-20 (CIFAR-10-JPEG) and a small GPT (tinyshakespeare), by command.
 
     python benchmarks/studies/gradient_quant/study.py all                     every part below, then the figures and tables
-    python benchmarks/studies/gradient_quant/study.py variance                noise of quantised gradients against the batch's, 2 to 8 bits
+    python benchmarks/studies/gradient_quant/study.py variance                noise of quantized gradients against the batch's, 2 to 8 bits
     python benchmarks/studies/gradient_quant/study.py accuracy [--epochs N]   QAT against per_tensor, per_sample, householder, 8, 5, 4 bits
     python benchmarks/studies/gradient_quant/study.py step                    time of the captured step, float, QAT and FQT, in bf16
     python benchmarks/studies/gradient_quant/study.py figures                 docs/figures/gradient_quant_*.png from the newest results
@@ -45,7 +45,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--recipes", help="accuracy: comma-separated names; float is the model without a recipe")
     add("--seeds", type=int, default=3, help="accuracy")
     add("--epochs", type=int, help="accuracy; default: what --seconds leaves time for, at most 30")
-    add("--batch-size", type=int, default=256, help="accuracy: images a step")
+    add("--batch-size", type=int, default=256, help="accuracy: images per step")
     add("--jobs", type=int, default=4, help="accuracy: processes that share the device")
     add(
         "--eager", action="store_true", help="no CUDA graphs; accuracy turns to it where a trial run cannot be captured"

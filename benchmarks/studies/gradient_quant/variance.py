@@ -1,8 +1,8 @@
-"""Part `variance`: noise that quantised gradients add to the weight gradient, against the noise of the batch.
+"""Part `variance`: noise that quantized gradients add to the weight gradient, against the noise of the batch.
 
-For a batch with the QAT gradient g (all quantised layers' weights as one vector) and draws q_1 .. q_K of the gradient under an
+For a batch with the QAT gradient g (all quantized layers' weights as one vector) and draws q_1 .. q_K of the gradient under an
 fqt recipe, on the same batch and weights:
-    quantisation variance   mean over k and batches of ||q_k - g||^2
+    quantization variance   mean over k and batches of ||q_k - g||^2
     bias                    K ||mean_k(q_k - g)||^2 / mean_k ||q_k - g||^2, expected 1 where E[q_k] = g and draws are independent
     batch variance          sum over batches of ||g_b - gbar||^2 / (batches - 1)
 """
@@ -36,7 +36,7 @@ class VarianceSettings:
     modes: tuple[str, ...] = ("hardware", "paper")
 
 
-def quantised_weights(model: nn.Module) -> list[Tensor]:
+def quantized_weights(model: nn.Module) -> list[Tensor]:
     """The weights of the layers under a recipe."""
     return [module.weight for module in model.modules() if getattr(module, "recipe", None) is not None]
 
@@ -51,7 +51,7 @@ def freeze_statistics(model: nn.Module) -> nn.Module:
 
 def gradients(task, model: nn.Module, batch: tuple[Tensor, Tensor], draws: int) -> list[Tensor]:
     """``draws`` flattened weight gradients of one forward pass."""
-    weights = quantised_weights(model)
+    weights = quantized_weights(model)
     loss = task.loss(model, *batch)
     found = []
     for draw in range(draws):
@@ -75,7 +75,7 @@ def trained_weights(task, settings: VarianceSettings, weights: dict[str, Tensor]
 
 
 def noise_of(task, model: nn.Module, batches, exact: list[Tensor], draws: int) -> tuple[float, float]:
-    """(quantisation variance, bias ratio) of a prepared model."""
+    """(quantization variance, bias ratio) of a prepared model."""
     total, ratios = 0.0, []
     for batch, g in zip(batches, exact, strict=False):
         errors = torch.stack(gradients(task, model, batch, draws)) - g
@@ -86,7 +86,7 @@ def noise_of(task, model: nn.Module, batches, exact: list[Tensor], draws: int) -
 
 
 def measure(task, settings: VarianceSettings, weights: dict[str, Tensor] | None, deadline: float, save) -> int:
-    """Every quantiser, width and mode on one network; ``save`` gets each row as it is known. Returns how many failed."""
+    """Every quantizer, width and mode on one network; ``save`` gets each row as it is known. Returns how many failed."""
     state = trained_weights(task, settings, weights) if settings.train_steps else weights
     exact_model = freeze_statistics(prepared(task, task.model(0, state), QAT))
     batches = [task.batch(index, augment=False) for index in task.indices(1, settings.batch_variance_from)]
@@ -105,7 +105,7 @@ def measure(task, settings: VarianceSettings, weights: dict[str, Tensor] | None,
             recipe = recipe_of(quantizer, bits, paper=mode == "paper")
             model = freeze_statistics(prepared(task, task.model(0, state), recipe))
             variance, bias = noise_of(task, model, batches, exact, settings.draws)
-        except Exception:  # the other quantisers are still worth measuring
+        except Exception:  # the other quantizers are still worth measuring
             failed += 1
             print(f"variance: FAILED {task.name} {mode} {quantizer} {bits} bits", flush=True)
             traceback.print_exc()
@@ -113,7 +113,7 @@ def measure(task, settings: VarianceSettings, weights: dict[str, Tensor] | None,
         save({**common, "mode": mode, "quantizer": quantizer, "bits": bits, "variance": variance, "bias": bias})
         print(
             f"{task.name:<9} {mode:<9} {quantizer:<22} {bits} bits"
-            f"  quantisation / batch {variance / batch_variance:9.3g}  bias {bias:5.2f}",
+            f"  quantization / batch {variance / batch_variance:9.3g}  bias {bias:5.2f}",
             flush=True,
         )
     return failed

@@ -1,4 +1,4 @@
-"""The study of gradient quantisers: its parts in their tiny form, its optimizer and schedule, its figures and tables."""
+"""The study of gradient quantizers: its parts in their tiny form, its optimizer and schedule, its figures and tables."""
 
 import copy
 import json
