@@ -77,7 +77,7 @@ enum class FractionLengthMethod {
 constexpr int kMaxWordLength = 16;
 
 // FL is the number of f in 1..WL - signed with statistic <= c / 2^f. At c / 2^f a Gaussian is rounded equally well with
-// f and with f - 1; c follows by numerical integration (benchmarks/fixed_point_constants.py), for 8 bits it is the
+// f and with f - 1; c follows by numerical integration (benchmarks/fits/fixed_point_constants.py), for 8 bits it is the
 // paper's: 40 for 39.2, 70 for 72.1. Unsigned words hold a Gaussian after a ReLU: "std" is meant of the tensor before
 // it, "rms" after it (50 for 51.0).
 inline double fraction_length_constant(FractionLengthMethod method, int word_length, bool is_signed) {

@@ -58,7 +58,7 @@ Schedule schedule(MmaParams& p, const Candidate& c, const Device& d) {
 }
 
 // Cycles that the busiest multiprocessor takes. The numbers here and the tiles' rates are fitted to the times of
-// ResNet-50's layers by benchmarks/fixed_point/fit_tiles.py.
+// ResNet-50's layers by benchmarks/fits/fixed_point_tiles.py.
 double estimate(const Candidate& c, const MmaParams& p, const Schedule& s, const Device& d) {
   constexpr double kPeak = 4096.0;       // products a cycle
   constexpr double kCopiedBytes = 77.0;  // a cycle

@@ -143,7 +143,7 @@ struct Candidate {
   size_t (*workspace)(const Int8MmArgs&, const sm90::Tuning&);
   int tile_rows, tile_columns, cluster_rows;
   // Microseconds: of a wave of tiles (one a multiprocessor) for each 1000 of k, of a wave beside that, and of the
-  // launch. Fitted to 60 shapes of transformers on an H200 (benchmarks/int8_mm_sweep.py,
+  // launch. Fitted to 60 shapes of transformers on an H200 (benchmarks/fits/int8_mm_sweep.py,
   // results/int8-mm-sweep-h200-2026-11-23.csv): the kernel that the fit picks takes 0.3 % longer than the best of the
   // four on average, 3 % at worst.
   double by_depth, by_wave, fixed;
