@@ -14,11 +14,11 @@ spec.loader.exec_module(check_layers)
 
 GOOD = {
     "csrc/common/affine.h": "#include <cmath>\n",
-    "csrc/cuda/scale.cu": '#include "quantrain/csrc/common/affine.h"\n',
-    "ops/scale.h": "#include <ATen/core/Tensor.h>\n",
+    "csrc/cuda/scale.cu": '#include "csrc/common/affine.h"\n',
+    "include/quantrain/ops/scale.h": "#include <ATen/core/Tensor.h>\n",
     "ops/scale.cpp": """
         #include "quantrain/ops/scale.h"
-        #include "quantrain/csrc/common/affine.h"
+        #include "csrc/common/affine.h"
         #include <torch/library.h>
         TORCH_LIBRARY_FRAGMENT(quantrain, m) {
           m.def("scale(Tensor input) -> Tensor");
@@ -29,15 +29,21 @@ GOOD = {
           // m.def("in_a_comment(Tensor input) -> Tensor");
         }
     """,
+    "autograd/scale.h": "",
     "autograd/scale.cpp": '#include "quantrain/ops/scale.h"\n#include <torch/csrc/autograd/custom_function.h>\n',
-    "nn/layers.h": '#include "quantrain/ops/scale.h"\n',
-    "nn/layers.cpp": '#include "layers.h"\n#include "../autograd/scale.h"\n',
+    "include/quantrain/nn/layers.h": '#include "quantrain/ops/scale.h"\n',
+    "nn/layers.cpp": '#include "quantrain/nn/layers.h"\n#include "autograd/scale.h"\n',
     "amp/scaler.cpp": '#include "quantrain/ops/scale.h"\n',
     "python/bindings.cpp": '#include <torch/extension.h>\n#include "quantrain/nn/layers.h"\nvoid f() { m.def("not_an_op(", 1); }\n',
+    "python/quantrain/__init__.py": "from . import finetune, nn, ops\n",
+    "python/quantrain/ops.py": "import torch\n",
+    "python/quantrain/nn/layers.py": "from ..ops import scale\nfrom . import layers\n",
+    "python/quantrain/amp/scaler.py": "from quantrain.ops import scale\n",
+    "python/quantrain/finetune/run.py": "from ..nn.layers import Layer\nfrom ..amp import scaler\n",
     "examples/cpp/train.cpp": "#include <torch/all.h>\n",
     "tests/cpp/test_scale.cpp": "#include <torch/torch.h>\n",
     "build/dev/stray.cu": "",
-    "tests/python/test_scale.py": """
+    "tests/python/ops/test_scale.py": """
 import torch
 from torch.library import opcheck
 
@@ -72,11 +78,14 @@ def test_the_good_tree_passes(tmp_path):
     ("path", "text", "line"),
     [
         ("csrc/common/affine.h", '#include "quantrain/ops/scale.h"\n', 1),
-        ("ops/scale.h", '#include "quantrain/autograd/scale.h"\n', 1),
-        ("ops/scale.h", "\n#include <quantrain/nn/layers.h>\n", 2),
-        ("autograd/scale.cpp", '#include "../nn/layers.h"\n', 1),
+        ("include/quantrain/ops/scale.h", '#include "autograd/scale.h"\n', 1),
+        ("include/quantrain/ops/scale.h", "\n#include <quantrain/nn/layers.h>\n", 2),
+        ("autograd/scale.cpp", '#include "../nn/private.h"\n', 1),
         ("autograd/scale.cpp", "#include <quantrain/quantrain.h>\n", 1),
-        ("nn/layers.h", '#include "quantrain/amp/scaler.h"\n', 1),
+        ("include/quantrain/nn/layers.h", '#include "quantrain/amp/scaler.h"\n', 1),
+        ("nn/layers.cpp", '#include "csrc/common/affine.h"\n', 1),
+        ("amp/scaler.cpp", '#include "csrc/common/affine.h"\n', 1),
+        ("optim/adamw.cpp", '#include "csrc/common/affine.h"\n', 1),
         ("amp/scaler.cpp", '#include "quantrain/nn/layers.h"\n', 1),
         ("nn/layers.cpp", '/* two\nlines */ #include "python/bindings.h"\n', 2),
     ],
@@ -88,6 +97,48 @@ def test_an_include_to_the_left_fails(tmp_path, path, text, line):
 
 def test_an_include_in_a_comment_passes(tmp_path):
     assert plant(tmp_path, **{"csrc/common/affine.h": '// #include "quantrain/ops/scale.h"\n'}) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "right"),
+    [
+        ("nn/layers.cpp", '#include "nn/layers.h"\n', "quantrain/nn/layers.h"),
+        ("nn/layers.cpp", '#include "ops/scale.h"\n', "quantrain/ops/scale.h"),
+        ("nn/layers.cpp", '#include "quantrain/autograd/scale.h"\n', "autograd/scale.h"),
+        ("ops/scale.cpp", '#include "quantrain/csrc/common/affine.h"\nm.def("scale(");', "csrc/common/affine.h"),
+    ],
+)
+def test_a_header_has_one_spelling(tmp_path, path, text, right):
+    (violation,) = plant(tmp_path, **{path: text})
+    assert (violation.rule, violation.path) == ("spelling", path)
+    assert f"is included as {right}, got" in violation.text
+
+
+def test_a_derivative_without_its_operator_fails(tmp_path):
+    (violation,) = plant(tmp_path, **{"autograd/learned.cpp": ""})
+    assert (violation.rule, violation.path) == ("autograd", "autograd/learned.cpp")
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("python/quantrain/ops.py", "from quantrain.nn import layers\n"),
+        ("python/quantrain/ops.py", "import quantrain.finetune.run\n"),
+        ("python/quantrain/nn/layers.py", "from ..finetune import run\n"),
+        ("python/quantrain/nn/layers.py", "def late():\n    from quantrain.amp.scaler import Scaler\n"),
+        ("python/quantrain/amp/scaler.py", "from .. import nn\n"),
+    ],
+)
+def test_an_import_to_the_left_fails(tmp_path, path, text):
+    (violation,) = plant(tmp_path, **{path: text})
+    assert (violation.rule, violation.path, violation.line) == ("imports", path, len(text.splitlines()))
+
+
+def test_a_long_line_fails_but_in_a_raw_string(tmp_path):
+    assert plant(tmp_path, **{"nn/layers.cpp": f'auto text = R"({"x" * 130})";\n'}) == []
+    (violation,) = plant(tmp_path, **{"nn/layers.cpp": f"\n// {'x' * 118}\n"})
+    assert (violation.rule, violation.line) == ("columns", 2)
+    assert "expected at most 120 columns, got 121" in violation.text
 
 
 @pytest.mark.parametrize("path", ["ops/scale.cu", "csrc/cpu/scale.cu", "csrc/common/scale.cuh", "scale.cu"])
@@ -107,8 +158,8 @@ def test_a_torch_header_in_csrc_fails(tmp_path, header):
 @pytest.mark.parametrize(
     ("path", "header"),
     [
-        ("ops/scale.h", "torch/all.h"),
-        ("nn/layers.h", "torch/torch.h"),
+        ("include/quantrain/ops/scale.h", "torch/all.h"),
+        ("include/quantrain/nn/layers.h", "torch/torch.h"),
         ("autograd/scale.cpp", "torch/extension.h"),
         ("tests/cpp/test_scale.cpp", "torch/extension.h"),
     ],
@@ -142,7 +193,7 @@ def test_an_op_without_opcheck_and_row_fails_twice(tmp_path, definition):
     ],
 )
 def test_what_does_not_count_as_an_opcheck_test(tmp_path, test):
-    (violation,) = plant(tmp_path, **{"tests/python/test_scale.py": test})
+    (violation,) = plant(tmp_path, **{"tests/python/ops/test_scale.py": test})
     assert violation.rule == "opcheck"
 
 
@@ -157,7 +208,7 @@ def test_what_does_not_count_as_an_opcheck_test(tmp_path, test):
     ],
 )
 def test_what_counts_as_an_opcheck_test(tmp_path, test):
-    assert plant(tmp_path, **{"tests/python/test_scale.py": test}) == []
+    assert plant(tmp_path, **{"tests/python/ops/test_scale.py": test}) == []
 
 
 @pytest.mark.parametrize(
