@@ -255,7 +255,7 @@ bool GradScaler::step(const OptimizerView& optimizer) {
   return !overflowed;
 }
 
-// The one synchronisation of a step. After an overflow it fetches the scale too, to tell of one that has run out.
+// The one synchronization of a step. After an overflow it fetches the scale too, to tell of one that has run out.
 bool GradScaler::overflowed_on_host(const PerOptimizer& state) {
   if (!overflowed_last_) return overflowed_last_ = state.found_inf.item<float>() != 0.0f;
   const at::Tensor both = at::stack({state.found_inf.reshape({}), scale_}).cpu();

@@ -10,7 +10,7 @@
 #include "ops/common/dispatch.h"
 #include "ops/fqt_check.h"
 
-// Gradients of fqt_linear and fqt_conv2d: PyTorch's own products, of a gradient that is quantised anew for each.
+// Gradients of fqt_linear and fqt_conv2d: PyTorch's own products, of a gradient that is quantized anew for each.
 
 namespace quantrain {
 namespace {

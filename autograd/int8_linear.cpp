@@ -145,7 +145,7 @@ struct Int8LinearFunction : torch::autograd::Function<Int8LinearFunction> {
  private:
   static Int8WeightTranspose transposed_weight(const variable_list& saved, const Kept& kept) {
     const std::string_view scheme = Kept::kSchemes[static_cast<size_t>(kept.scheme)];
-    // The codes serve where they are folded for sure. Columns are quantised from the weight, so that it is rounded
+    // The codes serve where they are folded for sure. Columns are quantized from the weight, so that it is rounded
     // once.
     const at::Tensor &codes = saved[kWeightCodes], &scale = saved[kWeightScale];
     if (scale.defined() && codes.defined() && scheme == "fold") return int8_weight_transpose(codes, scale, scheme);

@@ -220,7 +220,7 @@ Json converted_layers(const torch::nn::Module& module) {
   return layers;
 }
 
-// Quantised layer -> its recipe.
+// Quantized layer -> its recipe.
 std::map<std::string, Recipe> layer_recipes(const torch::nn::Module& module) {
   std::map<std::string, Recipe> recipes;
   const auto add = [&recipes](const std::string& name, const torch::nn::Module& child) {
@@ -343,7 +343,7 @@ CheckpointInfo info_of(const std::string& path, const Header& header) {
   return info;
 }
 
-// What the file's layers were quantised to is what the module's are.
+// The file's layers must be quantized as the module's are.
 void check_recipes(const std::string& path, const Header& header, const CheckpointInfo& info,
                    const torch::nn::Module& module) {
   const std::map<std::string, Recipe> ours = layer_recipes(module);

@@ -72,7 +72,7 @@ at::Tensor QuantConv1dImpl::convolve(const at::Tensor& input, const at::Tensor& 
 at::Tensor QuantConv1dImpl::forward(const at::Tensor& input) {
   const at::Tensor x = quantized_input(input);
   if (!converted()) {
-    // As an image a hook sees which rows are samples.
+    // Shaped as an image, so that a hook sees which rows are samples.
     return quantized_output(watched(convolve(x, quantized_weight(weight), bias)).squeeze(-2));
   }
   const at::Tensor bias_in_dtype = bias.defined() ? bias.to(x.scalar_type()) : bias;

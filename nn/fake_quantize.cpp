@@ -1,6 +1,6 @@
 #include "quantrain/nn/fake_quantize.h"
 
-// FakeQuantize's three sources of a scale: the input, an observer, the optimiser.
+// FakeQuantize's three sources of a scale: the input, an observer, the optimizer.
 
 #include <algorithm>
 #include <cmath>
@@ -24,7 +24,7 @@
 namespace quantrain::nn {
 namespace {
 
-constexpr double kSmallestScale = 1e-8;  // an optimiser's step can carry a learnable scale through zero
+constexpr double kSmallestScale = 1e-8;  // an optimizer's step can carry a learnable scale through zero
 
 std::optional<at::Tensor> defined_or_none(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
@@ -169,7 +169,7 @@ at::Tensor FakeQuantizeImpl::unset() const {
   return at::logical_or(at::logical_not(at::isfinite(scale.detach())), observer->only_zeros());
 }
 
-// Gives the blocks of a learnable scale that have no first value one.
+// Gives a first value to the blocks of a learnable scale that have none.
 void FakeQuantizeImpl::observe_first(const at::Tensor& input, const at::Tensor& zero) {
   const at::Tensor before = unset();
   if (has_scale_ && !follows_zeros_ && !before.any().item<bool>()) {

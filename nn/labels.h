@@ -8,7 +8,7 @@
 
 namespace quantrain::nn::detail {
 
-// Tells every quantised layer below `module` its path.
+// Tells every quantized layer below `module` its path.
 void label_layers(const torch::nn::Module& module);
 
 // "<what>: a, b, c", and how many more there are than a message holds; "" without names.

@@ -36,7 +36,7 @@ using detail::gradient_quantizer;
 
 namespace {
 
-constexpr int64_t kPackedBits = 4;  // codes of at most this many bits are stored two a byte
+constexpr int64_t kPackedBits = 4;  // codes of at most this many bits are stored two per byte
 
 std::vector<int64_t> conv_weight_shape(const std::string& name, const torch::nn::Conv2dOptions& options) {
   const int64_t groups = options.groups();

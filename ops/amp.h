@@ -2,7 +2,7 @@
 //
 // Tensors float32, float16 or bfloat16, mixed freely, dense (any strides that fill memory), on one device; empty ones
 // and an empty list are allowed. `scale`: the loss scale, float32 of one element on that device. No host
-// synchronisation; deterministic. Errors: TypeError for other types, layouts or several devices; ValueError for a scale
+// synchronization; deterministic. Errors: TypeError for other types, layouts or several devices; ValueError for a scale
 // that is not one element.
 #pragma once
 
@@ -18,7 +18,7 @@ namespace quantrain::detail {
 // What one reading of the gradients tells. All float32 on their device.
 struct NormCheck {
   at::Tensor found_inf;  // []: 1 where some element is Inf or NaN, else 0
-  at::Tensor norm;  // []: sqrt(sum (g / scale)^2), summed in float32 a chunk of 16384 elements and in float64 over them
+  at::Tensor norm;       // []: sqrt(sum (g / scale)^2), summed in float32 per chunk of 16384 and in float64 over chunks
   at::Tensor grad_scale;  // []: scale / min(1, max_norm / (norm + 1e-6)), what clips and unscales as a divisor
   at::Tensor non_finite;  // [number of tensors]: 1 where that tensor holds Inf or NaN, else 0
 };

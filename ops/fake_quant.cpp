@@ -22,7 +22,7 @@
 #include "csrc/cuda/fake_quant.h"
 #endif
 
-// Fake-quantisation and its gradients. Codes are in fake_quant_codes.cpp, ranges in fake_quant_range.cpp.
+// Fake-quantization and its gradients. Codes are in fake_quant_codes.cpp, ranges in fake_quant_range.cpp.
 
 namespace quantrain {
 namespace {

@@ -18,7 +18,7 @@ bool is_scale(float value) { return value > 0.0f && value <= std::numeric_limits
 // -1 where every value is positive and finite; else the index of the first that is not.
 int64_t first_not_a_scale(const float* values, int64_t count) {
   bool good = true;
-  for (int64_t i = 0; i < count; ++i) good &= is_scale(values[i]);  // no early exit: this form vectorises
+  for (int64_t i = 0; i < count; ++i) good &= is_scale(values[i]);  // no early exit: this form vectorizes
   if (good) return -1;
   int64_t i = 0;
   while (is_scale(values[i])) ++i;

@@ -1,5 +1,5 @@
-// The checks and result shapes of the fake_quant family, some of them fixed_point's too, one function a schema: used by
-// the CPU and CUDA kernels and, with symbolic sizes, as the Meta kernels, so that eager and compiled runs cannot
+// The checks and result shapes of the fake_quant family, some of them fixed_point's too, one function per schema: used
+// by the CPU and CUDA kernels and, with symbolic sizes, as the Meta kernels, so that eager and compiled runs cannot
 // disagree.
 #pragma once
 
@@ -23,7 +23,7 @@ void check_qparams(std::string_view op, const at::Tensor& input, const at::Tenso
 void check_scale_shape(std::string_view op, std::string_view name, c10::SymIntArrayRef sizes,
                        c10::SymIntArrayRef scale_shape);
 
-// One bit an element: the straight-through estimator's mask.
+// One bit per element: the straight-through estimator's mask.
 at::Tensor allocate_mask(const at::Tensor& input);
 
 // What only a look at the values can tell. CPU tensors alone: on CUDA it would wait for the device.

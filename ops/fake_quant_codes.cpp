@@ -20,7 +20,7 @@
 #include "csrc/cuda/fake_quant.h"
 #endif
 
-// Stored codes: quantise, dequantise, and two 4-bit codes a byte.
+// Stored codes: quantize, dequantize, and two 4-bit codes per byte.
 
 namespace quantrain {
 namespace {

@@ -27,7 +27,7 @@
 #include "csrc/cuda/fake_quant.h"
 #endif
 
-// Ranges and the parameters that follow from them: what observers and dynamic quantisation are made of.
+// Ranges and the parameters that follow from them: what observers and dynamic quantization are made of.
 
 namespace quantrain {
 namespace {

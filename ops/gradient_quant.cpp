@@ -80,7 +80,7 @@ Request check_request(std::string_view op, const at::Tensor& grad, int64_t bits,
                  max_group};
 }
 
-// What a quantiser finds out beside the codes: QuantizedGradient's scale, offset, order and reflector.
+// What a quantizer finds out beside the codes: QuantizedGradient's scale, offset, order and reflector.
 struct Plan {
   at::Tensor scale;
   at::Tensor offset;
@@ -188,7 +188,7 @@ at::Tensor row_major(const at::Tensor& grad, bool token_rows) {
   return rows_outermost ? tensor : grad.contiguous();
 }
 
-// One quantisation of a matrix: the pieces that the quantizers share. The results go to values or to codes.
+// One quantization of a matrix: the pieces that the quantizers share. The results go to values or to codes.
 struct Rounding {
   at::Tensor x;  // [N, D], row-major
   const Request& request;

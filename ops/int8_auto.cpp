@@ -16,7 +16,7 @@ namespace {
 // ---- what a GPU does in a microsecond -------------------------------------------------------------------------------
 
 struct Machine {
-  double int8;         // operations of int8_mm, 10^6 a second, in its main loop
+  double int8;         // operations of int8_mm, 10^6 per second, in its main loop
   double half;         // of a float16 or bfloat16 product
   double single;       // of a float32 one
   double bytes;        // read or written

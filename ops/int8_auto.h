@@ -1,8 +1,8 @@
 // "auto": which of a linear layer's three products run in int8. Private to the int8 family.
 //
-// An int8 product is faster, but its operands have to be quantised and transposed first, passes over memory that narrow
-// layers do not win back; and the products share them. So the choice is made for all three at once: the combination
-// with the least modelled time.
+// An int8 product is faster, but its operands have to be quantized and transposed first, which costs passes over memory
+// that narrow layers do not win back and that the products share. So the choice is made for all three at once: the
+// combination with the least modelled time.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -33,7 +33,7 @@ std::string_view int8_path_name() {
   return variable ? variable : "";
 }
 
-// AMX multiplies sixteen times as many bytes an instruction as VNNI; oneDNN has the kernels.
+// AMX multiplies sixteen times as many bytes per instruction as VNNI; oneDNN has the kernels.
 bool has_amx() {
 #if defined(__x86_64__) && defined(__GNUC__)
   static const bool amx = __builtin_cpu_supports("amx-int8");

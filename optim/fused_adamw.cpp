@@ -41,7 +41,7 @@ void check_gradient(const at::Tensor& parameter, c10::Device device) {
                         grad.device().str());
 }
 
-// What one call of the fused kernel takes: it wants one element type a call.
+// What one call of the fused kernel takes: one element type per call.
 struct Lists {
   std::vector<at::Tensor> parameters, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps;
 };

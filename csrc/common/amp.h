@@ -17,7 +17,7 @@ struct ListTensor {
   DType dtype = DType::kFloat32;
 };
 
-// A list is worked on in chunks of so many elements, each of one tensor: a block of threads each on CUDA.
+// A list is worked on in chunks of this many elements, each of one tensor: one block of threads each on CUDA.
 constexpr int64_t kListChunk = 16384;
 
 inline int64_t chunks_of(int64_t numel) { return (numel + kListChunk - 1) / kListChunk; }

@@ -4,7 +4,7 @@
 //   value = code * 2^-FL,  code in [-(2^(WL-1) - 1), 2^(WL-1) - 1] (signed) or [0, 2^WL - 1] (unsigned)
 //
 // with word length WL and fraction length 0 <= FL <= WL - signed. Codes are rounded half to even and rescaled by shifts
-// alone. Simulated quantisation runs on the kernels of fake_quant.h, with 2^-FL for a scale.
+// alone. Simulated quantization runs on the kernels of fake_quant.h, with 2^-FL for a scale.
 #pragma once
 
 #include <cmath>
@@ -78,8 +78,8 @@ constexpr int kMaxWordLength = 16;
 
 // FL is the number of f in 1..WL - signed with statistic <= c / 2^f. At c / 2^f a Gaussian is rounded equally well with
 // f and with f - 1; c follows by numerical integration (benchmarks/fits/fixed_point_constants.py), for 8 bits it is the
-// paper's: 40 for 39.2, 70 for 72.1. Unsigned words hold a Gaussian after a ReLU: "std" is meant of the tensor before
-// it, "rms" after it (50 for 51.0).
+// paper's: 40 for 39.2, 70 for 72.1. Unsigned words hold a Gaussian after a ReLU: "std" is for the tensor before it,
+// "rms" after it (50 for 51.0).
 inline double fraction_length_constant(FractionLengthMethod method, int word_length, bool is_signed) {
   static constexpr double kGaussian[] = {1.18862, 2.1361,  3.78574, 6.70404, 11.9572, 21.5431, 39.224,  72.1181,
                                          133.753, 249.931, 470.036, 888.857, 1688.81, 3221.75, 6167.82, 11844.2};
@@ -164,7 +164,7 @@ inline int64_t chunks_per_group(const FractionLengthArgs& a) { return (a.element
 
 struct FixedPointRequantizeArgs {
   const int32_t* accumulator;                  // [numel]
-  const int32_t* accumulator_fraction_length;  // one a group of `grouping`
+  const int32_t* accumulator_fraction_length;  // one per group of `grouping`
   void* output;                                // [numel] uint8 or int8
   Grouping grouping;
   int fraction_length;

@@ -1,6 +1,6 @@
 // Formulas and kernel arguments of the gradient_quant family: StatQuant (Chen, Gai, Yao, Mahoney, Gonzalez, "A
 // statistical framework for low-bitwidth training of deep neural networks", NeurIPS 2020). A gradient is a matrix X [N,
-// D], a row a sample (or token).
+// D], one row per sample (or token).
 //
 // Grid. B = 2^bits - 1 steps over the range of a block (tensor, row or column): value(c) = c * scale + offset for int8
 // codes c in [-2^(bits-1), 2^(bits-1) - 1]. An element becomes one of its two neighbours on the grid, such that its
@@ -346,7 +346,7 @@ struct RoundGradientArgs {
   PhiloxState philox;
 };
 
-// Grid and rounding in one pass, a grid a row; rows up to kFusedColumns columns.
+// Grid and rounding in one pass, one grid per row; rows up to kFusedColumns columns.
 struct RoundRowsArgs {
   const void* x;  // [rows, columns]
   void* y;        // [rows, columns] of dtype, or null

@@ -1,12 +1,12 @@
-// Formulas and kernel arguments of the int8 family: symmetric codes with one scale a row, and their integer matrix
+// Formulas and kernel arguments of the int8 family: symmetric codes with one scale per row, and their integer matrix
 // product.
 //
 //   scale = absmax(row) / 127        code = rint(x * (1 / scale))  in [-127, 127]        (half to even)
 //   stochastic: code = rint(x * (1 / scale) * (1 - 2^-20) + d),  d uniform in [-1/2, 1/2) with 16 bits
 //
 // The product's mean is x / scale within 2e-4 steps: the factor keeps the row's largest element below 127.5 for every
-// d. To nearest, codes and scale are those of choose_qparams and quantize (fake_quant.h). An all-zero row has scale 1;
-// NaN or Inf in a row makes its scale NaN and its codes 0.
+// d. Rounded to nearest, codes and scale are those of choose_qparams and quantize (fake_quant.h). An all-zero row has
+// scale 1; NaN or Inf in a row makes its scale NaN and its codes 0.
 #pragma once
 
 #include <cfloat>
@@ -103,7 +103,7 @@ struct Int8TransposeArgs {
 
 // How a weight [out, in] enters dX = dY W, whose sum runs over `out`: its codes transposed, [in, out]. The scale s of a
 // row stands inside that sum, so either dY's columns are multiplied by it ("fold": the codes are the forward's), or the
-// columns are quantised anew ("columns"). Folding is exact, but a token's scale then follows its largest dY * s; its
+// columns are quantized anew ("columns"). Folding is exact, but a token's scale then follows its largest dY * s; its
 // variance grows by at most max(s^2) / mean(s^2).
 enum class Int8WeightScheme { kFold, kColumns, kAuto };  // kAuto: fold where that bound is at most kInt8FoldBound
 

@@ -1,4 +1,4 @@
-// Formulas and kernel arguments of operators that end in int8 rows: a norm or an activation whose result is quantised
+// Formulas and kernel arguments of operators that end in int8 rows: a norm or an activation whose result is quantized
 // before it leaves the registers (token-wise fusion: Yao et al., "ZeroQuant", NeurIPS 2022, section 4.3). Results are
 // float32 until they are codes.
 #pragma once

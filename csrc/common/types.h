@@ -38,7 +38,7 @@ QUANTRAIN_HOST_DEVICE uint32_t float_to_bits(float value) {
   return bits;
 }
 
-// Branch-free on purpose: the loop around it must vectorise without the F16C instructions of one instruction set.
+// Branch-free on purpose: the loop around it must vectorize without the F16C instructions of one instruction set.
 QUANTRAIN_HOST_DEVICE float half_bits_to_float(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(half & 0x7fffu) << 13;

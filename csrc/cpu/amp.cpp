@@ -7,7 +7,7 @@
 
 #include "csrc/cpu/lanes.h"
 
-// Plain loops over chunks; sixteen independent sums a chunk, added in a fixed order, so that results repeat whatever
+// Plain loops over chunks; sixteen independent sums per chunk, added in a fixed order, so that results repeat whatever
 // the threads.
 
 namespace quantrain::cpu {

@@ -13,7 +13,7 @@ namespace quantrain::cpu {
 
 constexpr int kBlock = 512;  // elements; 256 to 2048 measured alike, bench_fake_quant
 
-// The parameters of consecutive elements: one set for all, or one an element where the scale varies along the last
+// The parameters of consecutive elements: one set for all, or one per element where the scale varies along the last
 // dimension.
 struct BlockQParams {
   float scale[kBlock];

@@ -11,7 +11,7 @@ namespace {
 constexpr int kBlock = 512;  // elements, in the first-level cache; as in fake_quant.cpp
 constexpr int kLanes = 8;    // one AVX-512 register of float64
 
-// Sums in vector registers whatever the optimiser makes of the loop, folded in a fixed order.
+// Sums in vector registers whatever the optimizer makes of the loop, folded in a fixed order.
 using Lanes = double __attribute__((vector_size(kLanes * sizeof(double))));
 
 QUANTRAIN_INLINE double folded(const Lanes& lanes) {

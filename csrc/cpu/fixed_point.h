@@ -1,4 +1,4 @@
-// CPU kernels of the fixed_point family; simulated quantisation is cpu::fake_quantize.
+// CPU kernels of the fixed_point family; simulated quantization is cpu::fake_quantize.
 #pragma once
 
 #include <cstdint>

@@ -205,7 +205,7 @@ class Band {
     return last;
   }
 
-  // Rows of the copy that so many neighbouring rows of output read, and how many of those a copy of so many rows
+  // Rows of the copy that this many neighbouring rows of output read, and how many of those a copy of this many rows
   // serves.
   int64_t copied_rows(int64_t rows) const { return (rows - 1) * args_.stride_h + args_.kh; }
   int64_t rows_that_fit(int64_t copied) const {

@@ -46,7 +46,7 @@ QUANTRAIN_INLINE void load(const T* x, int n, float* values) {
 
 // ---- rounding -------------------------------------------------------------------------------------------------------
 
-// One grid for all elements, or one an element.
+// One grid for all elements, or one per element.
 struct SameGrid {
   Grid grid;
   float inv_scale;

@@ -7,7 +7,7 @@
 #include "csrc/cpu/int8.h"
 #include "csrc/cpu/simd.h"
 
-// A row is made in float32 in a buffer of the thread, then quantised from there.
+// A row is made in float32 in a buffer of the thread, then quantized from there.
 
 namespace quantrain::cpu {
 namespace {

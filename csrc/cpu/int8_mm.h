@@ -1,5 +1,5 @@
 // The CPU's int8 matrix product: panels of both operands in the order in which the processor's dot product instruction
-// takes them, a register tile of exact int32 sums, and their dequantisation while they are in the cache.
+// takes them, a register tile of exact int32 sums, and their dequantization while they are in the cache.
 #pragma once
 
 #include <cstdint>

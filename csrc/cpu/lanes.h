@@ -35,7 +35,7 @@ QUANTRAIN_INLINE void store_block(T* y, int n, const float* buffer) {
   for (int i = 0; i < n; ++i) y[i] = from_float<T>(buffer[i]);
 }
 
-// Sixteen values side by side, in vector registers whatever the optimiser makes of the loop around them.
+// Sixteen values side by side, in vector registers whatever the optimizer makes of the loop around them.
 using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
 using LaneMask = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
 

@@ -10,8 +10,8 @@ namespace quantrain::cpu {
 
 constexpr int kPhiloxBatch = 16;  // blocks side by side: one AVX-512 register of 32-bit words
 
-// The random halfwords of philox4x32_10 of csrc/common/philox.h, eight a block in order; index(i) is the index of block
-// i.
+// The random halfwords of philox4x32_10 of csrc/common/philox.h, eight per block in order; index(i) is the index of
+// block i.
 template <typename Index>
 inline __attribute__((always_inline)) void philox_batch(const PhiloxState& state, const Index& index,
                                                         uint16_t* numbers) {
@@ -25,7 +25,7 @@ inline __attribute__((always_inline)) void philox_batch(const PhiloxState& state
   }
   uint32_t k0 = static_cast<uint32_t>(state.seed), k1 = static_cast<uint32_t>(state.seed >> 32);
   for (int round = 0; round < 10; ++round) {
-#pragma GCC unroll 1  // else gcc 12 unrolls the loop before it could vectorise it, and it takes five times as long
+#pragma GCC unroll 1  // else gcc 12 unrolls the loop before it could vectorize it, and it takes five times as long
     for (int i = 0; i < kPhiloxBatch; ++i) {
       const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c0[i];
       const uint64_t p1 = static_cast<uint64_t>(0xCD9E8D57u) * c2[i];

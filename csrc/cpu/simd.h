@@ -1,7 +1,7 @@
 // Runs a plain loop in the widest vector instructions that this processor has, chosen once.
 // The body is an always_inline lambda, compiled here for each instruction set; everything it calls must be inlined too.
-// x86-64's baseline has no rounding instruction, so without this a call an element remains (PyTorch's own fake-quant:
-// 48x a copy).
+// x86-64's baseline has no rounding instruction, so without this one call per element remains (PyTorch's own
+// fake-quant: 48x a copy).
 #pragma once
 
 #include <cstdint>

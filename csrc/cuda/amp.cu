@@ -1,9 +1,9 @@
 #include "csrc/cuda/amp.h"
 #include "csrc/cuda/common.cuh"
 
-// Lists of gradients, a block of threads a chunk. The list travels in the kernel's arguments (up to 32 KB of them since
-// CUDA 12.1), so that no table has to be copied to the device before, and a captured graph holds it. Partial results
-// are written, not added by atomics: the norm repeats bit for bit.
+// Lists of gradients, one block of threads per chunk. The list travels in the kernel's arguments (up to 32 KB of them
+// since CUDA 12.1), so that no table has to be copied to the device before, and a captured graph holds it. Partial
+// results are written, not added by atomics: the norm repeats bit for bit.
 
 namespace quantrain::cuda {
 namespace {
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads)
   dispatch_device(list.dtype[chunk.tensor], [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int kSize = kVectorBytes / sizeof(T);
-    constexpr int kUnroll = 8;  // loads in flight a thread
+    constexpr int kUnroll = 8;  // loads in flight per thread
     const T* __restrict__ x = static_cast<const T*>(list.data[chunk.tensor]) + chunk.first;
     const auto add = [&](float value) {
       bad |= !is_finite_bits(value);

@@ -19,7 +19,7 @@ struct alignas(sizeof(T) * kSize < kVectorBytes ? sizeof(T) * kSize : kVectorByt
   T value[kSize];
 };
 
-// The values of a pack as float32, and back. 16-bit types go through whole words: two elements an instruction or two.
+// The values of a pack as float32, and back. 16-bit types go by whole words: two elements in an instruction or two.
 template <typename T, int kSize>
 __device__ __forceinline__ void unpack(const Pack<T, kSize>& pack, float (&values)[kSize]) {
   if constexpr (sizeof(T) == 2 && kSize % 2 == 0) {
@@ -148,7 +148,7 @@ inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Blocks for so many threads, of a kernel whose threads go on in steps of the grid.
+// Blocks for this many threads, of a kernel whose threads go on in steps of the grid.
 inline unsigned grid_for(int64_t threads, int threads_per_block) {
   constexpr int64_t kMaxBlocks = int64_t{1} << 30;
   const int64_t blocks = ceil_div(threads, threads_per_block);

@@ -2,7 +2,7 @@
 
 #include "csrc/cuda/common.cuh"
 
-// Elementwise kernels: one 16-byte vector of the floating-point side at a time, kUnroll vectors in flight a thread.
+// Elementwise kernels: one 16-byte vector of the floating-point side at a time, kUnroll vectors in flight per thread.
 // Compiled with --fmad=false: a fused multiply-add would break bit equality with the CPU.
 
 namespace quantrain::cuda {
@@ -14,7 +14,7 @@ constexpr int kUnroll = 4;
 // How the parameters of a vector are found.
 enum class Mode {
   kTensor,  // one set for the whole tensor
-  kRow,     // one set a vector: rows hold whole vectors
+  kRow,     // one set per vector: rows hold whole vectors
   // consecutive sets for consecutive elements, the same for all vectors of a thread: the scale varies along the last
   // dimension
   kColumn,
@@ -404,7 +404,7 @@ __global__ void qparams_from_range_kernel(const float* __restrict__ min,     // 
 
 // ---- launchers ------------------------------------------------------------------------------------------------------
 
-// Blocks that cover `numel` elements, kUnroll vectors a thread.
+// Blocks that cover `numel` elements, kUnroll vectors per thread.
 template <typename T>
 unsigned grid_for(int64_t numel) {
   return static_cast<unsigned>(ceil_div(numel, int64_t{kThreads} * kUnroll * (kVectorBytes / sizeof(T))));

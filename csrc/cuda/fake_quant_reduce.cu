@@ -127,8 +127,8 @@ __global__ void __launch_bounds__(kThreads) min_max_kernel(const MinMaxArgs a, i
   }
 }
 
-// One candidate range a grid row: the tensor is read once a candidate, from the second-level cache where it fits. Sums
-// in SumOrder.
+// One candidate range per grid row: the tensor is read once per candidate, from the second-level cache where it fits.
+// Sums in SumOrder.
 template <typename T, int kLanes, bool kWhole>
 __global__ void __launch_bounds__(kThreads) range_error_kernel(const RangeErrorArgs a, int64_t chunks) {
   constexpr int kSize = kVectorBytes / sizeof(T);
@@ -176,7 +176,7 @@ void dispatch_rows(const Grouping& g, bool aligned, const Launch& launch) {
   };
   const auto with_size = [&](auto size) {
     const int64_t loads = ceil_div(g.inner < kRowChunk ? g.inner : kRowChunk, size.value);
-    // A block a chunk only where it is long: 3136 elements leave the fourth round of 256 threads nearly empty.
+    // One block per chunk only where it is long: 3136 elements leave the fourth round of 256 threads nearly empty.
     if (loads >= 1024)
       with_lanes(size, std::integral_constant<int, kThreads>{});
     else if (loads >= 32)

@@ -38,7 +38,7 @@ __device__ __forceinline__ Chunk chunk_of(int64_t task, int64_t chunks, int64_t 
   return Chunk{group, first, first + kRowChunk < end ? first + kRowChunk : end};
 }
 
-// One block a chunk. kSize elements a load, or one where a group does not hold whole vectors.
+// One block per chunk. kSize elements per load, or one where a group does not hold whole vectors.
 template <typename T, int kSize, typename Visit>
 __device__ __forceinline__ void for_each_value(const T* __restrict__ x, const Chunk& chunk, const Visit& visit) {
 #pragma unroll 4
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// One block a group: its chunks' sums, and from them the answer.
+// One block per group: its chunks' sums, and from them the answer.
 __global__ void __launch_bounds__(kThreads)
     finish_kernel(const double* __restrict__ partial,    // [groups, chunks, terms]
                   const int32_t* __restrict__ previous,  // [groups] or null
@@ -113,11 +113,11 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) result[group] = chosen_fraction_length(sums, elements, rule, previous ? previous[group] : -1);
 }
 
-// Four accumulators a thread: 16 bytes in, 4 bytes out. kTensor: one fraction length for all.
+// Four accumulators per thread: 16 bytes in, 4 bytes out. kTensor: one fraction length for all.
 template <bool kTensor, bool kAligned, typename Index>
 __global__ void __launch_bounds__(kThreads)
     requantize_kernel(const int32_t* __restrict__ accumulator,  // [numel]
-                      const int32_t* __restrict__ lengths,      // one a group
+                      const int32_t* __restrict__ lengths,      // one per group
                       uint8_t* __restrict__ output,             // [numel], uint8 or the low byte of int8
                       int64_t numel, const DeviceGrouping<Index> grouping, Index inner, int fraction_length,
                       bool is_signed) {

@@ -1,4 +1,4 @@
-// CUDA kernels of the fixed_point family, under the rules of fake_quant.h; simulated quantisation is
+// CUDA kernels of the fixed_point family, under the rules of fake_quant.h; simulated quantization is
 // cuda::fake_quantize.
 #pragma once
 

@@ -2,7 +2,7 @@
 
 #include "csrc/cuda/common.cuh"
 
-// A thread an element: these passes are a few percent of a network's time.
+// One thread per element: these passes are a few percent of a network's time.
 
 namespace quantrain::cuda {
 namespace {

@@ -7,14 +7,14 @@ namespace quantrain::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kSumSlices = 8;  // of the pixels of an image, one a row of the block
+constexpr int kSumSlices = 8;  // of the pixels of an image, one per row of the block
 
 template <bool kSigned>
 __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
   return kSigned ? __vmaxs4(a, b) : __vmaxu4(a, b);
 }
 
-// Lanes: kWords words of four codes a thread, or with kWords 0 one code.
+// Lanes: kWords words of four codes per thread, or with kWords 0 one code.
 template <bool kSigned, int kWords>
 __global__ void __launch_bounds__(kThreads) fixed_point_max_pool2d_kernel(const FixedPointPoolArgs g) {
   using Unit = std::conditional_t<kWords == 0, uint8_t, Pack<uint32_t, kWords == 0 ? 1 : kWords>>;

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kItem = kPhiloxElements;
-constexpr int kManySplits = 64;  // from so many partial extremes on a thread block folds them, not a thread
+constexpr int kManySplits = 64;  // from this many partial extremes on a thread block folds them, not a thread
 
 __device__ __forceinline__ void warp_extremes(float& min, float& max) {
 #pragma unroll
@@ -41,7 +41,7 @@ __global__ void gradient_grids_kernel(const GradientGridsArgs a) {
   a.offset[i] = grid.offset;
 }
 
-// A thread block a group.
+// One thread block per group.
 __global__ void folded_grids_kernel(const GradientGridsArgs a) {
   __shared__ float mins[kThreads / 32], maxs[kThreads / 32];
   const int64_t i = blockIdx.x;
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kThreads)
 constexpr int kMaxRowThreads = 1024;
 constexpr int kRowItems = 4;  // items of a thread, but for short rows
 
-// A row for blockDim.x threads, kItems items each; blockDim.y rows a thread block, then of one warp each.
+// A row for blockDim.x threads, kItems items each; blockDim.y rows per thread block, then of one warp each.
 template <typename T, bool kCodes, int kItems, bool kAligned>
 __global__ void __launch_bounds__(kMaxRowThreads)
     round_rows_kernel(const T* __restrict__ x,     // [rows, columns]

@@ -8,20 +8,20 @@
 #include "csrc/cuda/ptx.cuh"
 
 // Block Householder. A thread block keeps a tile on chip: the rows of one block of rows, and some columns. Sums over a
-// group go down the rows, a thread a column, in the order of positions, as on the CPU; everything else goes along rows,
-// a thread a row, whose parameters then stay in registers and whose random numbers come from one Philox block for eight
-// elements.
+// group go down the rows, one thread per column, in the order of positions, as on the CPU; everything else goes along
+// rows, one thread per row, whose parameters then stay in registers and whose random numbers come from one Philox block
+// for eight elements.
 
 namespace quantrain::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-static_assert(kThreads >= kMaxGroup);  // a thread a row
+static_assert(kThreads >= kMaxGroup);  // one thread per row
 constexpr int kPlanThreads = static_cast<int>(kMaxGroup);
 
 // ---- the plan -------------------------------------------------------------------------------------------------------
 
-// One thread block a block of rows; csrc/cpu/gradient_quant.cpp has the same steps one after the other.
+// One thread block per block of rows; csrc/cpu/gradient_quant.cpp has the same steps one after the other.
 __global__ void __launch_bounds__(kPlanThreads) plan_reflectors_kernel(const PlanReflectorsArgs a) {
   __shared__ float range[kPlanThreads];
   __shared__ double sum[kPlanThreads];  // of the largest i + 1 ranges
@@ -204,8 +204,8 @@ __device__ __forceinline__ float kept_value(float kept, const RowParams& params)
   return std::is_same_v<T, float> ? kept : grid_value(kept, params.grid);
 }
 
-// Down the rows, a thread a word: sum_q n_q s_q x_q of each group, or of what was kept sum_q n_q y_q. Threads left over
-// take other groups. Ends with a barrier.
+// Down the rows, one thread per word: sum_q n_q s_q x_q of each group, or of what was kept sum_q n_q y_q. Threads left
+// over take other groups. Ends with a barrier.
 template <typename T, int kColumns, bool kKept>
 __device__ __forceinline__ void sum_groups(const Shared<T, kColumns>& shared) {
   using Shape = TileShape<T, kColumns>;
@@ -257,7 +257,7 @@ struct RowItem {
   }
 };
 
-// Shares a tile's rows among threads, a thread a row: a warp reads 32 rows. f(row, first column) for each item.
+// Shares a tile's rows among threads, one thread per row: a warp reads 32 rows. f(row, first column) for each item.
 template <int kColumns, typename F>
 __device__ __forceinline__ void for_row_items(int p, int segment, int segments, const F& f) {
   constexpr int kItems = kColumns / kPhiloxElements;
@@ -382,7 +382,7 @@ __global__ void __launch_bounds__(kThreads, 2) round_reflected_kernel(const Roun
       continue;
     }
     sum_groups<T, kColumns, true>(shared);
-    // T^-1, 16 bytes a thread: a warp writes its rows without gaps.
+    // T^-1, 16 bytes per thread: a warp writes its rows without gaps.
     for (int i = threadIdx.x; i < rows * kChunks; i += kThreads) {
       const int p = i / kChunks, column = i % kChunks * kChunk;
       if (at + column >= a.columns) continue;
@@ -420,7 +420,7 @@ __global__ void __launch_bounds__(kThreads, 2) round_reflected_kernel(const Roun
 // ---- T x and T^-1 x -------------------------------------------------------------------------------------------------
 
 constexpr int kReflectThreads = 128;
-constexpr int kReflectPositions = 64;  // a thread block takes the groups that begin among so many positions
+constexpr int kReflectPositions = 64;  // a thread block takes the groups that begin among this many positions
 
 __global__ void __launch_bounds__(kReflectThreads) reflect_rows_kernel(const ReflectRowsArgs a) {
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kReflectThreads + threadIdx.x;

@@ -9,7 +9,7 @@ namespace quantrain::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kAbsmaxColumns = 32 * kItem;  // of a thread block: one item a lane
+constexpr int kAbsmaxColumns = 32 * kItem;  // of a thread block: one item per lane
 constexpr int kAbsmaxRows = 128;
 
 template <typename T, bool kColumnFactor, bool kRowFactor>

@@ -12,7 +12,7 @@ constexpr int kThreads = 256;
 
 // ---- largest magnitudes of columns ----------------------------------------------------------------------------------
 
-constexpr int kAbsmaxColumns = 32 * kItem;  // of a thread block: one item a lane
+constexpr int kAbsmaxColumns = 32 * kItem;  // of a thread block: one item per lane
 constexpr int kAbsmaxRows = 256;            // of a thread block: fewer atomics against more of them at work
 
 // Marks columns of a weight that need no magnitude: it is folded.
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads) column_absmax_kernel(const T* __rest
   if (mine < columns) atomicMax(reinterpret_cast<uint32_t*>(absmax) + mine, result);
 }
 
-// Any sizes, an element a thread at a time.
+// Any sizes, one element per thread at a time.
 template <typename T, bool kWeight>
 __global__ void __launch_bounds__(kThreads)
     column_absmax_elements_kernel(const T* __restrict__ x, const float* __restrict__ factor, float* __restrict__ absmax,

@@ -1,7 +1,7 @@
 #include "csrc/cuda/int8.cuh"
 #include "csrc/cuda/int8.h"
 
-// Norms and activations whose results are quantised before they leave the registers: a row for a thread block. Rows of
+// Norms and activations whose results are quantized before they leave the registers: one row per thread block. Rows of
 // whole items that fit are read once; others are read anew for each of the passes over them.
 
 namespace quantrain::cuda {

@@ -11,7 +11,7 @@ constexpr int kRowItems = 4;                                        // of a thre
 constexpr int64_t kFusedColumns = kMaxThreads * kRowItems * kItem;  // 32,768
 constexpr int kWideThreads = 512;
 
-// A row for blockDim.x threads, kItems items each; blockDim.y rows a thread block, then of one warp each.
+// A row for blockDim.x threads, kItems items each; blockDim.y rows per thread block, then of one warp each.
 template <typename T, int kItems, bool kStochastic, bool kFactor>
 __global__ void __launch_bounds__(kMaxThreads)
     quantize_rows_kernel(const T* __restrict__ x,           // [rows, columns]

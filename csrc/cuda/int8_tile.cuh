@@ -54,7 +54,7 @@ __device__ __forceinline__ void put_transposed(const TilePlace& place, uint32_t 
   }
 }
 
-// Four rows a word, a row of 128 bytes for a warp.
+// Four rows per word, a row of 128 bytes for a warp.
 __device__ __forceinline__ void write_tile(const uint32_t* tile, int64_t first_row, int64_t first_column, int64_t rows,
                                            int64_t columns, int8_t* __restrict__ codes) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

@@ -27,7 +27,7 @@ namespace {
 
 constexpr double kInitialFractionLength = 6.0;  // before the first batch, as published
 constexpr double kAveraging = 0.1;       // weight of the new batch in the average of fraction lengths, as published
-constexpr double kSmallestLevel = 1e-8;  // an optimiser's step can carry a level through zero
+constexpr double kSmallestLevel = 1e-8;  // an optimizer's step can carry a level through zero
 constexpr double kExactFloat32 = 16777216.0;  // 2^24: integers below it are exact in float32
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 

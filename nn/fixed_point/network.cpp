@@ -1,6 +1,6 @@
 #include "quantrain/nn/fixed_point/network.h"
 
-// A run is a flat loop over the steps of a plan, of which the latest are kept: one a size of images and a stream.
+// A run is a flat loop over the steps of a plan, of which the latest are kept: one per size of images and stream.
 
 #include <algorithm>
 #include <list>
@@ -54,7 +54,7 @@ struct FixedPointNetwork::Impl {
   ProvenProgram graph;
   std::map<std::string, at::Tensor> tensors;
   at::Device device{at::kCPU};
-  std::vector<FixedPointStepLayer> layers;  // one a node
+  std::vector<FixedPointStepLayer> layers;  // one per node
   std::mutex mutex;
   std::list<std::unique_ptr<FixedPointPlan>> plans;  // latest first
 

@@ -45,7 +45,7 @@ struct FixedPointPlan {
   std::vector<FixedPointStep> steps;  // front: the input's copy; back: the output's
 };
 
-// layers: one a node. all: every value keeps memory of its own.
+// layers: one per node. all: every value keeps memory of its own.
 std::unique_ptr<FixedPointPlan> make_plan(const ProvenProgram& graph, const std::vector<FixedPointStepLayer>& layers,
                                           const std::map<std::string, at::Tensor>& tensors, const at::Device& device,
                                           const FixedPointShape& input_shape, bool all);

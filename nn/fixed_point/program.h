@@ -23,11 +23,11 @@ struct FixedPointNode {
 
   // The value.
   at::ScalarType dtype = at::kByte;      // uint8 or int8 codes, int32 accumulators
-  std::vector<int64_t> fraction_length;  // one element, or one a channel
+  std::vector<int64_t> fraction_length;  // one element, or one per channel
   int64_t channels = 0;                  // 0: a flattened image of unknown size
   bool flat = false;                     // [N, channels], not [N, channels, H, W]
   bool single_pixel = false;             // known to be [N, channels, 1, 1]
-  std::vector<int64_t> bound;            // largest magnitude: one element (codes), or one a channel (accumulators)
+  std::vector<int64_t> bound;            // largest magnitude: one element (codes), or one per channel (accumulators)
 
   int64_t sum_bound = 0;  // largest magnitude of what is summed on the way; 0 where nothing is
 

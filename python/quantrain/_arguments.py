@@ -27,7 +27,7 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is an integer or a real number, NumPy's too; a tensor and a truth value are none."""
+    """Whether it is an integer or a real number, NumPy's too; tensors and bools are not."""
     if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         return not isinstance(value, bool)
     return isinstance(value, numbers.Real)
@@ -80,8 +80,9 @@ def parameter(
     dtype: torch.dtype = torch.float32,
     shape: torch.Size | tuple[int, ...] = (1,),
 ) -> Tensor:
-    """A scale, zero point, shift or fraction length: a number as a tensor of ``dtype`` and ``shape`` made on the input's device without a
-    copy from the host; a 1-D tensor with ``axis`` in the rank of ``input``; any other tensor as it is."""
+    """A scale, zero point, shift or fraction length: a number as a tensor of ``dtype`` and ``shape`` made
+    on the input's device without a copy from the host; a 1-D tensor with ``axis`` in the rank of ``input``; any other
+    tensor as it is."""
     if is_number(value):
         if not dtype.is_floating_point:
             value = integer(op, name, value)

@@ -1,19 +1,22 @@
-"""Simulated and stored integer quantisation.
+"""Simulated and stored integer quantization.
 
     q = clamp(rint(input * (1 / scale)) + zero_point, quant_min, quant_max)
     y = (q - zero_point) * scale
 
-in float32, rounding half to even, for ``input`` of float32, float16, bfloat16 or float64 (rounded to float32 first) with any strides.
+in float32, rounding half to even, for ``input`` of float32, float16, bfloat16 or float64 (rounded to float32 first)
+with any strides.
 
-**Granularity is the scale's shape.** ``scale`` (float32) has one element, or the rank of ``input`` with sizes that divide the
-input's: along each dimension element ``i`` uses scale index ``i // (input size // scale size)``. ``[O, 1, 1, 1]`` is per output
-channel of a convolution's weight, ``[O, K // 32]`` groups of 32, ``[B, T, 1]`` per token. ``zero_point`` (any integer type) has the
-scale's shape or one element; without it quantisation is symmetric. Either may be a plain number, for the whole tensor. ``axis=`` takes a 1-D scale
-(and zero point) for that dimension, and no other.
+**Granularity is the scale's shape.** ``scale`` (float32) has one element, or the rank of ``input`` with sizes that
+divide the input's: along each dimension element ``i`` uses scale index ``i // (input size // scale size)``.
+``[O, 1, 1, 1]`` is per output channel of a convolution's weight, ``[O, K // 32]`` groups of 32, ``[B, T, 1]`` per
+token. ``zero_point`` (any integer type) has the scale's shape or one element; without it quantization is symmetric.
+Either may be a plain number, for the whole tensor. ``axis=`` takes a 1-D scale (and zero point) for that dimension, and
+no other.
 
-NaN gives NaN in simulated results and an infinity saturates. On CPU a scale that is not positive raises; on CUDA, where the check
-would wait for the device, it makes its group NaN. Results are deterministic, and equal on CPU and CUDA bit for bit where no sum is
-involved. Under ``torch.autocast`` every operator keeps its input's element type; scales are float32 always.
+NaN gives NaN in simulated results and an infinity saturates. On CPU a scale that is not positive raises; on CUDA, where
+the check would wait for the device, it makes its group NaN. Results are deterministic, and equal on CPU and CUDA bit
+for bit where no sum is involved. Under ``torch.autocast`` every operator keeps its input's element type; scales are
+always float32.
 
 Errors are ``ValueError`` (values and shapes) and ``TypeError`` (element types and devices).
 """
@@ -71,8 +74,9 @@ def fake_quantize(
     This is ``y`` above, with the element type and strides of ``input``.
 
     Gradient: straight-through (Bengio et al. 2013, arXiv:1308.3432): that of ``y`` where
-    ``quant_min <= unclamped code <= quant_max``, else 0. One bit per element is kept for it. Forward-mode differentiation and
-    ``torch.func.grad`` give the same derivative. ``scale`` gets none and may not require one: :func:`fake_quantize_learnable` learns it.
+    ``quant_min <= unclamped code <= quant_max``, else 0. One bit per element is kept for it. Forward-mode
+    differentiation and ``torch.func.grad`` give the same derivative. ``scale`` gets none and may not require one:
+    :func:`fake_quantize_learnable` learns it.
 
     >>> x = torch.tensor([-1.0, 0.26, 0.74, 9.0], requires_grad=True)
     >>> y = fake_quantize(x, torch.tensor([0.5]), quant_min=-8, quant_max=7)
@@ -99,14 +103,14 @@ def fake_quantize_learnable(
 
     Forward as :func:`fake_quantize`; LSQ is Esser et al. 2020, arXiv:1902.08153, eq. 3.
 
-    ``zero_point`` may be int32 (fixed) or float32: then it is learned too (LSQ+, Bhalgat et al. 2020, arXiv:2004.09576), rounded
-    and held in ``[quant_min, quant_max]`` by the forward pass.
+    ``zero_point`` may be int32 (fixed) or float32: then it is learned too (LSQ+, Bhalgat et al. 2020,
+    arXiv:2004.09576), rounded and held in ``[quant_min, quant_max]`` by the forward pass.
 
-    Gradients: ``grad_input`` as in :func:`fake_quantize`; ``grad_scale = grad_factor * sum(grad_output * t)`` over each group with
-    ``t = q - zero_point - input / scale`` inside the range and ``end code - zero_point`` outside;
-    ``grad_zero_point = grad_factor * sum(grad_output * (0 inside, -scale outside))``. Esser et al. take
-    ``grad_factor = 1 / sqrt(group size * quant_max)``. The sums are deterministic. A second derivative, forward mode and ``torch.func``
-    raise ``NotImplementedError``.
+    Gradients: ``grad_input`` as in :func:`fake_quantize`; ``grad_scale = grad_factor * sum(grad_output *
+    t)`` over each group with ``t = q - zero_point - input / scale`` inside the range and ``end code -
+    zero_point`` outside; ``grad_zero_point = grad_factor * sum(grad_output * (0 inside, -scale
+    outside))``. Esser et al. take ``grad_factor = 1 / sqrt(group size * quant_max)``. The sums are deterministic. A
+    second derivative, forward mode and ``torch.func`` raise ``NotImplementedError``.
 
     >>> scale = torch.tensor([0.5], requires_grad=True)
     >>> fake_quantize_learnable(torch.tensor([0.2, 9.0]), scale, quant_min=-8, quant_max=7).sum().backward()
@@ -158,10 +162,10 @@ def choose_qparams(
 
     Both have the shape ``scale_shape``; the scale is float32, the zero point int32.
 
-    Symmetric: ``scale = absmax / d`` with ``d = min(-quant_min, quant_max)`` (127 for int8: neither end clips), ``zero_point`` 0.
-    Affine: the range is widened to hold 0, ``scale = (max - min) / (quant_max - quant_min)``,
-    ``zero_point = clamp(quant_min - rint(min / scale))``. An all-zero group has scale 1; NaN or an infinity gives scale NaN and
-    zero_point 0. The results carry no gradient.
+    Symmetric: ``scale = absmax / d`` with ``d = min(-quant_min, quant_max)`` (127 for int8: neither end clips),
+    ``zero_point`` 0. Affine: the range is widened to hold 0, ``scale = (max - min) / (quant_max -
+    quant_min)``, ``zero_point = clamp(quant_min - rint(min / scale))``. An all-zero group has scale 1; NaN or an
+    infinity gives scale NaN and zero_point 0. The results carry no gradient.
 
     >>> choose_qparams(torch.tensor([[1.0, -2.54], [0.0, 0.0]]), [2, 1])
     (tensor([[0.0200],
@@ -190,8 +194,9 @@ def quantize(
     This is ``q`` above, as int8, uint8, int16 or int32. ``stochastic`` rounds up with probability equal to the
     fraction, from Philox numbers by (seed, offset, element index): unbiased for elements that do not saturate, under
     ``torch.manual_seed``'s rules. NaN becomes the code nearest to zero. The overload
-    ``torch.ops.quantrain.quantize.seeded(..., seed=, offset=)`` gives the same bits on CPU and CUDA. To nearest this
-    calls ``quantize.nearest``, which does not count as random, so activation checkpointing may repeat it. No gradient.
+    ``torch.ops.quantrain.quantize.seeded(..., seed=, offset=)`` gives the same bits on CPU and CUDA. Rounding to
+    nearest calls ``quantize.nearest``, which does not count as random, so activation checkpointing may repeat it. No
+    gradient.
 
     >>> quantize(torch.tensor([-1.0, 0.26, 9.0]), torch.tensor([0.5]), quant_min=-8, quant_max=7)
     tensor([-2,  1,  7], dtype=torch.int8)

@@ -3,27 +3,29 @@
     value = code * 2**-FL
     code in [-(2**(WL-1) - 1), 2**(WL-1) - 1] (signed) or [0, 2**WL - 1] (unsigned)
 
-with ``word_length`` WL in 2..16 and a fraction length ``0 <= FL <= WL - signed``. Codes are rounded half to even; rescaling between
-fraction lengths is a shift.
+with ``word_length`` WL in 2..16 and a fraction length ``0 <= FL <= WL - signed``. Codes are rounded half to even;
+rescaling between fraction lengths is a shift.
 
-A fraction length is a tensor of any integer type whose shape is the granularity, as a scale's in :mod:`quantrain.fake_quant`: one element, or the
-rank of the input with sizes that divide the input's; or an ``int``, or a 1-D tensor with ``axis=``. Out of range it
-raises on CPU; on CUDA, where the check would wait for the device, :func:`fixed_point_quantize` gives NaN and
-:func:`fixed_point_requantize` saturates. Results are deterministic and equal on CPU and CUDA, but for a statistic within 1e-12 of a
-threshold. Under ``torch.autocast`` every operator keeps its input's element type.
+A fraction length is a tensor of any integer type whose shape is the granularity, as a scale's in
+:mod:`quantrain.fake_quant`: one element, or the rank of the input with sizes that divide the input's; or an ``int``, or
+a 1-D tensor with ``axis=``. Out of range it raises on CPU; on CUDA, where the check would wait for the device,
+:func:`fixed_point_quantize` gives NaN and :func:`fixed_point_requantize` saturates. Results are deterministic and equal
+on CPU and CUDA, except for a statistic within 1e-12 of a threshold. Under ``torch.autocast`` every operator keeps its
+input's element type.
 
 Errors are ``ValueError`` (values and shapes) and ``TypeError`` (element types and devices).
 
-Layers take 8-bit codes in, exact int32 sums, one shift out; no scale and no float.
+Layers read 8-bit codes, sum exactly in int32 and shift once to 8 bits; no scale and no float.
 
 Codes are uint8 in [0, 255] or int8 in [-127, 127]; weights are int8. The sums of a
-convolution have ``FL_acc = FL_input + FL_weight`` (per output channel where the weight's is), and so has the bias. Codes of fraction length
-FL_out come from sums by ``shift = FL_acc - FL_out``: ``acc / 2**shift`` rounded half to even (``acc * 2**-shift`` for ``shift <= 0``), then
-clamped to the codes. A convolution followed by a shift alone is F8Net's (Jin et al., ICLR 2022, section 3).
+convolution have ``FL_acc = FL_input + FL_weight`` (per output channel where the weight's is), and so has the bias.
+Codes of fraction length FL_out come from sums by ``shift = FL_acc - FL_out``: ``acc / 2**shift`` rounded half to even
+(``acc * 2**-shift`` for ``shift <= 0``), then clamped to the codes. A convolution followed by a shift alone is F8Net's
+(Jin et al., ICLR 2022, section 3).
 
-Images are ``[N, C, H, W]`` in any strides; results are channels_last. CPU and CUDA give the same bits, whatever the number of threads. A
-sum that passes int32 wraps: whoever builds a network proves that none does. No gradients. Errors are ``ValueError`` (values and shapes) and
-``TypeError`` (element types and devices).
+Images are ``[N, C, H, W]`` in any strides; results are channels_last. CPU and CUDA give the same bits, whatever the
+number of threads. A sum that overflows int32 wraps: whoever builds a network must prove that none does. No gradients.
+Errors are ``ValueError`` (values and shapes) and ``TypeError`` (element types and devices).
 """
 
 from __future__ import annotations
@@ -83,16 +85,17 @@ def fixed_point_fraction_length(
 
     int32 of shape ``[1]``, or ``[1, .., C, .., 1]`` with one for each index of dimension ``axis``. By ``method``:
 
-    - ``"std"``: the number of ``f`` in ``1..WL - signed`` with ``s <= c / 2**f`` for the unbiased standard deviation ``s`` over all
-      elements, ``c = 40`` signed and 70 unsigned at 8 bits (unsigned: meant of the tensor before its ReLU). Equal elements, or one:
-      the longest.
-    - ``"rms"``: the same with the root mean square, ``c = 40`` and 50 (unsigned: of the tensor after its ReLU).
-    - ``"mse"``: the fraction length of least squared error, the longer one where two are equal.
+    - ``"std"``: the number of ``f`` in ``1..WL - signed`` with ``s <= c / 2**f`` for the unbiased standard deviation
+      ``s`` over all elements, ``c = 40`` signed and 70 unsigned at 8 bits (unsigned: for the tensor before its ReLU).
+      For equal elements, or one, the longest.
+    - ``"rms"``: the same with the root mean square, ``c = 40`` and 50 (unsigned: for the tensor after its ReLU).
+    - ``"mse"``: the fraction length of least squared error, the longer of two that tie.
 
-    For other word lengths ``c`` is where a Gaussian is rounded equally well with ``f`` and ``f - 1``. Sums are float64, in a fixed order.
-    ``previous`` (int32, the shape of the result) is kept unless the statistic is more than ``hysteresis`` octaves past the threshold
-    between it and the answer; with ``"mse"``, unless its root mean squared error exceeds the least by more. An infinity or NaN gives 0,
-    a group without elements the longest. No gradient, and no wait for the device.
+    For other word lengths ``c`` is where a Gaussian is rounded equally well with ``f`` and ``f - 1``. Sums are float64,
+    in a fixed order. ``previous`` (int32, the shape of the result) is kept unless the statistic is more than
+    ``hysteresis`` octaves past the threshold between it and the answer; with ``"mse"``, unless its root mean squared
+    error exceeds the least by more. An infinity or NaN gives 0, a group without elements the longest. No gradient, and
+    no wait for the device.
 
     >>> x = torch.tensor([-1.0, 1.0]) * 0.5
     >>> fixed_point_fraction_length(x)
@@ -162,8 +165,9 @@ def fixed_point_conv2d(
 ) -> Tensor:
     """Convolution of 8-bit codes with exact int32 sums as its result.
 
-    Shapes: input uint8 or int8 ``[N, C, H, W]``, weight int8 ``[O, C / groups, KH, KW]``, bias int32 ``[O]`` -> int32 ``[N, O, OH, OW]``. Padding
-    is zeros. Fraction length of the result and of the bias: the input's plus the weight's.
+    Shapes: input uint8 or int8 ``[N, C, H, W]``, weight int8 ``[O, C / groups, KH, KW]``, bias int32 ``[O]`` -> int32
+    ``[N, O, OH, OW]``. The padding is zeros. Fraction length of the result and of the bias: the input's plus the
+    weight's.
 
     >>> x = torch.full((1, 1, 3, 3), 200, dtype=torch.uint8)
     >>> fixed_point_conv2d(x, torch.full((1, 1, 3, 3), -2, dtype=torch.int8), padding=1)[0, 0].tolist()
@@ -197,10 +201,11 @@ def fixed_point_conv2d_requantize(
 
     ``clamp(round((acc + residual) / 2**shift))``.
 
-    Shapes: as :func:`fixed_point_conv2d`; shift an int, or integers of one element or O, in [-31, 31] -> uint8 (``signed=False``: clamped at 0, so a ReLU is
-    in it) or int8. residual is uint8, int8 or int32 of the result's shape, with ``residual_shift = FL_acc - FL_residual`` int32 of one element
-    or O; whichever of the two has fewer fraction bits is shifted left before they are added, so there is one rounding. Give
-    ``residual`` and the output different memory.
+    Shapes: as :func:`fixed_point_conv2d`; shift an int, or integers of one element or O, in [-31, 31] -> uint8
+    (``signed=False``: clamped at 0, which includes a ReLU) or int8. residual is uint8, int8 or int32 of the result's
+    shape, with ``residual_shift = FL_acc - FL_residual`` int32 of one element or O; whichever of the two has fewer
+    fraction bits is shifted left before they are added, so there is one rounding. Give ``residual`` and the output
+    different memory.
 
     >>> x = torch.tensor([[[[3, 5, 255]]]], dtype=torch.uint8)
     >>> w, shift = torch.ones(1, 1, 1, 1, dtype=torch.int8), torch.tensor([1], dtype=torch.int32)
@@ -240,8 +245,8 @@ def fixed_point_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None
 def fixed_point_add(a: Tensor, b: Tensor, a_fraction_length: Tensor | int, b_fraction_length: Tensor | int) -> Tensor:
     """The exact sum of two fixed-point tensors: int32 of fraction length ``max(a_fraction_length, b_fraction_length)``.
 
-    Shapes: a and b uint8, int8 or int32 of one shape; fraction lengths an int, or integers of one element, or of a's rank with one size other than 1
-    (``[1, C, 1, 1]``: per channel). Saturates at the ends of int32.
+    Shapes: a and b uint8, int8 or int32 of one shape; fraction lengths an int, or integers of one element, or of a's
+    rank with one size other than 1 (``[1, C, 1, 1]``: per channel). Saturates at the ends of int32.
 
     >>> a, b = torch.tensor([1, 255], dtype=torch.uint8), torch.tensor([-3, 4], dtype=torch.int8)
     >>> fixed_point_add(a, b, torch.tensor([2], dtype=torch.int32), torch.tensor([5], dtype=torch.int32)).tolist()

@@ -1,17 +1,19 @@
-"""Linear and convolution whose gradients are computed from a quantised gradient of the output: fully quantised training (FQT).
+"""Linear and convolution with gradients from a quantized gradient of the output: fully quantized training (FQT).
 
 StatQuant, Chen et al. 2020 (arXiv:2010.14298), sections 3.1 and 3.2. With dY the gradient of the output::
 
     grad_input  = Q_b2(dY) W        grad_weight = Q_b1(dY)^T X        grad_bias = sum of dY
 
-where Q is :func:`quantrain.quantize_gradient` and the two draws are independent ("gradient bifurcation"). Q is unbiased and both
-products are linear in dY, so the expectation of a gradient is the gradient without Q. The forward pass is that of ``F.linear`` and
-``F.conv2d``, computed once; X and W are taken as they are (the layers of ``quantrain.nn`` pass them through ``fake_quantize``).
+where Q is :func:`quantrain.quantize_gradient` and the two draws are independent ("gradient bifurcation"). Q is unbiased
+and both products are linear in dY, so the expectation of a gradient is the gradient without Q. The forward pass is that
+of ``F.linear`` and ``F.conv2d``, computed once; X and W are taken as they are (the layers of ``quantrain.nn`` pass them
+through ``fake_quantize``).
 
-Draws come from the default generator of the device when the gradient is computed, first for grad_input, then for grad_weight; a
-gradient that nobody needs draws nothing. NaN and Inf in dY make NaN in the gradients, so that a loss scaler sees them. An empty dY is
-not quantised. float32, float16 and bfloat16 (with both quantizers "none" also float64); under ``torch.autocast`` as ``F.linear`` and
-``F.conv2d``. The gradients have no derivative: asking for one (double backward) raises NotImplementedError.
+Draws come from the default generator of the device when the gradient is computed, first for grad_input, then for
+grad_weight; a gradient that nobody needs draws nothing. NaN and Inf in dY make NaN in the gradients, so that a loss
+scaler sees them. An empty dY is not quantized. float32, float16 and bfloat16 (with both quantizers "none" also
+float64); under ``torch.autocast`` as ``F.linear`` and ``F.conv2d``. The gradients have no derivative: asking for one
+(double backward) raises NotImplementedError.
 
 Arguments that both functions share, once for ``grad_input`` and once for ``grad_weight``:
 

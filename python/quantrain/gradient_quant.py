@@ -1,8 +1,9 @@
-"""Unbiased quantisers of gradients for fully quantised training (StatQuant).
+"""Unbiased quantizers of gradients for fully quantized training (StatQuant).
 
-Chen, Gai, Yao, Mahoney, Gonzalez, "A statistical framework for low-bitwidth training of deep neural networks", NeurIPS 2020,
-arXiv:2010.14298. A gradient is a matrix X ``[N, D]``: with ``rows="sample"`` N is its size 0 and D all the rest, with
-``rows="token"`` D is its last size and N all the rest. With B = 2^bits - 1 and R(.) the range (largest minus smallest value):
+Chen, Gai, Yao, Mahoney, Gonzalez, "A statistical framework for low-bitwidth training of deep neural networks", NeurIPS
+2020, arXiv:2010.14298. A gradient is a matrix X ``[N, D]``: ``rows="sample"`` takes size 0 as N and the rest as D,
+``rows="token"`` the last size as D and the rest as N. With B = 2^bits - 1 and R(.) the range (largest minus smallest
+value):
 
 =================  ===============  ==================================================================================
 quantizer          block            expected sum of squared errors, at most
@@ -13,14 +14,16 @@ quantizer          block            expected sum of squared errors, at most
 ``householder``    row of T X       D (lambda_1^(2/3) k^(-1/3) + lambda_2^(2/3) k^(1/3))^3 / (4 B^2) for a group of k rows
 =================  ===============  ==================================================================================
 
-``householder`` joins each large row (range lambda_1) to k - 1 small ones (ranges up to lambda_2) and spreads it over them by a
-reflection T before it rounds rows, and back: X^ = T^-1 Q(T X), in O(N D). Rows ordered by range are dealt to blocks of at most
-``max_group`` rows, in which the authors' rule forms the groups; a block of fewer than three rows is ``per_sample``.
+``householder`` joins each large row (range lambda_1) to k - 1 small ones (ranges up to lambda_2) and spreads it over
+them by a reflection T, rounds the rows and reflects back: X^ = T^-1 Q(T X), in O(N D). Rows ordered by range are dealt
+to blocks of at most ``max_group`` rows, in which the authors' rule forms the groups; a block of fewer than three rows
+is ``per_sample``.
 
-**Unbiased**: E[Q(X)] = X for float32, float16 and bfloat16 (results are drawn among values of the type; probabilities are met to
-2^-17). Random numbers are Philox's by (seed, offset, row, column) under ``torch.manual_seed``'s rules, and results equal on CPU and
-CUDA bit for bit. A block with NaN or Inf becomes NaN (``householder``: the row's group), so that a loss scaler sees it; rows of zeros
-stay zeros. Nothing waits for the device. Under ``torch.autocast`` the element type is kept. These operators have no gradient.
+**Unbiased**: E[Q(X)] = X for float32, float16 and bfloat16 (results are drawn from the values of the type, with
+probabilities exact to 2^-17). Random numbers are Philox's by (seed, offset, row, column) under ``torch.manual_seed``'s
+rules, and results equal on CPU and CUDA bit for bit. A block with NaN or Inf becomes NaN (``householder``: the row's
+group), so that a loss scaler sees it; rows of zeros stay zeros. Nothing waits for the device. Under ``torch.autocast``
+the element type is kept. These operators have no gradient.
 
 Errors are ``ValueError`` (values and shapes) and ``TypeError`` (element types and devices).
 """
@@ -36,14 +39,15 @@ _ops = torch.ops.quantrain
 
 
 class QuantizedGradient(NamedTuple):
-    """The integer form of a gradient X ``[N, D]``: T X = codes * scale + offset, T the identity but for ``householder``.
+    """A gradient X ``[N, D]`` in integers: T X = codes * scale + offset, T the identity except for ``householder``.
 
     X W = T^-1 [scale * (codes W) + offset * (1^T W)], so a product with a matrix W runs on int8.
 
-    ``codes`` int8 ``[N, D]``; ``scale`` and ``offset`` float32 ``[1, 1]``, ``[N, 1]`` or ``[1, D]`` (``offset`` is the value of code
-    0: minus the zero point times the scale); ``order`` int32 ``[N]``, the row at each position, groups one after the other, leaders
-    first; ``reflector`` float32 ``[N, 4]`` by position, (s, n, m, t) of (T X)_p = s x_p - m sum_q(n_q s_q x_q) over the rows q of the
-    group, t = 1 / s. ``order`` and ``reflector`` have no rows without a reflection.
+    ``codes`` int8 ``[N, D]``; ``scale`` and ``offset`` float32 ``[1, 1]``, ``[N, 1]`` or ``[1, D]`` (``offset`` is the
+    value of code 0: minus the zero point times the scale); ``order`` int32 ``[N]``, the row at each position, groups
+    one after the other, leaders first; ``reflector`` float32 ``[N, 4]`` by position, (s, n, m, t) of (T X)_p = s x_p -
+    m sum_q(n_q s_q x_q) over the rows q of the group, t = 1 / s. ``order`` and ``reflector`` have no rows without a
+    reflection.
     """
 
     codes: Tensor
@@ -80,8 +84,8 @@ def quantize_gradient(
         bits: 2 to 8.
         quantizer: ``per_tensor``, ``per_sample``, ``per_channel`` or ``householder``.
         rows: ``sample`` or ``token``.
-        preserve_zero: put zero on every grid of ``per_sample`` or ``per_channel`` (``per_tensor`` always does): less noise where many
-            elements are zero.
+        preserve_zero: put zero on every grid of ``per_sample`` or ``per_channel`` (``per_tensor`` always does): less
+            noise where many elements are zero.
         max_group: rows of a ``householder`` block, 3 to 256.
         stochastic: False rounds to nearest, which is biased.
         generator: of the gradient's device.
@@ -119,7 +123,8 @@ def quantize_gradient_codes(
     """Round a gradient without bias to int8 codes, with their scales and reflection, for an integer product.
 
     The integer form of :func:`quantize_gradient`, with the same arguments; for float32 gradients the same values.
-    float16 and bfloat16 gradients are rounded on the float32 grid here, and drawn among values of their own type there.
+    Here float16 and bfloat16 gradients are rounded on the float32 grid; there they are drawn from values of their own
+    type.
 
     >>> quantize_gradient_codes(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), 2, "per_sample").codes
     tensor([[-2, -1,  0,  1]], dtype=torch.int8)

@@ -1,24 +1,25 @@
-"""Int8 codes with one scale a row, and matrix products of them on integer tensor cores.
+"""Int8 codes with one scale per row, and matrix products of them on integer tensor cores.
 
 ::
 
     scale = absmax(row) / 127        codes = rint(row / scale), int8 in [-127, 127]        row ~ codes * scale
 
-An all-zero row has scale 1; a row with NaN or Inf has scale NaN and codes 0, so that every product with it is NaN and a loss scaler sees
-it. To nearest, codes and scales are those of :func:`quantrain.choose_qparams` and :func:`quantrain.quantize`; stochastic codes have mean
-``x / scale`` within 2e-4 steps. Random numbers are Philox's by (seed, offset, row, column of the input): the same on CPU and CUDA, as are
-the codes, bit for bit.
+An all-zero row has scale 1; a row with NaN or Inf has scale NaN and codes 0, so that every product with it is NaN and a
+loss scaler sees it. Rounded to nearest, codes and scales are those of :func:`quantrain.choose_qparams` and
+:func:`quantrain.quantize`; stochastic codes have mean ``x / scale`` within 2e-4 steps. Random numbers are Philox's by
+(seed, offset, row, column of the input): the same on CPU and CUDA, as are the codes, bit for bit.
 
-The products need both operands with the summed dimension last, so a training step wants transposed codes of weight, input and
-gradient. A scale along the summed dimension cannot leave the sum; it is multiplied into the other operand before that is quantised
-(``column_factor``, ``row_factor``). That is exact and called folding. For Y = X W^T with codes and scales Xq, sx, Wq, sw of rows::
+The products need both operands with the summed dimension last, so a training step needs transposed codes of weight,
+input and gradient. A scale along the summed dimension cannot leave the sum; it is multiplied into the other operand
+before that one is quantized (``column_factor``, ``row_factor``), which is exact and called folding. For Y = X W^T with
+codes and scales Xq, sx, Wq, sw of rows::
 
     dX = dY W   = (dY * sw) Wq            dW = dY^T X = (dY * sx)^T Xq
 
-float32, float16 and bfloat16; any strides and sizes. Nothing waits for the device. To nearest the overloads ``.nearest`` are called,
-which do not count as random. No gradients, but for :func:`int8_linear`: a backward pass through another raises
-``NotImplementedError``. Products on CUDA need compute capability 8.0. Errors are ``ValueError`` (values and shapes) and ``TypeError``
-(element types and devices).
+float32, float16 and bfloat16; any strides and sizes. Nothing waits for the device. Rounding to nearest calls the
+overloads ``.nearest``, which do not count as random. No gradients except :func:`int8_linear`'s: a backward pass through
+any other raises ``NotImplementedError``. Products on CUDA need compute capability 8.0. Errors are ``ValueError``
+(values and shapes) and ``TypeError`` (element types and devices).
 """
 
 from __future__ import annotations
@@ -82,8 +83,7 @@ def int8_quantize_rows_and_columns(
     """Int8 codes of a gradient by rows and by columns, from one draw and in two readings.
 
     :func:`int8_quantize_rows` and :func:`int8_quantize_columns` in fewer passes over the input: what the gradient of an
-    output needs for the two products it enters. Each has the right mean; their errors are not independent of one
-    another.
+    output needs for the two products it enters. Each has the right mean; their errors are not independent.
 
     >>> codes, scale, codes_t, scale_t = int8_quantize_rows_and_columns(torch.randn(8, 4), stochastic=True)
     >>> codes.shape, scale.shape, codes_t.shape, scale_t.shape
@@ -113,12 +113,12 @@ def int8_weight_transpose(weight: Tensor, scale: Tensor, *, scheme: str = "auto"
     scheme:
 
     - ``"fold"``: codes are those of the forward pass, transposed; column_factor = scale; the result's scale is 1;
-    - ``"columns"``: columns are quantised anew; column_factor is 1;
-    - ``"auto"``: fold where max(s^2) <= 4 mean(s^2) over the row scales s, which bounds how much folding can raise the variance of dX;
-      decided on the device, without waiting.
+    - ``"columns"``: columns are quantized anew; column_factor is 1;
+    - ``"auto"``: fold where max(s^2) <= 4 mean(s^2) over the row scales s, which bounds how much folding can raise the
+      variance of dX; decided on the device, without waiting.
 
-    Shapes: weight ``[O, K]`` (float, or its int8 codes), scale float32 of O elements -> codes int8 ``[K, O]``, column_factor ``[O]`` for
-    dY, scale ``[K, 1]``.
+    Shapes: weight ``[O, K]`` (float, or its int8 codes), scale float32 of O elements -> codes int8 ``[K, O]``,
+    column_factor ``[O]`` for dY, scale ``[K, 1]``.
 
     >>> weight = torch.randn(6, 4)
     >>> _, scale = int8_quantize_rows(weight)
@@ -143,8 +143,8 @@ def int8_mm(
     (float(a b^T) * b_scale) * a_scale + bias, computed in float32, then rounded to out_dtype. Sums longer than 131056
     are split and their parts added in float32.
 
-    Shapes: a int8 ``[..., K]``, b int8 ``[N, K]``; scales float32 of as many elements as the operand has rows, or of one (None: 1); bias
-    ``[N]`` of any floating type -> ``[..., N]``. out_dtype: float32, float16 or bfloat16.
+    Shapes: a int8 ``[..., K]``, b int8 ``[N, K]``; scales float32 of as many elements as the operand has rows, or of
+    one (None: 1); bias ``[N]`` of any floating type -> ``[..., N]``. out_dtype: float32, float16 or bfloat16.
 
     Raises:
         ValueError: shapes that do not fit; a GPU older than compute capability 8.0.
@@ -189,11 +189,13 @@ def int8_layer_norm(
 
     (x - mean) / sqrt(var + eps) * weight + bias over the last dimension.
 
-    This and the functions after it quantise a result where it is computed, token by token (Yao et al., "ZeroQuant", NeurIPS 2022, section
-    4.3): no floating-point copy of it is written. The result is float32 until it is rounded to nearest. Sums over a row are float32 in an
-    order of the device's own, so a code of the CPU and of CUDA may differ by one. For inference: no gradients.
+    This function and those below quantize a result where it is computed, token by token (Yao et al., "ZeroQuant",
+    NeurIPS 2022, section 4.3): no floating-point copy of it is written. The result is float32 until it is rounded to
+    nearest. Sums over a row are float32, each device in its own order, so codes on CPU and CUDA may differ by one. For
+    inference: no gradients.
 
-    Shapes: input ``[..., K]``, weight and bias ``[K]`` of input's type or float32 -> codes ``[..., K]``, scale ``[..., 1]``.
+    Shapes: input ``[..., K]``, weight and bias ``[K]`` of input's type or float32 -> codes ``[..., K]``, scale
+    ``[..., 1]``.
 
     >>> codes, scale = int8_layer_norm(torch.randn(2, 8))
     >>> codes.abs().amax(-1).tolist()
@@ -226,7 +228,7 @@ def int8_add_layer_norm(
 
     :func:`int8_layer_norm` of s = input + residual (rounded to input's type), and what the next residual needs. Returns
     codes, scale and ``carried`` of input's shape and type: s (a pre-norm block adds to it), or with post_norm the
-    normalised value (a post-norm block adds to that).
+    normalized value (a post-norm block adds to that).
 
     >>> codes, scale, carried = int8_add_layer_norm(torch.ones(2, 8), torch.randn(2, 8))
     >>> carried.shape
@@ -289,29 +291,32 @@ def int8_linear(
     y = input weight^T + bias, differentiable::
 
         output       Y  = Xq Wq^T * sw * sx + b     Xq, sx and Wq, sw: int8_quantize_rows of X and W
-        grad_input   dX = (dY * sw) Wq              dY * sw rounded stochastically, one scale a row
-        grad_weight  dW = (dY * sx)^T Xq            dY * sx rounded stochastically, one scale a column
+        grad_input   dX = (dY * sw) Wq              dY * sw rounded stochastically, one scale per row
+        grad_weight  dW = (dY * sx)^T Xq            dY * sx rounded stochastically, one scale per column
         grad_bias    sum of dY
 
-    The mean of dX and dW over the draws is the gradient at the rounded X and W (the setting of StatQuant, Chen et al. 2020,
-    arXiv:2010.14298). Kept for the backward pass: Xq and sx, 1 byte an element, instead of X where grad_weight is int8. The draw comes from
-    the device's default generator when the gradients are computed, one for dX and dW together (their errors are not independent of one
-    another); where nobody needs them nothing is drawn. NaN and Inf make NaN in every product they enter. The gradients have no derivative: asking for one (double backward) raises NotImplementedError.
+    The mean of dX and dW over the draws is the gradient at the rounded X and W (the setting of StatQuant, Chen et al.
+    2020, arXiv:2010.14298). Kept for the backward pass: Xq and sx, 1 byte per element, instead of X where grad_weight
+    is int8. The draw comes from the device's default generator when the gradients are computed, one for dX and dW
+    together (their errors are not independent); where nothing needs them nothing is drawn. NaN and Inf make NaN in
+    every product they enter. The gradients have no derivative: asking for one (double backward) raises
+    NotImplementedError.
 
     Args:
-        input, weight, bias: float32, float16 or bfloat16 each. Under ``torch.autocast`` input is cast, the weight is not (it is rounded
-            from what it is; for a product in floating point it is cast).
-        output, grad_input, grad_weight: ``"int8"``, ``"none"`` (floating point, as ``F.linear``) or ``"auto"`` (what a model of the
-            device's times says is faster for the shape).
+        input, weight, bias: float32, float16 or bfloat16 each. Under ``torch.autocast`` the input is cast; the weight
+            is rounded as it is, and cast only for a product in floating point.
+        output, grad_input, grad_weight: ``"int8"``, ``"none"`` (floating point, as ``F.linear``) or ``"auto"``
+            (whichever is faster for the shape by a model of the device's times).
         weight_scheme: how the weight enters grad_input, as ``scheme`` of :func:`int8_weight_transpose`.
         simulate: multiply the same codes, of the same draws, in float32; runs on every device.
         weight_codes, weight_scale: ``int8_quantize_rows(weight)``, made once for several calls with one weight.
 
-    Shapes: input ``[..., K]``, weight and weight_codes ``[O, K]``, bias ``[O]``, weight_scale O elements -> ``[..., O]`` of input's type;
-    gradients have their tensor's type.
+    Shapes: input ``[..., K]``, weight and weight_codes ``[O, K]``, bias ``[O]``, weight_scale O elements ->
+    ``[..., O]`` of input's type; gradients have their tensor's type.
 
     Raises:
-        ValueError: a shape or value outside these rules; a GPU without int8 tensor cores (below compute capability 8.0).
+        ValueError: a shape or value outside these rules; a GPU without int8 tensor cores (below compute capability
+            8.0).
         TypeError: an element type or device outside them.
         NotImplementedError: a second derivative.
 

@@ -14,7 +14,7 @@ class Table:
 
     Args:
         columns: key of a row -> header, in printing order.
-        rows: one mapping a row; a missing or None value prints as "-".
+        rows: one mapping per row; a missing or None value prints as "-".
         title: a line above the table, or "".
         notes: lines below the table.
 

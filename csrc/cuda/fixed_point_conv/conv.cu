@@ -14,7 +14,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kDepthwisePixels = 4;  // of a row that a thread computes
 
-// One thread an output, any shape.
+// One thread per output, any shape.
 __global__ void __launch_bounds__(kThreads)
     fixed_point_conv_plain_kernel(const __grid_constant__ FixedPointConvArgs g) {
   const int64_t total = g.n * g.oh * g.ow * g.o, group_c = g.c / g.groups, group_o = g.o / g.groups;
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Threads (words, pixel groups): a thread has four channels of kDepthwisePixels neighbours in a row. Weights of the
-// block's channels lie in shared memory as [taps, words], four channels a word.
+// block's channels lie in shared memory as [taps, words], four channels per word.
 template <bool kInputSigned>
 __global__ void __launch_bounds__(kThreads)
     fixed_point_conv_depthwise_kernel(const __grid_constant__ FixedPointConvArgs g, FastDivisor row_groups,

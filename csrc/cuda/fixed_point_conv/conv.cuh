@@ -111,7 +111,8 @@ struct TileShape {
   static constexpr int kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;           // in tiles of one instruction
   static constexpr int kGroup = kWarpN < 64 ? kWarpN : 64;                    // channels of four threads
   static constexpr int kVector = kGroup / 4, kGroups = kWarpN / kGroup;
-  // Words of an array with one a channel; gaps after a thread's channels keep those of four threads in different banks.
+  // Words of an array with one per channel; gaps after a thread's channels keep those of four threads in different
+  // banks.
   static constexpr int kRulePitch = kTileN + kTileN / kVector * 4;
   static constexpr int kRuleBytes = 4 * kRulePitch * 4;
   static_assert(kVector == 8 || kVector == 16);
@@ -155,7 +156,7 @@ struct TileRules {
   }
 };
 
-// For all threads of the block, once a column of tiles. depth: products a sum. A barrier.
+// For all threads of the block, once per column of tiles. depth: products per sum. A barrier.
 template <typename Shape>
 __device__ __forceinline__ Ending load_rules(const TileRules& to, const FixedPointConvArgs& g, const TilePlace& at,
                                              int64_t depth) {

@@ -60,9 +60,9 @@ Schedule schedule(MmaParams& p, const Candidate& c, const Device& d) {
 // Cycles that the busiest multiprocessor takes. The numbers here and the tiles' rates are fitted to the times of
 // ResNet-50's layers by benchmarks/fits/fixed_point_tiles.py.
 double estimate(const Candidate& c, const MmaParams& p, const Schedule& s, const Device& d) {
-  constexpr double kPeak = 4096.0;       // products a cycle
-  constexpr double kCopiedBytes = 77.0;  // a cycle
-  constexpr double kWrittenCodes = 9.9;  // a cycle
+  constexpr double kPeak = 4096.0;       // products per cycle
+  constexpr double kCopiedBytes = 77.0;  // per cycle
+  constexpr double kWrittenCodes = 9.9;  // per cycle
   constexpr double kStepLatency = 185.0, kTileLatency = 363.0;
   if (s.blocks < 1) return 1e300;
   const double area = static_cast<double>(c.tile_m) * c.tile_n, steps = p.steps;

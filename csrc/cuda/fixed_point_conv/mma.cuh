@@ -8,7 +8,7 @@ namespace quantrain::cuda::conv {
 
 // ---- channels in whole chunks ---------------------------------------------------------------------------------------
 
-// kDepth bytes of the sum a stage, kStages stages in flight.
+// kDepth bytes of the sum per stage, kStages stages in flight.
 template <typename Shape_, int kDepth_, int kStages_, int kMinBlocks_>
 struct MmaTile : Shape_ {
   using Shape = Shape_;

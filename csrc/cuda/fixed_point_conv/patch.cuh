@@ -1,5 +1,5 @@
 // Convolution of one, three or four channels (a network's first layer) on tensor cores. The part of the image that a
-// tile's windows meet lies in shared memory, four bytes a pixel, and operands are read from there: four neighbouring
+// tile's windows meet lies in shared memory, four bytes per pixel, and operands are read from there: four neighbouring
 // pixels are 16 products of the sum.
 #pragma once
 

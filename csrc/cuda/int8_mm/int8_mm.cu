@@ -35,7 +35,7 @@ __device__ __forceinline__ void copy_chunk(uint32_t shared, const int8_t* global
   ptx::cp_async_16(shared, global, inside ? kChunk : 0);  // the rest is filled with zeros
 }
 
-// One operand's part of a stage: kTile rows of kDepth bytes, two chunks a thread.
+// One operand's part of a stage: kTile rows of kDepth bytes, two chunks per thread.
 __device__ __forceinline__ void copy_operand(uint32_t shared, const int8_t* __restrict__ x, int64_t first_row,
                                              int64_t rows, int64_t first_byte, int64_t k) {
 #pragma unroll
@@ -142,7 +142,7 @@ struct Candidate {
   int (*run)(const Int8MmArgs&, const sm90::Tuning&, void*);
   size_t (*workspace)(const Int8MmArgs&, const sm90::Tuning&);
   int tile_rows, tile_columns, cluster_rows;
-  // Microseconds: of a wave of tiles (one a multiprocessor) for each 1000 of k, of a wave beside that, and of the
+  // Microseconds: of a wave of tiles (one per multiprocessor) for each 1000 of k, of a wave beside that, and of the
   // launch. Fitted to 60 shapes of transformers on an H200 (benchmarks/fits/int8_mm_sweep.py,
   // results/int8-mm-sweep-h200-2026-11-23.csv): the kernel that the fit picks takes 0.3 % longer than the best of the
   // four on average, 3 % at worst.

@@ -14,7 +14,7 @@ namespace quantrain::amp {
 // `with torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache_enabled)`.
 //
 // Guards nest; the inner one decides, and `enabled = false` switches autocast off inside an outer guard. At its end,
-// also by an exception, the state before is restored; when the outermost guard of the thread ends, the cache of cast
+// even by an exception, the previous state is restored; when the outermost guard of the thread ends, the cache of cast
 // weights is cleared. Run the forward pass and the loss inside; the backward pass belongs outside (its ops run in the
 // types of the forward pass). Which ops run in which type: docs/amp.md.
 //

@@ -1,5 +1,4 @@
-// Dynamic loss scaling (Micikevicius et al., arXiv:1710.03740, section 3.2) for C++ programs and, bound, for Python
-// ones.
+// Dynamic loss scaling (Micikevicius et al., arXiv:1710.03740, section 3.2), in C++ and, through bindings, in Python.
 //
 //   GradScaler scaler;
 //   for (...) {
@@ -37,11 +36,11 @@ namespace quantrain::amp {
 
 struct QUANTRAIN_API GradScalerOptions {
   double init_scale = 65536.0;
-  double growth_factor = 2.0;      // of the scale after `growth_interval` steps in a row without Inf or NaN; > 1
-  double backoff_factor = 0.5;     // of the scale after a step with one; in (0, 1)
+  double growth_factor = 2.0;      // times the scale after `growth_interval` steps in a row without Inf or NaN; > 1
+  double backoff_factor = 0.5;     // times the scale after a step with one; in (0, 1)
   int64_t growth_interval = 2000;  // > 0
   bool enabled = true;
-  bool capturable = false;  // no host synchronisation: only optimizers that take the scale (ScaledOptimizer) may step
+  bool capturable = false;  // no host synchronization: only optimizers that take the scale (ScaledOptimizer) may step
 };
 
 // What torch.amp.GradScaler.state_dict() holds, under the same names.
@@ -107,7 +106,7 @@ class QUANTRAIN_API GradScaler {
   bool step(const OptimizerView& optimizer);
 
   // The new scale: by backoff_factor after Inf or NaN, by growth_factor after growth_interval good steps in a row; or
-  // the one given (a number, or one float32 element). Call once a step, after every optimizer's step.
+  // the one given (a number, or one float32 element). Call once per step, after every optimizer's step.
   void update();
   void update(double new_scale);
   void update(const at::Tensor& new_scale);
@@ -125,13 +124,13 @@ class QUANTRAIN_API GradScaler {
   // True from the first call for an optimizer to update(): what no copy or state of the scaler holds.
   bool is_mid_step() const { return !per_optimizer_.empty(); }
 
-  // Waits for the device. Between update() and the next step; state_dict() of a scaler that is not enabled throws.
+  // Waits for the device. Call between update() and the next step; state_dict() throws where not enabled.
   GradScalerState state_dict() const;
   void load_state_dict(const GradScalerState& state);
 
   // Parameters whose gradient was Inf or NaN in some step, the earliest first; in the same step, the later parameter
   // first, since the backward pass reaches it first. Kept on the device: where the scaler knows of an overflow on the
-  // host, only such steps pay, else three small kernels a step. Waits for the device.
+  // host, only such steps pay, else three small kernels per step. Waits for the device.
   std::vector<OverflowRecord> overflow_report(const torch::nn::Module& module) const;
   std::vector<OverflowRecord> overflow_report(
       const std::vector<std::pair<std::string, at::Tensor>>& named_parameters) const;

@@ -28,7 +28,7 @@ class QUANTRAIN_API MasterWeights {
   explicit MasterWeights(std::vector<at::Tensor> model_parameters, bool stochastic_rounding = false,
                          std::optional<at::Generator> generator = std::nullopt);
 
-  // The masters, one a parameter and in the same order: float32 leaves that require a gradient. For the optimizer.
+  // The masters, one per parameter and in the same order: float32 leaves that require a gradient. For the optimizer.
   const std::vector<at::Tensor>& parameters() const { return masters_; }
 
   // The gradients of the model's parameters, as float32, into the masters'; the model's are freed. A parameter without

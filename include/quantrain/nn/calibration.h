@@ -1,5 +1,5 @@
-// Calibration, and the switches of a whole model. What a module does in calibration it says itself, by Calibrates;
-// rooms here know no family by name.
+// Calibration, and the switches of a whole model. Through Calibrates a module says what it does in calibration; nothing
+// here knows a family by name.
 #pragma once
 
 #include <memory>
@@ -23,7 +23,7 @@ class QUANTRAIN_API Calibrates {
   // From begin to end forward passes are seen and not rounded. keep: takes over what was seen, else all is as before.
   virtual void begin_calibration() {}
   virtual void end_calibration(bool /*keep*/) {}
-  // 0 ends first, then 1: what another module's range decides.
+  // 0 ends first, then 1: modules whose range depends on another's.
   virtual int end_order() const { return 1; }
 
   enum class Reached { kNotAsked, kNothing, kOnlyZeros, kSomething };
@@ -49,7 +49,7 @@ class QUANTRAIN_API HasRecipe {
 class QUANTRAIN_API FinishesCalibration {
  public:
   virtual ~FinishesCalibration() = default;
-  virtual void observe_weight() {}        // a weight's range needs no batch: also where no batch reached the layer
+  virtual void observe_weight() {}        // a weight's range needs no batch, so even where none reached the layer
   virtual void freeze_for_inference() {}  // under a recipe that is not for training
 };
 
@@ -61,17 +61,17 @@ QUANTRAIN_API void enable_fake_quant(torch::nn::Module& module, bool on = true);
 // What calibration did not reach, by the names of modules ("fc.input_fake_quant").
 struct QUANTRAIN_API CalibrationReport {
   std::vector<std::string> unreached;   // no tensor came by: evaluation raises there
-  std::vector<std::string> only_zeros;  // tensors came by, but of zeros only: evaluation rounds others to whole numbers
+  std::vector<std::string> only_zeros;  // only tensors of zeros came by: evaluation rounds others to whole numbers
 
   bool empty() const { return unreached.empty() && only_zeros.empty(); }
   std::string text() const;
 };
 
-// While it lives, forward passes of `module` calibrate: evaluation mode, no gradients, observers on, nothing quantised.
+// While it lives, forward passes of `module` calibrate: evaluation mode, no gradients, observers on, nothing quantized.
 // Afterwards modes and switches are what they were: in training the ranges go on following the tensors (learnable
-// scales are the optimiser's) until enable_observer(module, false) freezes them. Layers whose recipe is not for
-// training (ptq-..., int8-static) have their ranges frozen at the end, but for those that saw nothing or zeros only.
-// Where an exception ends it, ranges and scales too are what they were.
+// scales belong to the optimizer) until enable_observer(module, false) freezes them. Layers whose recipe is not for
+// training (ptq-..., int8-static) have their ranges frozen at the end, except those that saw nothing or only zeros.
+// Where an exception ends it, ranges and scales are restored too.
 //
 // Calibrate a network whose batch norms have seen data: TORCH_WARN names one that has not, and at the end what was not
 // reached.

@@ -5,7 +5,7 @@
 // {name: {"dtype", "shape", "data_offsets"}, "__metadata__": {string: string}}, then the tensors' bytes without gaps.
 // Metadata here: "format" "quantrain", "version" "1", "recipe" (Recipe::to_json, "" for a plain float model),
 // "converted" "true" or "false", "layers" (JSON {layer: {"bits", "shape"}} of converted layers), "layer_recipes" (JSON
-// {"recipes": [Recipe, ...], "of": {layer: index}} of every quantised layer).
+// {"recipes": [Recipe, ...], "of": {layer: index}} of every quantized layer).
 //
 // Every reader checks the whole file and the whole match before it changes anything; errors are ValueError that name
 // the file, the rule and the value, or Error (c10) where the file cannot be opened or written.
@@ -38,13 +38,13 @@ QUANTRAIN_API void write_safetensors(const std::string& path, const SafeTensors&
 struct QUANTRAIN_API CheckpointInfo {
   std::optional<Recipe> recipe;  // absent for a plain float model
   bool converted = false;
-  std::map<std::string, Recipe> layers;  // of every quantised layer, edge bits in them; empty in files that do not say
+  std::map<std::string, Recipe> layers;  // of every quantized layer, with edge bits; empty in files that do not say
 };
 
 QUANTRAIN_API CheckpointInfo read_checkpoint_info(const std::string& path);
 
 // Writes parameters and buffers of `module` under their dotted names. ValueError: a recipe that no layer of the module
-// was made with, or any recipe for a module without quantised layers.
+// was made with, or any recipe for a module without quantized layers.
 QUANTRAIN_API void save_checkpoint(const std::string& path, const torch::nn::Module& module,
                                    const std::optional<Recipe>& recipe = std::nullopt);
 
@@ -54,8 +54,8 @@ QUANTRAIN_API void save_checkpoint(const std::string& path, const torch::nn::Mod
 // module's (for a converted checkpoint: quantrain::nn::convert(module, false) first).
 QUANTRAIN_API CheckpointInfo load_checkpoint(const std::string& path, torch::nn::Module& module);
 
-// Copies the weights of a float model, from any safetensors file, into a module of quantised layers: its
-// fake-quantisers, activations and fraction lengths stay as they are. Names must match as in load_checkpoint. file_name
+// Copies the weights of a float model, from any safetensors file, into a module of quantized layers: its
+// fake-quantizers, activations and fraction lengths stay as they are. Names must match as in load_checkpoint. file_name
 // gives a tensor's name in the file for its name in the module where the two differ: a float model's batch norm stands
 // beside its convolution, that of QuantConvBn2d ("conv1.bn.weight") below it.
 QUANTRAIN_API void load_float(const std::string& path, torch::nn::Module& module,

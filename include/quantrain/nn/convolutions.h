@@ -1,5 +1,4 @@
-// Quantised layers beside convolution in two dimensions: Conv1d and ConvTranspose2d. What they share with the others is
-// in layers.h.
+// More quantized layers: Conv1d and ConvTranspose2d. What they share with the others is in layers.h.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +14,7 @@
 
 namespace quantrain::nn {
 
-// 1-D convolution on quantised input and weight; stride, padding ("same" and "valid" too), dilation and groups as
+// 1-D convolution on quantized input and weight; stride, padding ("same" and "valid" too), dilation and groups as
 // torch::nn::Conv1d; zero padding only (ValueError otherwise). Input [N, C, L]; weight [O, C / groups, k]. Where the
 // recipe has grad_input or grad_weight, its gradients are those of an image of one row (fqt_conv2d). ValueError for a
 // recipe of integer products.
@@ -34,10 +33,10 @@ class QUANTRAIN_API QuantConv1dImpl : public Copied<QuantConv1dImpl, QuantModule
 };
 TORCH_MODULE(QuantConv1d);
 
-// Transposed 2-D convolution on quantised input and weight; stride, padding, output_padding, dilation and groups as
+// Transposed 2-D convolution on quantized input and weight; stride, padding, output_padding, dilation and groups as
 // torch::nn::ConvTranspose2d. Input [N, C, H, W]; `weight` is [C, O / groups, kh, kw], while scales, codes and
-// weight_shape() are those of the weight seen as [O, C / groups, kh, kw], one scale an output channel. ValueError for a
-// recipe of integer products, or one that quantises gradients.
+// weight_shape() are those of the weight seen as [O, C / groups, kh, kw], one scale per output channel. ValueError for
+// a recipe of integer products, or one that quantizes gradients.
 class QUANTRAIN_API QuantConvTranspose2dImpl : public Copied<QuantConvTranspose2dImpl, QuantModule> {
  public:
   QuantConvTranspose2dImpl(const torch::nn::ConvTranspose2dOptions& options, const Recipe& recipe);

@@ -32,10 +32,10 @@ namespace quantrain::nn {
 // It observes under Calibration (calibration.h) and in training until enable_observer(false) freezes the range.
 // Evaluation never moves a range, nor does a forward pass inside a backward pass (activation checkpointing). A
 // learnable scale takes its first value from Calibration or else the first training batch; from then on, and from a
-// loaded scale, only the optimiser moves it.
+// loaded scale, only the optimizer moves it.
 //
 // A block of zeros says nothing about its range. Its scale is 1 until the first block that is not zero sets it. Where
-// it is learnable and a weight's (set_of_weight: zero-initialised, so small at first and then growing), the scale
+// it is learnable and a weight's (set_of_weight: zero-initialized, so small at first and then growing), the scale
 // follows that block's range from batch to batch until enable_observer(false), and is learned from there.
 //
 // State: `scale`, `zero_point`, and of `observer` the range and `frozen`, whether the range was frozen.
@@ -79,8 +79,8 @@ class QUANTRAIN_API FakeQuantizeImpl : public Copied<FakeQuantizeImpl, FixedDtyp
   // The path that error messages name, e.g. "layer1.0.conv1.input_fake_quant".
   void set_label(const std::string& path);
 
-  // To be called where scale, zero_point or the observer's buffers were written from outside: what is known of them is
-  // looked at anew.
+  // To be called where scale, zero_point or the observer's buffers were written from outside: what is known about them
+  // is read again.
   void state_changed();
 
   // The (scale, zero_point) in force; zero_point undefined where symmetric. `input` is needed for dynamic only.
@@ -120,8 +120,7 @@ class QUANTRAIN_API FakeQuantizeImpl : public Copied<FakeQuantizeImpl, FixedDtyp
   std::vector<std::pair<at::Tensor, at::Tensor>> before_;  // state and copies of it, while calibrating
   bool of_weight_ = false;
   bool has_scale_ = false;  // once seen, not checked again
-  // Of a learnable scale: every block has its first value; some follow a weight that began as zeros. Both spare
-  // looking.
+  // Of a learnable scale: every block has its first value; some follow a weight that began as zeros. Both save looking.
   bool settled_ = false;
   bool follows_zeros_ = false;
 };

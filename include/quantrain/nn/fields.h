@@ -18,7 +18,7 @@
 
 namespace quantrain::nn {
 
-// The names of an enum's values, in their order: specialised beside each enum that a struct of fields holds.
+// The names of an enum's values, in their order: specialized beside each enum that a struct of fields holds.
 template <typename Enum>
 inline constexpr const char* const kNames[] = {""};
 

@@ -1,4 +1,4 @@
-// GradientProbe: what quantising the gradients of a model would cost, layer by layer, measured while it trains.
+// GradientProbe: what quantizing the gradients of a model would cost, layer by layer, measured while it trains.
 //
 // StatQuant (Chen, Gai, Yao, Mahoney, Gonzalez, "A statistical framework for low-bitwidth training of deep neural
 // networks", NeurIPS 2020). With g = dL/dH the gradient of a layer's linear map, viewed as [N, D], Q a quantizer of b
@@ -43,7 +43,7 @@ QUANTRAIN_API GradientSpec probe_quantizer(const std::string& text);
 struct GradientProbeOptions {
   std::vector<GradientSpec> quantizers = {};  // empty: per_tensor, per_sample and householder at 5 bits
   int64_t draws = 8;                          // M of each gradient and quantizer, even, at least 4
-  double fraction = 0.1;                      // recommend(): what quantisation may add to the batch variance
+  double fraction = 0.1;                      // recommend(): what quantization may add to the batch variance
   int64_t seed = 0;
   // Stands in for the quantizer: float32 [N, D], the spec and the number of the draw to float32 [N, D].
   std::function<at::Tensor(const at::Tensor&, const GradientSpec&, int64_t)> quantize = {};
@@ -68,7 +68,7 @@ struct ProbeRow {
   double bias_z = 0;
   std::optional<double>
       weight_variance;  // E ||dTheta_l(Q(g)) - dTheta_l(g)||^2: theorem 2's term k = l. Absent: the layer's
-                        // weight needs no gradient, or its own backward pass quantises
+                        // weight needs no gradient, or its own backward pass quantizes
   std::optional<double>
       network_variance;  // theorem 2's sum over k <= l, of the probed layers' weights: measure_network()
 };
@@ -80,7 +80,7 @@ struct ProbeLayer {
   std::optional<double> gradient_square;  // ||E dTheta||^2, of the mean over batches; at least 1 batch
   std::optional<double> batch_variance;   // sum over elements of the variance from batch to batch; at least 2 batches
   std::optional<double>
-      repeat_variance;  // the same among passes over one batch: what the model's own quantisation adds
+      repeat_variance;  // the same among passes over one batch: what the model's own quantization adds
 };
 
 // What a layer needs under one quantizer. variance(b') = variance(b) (B / B')^2.
@@ -107,7 +107,7 @@ class QUANTRAIN_API GradientProbe {
   void detach();
 
   // Has the gradient of `output` observed when it is computed. weight: the layer's parameter, or undefined.
-  // exact_backward = false where the layer's backward pass quantises: weight_variance is then left out. Rows "auto" are
+  // exact_backward = false where the layer's backward pass quantizes: weight_variance is then left out. Rows "auto" are
   // samples where weight has 4 dimensions (a convolution), else tokens.
   void watch(const std::string& layer, const at::Tensor& output, const at::Tensor& weight, bool exact_backward = true);
 
@@ -121,9 +121,9 @@ class QUANTRAIN_API GradientProbe {
   // After another backward pass over the same batch as the last end_batch().
   void end_repeat();
 
-  // Measures network_variance: runs `loss` once, then a backward pass a layer, quantizer and repeat with that layer's
-  // gradient alone quantised, and sums ||dTheta - dTheta_QAT||^2 over the watched weights. The parameters' gradients
-  // are not touched. ValueError where the backward pass is not deterministic (layers that quantise their gradients), or
+  // Measures network_variance: runs `loss` once, then a backward pass per layer, quantizer and repeat with that layer's
+  // gradient alone quantized, and sums ||dTheta - dTheta_QAT||^2 over the watched weights. The parameters' gradients
+  // are not touched. ValueError where the backward pass is not deterministic (layers that quantize their gradients), or
   // the loss reaches no watched layer.
   void measure_network(const std::function<at::Tensor()>& loss, int64_t repeats = 2);
 

@@ -20,7 +20,7 @@ namespace quantrain::nn {
 // backend "simulate" the codes are multiplied in float32.
 //
 // enable_gradient_quant(false): gradients in floating point. enable_fake_quant(*layer, false): all three. Converted, it
-// multiplies its stored codes (backend "int8"), or dequantises them as QuantLinear does.
+// multiplies its stored codes (backend "int8"), or dequantizes them as QuantLinear does.
 //
 // ValueError: a recipe without int8.
 class QUANTRAIN_API Int8LinearImpl : public Copied<Int8LinearImpl, QuantModule> {
@@ -64,7 +64,7 @@ TORCH_MODULE(Int8Linear);
 
 // While it lives, every Int8Linear in `module`, itself included, keeps its weight's codes from one forward pass to the
 // next: make one around the micro-batches of a step with gradient accumulation, and all but the first save the pass
-// over the weight. Costs 1 byte a parameter. The weights must not change meanwhile (the optimizers of torch::optim
+// over the weight. Costs 1 byte per parameter. The weights must not change meanwhile (the optimizers of torch::optim
 // write past a tensor's version, so that nothing would be noticed; in-place operators and quantrain::amp::FusedAdamW
 // are). Not used while gradients are off or a CUDA graph is captured.
 class QUANTRAIN_API WeightCache {

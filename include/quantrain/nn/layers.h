@@ -1,15 +1,15 @@
-// Quantised layers: torch::nn layers whose weight, input and output pass a FakeQuantize, and convert in place to stored
+// Quantized layers: torch::nn layers whose weight, input and output pass a FakeQuantize, and convert in place to stored
 // integers.
 //
 // Life of a layer: declare it with a Recipe, calibrate and train it, then convert(). Before, `weight` and `bias` are
 // parameters and the children weight_fake_quant, input_fake_quant and output_fake_quant are those the recipe has.
 // After, `weight` is undefined and `weight_codes` a buffer of integers (int8 symmetric, uint8 affine; at most 4 bits:
-// uint8, two codes a byte along each flattened row), with buffers `weight_scale` (float32), `weight_zero_point` (int32,
-// affine only) and `bias`; dequantized_weight() is the float weight that they stand for. The forward pass dequantises
-// and computes as before, so its output equals the fake-quantised layer's in evaluation mode bit for bit. Under a
-// recipe with backend "int8" (Linear layers only) a converted layer multiplies integers instead (int8_mm): the same
-// codes, the output within float32 rounding of the sum. It has no gradient, and a NaN that meets a stored input scale
-// becomes 0. The names are those of the Python layers.
+// uint8, two codes per byte along each flattened row), with buffers `weight_scale` (float32), `weight_zero_point`
+// (int32, affine only) and `bias`; dequantized_weight() is the float weight that they stand for. The forward pass
+// dequantizes and computes as before, so its output equals the fake-quantized layer's in evaluation mode bit for bit.
+// Under a recipe with backend "int8" (Linear layers only) a converted layer multiplies integers instead (int8_mm): the
+// same codes, the output within float32 rounding of the sum. It has no gradient, and a NaN that meets a stored input
+// scale becomes 0. The names are those of the Python layers.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@
 
 namespace quantrain::nn {
 
-// What the layers share: the recipe, the fake-quantisers and the conversion. Inputs float32, float16 or bfloat16.
+// What the layers share: the recipe, the fake-quantizers and the conversion. Inputs float32, float16 or bfloat16.
 class QUANTRAIN_API QuantModule : public torch::nn::Module, public HasRecipe, public FinishesCalibration {
  public:
   bool has_bias() const { return bias_; }
@@ -51,17 +51,17 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module, public HasRecipe, pu
   // its path where Calibration, convert(module) or load_checkpoint has seen it in its model.
   void check_convertible(bool check_observed = true);
 
-  // Makes the layer's quantisers anew for another recipe, before anything is observed. ValueError: a range that was
+  // Makes the layer's quantizers anew for another recipe, before anything is observed. ValueError: a range that was
   // observed or loaded, a converted layer.
   void use_recipe(const Recipe& recipe);
 
   // Takes over the switches of another, which include whether it is converted: the skeleton of a clone.
   void copy_switches(const QuantModule& other);
 
-  // The path that error messages name, e.g. "layer1.0.conv1"; the quantisers' begin with it.
+  // The path that error messages name, e.g. "layer1.0.conv1"; the quantizers' begin with it.
   void set_label(const std::string& label);
 
-  // The weight as conversion will store it, before quantisation: of a folded convolution the folded weight.
+  // The weight as conversion will store it, before quantization: of a folded convolution the folded weight.
   at::Tensor weight_to_quantize() const { return float_weight(); }
 
   void observe_weight() override;
@@ -71,7 +71,7 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module, public HasRecipe, pu
   // to load a converted checkpoint into.
   void convert_(bool check_observed = true);
 
-  // Makes this a float layer again: drops the quantisers and what the recipe says of gradients. What convert(module)
+  // Makes this a float layer again: drops the quantizers and what the recipe says of gradients. What convert(module)
   // does to a layer that no batch reached. ValueError for a converted one.
   void leave_float();
 
@@ -111,7 +111,7 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module, public HasRecipe, pu
   QuantModule(std::string name, const Recipe& recipe, std::vector<int64_t> weight_shape,
               std::vector<int64_t> token_shape);
 
-  // The weight and bias that conversion stores: those the evaluation forward pass uses, before quantisation.
+  // The weight and bias that conversion stores: those the evaluation forward pass uses, before quantization.
   virtual at::Tensor float_weight() const { return weight; }
   virtual at::Tensor float_bias() const { return bias; }
   virtual void drop_float_children() {}
@@ -153,9 +153,9 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module, public HasRecipe, pu
   OutputHook output_hook_;
 };
 
-// y = x W^T + b on quantised x and W. Input [..., in_features], output [..., out_features]. ValueError for a recipe
+// y = x W^T + b on quantized x and W. Input [..., in_features], output [..., out_features]. ValueError for a recipe
 // with int8, which Int8Linear (int8_linear.h) takes. Where the recipe has grad_input or grad_weight, gradients are
-// computed from the quantised gradient of y before output_fake_quant (fqt_linear); convolutions alike.
+// computed from the quantized gradient of y before output_fake_quant (fqt_linear); convolutions alike.
 class QUANTRAIN_API QuantLinearImpl : public Copied<QuantLinearImpl, QuantModule> {
  public:
   QuantLinearImpl(int64_t in_features, int64_t out_features, const Recipe& recipe)
@@ -169,7 +169,7 @@ class QUANTRAIN_API QuantLinearImpl : public Copied<QuantLinearImpl, QuantModule
 };
 TORCH_MODULE(QuantLinear);
 
-// 2-D convolution on quantised input and weight; stride, padding ("same" and "valid" too), dilation and groups as
+// 2-D convolution on quantized input and weight; stride, padding ("same" and "valid" too), dilation and groups as
 // torch::nn::Conv2d; zero padding only (ValueError otherwise). Input [N, C, H, W]. ValueError for a recipe of integer
 // products, as QuantEmbedding.
 class QUANTRAIN_API QuantConv2dImpl : public Copied<QuantConv2dImpl, QuantModule> {
@@ -228,7 +228,7 @@ class QUANTRAIN_API QuantConvBn2dImpl : public Copied<QuantConvBn2dImpl, QuantCo
 };
 TORCH_MODULE(QuantConvBn2d);
 
-// Rows of a quantised table. indices int32 or int64 [...], output [..., embedding_dim]; equal to quantising the whole
+// Rows of a quantized table. indices int32 or int64 [...], output [..., embedding_dim]; equal to quantizing the whole
 // table and looking up, at the cost of the rows alone. recipe.input does not apply: the input is indices.
 class QUANTRAIN_API QuantEmbeddingImpl : public Copied<QuantEmbeddingImpl, QuantModule> {
  public:
@@ -246,21 +246,21 @@ class QUANTRAIN_API QuantEmbeddingImpl : public Copied<QuantEmbeddingImpl, Quant
 };
 TORCH_MODULE(QuantEmbedding);
 
-// QuantModule::enable_gradient_quant of every quantised layer in the module, itself included.
+// QuantModule::enable_gradient_quant of every quantized layer in the module, itself included.
 QUANTRAIN_API void enable_gradient_quant(torch::nn::Module& module, bool on = true);
 
-// Gives the first and the last quantised layer of the module, in the order of registration, their recipe's edge()
+// Gives the first and the last quantized layer of the module, in the order of registration, their recipe's edge()
 // (Recipe::edge_bits), as Python's prepare() does: one call after the model is built, in place of passing recipe.edge()
-// to the two. Nothing changes where edge_bits is 0. ValueError: no quantised layer; one of the two that has observed,
+// to the two. Nothing changes where edge_bits is 0. ValueError: no quantized layer; one of the two that has observed,
 // loaded or stored something already.
 QUANTRAIN_API void use_edge_recipes(torch::nn::Module& module);
 
-// Converts every quantised layer in the module (held by a shared_ptr, as a module holder does), itself included.
+// Converts every quantized layer in the module (held by a shared_ptr, as a module holder does), itself included.
 //
 // Where some layers have their ranges and others were never reached (heads that no batch used), the others become float
 // layers (QuantModule::leave_float) and TORCH_WARN names them; so do those named in `skip`. A file of such a model
 // loads after convert(module, false, {those names}). ValueError, with nothing changed, where the module has no
-// quantised layer, `skip` names none, no layer that needs ranges has them, or a layer cannot convert
+// quantized layer, `skip` names none, no layer that needs ranges has them, or a layer cannot convert
 // (QuantModule::check_convertible).
 QUANTRAIN_API void convert(torch::nn::Module& module, bool check_observed = true,
                            const std::vector<std::string>& skip = {});

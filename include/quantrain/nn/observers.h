@@ -78,7 +78,7 @@ class QUANTRAIN_API FixedDtypeModule : public torch::nn::Module {
 //   moving_average  m, M = min(x), max(x);             min_val += averaging_constant (m - min_val), max_val alike
 //   percentile      of the n sorted elements of the block, M the k-th and m the (n + 1 - k)-th,
 //                   k = ceil(percentile / 100 n);      averaged as moving_average
-//   mse             the range [r min(x), r max(x)], r in {1/80, ..., 1}, whose quantised block has the least
+//   mse             the range [r min(x), r max(x)], r in {1/80, ..., 1}, whose quantized block has the least
 //                   squared error;                     averaged as moving_average
 //
 // The first batch sets the average. A block of zeros sets the range of a block that saw nothing to [0, 0] and changes

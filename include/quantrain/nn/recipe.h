@@ -1,4 +1,4 @@
-// How a layer is quantised, as data: QuantSpec for one tensor of a layer, Recipe for the layer, a Scheme (scheme.h) for
+// How a layer is quantized, as data: QuantSpec for one tensor of a layer, Recipe for the layer, a Scheme (scheme.h) for
 // what is more than rounding tensors. One C++ struct serves both languages (bound to Python as quantrain.QuantSpec and
 // quantrain.Recipe); its JSON form travels in the metadata of every checkpoint.
 #pragma once
@@ -28,7 +28,7 @@ inline constexpr const char* const kNames<ObserverKind>[] = {"dynamic", "min_max
 template <>
 inline constexpr const char* const kNames<NanPolicy>[] = {"raise", "skip"};
 
-// One quantised tensor: which codes, how many elements share a scale, and where the scale comes from.
+// One quantized tensor: which codes, how many elements share a scale, and where the scale comes from.
 //
 // format       what a code is: "int"; bits and symmetric say which integers
 // granularity  per_tensor   one scale
@@ -44,7 +44,7 @@ inline constexpr const char* const kNames<NanPolicy>[] = {"raise", "skip"};
 //                              batch
 //              mse             like moving_average, over the range that rounds each batch with the least squared error
 // learnable    the scale is a parameter trained by LSQ (Esser et al., arXiv:1902.08153, section 2.1); the observer
-//              initialises it
+//              initializes it
 // nan_policy   what an observer does with a batch that holds NaN: "raise" an error, or "skip" the batch
 struct QUANTRAIN_API QuantSpec {
   Format format = Format::kInt;
@@ -91,11 +91,11 @@ struct QUANTRAIN_API QuantSpec {
   bool operator==(const QuantSpec&) const = default;
 };
 
-// One layer: specs of the tensors it quantises (absent: left in floating point), and how it runs.
+// One layer: specs of the tensors it quantizes (absent: left in floating point), and how it runs.
 //
-// training   false: calibrate only, no fine-tuning (post-training quantisation)
-// edge_bits  > 0: the first and the last quantised layer of a model use this many bits (Esser et al., section 2.3)
-// scheme     none: floating-point arithmetic on fake-quantised values; else schemes/*.h
+// training   false: calibrate only, no fine-tuning (post-training quantization)
+// edge_bits  > 0: the first and the last quantized layer of a model use this many bits (Esser et al., section 2.3)
+// scheme     none: floating-point arithmetic on fake-quantized values; else schemes/*.h
 struct QUANTRAIN_API Recipe {
   std::string name;
   std::optional<QuantSpec> weight;
@@ -125,8 +125,8 @@ struct QUANTRAIN_API Recipe {
   // Whether only Linear layers run so.
   bool linear_only() const { return scheme && scheme->linear_only(); }
 
-  // A named recipe: one of names(), or fqt-ptq, fqt-psq, fqt-bhq (per_tensor, per_sample, householder) with bits 2 to 8
-  // behind, as they are or with "-paper". Throws std::invalid_argument for another name.
+  // A named recipe: one of names(), or fqt-ptq, fqt-psq, fqt-bhq (per_tensor, per_sample, householder) followed by bits
+  // 2 to 8, plain or with "-paper". Throws std::invalid_argument for another name.
   static Recipe from_name(const std::string& name);
   static std::vector<std::string> names();
 

@@ -1,6 +1,7 @@
 // A scheme: how a layer runs beyond rounding its tensors. One recipe has one scheme or none, so that schemes exclude
-// each other by construction. Rooms that serve every layer (Calibration, convert, checkpoints) ask the scheme and know
-// none by name. A new scheme is a file of its own and a line in nn/schemes/table.cpp, or a call of register_scheme().
+// each other by construction. Code that serves every layer (Calibration, convert, checkpoints) asks the scheme and
+// knows none by name. A new scheme is a file of its own and a line in nn/schemes/table.cpp, or a call of
+// register_scheme().
 #pragma once
 
 #include <functional>
@@ -20,7 +21,7 @@ namespace quantrain::nn {
 
 struct Recipe;
 
-// How a scheme rounds a weight, where that is not its QuantSpec's own affair.
+// How a scheme rounds a weight, where it does not leave that to the QuantSpec.
 struct QUANTRAIN_API WeightQparams {
   at::Tensor scale;       // as QuantSpec::weight_scale_shape
   at::Tensor zero_point;  // int32 of that shape, or undefined: symmetric

@@ -1,4 +1,4 @@
-// Simulated and stored integer quantisation: the fake_quant family.
+// Simulated and stored integer quantization: the fake_quant family.
 //
 //   q = clamp(rint(input * (1 / scale)) + zero_point, quant_min, quant_max),   y = (q - zero_point) * scale
 //
@@ -26,10 +26,10 @@
 
 namespace quantrain {
 
-// Fake-quantises: y above, with input's element type and strides.
+// Fake-quantizes: y above, with input's element type and strides.
 // Gradient: straight-through (Bengio et al. 2013): grad_input = grad_output where quant_min <= unclamped code <=
-// quant_max, else 0; NaN inputs count as outside. One bit an element is kept for it. scale and zero_point get none: see
-// fake_quantize_learnable.
+// quant_max, else 0; NaN inputs count as outside. One bit per element is kept for it. scale and zero_point get none:
+// see fake_quantize_learnable.
 QUANTRAIN_API at::Tensor fake_quantize(const at::Tensor& input, const at::Tensor& scale,
                                        const std::optional<at::Tensor>& zero_point = std::nullopt,
                                        int64_t quant_min = -128, int64_t quant_max = 127);
@@ -44,7 +44,7 @@ QUANTRAIN_API at::Tensor fake_quantize_learnable(const at::Tensor& input, const 
                                                  int64_t quant_min = -128, int64_t quant_max = 127,
                                                  double grad_factor = 1.0);
 
-// choose_qparams and fake_quantize in one call: the scale is the input's own (dynamic quantisation: per token with [B,
+// choose_qparams and fake_quantize in one call: the scale is the input's own (dynamic quantization: per token with [B,
 // T, 1]). A NaN makes its group NaN rather than raising. Gradient: straight-through, the scale held constant.
 QUANTRAIN_API at::Tensor fake_quantize_dynamic(const at::Tensor& input, at::IntArrayRef scale_shape,
                                                int64_t quant_min = -128, int64_t quant_max = 127,
@@ -76,7 +76,7 @@ QUANTRAIN_API at::Tensor dequantize(const at::Tensor& input, const at::Tensor& s
                                     const std::optional<at::Tensor>& zero_point = std::nullopt,
                                     at::ScalarType dtype = at::kFloat);
 
-// Codes of 4 bits, two a byte along the last dimension: element 2i in the low half. int8 (-8..7) or uint8 (0..15) in,
+// Codes of 4 bits, two per byte along the last dimension: element 2i in the low half. int8 (-8..7) or uint8 (0..15) in,
 // uint8 [..., ceil(K / 2)] out; an odd row ends in a zero half. Values outside the range raise on CPU, and lose their
 // high bits on CUDA.
 QUANTRAIN_API at::Tensor pack_int4(const at::Tensor& input);
@@ -100,7 +100,7 @@ QUANTRAIN_API std::tuple<at::Tensor, at::Tensor> percentile_range(const at::Tens
 // sets that of a block that saw nothing to [0, 0] and changes no other; the first block that is not zero sets it anew.
 QUANTRAIN_API void observe_(at::Tensor& min_val, at::Tensor& max_val, const at::Tensor& low, const at::Tensor& high,
                             const at::Tensor& finite, double averaging_constant = 0);
-// The group's range times the ratio in {1 / steps, 2 / steps, ..., 1} whose quantisation error is least in the squared
+// The group's range times the ratio in {1 / steps, 2 / steps, ..., 1} whose quantization error is least in the squared
 // sense.
 QUANTRAIN_API std::tuple<at::Tensor, at::Tensor> mse_range(const at::Tensor& input, at::IntArrayRef scale_shape,
                                                            int64_t quant_min, int64_t quant_max, bool symmetric,

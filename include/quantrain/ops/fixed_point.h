@@ -9,8 +9,8 @@
 // Granularity as in fake_quant.h: a fraction length has one element, or the rank of `input` with sizes that divide the
 // input's. A fraction length out of range raises on CPU; on CUDA, where the check would wait for the device, it makes
 // the results of its group NaN (fixed_point_quantize), or shifts by what it says, saturating (fixed_point_requantize).
-// All results are deterministic. CPU and CUDA agree bit for bit, but for a statistic within 1e-12 of a threshold, which
-// their orders of addition may set apart.
+// All results are deterministic. CPU and CUDA agree bit for bit, except for a statistic within 1e-12 of a threshold,
+// which their orders of addition may set apart.
 //
 // Errors: c10::ValueError for shapes and values, c10::TypeError for element types and devices; nothing is changed.
 #pragma once
@@ -27,12 +27,12 @@ namespace quantrain {
 // clamp(rint(input * 2^FL)) * 2^-FL with input's element type (float32, float16, bfloat16) and strides. NaN stays,
 // +-Inf saturates. Gradient: the paper's straight-through estimator, which is strict: grad_input = grad_output where
 // lowest code < unclamped code < highest code, else 0. The end codes do not pass, unlike in every other family: an
-// unsigned code 0 is then the dead side of the ReLU that the clamp stands for. One bit an element is kept for it; it
+// unsigned code 0 is then the dead side of the ReLU that the clamp stands for. One bit per element is kept for it; it
 // may be differentiated again. The fraction length gets none.
 QUANTRAIN_API at::Tensor fixed_point_quantize(const at::Tensor& input, const at::Tensor& fraction_length,
                                               int64_t word_length = 8, bool is_signed = true);
 
-// The fraction length, int32, that suits `input`: of shape [1], or with `axis` one an index of that dimension, [1, ..,
+// The fraction length, int32, that suits `input`: of shape [1], or with `axis` one per index of that dimension, [1, ..,
 // C, .., 1].
 //   "std"  the number of f in 1..WL - signed with s <= c / 2^f, s the unbiased standard deviation over all elements; c
 //          = 40 signed, 70 unsigned at 8 bits (unsigned: of the tensor before its ReLU). One element, or equal ones:

@@ -8,9 +8,9 @@
 // is F8Net's (Jin et al., ICLR 2022, section 3).
 //
 // Images are [N, C, H, W] in any strides, results are channels_last. CPU and CUDA give the same bits, whatever the
-// number of threads. A sum that passes int32 wraps: whoever builds a network proves that none does. No gradients. Empty
-// results are allowed; sizes are any. Errors: c10::ValueError for shapes and values, c10::TypeError for element types
-// and devices ("expected uint8 or int8 codes, got Float").
+// number of threads. A sum that overflows int32 wraps: whoever builds a network must prove that none does. No
+// gradients. Empty results are allowed; sizes are any. Errors: c10::ValueError for shapes and values, c10::TypeError
+// for element types and devices ("expected uint8 or int8 codes, got Float").
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -36,9 +36,9 @@ QUANTRAIN_API at::Tensor fixed_point_conv2d(const at::Tensor& input, const at::T
                                             const std::optional<at::Tensor>& bias = std::nullopt,
                                             const FixedPointConvOptions& options = {});
 
-// The same as codes, uint8 (clamped at 0: a ReLU is in it) or int8. shift is int32, of one element or O, in [-31, 31]
-// (not checked on CUDA). residual is added before the one rounding: uint8, int8 or int32, of the result's shape, with
-// residual_shift = FL_acc - FL_residual, as shift.
+// The same as codes, uint8 (clamped at 0, which includes a ReLU) or int8. shift is int32, of one element or O, in [-31,
+// 31] (not checked on CUDA). residual is added before the one rounding: uint8, int8 or int32, of the result's shape,
+// with residual_shift = FL_acc - FL_residual, as shift.
 QUANTRAIN_API at::Tensor fixed_point_conv2d_requantize(const at::Tensor& input, const at::Tensor& weight,
                                                        const std::optional<at::Tensor>& bias, const at::Tensor& shift,
                                                        const std::optional<at::Tensor>& residual = std::nullopt,
@@ -51,7 +51,7 @@ QUANTRAIN_API at::Tensor fixed_point_linear(const at::Tensor& input, const at::T
                                             const std::optional<at::Tensor>& bias = std::nullopt);
 
 // a + b as int32 of fraction length max(a_fraction_length, b_fraction_length), saturating. Both uint8, int8 or int32,
-// of one shape; fraction lengths int32 of one element, or of the operands' rank with one size other than 1: one a
+// of one shape; fraction lengths int32 of one element, or of the operands' rank with one size other than 1: one per
 // channel.
 QUANTRAIN_API at::Tensor fixed_point_add(const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_fraction_length,
                                          const at::Tensor& b_fraction_length);

@@ -1,4 +1,4 @@
-// Linear and convolution whose gradients are computed from a quantised gradient of the output: fully quantised training
+// Linear and convolution whose gradients are computed from a quantized gradient of the output: fully quantized training
 // (FQT).
 //
 // StatQuant, Chen et al. 2020 (arXiv:2010.14298), sections 3.1 and 3.2. With dY the gradient of the output,
@@ -12,7 +12,7 @@
 //
 // Draws come from the default generator of the device when the gradient is computed, first for grad_input, then for
 // grad_weight; a gradient that nobody needs draws nothing. NaN and Inf in dY make NaN in the gradients. An empty dY is
-// not quantised. float32, float16 and bfloat16; with both quantizers "none" also float64. Under autocast as linear and
+// not quantized. float32, float16 and bfloat16; with both quantizers "none" also float64. Under autocast as linear and
 // conv2d: the arguments are cast to the autocast type. The gradients themselves have no derivative: asking for one
 // raises.
 //

@@ -1,15 +1,15 @@
-// Unbiased quantisers of gradients for fully quantised training: the gradient_quant family. StatQuant: Chen, Gai, Yao,
+// Unbiased quantizers of gradients for fully quantized training: the gradient_quant family. StatQuant: Chen, Gai, Yao,
 // Mahoney, Gonzalez, "A statistical framework for low-bitwidth training of deep neural networks" (NeurIPS 2020,
 // arXiv:2010.14298).
 //
-// A gradient is a matrix X [N, D]: with rows "sample" N is its size 0 and D all the rest, with rows "token" D is its
-// last size and N all the rest. B = 2^bits - 1 steps span the range (largest minus smallest value) R of a block:
+// A gradient is a matrix X [N, D]: rows "sample" takes size 0 as N and the rest as D, rows "token" the last size as D
+// and the rest as N. B = 2^bits - 1 steps span the range (largest minus smallest value) R of a block:
 //
 //   quantizer        block          error sum at most, in expectation
 //   "per_tensor"     X              N D R(X)^2 / (4 B^2)                             (PTQ; zero is on the grid)
 //   "per_sample"     row x_i        D sum_i R(x_i)^2 / (4 B^2)                       (PSQ)
 //   "per_channel"    column of X    likewise over columns
-//   "householder"    row of T X     D (lambda_1^{2/3} k^{-1/3} + lambda_2^{2/3} k^{1/3})^3 / (4 B^2) a group   (BHQ)
+//   "householder"    row of T X     D (lambda_1^{2/3} k^{-1/3} + lambda_2^{2/3} k^{1/3})^3 / (4 B^2) per group (BHQ)
 //
 // "householder" joins each large row to k - 1 small ones and spreads it over them with a Householder reflection T
 // before it rounds rows; T^-1 follows. Rows are ordered by range and dealt to blocks of at most max_group rows; the
@@ -38,7 +38,7 @@
 
 namespace quantrain {
 
-// How a gradient is quantised before a product (fqt.h), and what one rule checks for all who take these fields.
+// How a gradient is quantized before a product (fqt.h), and what one rule checks for all who take these fields.
 struct GradientQuantizer {
   std::string quantizer = "none";  // or per_tensor, per_sample, per_channel, householder
   int64_t bits = 8;                // 2 to 8
@@ -54,7 +54,7 @@ struct GradientQuantOptions {
   bool stochastic = true;            // false: to nearest
 };
 
-// The quantised gradient in floating point, with grad's shape, element type and strides. bits in 2 to 8. No gradient of
+// The quantized gradient in floating point, with grad's shape, element type and strides. bits in 2 to 8. No gradient of
 // its own.
 QUANTRAIN_API at::Tensor quantize_gradient(const at::Tensor& grad, int64_t bits, std::string_view quantizer,
                                            const GradientQuantOptions& options = {},

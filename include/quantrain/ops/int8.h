@@ -1,16 +1,16 @@
-// Int8 codes with one scale a row, and matrix products of them on integer tensor cores: the int8 family.
+// Int8 codes with one scale per row, and matrix products of them on integer tensor cores: the int8 family.
 //
 //   scale = absmax(row) / 127        codes = rint(row / scale), int8 in [-127, 127]        row ~ codes * scale
 //
 // An all-zero row has scale 1; a row with NaN or Inf has scale NaN and codes 0, so that every product with it is NaN
-// and a loss scaler sees it. To nearest, codes and scales are those of choose_qparams and quantize (fake_quant.h);
-// stochastic codes have mean x / scale within 2e-4 steps. Random numbers are Philox's by (seed, offset, row, column of
-// the input): the same on CPU and CUDA, as are the codes, bit for bit.
+// and a loss scaler sees it. Rounded to nearest, codes and scales are those of choose_qparams and quantize
+// (fake_quant.h); stochastic codes have mean x / scale within 2e-4 steps. Random numbers are Philox's by (seed, offset,
+// row, column of the input): the same on CPU and CUDA, as are the codes, bit for bit.
 //
-// The products need both operands with the summed dimension last, so a training step wants transposed codes of weight,
+// The products need both operands with the summed dimension last, so a training step needs transposed codes of weight,
 // input and gradient. A scale along the summed dimension cannot leave the sum; it is multiplied into the other operand
-// before that is quantised (column_factor, row_factor): "folding", exact. For Y = X W^T with codes and scales Xq, sx,
-// Wq, sw of rows:
+// before that one is quantized (column_factor, row_factor): "folding", exact. For Y = X W^T with codes and scales Xq,
+// sx, Wq, sw of rows:
 //
 //   dX = dY W   = (dY * sw) Wq            dW = dY^T X = (dY * sx)^T Xq
 //
@@ -31,7 +31,7 @@ namespace quantrain {
 
 struct Int8Codes {
   at::Tensor codes;  // int8
-  at::Tensor scale;  // float32, one a row: codes' shape with a last dimension of 1
+  at::Tensor scale;  // float32, one per row: codes' shape with a last dimension of 1
 };
 
 struct Int8QuantizeOptions {
@@ -48,7 +48,7 @@ QUANTRAIN_API Int8Codes int8_quantize_rows(const at::Tensor& input, const Int8Qu
 QUANTRAIN_API Int8Codes int8_quantize_columns(const at::Tensor& input, const Int8QuantizeOptions& options = {});
 
 // Both, from one draw: what a gradient needs for its two products. Each has the right mean; their errors are not
-// independent of one another. Fewer passes over the input than one after the other.
+// independent. Fewer passes over the input than one after the other.
 struct Int8RowsAndColumns {
   Int8Codes rows;
   Int8Codes columns;
@@ -63,7 +63,7 @@ QUANTRAIN_API at::Tensor int8_transpose(const at::Tensor& codes);
 // The weight's operand in dX = dY W, from the weight [O, K] (or its int8 codes) and the scale of its rows in the
 // forward pass (O elements).
 //   "fold"     codes those of the forward pass, transposed; column_factor = scale; scale 1
-//   "columns"  columns quantised anew; column_factor 1
+//   "columns"  columns quantized anew; column_factor 1
 //   "auto"     fold where max(s^2) <= 4 mean(s^2), which bounds how much folding can raise the variance of dX; decided
 //              on the device
 struct Int8WeightTranspose {

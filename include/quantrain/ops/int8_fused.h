@@ -1,9 +1,9 @@
-// Norms and activations whose results leave as int8 rows (int8.h): quantised where they are computed, token by token,
+// Norms and activations whose results leave as int8 rows (int8.h): quantized where they are computed, token by token,
 // so that no floating-point copy is written and read again. Yao et al., "ZeroQuant" (NeurIPS 2022), section 4.3.
 //
-// The result is float32 until it is quantised to nearest; sums over a row are float32, in an order of the device's own:
-// a code of the CPU and of CUDA may differ by one. Rows are the last dimension. weight and bias: of input's type or
-// float32. float32, float16, bfloat16. For inference: no gradients. Errors as in int8.h.
+// The result is float32 until it is quantized to nearest; sums over a row are float32, each device in its own order:
+// codes on CPU and CUDA may differ by one. Rows are the last dimension. weight and bias: of input's type or float32.
+// float32, float16, bfloat16. For inference: no gradients. Errors as in int8.h.
 #pragma once
 
 #include "quantrain/ops/int8.h"
@@ -19,7 +19,7 @@ QUANTRAIN_API Int8Codes int8_rms_norm(const at::Tensor& input, const std::option
                                       double eps = 1e-6);
 
 // The norm of s = input + residual, s rounded to input's type. carried: s, for the next residual of a pre-norm block;
-// with post_norm the normalised value in input's type, for that of a post-norm block.
+// with post_norm the normalized value in input's type, for that of a post-norm block.
 struct Int8AddNorm {
   Int8Codes result;
   at::Tensor carried;

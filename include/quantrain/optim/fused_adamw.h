@@ -1,5 +1,5 @@
 // AdamW (Loshchilov & Hutter, arXiv:1711.05101) whose step is one fused kernel for all parameters, takes the loss scale
-// and the overflow flag on the device, and so needs no host synchronisation and fits in a CUDA graph.
+// and the overflow flag on the device, and so needs no host synchronization and fits in a CUDA graph.
 #pragma once
 
 #include <torch/optim/adamw.h>

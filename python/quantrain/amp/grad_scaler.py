@@ -19,21 +19,21 @@ class GradScaler:
     """Scales the loss so that float16 gradients do not underflow, and skips steps whose gradients overflowed.
 
     The same rules, arithmetic and state as ``torch.amp.GradScaler``: the scale's course, the skipped steps and the
-    parameters are equal bit for bit, and a state saved by one loads in the other. In addition: ``clip_grad_norm_`` unscales,
-    checks and clips in one read and one write of the gradients, ``overflow_report`` names the parameters that overflow,
-    ``capturable`` leaves every decision to the device, and errors say what to do.
+    parameters are equal bit for bit, and a state saved by one loads in the other. In addition: ``clip_grad_norm_``
+    unscales, checks and clips in one read and one write of the gradients, ``overflow_report`` names the parameters that
+    overflow, ``capturable`` leaves every decision to the device, and errors say what to do.
 
     Args:
-        device: The device type; for torch.amp.GradScaler's sake, the scale lives where the first loss is.
+        device: The device type, as in torch.amp.GradScaler; the scale lives where the first loss is.
         init_scale: The first scale.
-        growth_factor: Of the scale after ``growth_interval`` steps in a row without Inf or NaN; > 1.
-        backoff_factor: Of the scale after a step with Inf or NaN; in (0, 1).
+        growth_factor: Multiplies the scale after ``growth_interval`` steps in a row without Inf or NaN; > 1.
+        backoff_factor: Multiplies the scale after a step with Inf or NaN; in (0, 1).
         growth_interval: > 0.
         enabled: False passes everything through.
-        capturable: No host synchronisation in any method but the getters, so that a step can be a CUDA graph. Only
+        capturable: No host synchronization in any method but the getters, so that a step can be a CUDA graph. Only
             optimizers that take the scale (``fused=True``) may step.
         process_group: Where ranks hold different gradients (sharded training): the group over which they agree whether
-            to skip. Under DistributedDataParallel gradients are equal and agree already.
+            to skip. Under DistributedDataParallel the gradients are equal already.
 
     Raises:
         ValueError: A number outside its range.
@@ -84,7 +84,7 @@ class GradScaler:
         """``outputs`` times the scale: a tensor, or lists and tuples of tensors, nested at will.
 
         Raises:
-            TypeError: Something else than tensors.
+            TypeError: Anything but tensors.
         """
         if isinstance(outputs, Tensor):
             return self._scaler.scale(outputs)
@@ -95,7 +95,7 @@ class GradScaler:
         raise TypeError(f"GradScaler.scale: expected a tensor or an iterable of tensors, got {type(outputs).__name__}")
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the gradients of ``optimizer``'s parameters by the scale, in place, and note whether one is Inf or NaN.
+        """Divide the gradients of ``optimizer``'s parameters by the scale, in place, and note any Inf or NaN.
 
         Raises:
             RuntimeError: Called twice before update(), after step(), or before any scale().
@@ -105,14 +105,14 @@ class GradScaler:
         self._scaler.unscale_(optimizer)
 
     def clip_grad_norm_(self, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-        """Unscale, check, and clip by the 2-norm over all of ``optimizer``'s gradients; the norm before clipping.
+        """Unscale, check, and clip by the 2-norm over all of ``optimizer``'s gradients; returns the norm before.
 
-        Equal to ``unscale_`` and ``torch.nn.utils.clip_grad_norm_``, with 12 bytes moved a float32 element instead of 20. An
-        optimizer that takes the scale itself (``fused=True``) also clips itself: the gradients are read once and stay as
-        they are.
+        Equal to ``unscale_`` and ``torch.nn.utils.clip_grad_norm_``, with 12 bytes moved per float32 element instead of
+        20. An optimizer that takes the scale itself (``fused=True``) also clips itself: the gradients are read once and
+        stay as they are.
 
         Returns:
-            float32 tensor without dimensions, on the gradients' device; no synchronisation.
+            float32 tensor without dimensions, on the gradients' device; no synchronization.
 
         Raises:
             RuntimeError, ValueError, TypeError: As unscale_; ValueError also where ``max_norm`` is not positive.
@@ -139,13 +139,13 @@ class GradScaler:
         return returned[0] if returned else None
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
-        """The scale of the next step: by ``backoff_factor`` after Inf or NaN, by ``growth_factor`` after
+        """Set the scale of the next step: times ``backoff_factor`` after Inf or NaN, times ``growth_factor`` after
         ``growth_interval`` good steps, or ``new_scale``.
 
         Raises:
             RuntimeError: No optimizer was checked since the last update.
             ValueError: ``new_scale`` is not positive and finite, or has more than one element.
-            TypeError: ``new_scale`` is no float32 tensor, or requires a gradient.
+            TypeError: ``new_scale`` is not a float32 tensor, or requires a gradient.
         """
         if new_scale is None:
             self._scaler.update()
@@ -208,8 +208,8 @@ class GradScaler:
     def overflow_report(self, model: nn.Module) -> Table:
         """Which parameters' gradients were Inf or NaN: rows with name, count and first_step, the earliest first.
 
-        Within a step the later parameter comes first, since the backward pass reaches it first. Counted on the device; steps
-        are update() calls of this scaler, from 0. Waits for the device.
+        Within a step the later parameter comes first, since the backward pass reaches it first. Counted on the device;
+        steps are update() calls of this scaler, from 0. Waits for the device.
         """
         rows = self._scaler.overflow_report(list(model.named_parameters()))
         return Table({"name": "parameter", "count": "steps with Inf or NaN", "first_step": "first at step"}, rows)

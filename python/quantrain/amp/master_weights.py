@@ -13,13 +13,13 @@ __all__ = ["MasterWeights"]
 
 
 class MasterWeights:
-    """Float32 copies of a model's 16-bit parameters, for the optimizer: small updates add up there instead of being lost.
+    """Float32 copies of a model's 16-bit parameters, for the optimizer: small updates add up there and are not lost.
 
     Args:
-        parameters: The model's parameters, float16 or bfloat16; those of float32 are their own masters.
-        stochastic_rounding: Write back rounded up or down at random, so that the 16-bit value is the master's on average:
-            E[round(w)] = w. The numbers are Philox's, the same on CPU and CUDA.
-        generator: Where they come from; None: PyTorch's default generator of the device.
+        parameters: The model's parameters, float16 or bfloat16; float32 ones are their own masters.
+        stochastic_rounding: Write back rounded up or down at random, so that the 16-bit value is the master's on
+            average: E[round(w)] = w. The numbers are Philox's, the same on CPU and CUDA.
+        generator: Their source; None: PyTorch's default generator of the device.
 
     Raises:
         ValueError: A parameter of another type.
@@ -45,13 +45,13 @@ class MasterWeights:
         self._masters = _C.MasterWeights(list(parameters), stochastic_rounding, generator)
 
     def parameters(self) -> list[Tensor]:
-        """The masters, one a parameter and in the same order: float32 leaves that require a gradient."""
+        """The masters, one per parameter and in the same order: float32 leaves that require a gradient."""
         return self._masters.parameters()
 
     def copy_gradients_(self) -> None:
-        """The model's gradients, as float32, into the masters'; the model's are freed."""
+        """Copy the model's gradients, as float32, into the masters'; the model's are freed."""
         self._masters.copy_gradients_()
 
     def write_back_(self) -> None:
-        """The masters' values, rounded to the model's type, into the model."""
+        """Write the masters' values, rounded to the model's type, into the model."""
         self._masters.write_back_()

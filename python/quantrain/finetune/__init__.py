@@ -1,1 +1,1 @@
-"""The fine-tuning job behind ``quantrain finetune``: a float32 baseline against quantised models, measured and reported."""
+"""The job behind ``quantrain finetune``: a float32 baseline against quantized models, measured and reported."""

@@ -1,4 +1,4 @@
-"""The console script ``quantrain``: ``finetune`` fine-tunes a model under recipes and compares, ``probe`` looks at its gradients."""
+"""The console script ``quantrain``: ``finetune`` compares a model under recipes, ``probe`` looks at its gradients."""
 
 from __future__ import annotations
 

@@ -38,13 +38,13 @@ class JobConfig:
         lr: Its largest learning rate.
         qat_epochs: Of the fine-tuning of a recipe; None takes the recipe's default.
         qat_lr: Its largest learning rate; None takes the recipe's default.
-        batch_size: Samples a training step.
+        batch_size: Samples per training step.
         calibration_batches: Training batches that the observers see.
-        holdout: Test on so many training samples, which are then not trained on, instead of the test set.
-        image_size: Images in subfolders are resized to so many pixels either way; None takes them as they are.
-        train_rows: Use only so many training samples; None uses all.
-        test_rows: Use only so many test samples; None uses all.
-        max_steps: Stop each training stage after so many steps of its schedule; None takes them all.
+        holdout: Test on this many training samples, which are then not trained on, instead of the test set.
+        image_size: Images in subfolders are resized to this many pixels either way; None takes them as they are.
+        train_rows: Use only this many training samples; None uses all.
+        test_rows: Use only this many test samples; None uses all.
+        max_steps: Stop each training stage after this many steps of its schedule; None takes them all.
         precision: ``"float32"`` or ``"bf16"`` (autocast in training; evaluation is always float32).
         device: ``"cpu"``, ``"cuda"``, ...
         threads: CPU threads; None leaves PyTorch's number.

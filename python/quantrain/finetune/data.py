@@ -349,7 +349,7 @@ def load_image_data(name: str | Path, image_size: int | None = None) -> Labelled
 
     Args:
         name: One of these.
-        image_size: Images in subfolders are resized to so many pixels either way.
+        image_size: Images in subfolders are resized to this many pixels either way.
 
     Raises:
         FileNotFoundError: The named folder or one of its files is missing.

@@ -1,4 +1,4 @@
-"""What the histograms show: the values that meet a quantiser, measured in its codes, and the codes themselves."""
+"""What the histograms show: the values that meet a quantizer, measured in its codes, and the codes themselves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_VALUES = 200_000  # a histogram of this many values has bins that are exact 
 
 @dataclass(frozen=True)
 class Grid:
-    """Values of one tensor of one layer in units of its quantiser's codes: ``value / scale + zero_point``, not rounded.
+    """Values of one tensor of one layer in units of its quantizer's codes: ``value / scale + zero_point``, not rounded.
 
     Attributes:
         layer: The layer's name.
@@ -46,7 +46,7 @@ class Grid:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of a prepared model that fake-quantise their weight or their input, by name."""
+    """The layers of a prepared model that fake-quantize their weight or their input, by name."""
     return {
         name: module
         for name, module in model.named_modules()

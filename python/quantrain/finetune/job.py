@@ -1,4 +1,4 @@
-"""The fine-tuning job: a float32 baseline, then each recipe prepared, calibrated, fine-tuned, converted and evaluated."""
+"""The job: a float32 baseline, then each recipe prepared, calibrated, fine-tuned, converted and evaluated."""
 
 from __future__ import annotations
 
@@ -351,7 +351,7 @@ class Job:
         return {**details, "audit": tuple(AuditRow(**row) for row in converted.audit().rows)}
 
     def _prepared(self, name: str, recipe) -> nn.Module:
-        """The baseline prepared with the recipe and calibrated; an interrupted stage goes on from its own calibration."""
+        """The baseline prepared with the recipe and calibrated; an interrupted stage keeps its own calibration."""
         path = self.checkpoint(name, "prepared")
         model = qnn.prepare(copy.deepcopy(self.baseline), recipe, skip=self.config.skip)
         if (self.folder / "state" / f"{name}.pt").is_file():

@@ -17,9 +17,10 @@ _LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc takes no more
 def keep_freed_memory() -> None:
     """Tell glibc's allocator to keep what is freed; elsewhere nothing happens.
 
-    A training step frees and allocates the same activations over and over. By default glibc gives blocks of a few megabytes
-    back to the system and faults them in again page by page: ResNet-20's step was measured at 440 ms with the memory kept and
-    at 500 to 4,000 ms without on one virtual machine. For programs, not for libraries: it holds for the whole process.
+    A training step frees and allocates the same activations over and over. By default glibc gives blocks of a few
+    megabytes back to the system and faults them in again page by page: ResNet-20's step was measured at 440 ms with the
+    memory kept and at 500 to 4,000 ms without on one virtual machine. For programs, not for libraries: it holds for the
+    whole process.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

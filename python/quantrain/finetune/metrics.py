@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, written as a run goes. The C++ trainer writes the same file."""
+"""metrics.jsonl: one JSON object per line, written as a run goes. The C++ trainer writes the same file."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class BertConfig:
 
 
 class Embeddings(nn.Module):
-    """Word + position + token-type embeddings, normalised. ids ``[B, T]`` -> ``[B, T, hidden]``."""
+    """Word + position + token-type embeddings, normalized. ids ``[B, T]`` -> ``[B, T, hidden]``."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class BertEncoder(nn.Module):
 
 
 class SentenceClassifier(nn.Module):
-    """A BERT encoder, the mean of its states over the tokens, and a linear head: ids, mask -> logits ``[B, classes]``."""
+    """A BERT encoder, the mean of its states over tokens, and a linear head: ids, mask -> logits ``[B, classes]``."""
 
     def __init__(self, config: BertConfig, num_classes: int) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class SentenceClassifier(nn.Module):
 
 
 def mean_pool(states: Tensor, mask: Tensor) -> Tensor:
-    """The mean of ``states`` ``[B, T, hidden]`` over the positions where ``mask`` ``[B, T]`` is True: ``[B, hidden]``."""
+    """The mean of ``states`` ``[B, T, hidden]`` over positions where ``mask`` ``[B, T]`` is True: ``[B, hidden]``."""
     weight = mask.unsqueeze(-1).to(states.dtype)
     return (states * weight).sum(1) / weight.sum(1).clamp_min(1)
 

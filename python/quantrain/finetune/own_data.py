@@ -264,7 +264,7 @@ def load_function_data(name: str) -> LabelledData:
     """The datasets that the function ``name`` (``module:function``) returns: ``(train, test)``, each of pairs (input,
     label).
 
-    uint8 tensors ``[C, H, W]`` or ``[H, W]`` and PIL images become images, normalised by the training set's mean and
+    uint8 tensors ``[C, H, W]`` or ``[H, W]`` and PIL images become images, normalized by the training set's mean and
     standard deviation; every other tensor goes to the model as it is. Labels are whole numbers from 0; a dataset's
     attribute ``classes`` names them.
 

@@ -1,4 +1,4 @@
-"""The plots of a run, as PNG files: loss and accuracy, histograms over their quantisation grids, SQNR by layer."""
+"""The plots of a run, as PNG files: loss and accuracy, histograms over their quantization grids, SQNR by layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from quantrain.plotting import BASELINE_COLOR, COLORS, FAINT, STYLE, pyplot_for_
 
 
 def stage_colors(stages: Sequence[str]) -> dict[str, str]:
-    """A colour a stage: grey for the first, the baseline."""
+    """One colour per stage: grey for the first, the baseline."""
     recipes = {stage: COLORS[place % len(COLORS)] for place, stage in enumerate(stages[1:])}
     return {**dict.fromkeys(stages[:1], BASELINE_COLOR), **recipes}
 
@@ -83,7 +83,7 @@ def _accuracy_panel(axes, entries: Sequence[dict], results: Sequence[StageResult
 
 
 def plot_histograms(grids: Sequence[Grid], stage: str, color: str, path: Path) -> None:
-    """One panel a tensor: the float values as a histogram, and the codes of the grid that they are rounded to."""
+    """One panel per tensor: the float values as a histogram, and the codes of the grid that they are rounded to."""
     pyplot = pyplot_for_files()
     with pyplot.rc_context(STYLE):
         figure, panels = pyplot.subplots(1, len(grids), figsize=(3.8 * len(grids), 3.3), squeeze=False)
@@ -121,7 +121,7 @@ def _histogram_panel(axes, grid: Grid, color: str) -> None:
 
 
 def _draw_codes(axes, grid: Grid, few: bool) -> None:
-    """The grid: a line a code, or where there are too many a mark a code along the axis."""
+    """The grid: one line per code, or where there are too many one mark per code along the axis."""
     codes = np.arange(grid.quant_min, grid.quant_max + 1)
     top = 1.0 if few else 0.045
     axes.vlines(
@@ -136,7 +136,7 @@ def _draw_codes(axes, grid: Grid, few: bool) -> None:
 
 
 def plot_sqnr(results: Sequence[StageResult], path: Path) -> None:
-    """Signal to quantisation noise of each layer: a panel a tensor, a line a recipe."""
+    """Signal to quantization noise of each layer: one panel per tensor, one line per recipe."""
     pyplot = pyplot_for_files()
     measured = [result for result in results if result.layer_errors]
     colors = stage_colors([result.stage for result in results])

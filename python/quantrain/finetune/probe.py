@@ -27,16 +27,17 @@ class ProbeSettings:
 
     Attributes:
         target: A run's folder, or a checkpoint in one.
-        recipe: The recipe whose checkpoint is taken; where the run has none of it, the float32 model is prepared with it.
+        recipe: The recipe whose checkpoint is taken; where the run has none of it, the float32 model is prepared with
+            it.
         quantizers: As GradientProbe takes them; empty: the recipe's grad_input, else GradientProbe's own.
         batches: Training batches.
-        draws: Of each gradient and quantizer.
-        fraction: What quantisation may add to the batch variance.
+        draws: Per gradient and quantizer.
+        fraction: What quantization may add to the batch variance.
         model: The ``module:function`` of the run's model; needed where its config.json names one, since that is code
             that runs.
         data: The ``module:function`` of the run's data, likewise.
-        network: Repeats a layer and quantizer of measure_network on the last batch; 0 leaves it out.
-        batch_size: Samples a batch; None takes the run's.
+        network: Repeats per layer and quantizer of measure_network on the last batch; 0 leaves it out.
+        batch_size: Samples per batch; None takes the run's.
         out: The folder of probe.json and probe.png; None: ``probe`` in the run's folder.
         device: ``"cpu"``, ``"cuda"``, ...
         threads: CPU threads; None leaves PyTorch's number.
@@ -133,7 +134,7 @@ def checkpoint_recipe(path: Path) -> quantrain.Recipe | None:
 
 
 def load_probed_model(settings: ProbeSettings, config: JobConfig, data) -> tuple[nn.Module, Path]:
-    """The run's model, its ranges fixed and its gradients not quantised, and the checkpoint it comes from."""
+    """The run's model, its ranges fixed and its gradients not quantized, and the checkpoint it comes from."""
     path = find_checkpoint(settings.target, settings.recipe, config)
     model, recipe = new_model(config, data), checkpoint_recipe(path)
     if recipe is not None:

@@ -58,7 +58,7 @@ def recipe_line(recipe: Recipe) -> str:
 
 
 def spec_text(spec: QuantSpec | None) -> str:
-    """How one tensor is quantised."""
+    """How one tensor is quantized."""
     if spec is None:
         return _FLOAT
     fields = {"group_size": spec.group_size, "percentile": spec.percentile}
@@ -83,7 +83,7 @@ def _cells(recipe: Recipe) -> tuple[str, ...]:
 
 
 def gradient_text(recipe: Recipe) -> str:
-    """How a recipe quantises gradients, for the report; "" where it does not.
+    """How a recipe quantizes gradients, for the report; "" where it does not.
 
     Example:
         >>> gradient_text(Recipe.from_name("fqt-bhq5-paper"))

@@ -59,10 +59,10 @@ def rehearse(
     *,
     steps: int,
 ) -> float:
-    """Take training steps (forward only where the recipe does not train) on a copy of ``baseline`` prepared with ``recipe``.
+    """Take training steps (forward only where the recipe does not train) on a prepared copy of ``baseline``.
 
-    One step is on a few samples; of several steps on whole batches the first warms up and the others are timed. The copy is
-    then converted. Whatever does not fit raises here.
+    One step is on a few samples; of several steps on whole batches the first warms up and the others are timed. The
+    copy is then converted. Whatever does not fit raises here.
 
     Args:
         recipe: None tries the model as it is.

@@ -13,12 +13,12 @@ from quantrain._C import replace_file
 
 @dataclass(frozen=True)
 class LayerError:
-    """How far a layer's quantised tensor lies from the float one.
+    """How far a layer's quantized tensor lies from the float one.
 
     Attributes:
         layer: The layer's name.
         tensor: ``"weight"``, ``"input"`` or ``"output"`` (the layer's result, both errors together).
-        sqnr_db: Signal to quantisation noise ratio in dB.
+        sqnr_db: Signal to quantization noise ratio in dB.
         saturation_pct: Per cent of the elements whose code lies outside the grid; None for an output.
     """
 
@@ -64,9 +64,9 @@ class StageResult:
         steps: Training steps taken.
         step_seconds: Median time of one; None without training.
         seconds: Wall time of the stage.
-        convert_difference: Largest difference of a logit between the fake-quantised and the converted model on one
+        convert_difference: Largest difference of a logit between the fake-quantized and the converted model on one
             batch; None for the baseline.
-        layer_errors: Per layer and tensor, of the fake-quantised model on one training batch.
+        layer_errors: Per layer and tensor, of the fake-quantized model on one training batch.
         latency_seconds: Median time of the model for one test sample; None where it was not measured.
         audit: The operations of a converted model that is integer-only (recipes in fixed point); empty for others.
     """

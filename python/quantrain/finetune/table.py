@@ -10,7 +10,7 @@ HEADER = ("model", "accuracy", "change", "size on disk", "latency", "peak memory
 
 
 def rows(results: Sequence[StageResult | FailedStage]) -> list[tuple[str, ...]]:
-    """The table's cells, a row a stage in the order of ``results``; the first is the float32 baseline.
+    """The table's cells, one row per stage in the order of ``results``; the first is the float32 baseline.
 
     The row of a failed stage has two cells, its name and the reason.
     """

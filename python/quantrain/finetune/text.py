@@ -16,7 +16,7 @@ from quantrain.finetune.own_data import held_out_rows, index_labels, read_csv
 
 @dataclass(frozen=True)
 class TextData(LabelledData):
-    """A training and a test set of tokenised sentences held in memory.
+    """A training and a test set of tokenized sentences held in memory.
 
     Attributes:
         train_ids: Token ids of each training sentence.

@@ -1,8 +1,8 @@
-"""The training loop of the fine-tuning job: schedule, optimisers, interruption, exact resumption, evaluation.
+"""The training loop of the fine-tuning job: schedule, optimizers, interruption, exact resumption, evaluation.
 
 A run that was interrupted after step s and resumed takes the same steps as one that was not: the state file holds the
-parameters, the optimiser and the generator, and the order of the data depends only on the seed and the epoch. On the CPU
-the losses are then the same bit for bit; on a GPU, within what cuDNN's gradient sums vary from run to run.
+parameters, the optimizer and the generator, and the order of the data depends only on the seed and the epoch. On the
+CPU the losses are then the same bit for bit; on a GPU, within what cuDNN's gradient sums vary from run to run.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ class TrainSettings:
     Attributes:
         epochs: Passes over the training set; 0.5 is half of one.
         lr: The schedule's largest learning rate.
-        batch_size: Samples a step.
+        batch_size: Samples per step.
         optimizer: ``"sgd"`` (Nesterov momentum 0.9) or ``"adamw"``.
-        weight_decay: Applied to weights, not to biases, norms and quantiser scales.
+        weight_decay: Applied to weights, not to biases, norms and quantizer scales.
         warmup: The part of the steps over which the learning rate rises.
-        freeze: The part of the steps after which the ranges of a quantised model no longer follow its tensors.
+        freeze: The part of the steps after which the ranges of a quantized model no longer follow its tensors.
         precision: ``"float32"``, or ``"bf16"`` for autocast.
         seed: Seeds the order of the data.
         max_steps: Stop after this many steps of the schedule; None takes them all.
@@ -138,7 +138,7 @@ def learning_rate(step: int, total: int, peak: float, warmup: float = 0.25) -> f
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """The optimiser over two groups: weights of two or more dimensions, which decay, and everything else.
+    """The optimizer over two groups: weights of two or more dimensions, which decay, and everything else.
 
     Raises:
         ValueError: ``settings.optimizer`` is no known name.
@@ -274,7 +274,7 @@ def train(
 ) -> TrainResult:
     """Train ``model`` in place, from the state file where an earlier run left one.
 
-    The ranges of a quantised model follow its tensors for the first ``settings.freeze`` of the steps.
+    The ranges of a quantized model follow its tensors for the first ``settings.freeze`` of the steps.
 
     A line goes to ``metrics`` for each step, and one for the test set after each epoch but the last, which the caller
     evaluates in the form that it keeps.
@@ -294,7 +294,7 @@ def train(
     freeze_step = settings.freeze_step(data.train_size)
     per_epoch = math.ceil(data.train_size / settings.batch_size)
     optimizer = make_optimizer(model, settings)
-    torch.manual_seed(settings.seed)  # dropout and quantised gradients draw from here, whatever ran before
+    torch.manual_seed(settings.seed)  # dropout and quantized gradients draw from here, whatever ran before
     state = _State(state_path, model, optimizer)
     first, before, durations = state.load(device)
     metrics.forget_after(stage, first)

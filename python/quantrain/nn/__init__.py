@@ -1,4 +1,4 @@
-"""Layers, observers and model transforms for quantised training: prepare -> train or calibrate -> convert."""
+"""Layers, observers and model transforms for quantized training: prepare -> train or calibrate -> convert."""
 
 from quantrain.tables import Table
 

@@ -43,7 +43,7 @@ def calibrating_modules(model: nn.Module) -> list[Calibrates]:
 def enable_observer(model: nn.Module, enabled: bool = True) -> None:
     """Turns every observer of ``model`` on or off; off freezes the ranges, for the last part of training.
 
-    On, they follow training again; learned scales, which are the optimiser's once they have a first value, do not.
+    On, they follow training again; learned scales, which belong to the optimizer once they have a first value, do not.
 
     >>> enable_observer(nn.Sequential(), False)
     """
@@ -52,7 +52,7 @@ def enable_observer(model: nn.Module, enabled: bool = True) -> None:
 
 
 def enable_fake_quant(model: nn.Module, enabled: bool = True) -> None:
-    """Turns every fake-quantisation of ``model`` on or off; off, the model computes in floating point.
+    """Turns every fake-quantization of ``model`` on or off; off, the model computes in floating point.
 
     >>> enable_fake_quant(nn.Sequential(), False)
     """
@@ -61,7 +61,7 @@ def enable_fake_quant(model: nn.Module, enabled: bool = True) -> None:
 
 
 def enable_gradient_quant(model: nn.Module, enabled: bool = True) -> None:
-    """Turns the quantisation of gradients in every layer of ``model`` on or off; off, the gradients are those of QAT.
+    """Turns the quantization of gradients in every layer of ``model`` on or off; off, the gradients are those of QAT.
 
     >>> enable_gradient_quant(nn.Sequential(), False)
     """
@@ -84,12 +84,13 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What calibration did not reach, by the names of fake-quantisers (``layer.input_fake_quant``) and fixed-point activations.
+    """What calibration missed: names of fake-quantizers (``layer.input_fake_quant``) and fixed-point activations.
 
     Attributes:
-        unreached: No tensor came by: a layer that is not called as a module, an expert or a head that no batch used. Evaluation
-            raises there.
-        only_zeros: Tensors came by, but of zeros only. Evaluation keeps zeros as they are, and rounds others to whole numbers.
+        unreached: No tensor came by: a layer that is not called as a module, an expert or a head that no batch used.
+            Evaluation raises there.
+        only_zeros: Only tensors of zeros came by. Evaluation keeps zeros as they are, and rounds others to whole
+            numbers.
     """
 
     unreached: tuple[str, ...] = ()
@@ -109,19 +110,19 @@ class CalibrationReport:
 
 @contextmanager
 def calibration(model: nn.Module) -> Iterator[nn.Module]:
-    """Within it, forward passes set ranges: eval mode, no gradients, observers on, fake-quantisation off.
+    """Within it, forward passes set ranges: eval mode, no gradients, observers on, fake-quantization off.
 
-    Afterwards modes and switches are what they were: in training the ranges go on following the tensors (learned scales are
-    the optimiser's) until ``enable_observer(model, False)`` freezes them. Layers whose recipe is not for training
-    (``ptq-...``, ``int8-static``) have their ranges frozen here, but for those that saw nothing or zeros only. If the block
-    raises, ranges and scales too are what they were.
+    Afterwards modes and switches are what they were: in training the ranges go on following the tensors (learned scales
+    belong to the optimizer) until ``enable_observer(model, False)`` freezes them. Layers whose recipe is not for
+    training (``ptq-...``, ``int8-static``) have their ranges frozen here, except those that saw nothing or only zeros.
+    If the block raises, ranges and scales are restored too.
 
     At the end ``model.calibration_report`` (:class:`CalibrationReport`) names what no batch reached. Under
-    ``torch.distributed`` the ranks then agree on the widest of their ranges: each must calibrate.
+    ``torch.distributed`` the ranks then agree on the widest of their ranges, so each must calibrate.
 
     Warns:
         UserWarning: a batch norm that has not seen a batch: the ranges behind it are those of an untrained network; a
-            fake-quantiser that was not reached or saw only zeros.
+            fake-quantizer that was not reached or saw only zeros.
 
     >>> import quantrain.nn as qnn
     >>> model = qnn.QuantLinear(4, 2, recipe="qat-w8a8")
@@ -179,14 +180,14 @@ def _warn_of_fresh_batch_norms(model: nn.Module) -> None:
 
 
 def _is_fresh(norm: nn.Module) -> bool:
-    """Without a batch so far. Weights of older releases have statistics without a count, and are not."""
+    """Whether it has seen no batch; statistics without a count, from older releases, are not fresh."""
     if norm.num_batches_tracked is None or int(norm.num_batches_tracked) > 0:
         return False
     return bool((norm.running_mean == 0).all()) and bool((norm.running_var == 1).all())
 
 
 def _observe_weights(model: nn.Module) -> None:
-    """A weight's range needs no batch: also where no batch reached the layer."""
+    """A weight's range needs no batch, so it is set even where no batch reached the layer."""
     for module in model.modules():
         fake_quant = module.weight_fake_quant if isinstance(module, QuantLayer) else None
         if fake_quant is not None and not fake_quant.ready:
@@ -227,16 +228,17 @@ def calibrate(
         model: a prepared model; its weights and batch-norm statistics stay as they are.
         batches: what ``forward`` takes, e.g. a DataLoader.
         forward: called as ``forward(model, batch)``; by default ``model(batch)`` for a tensor, ``model(**batch)`` for a
-            mapping, ``model(*batch)`` for a tuple or list. Of a batch of more items than ``model.forward`` has positional
-            parameters, as the pairs (images, labels) of a DataLoader, the first ones are used.
-        max_batches: stop after so many.
+            mapping, ``model(*batch)`` for a tuple or list. Where a batch has more items than ``model.forward`` has
+            positional parameters, as a DataLoader's pairs (images, labels) do, the first ones are used.
+        max_batches: stop after this many.
 
     Returns:
         The model, with the attribute ``calibration_report`` (:class:`CalibrationReport`).
 
     Raises:
         TypeError: one batch in place of an iterable of them.
-        ValueError: a model without fake-quantisers or fixed-point activations, no batch at all, or a non-finite batch under ``nan_policy="raise"``.
+        ValueError: a model without fake-quantizers or fixed-point activations, no batch at all, or a non-finite batch
+            under ``nan_policy="raise"``.
 
     Warns:
         UserWarning: as :func:`calibration`.
@@ -270,7 +272,7 @@ def _not_prepared(model: nn.Module) -> str:
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:
-    """``model`` called with a tensor, a mapping of keyword arguments, or as many items of a tuple or list as it has arguments."""
+    """``model`` called with a tensor, a mapping of keyword arguments, or as many items of a sequence as it takes."""
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, (tuple, list)):

@@ -1,4 +1,4 @@
-"""What a module says of itself in calibration, so that the code that serves all models knows no family by name."""
+"""What a module says about itself in calibration, so that code for all models knows no family by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Calibrates:
 
     Attributes:
         fake_quant_enabled: whether it rounds.
-        end_order: modules of a lower one end calibration first; what another module's range decides comes later.
+        end_order: modules with a lower one end calibration first; those whose range depends on another's come later.
     """
 
     fake_quant_enabled = True
@@ -27,10 +27,10 @@ class Calibrates:
         """From now on forward passes are seen and not rounded."""
 
     def end_calibration(self, keep: bool) -> None:
-        """Where ``keep``, takes over what was seen; else all is as before."""
+        """Takes over what was seen where ``keep``; else restores what was before."""
 
     def agree(self) -> None:
-        """Under ``torch.distributed``, before the end: what the ranks saw together."""
+        """Under ``torch.distributed``, before the end: merges what the ranks saw."""
 
     def reached_by_calibration(self) -> str | None:
         """``"nothing"``, ``"zeros"`` or ``"something"``; None where the module is not shown tensors."""

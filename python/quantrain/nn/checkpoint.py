@@ -1,9 +1,9 @@
 """Checkpoints: one safetensors file, its tensors the model's state dict, its metadata what the numbers mean.
 
-Metadata: ``format`` "quantrain", ``version`` "1", ``recipe`` (Recipe JSON, "" for a float model), ``converted`` "true" or
-"false", ``layers`` (JSON: converted layer -> ``{"bits": b, "shape": [...]}`` of its weight before packing), and
-``layer_recipes`` (JSON: ``{"recipes": [Recipe, ...], "of": {layer: index}}`` of every quantised layer). The C++ library reads and
-writes the same files.
+Metadata: ``format`` "quantrain", ``version`` "1", ``recipe`` (Recipe JSON, "" for a float model), ``converted`` "true"
+or "false", ``layers`` (JSON: converted layer -> ``{"bits": b, "shape": [...]}`` of its weight before packing), and
+``layer_recipes`` (JSON: ``{"recipes": [Recipe, ...], "of": {layer: index}}`` of every quantized layer). The C++ library
+reads and writes the same files.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _FORMAT, _VERSION = "quantrain", "1"
 def save_checkpoint(path: str | os.PathLike, model: nn.Module, recipe: Recipe | str | None = None) -> None:
     """Writes the state dict of a float, prepared or converted model to one safetensors file.
 
-    The file appears whole or not at all (written beside it under a name of its own, synchronised, then renamed), also among several
-    writers. Tied tensors are written under each name.
+    The file appears whole or not at all (written beside it under a name of its own, synchronized, then renamed), even
+    with several writers. Tied tensors are written under each name.
 
     Args:
         path: the file; an existing one is replaced.
         model: any module whose state dict holds tensors only.
-        recipe: what the metadata says; by default the recipe ``prepare`` was given. It must be that of the model's layers.
+        recipe: what the metadata says; by default the recipe ``prepare`` was given. It must match the model's layers.
 
     Raises:
         ValueError: a state dict entry that is not a tensor; a recipe that no layer of the model was made with.
@@ -93,16 +93,16 @@ def load_checkpoint(path: str | os.PathLike, model: nn.Module) -> dict[str, str]
 
     Args:
         path: a file of :func:`save_checkpoint` or of the C++ library.
-        model: its tensors are overwritten; those of floating point keep their dtype.
+        model: its tensors are overwritten; floating-point ones keep their dtype.
 
     Returns:
         The file's metadata; ``Recipe.from_json(metadata["recipe"])`` is the recipe where that is not "".
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another recipe or other bits of a layer; a truncated file, one that is not safetensors or not quantrain's, another version; missing or unexpected
-            tensors; another shape, dtype or number of bits. The message names the file, the rule and the value; the model is
-            then unchanged.
+        ValueError: a layer with another recipe or other bits; a truncated file, one that is not safetensors or not
+            quantrain's, another version; missing or unexpected tensors; another shape, dtype or number of bits. The
+            message names the file, the rule and the value; the model is then unchanged.
         ImportError: the package safetensors is not installed.
 
     >>> import tempfile, os
@@ -137,7 +137,7 @@ class CheckpointInfo:
     Attributes:
         recipe: The model's recipe; None for a plain float model.
         converted: Whether its layers hold integer codes.
-        layers: Every quantised layer's own recipe (edge bits and overrides in it); empty in files that do not say.
+        layers: Every quantized layer's own recipe (edge bits and overrides included); empty in files that do not say.
     """
 
     recipe: Recipe | None
@@ -170,7 +170,7 @@ def read_checkpoint_info(path: str | os.PathLike) -> CheckpointInfo:
 
 
 def from_checkpoint(path: str | os.PathLike, model: nn.Module, *, example_inputs: tuple | None = None) -> nn.Module:
-    """The model that a checkpoint was written from: ``model`` prepared with the stored recipe, converted where the file is, and loaded.
+    """The model a checkpoint was written from: ``model`` prepared with its recipe, converted where it is, and loaded.
 
     Args:
         path: a file of :func:`save_checkpoint` or of the C++ library.
@@ -182,7 +182,7 @@ def from_checkpoint(path: str | os.PathLike, model: nn.Module, *, example_inputs
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a model that is quantised already, and as :func:`load_checkpoint`.
+        ValueError: an already quantized model; else as :func:`load_checkpoint`.
 
     >>> import tempfile, os
     >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
@@ -266,7 +266,7 @@ def _check_metadata(path: Path, metadata: dict[str, str], model: nn.Module) -> N
 
 
 def _check_recipes(path: Path, metadata: dict[str, str], model: nn.Module) -> None:
-    """What the file's layers were quantised to is what the model's are."""
+    """The file's layers must be quantized as the model's are."""
     ours, theirs = _layer_recipes(model), _stored_layer_recipes(path, metadata)
     if theirs is not None:
         for name, recipe in ours.items():
@@ -301,7 +301,7 @@ def _stored_layer_recipes(path: Path, metadata: Mapping[str, str]) -> dict[str, 
 
 
 def _layer_recipes(model: nn.Module) -> dict[str, Recipe]:
-    """Quantised layer -> its recipe, without the input of an embedding, which is indices."""
+    """Quantized layer -> its recipe, without the input of an embedding, which is indices."""
     recipes = {}
     for name, layer in model.named_modules():
         if isinstance(layer, (QuantLayer, QuantizedLayer)):
@@ -323,7 +323,8 @@ _Formats = dict[str, dict[str, int | bool | str]]
 
 
 def _formats(recipe: Recipe, like: _Formats | None = None) -> _Formats:
-    """Tensor -> what decides its codes; of ``like``'s tensors and the weight only where given and it has no input (an embedding)."""
+    """Tensor -> what decides its codes; of ``like``'s tensors and the weight only where given and it has no input (an
+    embedding)."""
     result: _Formats = {}
     for tensor in ("weight", "input", "output"):
         spec: QuantSpec | None = getattr(recipe, tensor)

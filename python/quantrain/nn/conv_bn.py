@@ -1,4 +1,4 @@
-"""QuantConvBn2d: a convolution and its batch norm, folded as they will be for inference, with statistics still trained."""
+"""QuantConvBn2d: a convolution and its batch norm, folded as for inference, with statistics still trained."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["FoldedBatchNorm2d", "QuantConvBn2d"]
 
 @torch.library.custom_op("quantrain::_snapshot", mutates_args=())
 def _snapshot(buffer: Tensor) -> Tensor:
-    """A copy that a compiled backward pass may not make anew: torch.compile reads a clone() again, from the buffer as updated since."""
+    """A copy, where torch.compile may recompute a clone() in the backward pass, from the buffer as updated since."""
     return buffer.clone()
 
 
@@ -28,9 +28,9 @@ def _(buffer: Tensor) -> Tensor:
 
 
 class QuantConvBn2d(QuantConv2d):
-    """Convolution + batch norm whose folded weight is fake-quantised, so that training sees what inference will run.
+    """Convolution + batch norm whose folded weight is fake-quantized, so that training sees what inference will run.
 
-    With sf = bn.weight / sqrt(bn.running_var + eps) (one a channel; 0 counts as 1 in training) and w = weight * sf:
+    With sf = bn.weight / sqrt(bn.running_var + eps) (one per channel; 0 counts as 1 in training) and w = weight * sf:
 
     - training: y = bn(conv2d(fq_in(x), fq_w(w)) / sf + bias), bn with the statistics of the batch;
     - evaluation: y = conv2d(fq_in(x), fq_w(w)) + (bias - running_mean) * sf + bn.bias.
@@ -91,7 +91,7 @@ class QuantConvBn2d(QuantConv2d):
     def from_float_pair(
         cls, conv: nn.Conv2d, bn: nn.BatchNorm2d, recipe: Recipe | str, *, name: str = ""
     ) -> QuantConvBn2d:
-        """The quantised twin of ``bn(conv(x))``; takes over both modules' Parameter objects and buffers.
+        """The quantized twin of ``bn(conv(x))``; takes over both modules' Parameter objects and buffers.
 
         Raises:
             ValueError: a batch norm without running statistics or affine parameters.
@@ -161,10 +161,11 @@ class QuantConvBn2d(QuantConv2d):
 
 
 class FoldedBatchNorm2d(nn.Identity):
-    """What stands where a batch norm was that :func:`prepare` folded: it passes its input on, and stands for that batch norm.
+    """The placeholder for a batch norm that :func:`prepare` folded: it passes its input on and stands for it.
 
-    ``train()``, ``eval()`` and ``requires_grad_()`` reach the batch norm, and so do reading and setting its attributes (``weight``,
-    ``momentum``, ...): ``model.bn1.eval()`` freezes its statistics as before. It holds no parameters or buffers of its own.
+    ``train()``, ``eval()`` and ``requires_grad_()`` reach the batch norm, and so do reading and setting its attributes
+    (``weight``, ``momentum``, ...): ``model.bn1.eval()`` freezes its statistics as before. It holds no parameters or
+    buffers of its own.
 
     >>> import quantrain
     >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))

@@ -22,30 +22,30 @@ def convert(
 ) -> nn.Module:
     """Swaps every prepared layer for one that stores integer codes: the same outputs as in evaluation, bit for bit.
 
-    Where some layers have their ranges and others were never reached (experts without a token, auxiliary heads that evaluation does
-    not call, layers whose weight a function reads), the others become float layers again, under their float names, with a warning
-    that names them; ``quantization_summary.left_float`` lists them from then on.
+    Where some layers have their ranges and others were never reached (experts without a token, auxiliary heads that
+    evaluation does not call, layers whose weight a function reads), the others become float layers again, under their
+    float names, with a warning that names them; ``quantization_summary.left_float`` lists them from then on.
 
     Args:
         model: a prepared (calibrated or trained) model.
-        skip: patterns of layer names (fnmatch) to make float layers again. A file of a model with layers left float loads into
-            ``convert(prepare(model, recipe), skip=[those names], check_observed=False)``.
+        skip: patterns of layer names (fnmatch) to make float layers again. A file of a model with layers left float
+            loads into ``convert(prepare(model, recipe), skip=[those names], check_observed=False)``.
         inplace: False works on a deep copy.
-        check_observed: False converts a model whose ranges were never set: a skeleton for ``load_checkpoint``, whose outputs
-            mean nothing before.
+        check_observed: False converts a model whose ranges were never set: a skeleton for ``load_checkpoint``, whose
+            outputs mean nothing until then.
 
     Returns:
-        The model (a new module where ``model`` is itself a prepared layer). Of one in fixed point a new
+        The model (a new module where ``model`` is itself a prepared layer). For one in fixed point, a new
         :class:`FixedPointNetwork`, whose ``network`` is integers throughout; ``model`` stays as it is.
 
     Raises:
-        ValueError: no prepared layer; in fixed point an accumulator that 32 bits may not hold; a layer without weight spec or with
-            weights of more than 8 bits; no layer that needs ranges has them; a pattern of ``skip`` that names no layer. The model is
-            then unchanged.
+        ValueError: no prepared layer; in fixed point an accumulator that 32 bits may not hold; a layer without weight
+            spec or with weights of more than 8 bits; no layer that needs ranges has them; a pattern of ``skip`` that
+            names no layer. The model is then unchanged.
 
     Warns:
-        UserWarning: layers left in floating point because no range of theirs was observed, and embeddings that were never called while
-            other layers were; other layers that were never called.
+        UserWarning: layers left in floating point because no range of theirs was observed, and embeddings that were
+            never called while other layers were; other layers that were never called.
 
     >>> import quantrain.nn as qnn
     >>> model = qnn.prepare(nn.Sequential(nn.Linear(4, 2)), "qat-w8a8-token")
@@ -109,18 +109,18 @@ def is_converted(model: nn.Module) -> bool:
 
 
 def _uncalled(layers: Mapping[str, QuantLayer]) -> list[str]:
-    """Layers that were never called, nor one that shares their weight, where others were."""
+    """Layers that were never called, and neither was one that shares their weight, while others were."""
     called = {id(layer.weight) for layer in layers.values() if layer.called}
     return [name for name, layer in layers.items() if called and id(layer.weight) not in called]
 
 
 def _is_table(layer: QuantLayer) -> bool:
-    """Whether the layer has no other use than to be called or read whole: an embedding, unlike an expert that waits for its tokens."""
+    """Whether the layer can only be called or read whole: an embedding, unlike an expert that waits for its tokens."""
     return isinstance(layer, QuantEmbedding)
 
 
 def _unseen(layers: Mapping[str, QuantLayer], skipped: set[str]) -> dict[str, str]:
-    """Layers with a range that was never observed -> the range's name; an error where no layer that needs one has it."""
+    """Layers with a range never observed -> the range's name; an error where no layer that needs one has it."""
     unseen, seen = {}, False
     for name, layer in layers.items():
         quants = [
@@ -140,7 +140,7 @@ def _unseen(layers: Mapping[str, QuantLayer], skipped: set[str]) -> dict[str, st
 
 
 def _float_twins(model: nn.Module, layers: Mapping[str, QuantLayer]) -> dict[int, nn.Module]:
-    """What takes the place of prepared layers that stay float, and of the placeholders of their batch norms and of all others'."""
+    """What replaces prepared layers that stay float, and the placeholders of their batch norms and of all others'."""
     twins: dict[int, nn.Module] = {}
     unfolded: dict[int, nn.BatchNorm2d] = {}
     for layer in layers.values():

@@ -1,4 +1,4 @@
-"""Layers for quantisation-aware training beside convolution in two dimensions: nn.Conv1d and nn.ConvTranspose2d."""
+"""More layers for quantization-aware training: nn.Conv1d and nn.ConvTranspose2d."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class QuantConv1d(QuantLayer, nn.Conv1d):
             ``nn.Conv1d``.
         recipe: a :class:`quantrain.Recipe` or the name of one.
 
-    Shapes: x ``[B, C, L]`` or ``[C, L]``; weight ``[O, C / groups, k]``, its scale ``[O, 1, 1]`` per channel (also where the recipe says
-    per_group); a per_token input scale is one a sample, ``[B, 1, 1]``. Otherwise as :class:`QuantConv2d`, whose gradients it has: it is
-    that of an image of one row.
+    Shapes: x ``[B, C, L]`` or ``[C, L]``; weight ``[O, C / groups, k]``, its scale ``[O, 1, 1]`` per channel (also
+    where the recipe says per_group); a per_token input scale is one per sample, ``[B, 1, 1]``. Otherwise as
+    :class:`QuantConv2d` on an image of one row, gradients included.
 
     Raises:
         ValueError: as :class:`QuantLinear`.
@@ -75,7 +75,7 @@ class QuantConv1d(QuantLayer, nn.Conv1d):
         return self._watched_image(y)
 
     def _watched_image(self, y: Tensor) -> Tensor:
-        """As an image a hook sees which rows are samples."""
+        """Shaped as an image, so that a hook sees which rows are samples."""
         return self.watched(y).squeeze(-2)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -85,19 +85,20 @@ class QuantConv1d(QuantLayer, nn.Conv1d):
 
 
 class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
-    """y = fq_out(conv_transpose2d(fq_in(x), fq_w(weight)) + bias), each fq a :class:`FakeQuantize` of the recipe or the identity.
+    """y = fq_out(conv_transpose2d(fq_in(x), fq_w(weight)) + bias), each fq a :class:`FakeQuantize` of the recipe or the
+    identity.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode, device, dtype:
-            as ``nn.ConvTranspose2d``.
+        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode,
+            device, dtype: as ``nn.ConvTranspose2d``.
         recipe: a :class:`quantrain.Recipe` or the name of one, without ``grad_input`` and ``grad_weight``.
 
-    Shapes: x ``[B, C, H, W]`` or ``[C, H, W]``; weight ``[C, O / groups, kh, kw]``. Its scale is ``[O, 1, 1, 1]`` per channel, that of
-    the weight seen as ``[O, C / groups, kh, kw]`` (:func:`transposed_rows`), as its codes are stored. Dtypes as :class:`QuantLinear`;
-    gradient: straight through.
+    Shapes: x ``[B, C, H, W]`` or ``[C, H, W]``; weight ``[C, O / groups, kh, kw]``. Its scale is ``[O, 1, 1, 1]`` per
+    channel, that of the weight seen as ``[O, C / groups, kh, kw]`` (:func:`transposed_rows`), as its codes are stored.
+    Dtypes as :class:`QuantLinear`; gradient: straight through.
 
     Raises:
-        ValueError: as :class:`QuantLinear`; a recipe that quantises gradients.
+        ValueError: as :class:`QuantLinear`; a recipe that quantizes gradients.
 
     >>> QuantConvTranspose2d(3, 8, 2, stride=2, recipe="qat-w8a8")(torch.ones(1, 3, 4, 4)).shape
     torch.Size([1, 8, 8, 8])

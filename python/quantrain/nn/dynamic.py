@@ -1,4 +1,4 @@
-"""Dynamic quantisation, one scale a token: the scale of each row comes from the row itself, nothing is calibrated."""
+"""Dynamic quantization, one scale per token: the scale of each row comes from the row itself, nothing is calibrated."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ def quantize_per_token(input: Tensor, *, bits: int = 8, symmetric: bool = True) 
     Args: as :func:`fake_quantize_per_token`, with ``bits`` 1 to 8.
 
     Returns:
-        ``(codes, scale, zero_point)``: int8 (symmetric) or uint8 (affine) of the input's shape, float32 ``[..., 1]``, int32
-        ``[..., 1]``; ``dequantize(codes, scale, zero_point)`` equals ``fake_quantize_per_token(input)``. No gradient.
+        ``(codes, scale, zero_point)``: int8 (symmetric) or uint8 (affine) of the input's shape, float32 ``[..., 1]``,
+        int32 ``[..., 1]``; ``dequantize(codes, scale, zero_point)`` equals ``fake_quantize_per_token(input)``. No
+        gradient.
 
     Raises:
         ValueError: ``bits`` outside 1 to 8; on CPU a NaN in ``input``.

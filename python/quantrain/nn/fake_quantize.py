@@ -1,4 +1,4 @@
-"""FakeQuantize: an observer and a fake-quantise op behind one module, for weights and activations alike."""
+"""FakeQuantize: an observer and a fake-quantize op behind one module, for weights and activations alike."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ kMinScale = 1e-8  # a learned scale is kept at or above it: the ops need scale >
 
 
 def in_backward() -> bool:
-    """Whether this is a forward pass inside a backward pass: activation checkpointing computes anew, in either of its modes."""
+    """Whether this is a forward pass inside a backward pass, as activation checkpointing runs in either mode."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -37,21 +37,21 @@ def agreed_range(low: Tensor, high: Tensor, finite: Tensor) -> tuple[Tensor, Ten
 
 
 class FakeQuantize(Calibrates, Float32State):
-    """Rounds a tensor to the codes of ``spec`` and back: ``y = (clamp(rint(x / scale) + zero_point) - zero_point) * scale``.
+    """Rounds to ``spec``'s codes and back: ``y = (clamp(rint(x / scale) + zero_point) - zero_point) * scale``.
 
     Where the scale comes from:
 
     - ``spec.observer == "dynamic"``: from the tensor at every call (``choose_qparams``); nothing is stored.
     - otherwise from the buffer ``scale`` (and ``zero_point`` where affine), which the child ``observer`` sets while it
-      observes: in calibration, and in training until ``enable_observer(False)`` freezes the range. Evaluation never moves a
-      range, nor does a forward pass inside a backward pass (activation checkpointing).
-    - ``spec.learnable``: ``scale`` is a Parameter trained by LSQ (Esser et al. 2020, arXiv:1902.08153, eq. 3) with gradient
-      factor 1 / sqrt(elements a scale * quant_max). The observer only sets its first value: calibration, or else the first
-      training batch. From then on, and from a loaded scale, only the optimiser moves it.
+      observes: in calibration, and in training until ``enable_observer(False)`` freezes the range. Evaluation never
+      moves a range, nor does a forward pass inside a backward pass (activation checkpointing).
+    - ``spec.learnable``: ``scale`` is a Parameter trained by LSQ (Esser et al. 2020, arXiv:1902.08153, eq. 3) with
+      gradient factor 1 / sqrt(elements per scale * quant_max). The observer only sets its first value: calibration, or
+      else the first training batch. From then on, and from a loaded scale, only the optimizer moves it.
 
-    A block of zeros says nothing about its range. Its scale is 1 until the first block that is not zero sets it. Where it is
-    learned and a weight's (``of_weight``: zero-initialised, so small at first and then growing), the scale follows that
-    block's range from batch to batch until ``enable_observer(False)``, and is learned from there.
+    A block of zeros says nothing about its range. Its scale is 1 until the first block that is not zero sets it. Where
+    it is learned and a weight's (``of_weight``: zero-initialized, so small at first and then growing), the scale
+    follows that block's range from batch to batch until ``enable_observer(False)``, and is learned from there.
 
     Args:
         spec: bits, symmetric, granularity, observer, ... (:class:`quantrain.QuantSpec`); copied.
@@ -61,16 +61,17 @@ class FakeQuantize(Calibrates, Float32State):
         name: what error messages call this module; ``prepare`` sets it to the module's path.
 
     Shapes and dtypes: any shape; float32, float16, bfloat16 in, the same out; scale float32 always, zero_point int32.
-    Gradient: straight through where the unclamped code is in [quant_min, quant_max], else 0; LSQ's for a learnable scale.
-    NaN in gives NaN out; what an observer does with it is ``spec.nan_policy``. Under ``"raise"`` a range that follows training on
-    CUDA waits for no check: there a block with NaN or Inf leaves the range as it was and gives NaN, which a loss scaler sees.
-    Under ``torch.distributed`` the ranks agree on the first range of a learned activation scale (one all-reduce).
+    Gradient: straight through where the unclamped code is in [quant_min, quant_max], else 0; LSQ's for a learnable
+    scale. NaN in gives NaN out; what an observer does with it is ``spec.nan_policy``. Under ``"raise"`` a range that
+    follows training on CUDA waits for no check: there a block with NaN or Inf leaves the range as it was and gives NaN,
+    which a loss scaler sees. Under ``torch.distributed`` the ranks agree on the first range of a learned activation
+    scale (one all-reduce).
 
     State: ``scale``, ``zero_point``, and of ``observer`` the range and ``frozen``, whether the range was frozen.
 
     Raises:
-        ValueError: an invalid spec; a forward that needs a stored scale which was neither observed nor loaded; a non-finite
-            batch while observing under ``nan_policy="raise"``.
+        ValueError: an invalid spec; a forward that needs a stored scale which was neither observed nor loaded; a
+            non-finite batch while observing under ``nan_policy="raise"``.
 
     >>> import quantrain
     >>> fq = FakeQuantize(quantrain.QuantSpec(bits=4, observer="min_max"))
@@ -101,7 +102,7 @@ class FakeQuantize(Calibrates, Float32State):
         self.fake_quant_enabled, self._observing = True, True
         self.calibrating, self.of_weight = False, False
         self._ready = self.dynamic
-        # Of a learned scale: every block has its first value; some follow a weight that began as zeros. Both spare looking.
+        # A learned scale's: every block has a first value; some follow a weight that began as zeros. Both save looking.
         self._settled = self._follows_zeros = False
         if not self.dynamic:
             scale = torch.full(self.scale_shape, math.nan, device=device)
@@ -115,7 +116,7 @@ class FakeQuantize(Calibrates, Float32State):
             self.zero_point = None
 
     def forward(self, x: Tensor, *, zero: Tensor | None = None) -> Tensor:
-        """``x`` fake-quantised; ``zero`` as :meth:`observe` takes it. An empty ``x`` passes."""
+        """``x`` fake-quantized; ``zero`` as :meth:`observe` takes it. An empty ``x`` passes."""
         observed = self.observe(x, zero=zero)
         if not self._ready and x.numel() == 0:
             return x
@@ -156,7 +157,7 @@ class FakeQuantize(Calibrates, Float32State):
 
     @torch.no_grad()
     def _observe_first(self, x: Tensor, zero: Tensor | None) -> None:
-        """Gives the blocks of a learned scale that have no first value one."""
+        """Gives a first value to the blocks of a learned scale that have none."""
         observer, unset, decides = self.observer, self._unset(), not torch.compiler.is_compiling()
         if decides and self._ready and not self._follows_zeros and not bool(unset.any()):
             self._settled = True
@@ -170,7 +171,7 @@ class FakeQuantize(Calibrates, Float32State):
             observer.min_val.masked_fill_(zeros, 0.0)
             observer.max_val.masked_fill_(zeros, 0.0)
         scale, zero_point = observer.qparams_of(low, high)
-        # Through .data: an earlier call of the layer in this graph saved the scale, whose blocks in use stay as they are.
+        # Through .data: an earlier call of the layer in this graph saved the scale; its blocks in use stay as they are.
         self.scale.data.copy_(torch.where(finite & unset, scale, self.scale))
         if self.zero_point is not None:
             self.zero_point.data.copy_(torch.where(finite & unset, zero_point, self.zero_point))
@@ -208,7 +209,7 @@ class FakeQuantize(Calibrates, Float32State):
         """The ``(scale, zero_point)`` in force; zero_point is None where symmetric.
 
         Args:
-            x: the tensor to be quantised; needed by a dynamic spec, else unused.
+            x: the tensor to be quantized; needed by a dynamic spec, else unused.
 
         Raises:
             ValueError: no scale was observed or loaded; a dynamic spec without ``x``.
@@ -233,7 +234,7 @@ class FakeQuantize(Calibrates, Float32State):
         return self.scale.clamp(min=kMinScale), self.zero_point
 
     def quantize_dequantize(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """``x`` fake-quantised with a given scale, by LSQ's op where the scale is learned."""
+        """``x`` fake-quantized with a given scale, by LSQ's op where the scale is learned."""
         if not self.learnable:
             return torch.ops.quantrain.fake_quantize(
                 x, scale, zero_point, quant_min=self.quant_min, quant_max=self.quant_max
@@ -245,7 +246,7 @@ class FakeQuantize(Calibrates, Float32State):
         )
 
     def quantize_dequantize_dynamic(self, x: Tensor, scale_shape: Sequence[int]) -> Tensor:
-        """``x`` fake-quantised with its own scale; a NaN makes its block NaN."""
+        """``x`` fake-quantized with its own scale; a NaN makes its block NaN."""
         return torch.ops.quantrain.fake_quantize_dynamic(
             x, scale_shape, quant_min=self.quant_min, quant_max=self.quant_max, symmetric=self.symmetric
         )
@@ -260,7 +261,7 @@ class FakeQuantize(Calibrates, Float32State):
         self.enable_observer(enabled)
 
     def enable_observer(self, enabled: bool = True) -> None:
-        """Lets the range follow training, or freezes it; a learned scale that has its first value is not observed again."""
+        """Lets the range follow training, or freezes it; a learned scale with a first value is not observed again."""
         self._observing = enabled
         if self.observer is not None:
             self.observer.frozen.fill_(not enabled)

@@ -1,4 +1,4 @@
-"""GradientProbe: what quantising the gradients of a model would cost, layer by layer, and which layers need more bits."""
+"""GradientProbe: what quantizing a model's gradients would cost, layer by layer, and which layers need more bits."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ DEFAULT_QUANTIZERS = ("per_tensor:5", "per_sample:5", "householder:5")
 
 
 class ProbeTable(Table):
-    """What a :class:`GradientProbe` measured: a row a layer and quantizer, the advice below.
+    """What a :class:`GradientProbe` measured: one row per layer and quantizer, the advice below.
 
-    ``rows`` hold the keys of :attr:`GradientProbe.rows`, and ``noise_pct`` and ``bound_pct`` (variance and bound, per cent of
-    ``gradient_square``), ``batch_pct`` (what the advice compares, per cent of the batch variance) and ``bits_needed``.
+    ``rows`` hold the keys of :attr:`GradientProbe.rows`, and ``noise_pct`` and ``bound_pct`` (variance and bound, per
+    cent of ``gradient_square``), ``batch_pct`` (what the advice compares, per cent of the batch variance) and
+    ``bits_needed``.
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]], advice: Sequence[dict[str, Any]]):
@@ -44,22 +45,23 @@ class ProbeTable(Table):
 
 
 class GradientProbe:
-    """Measures, for each layer and quantizer, bias, variance and bound of the quantised gradient, and the batch variance.
+    """Measures, per layer and quantizer, bias, variance and bound of the quantized gradient, and the batch variance.
 
-    With g the gradient of a layer's linear map as [N, D], Q a quantizer of b bits, B = 2^b - 1 (StatQuant, Chen et al. 2020,
-    arXiv:2010.14298): theorem 1, E[Q(g)] = g (``bias_z``: above 5 it does not hold); theorem 2, what a layer's Q adds to the
-    variance of the weight gradients over batches (``weight_variance``: its own; ``network_variance``: and those of all layers
-    before); theorem 3, E||Q(g) - g||^2 <= (D / 4) ||S^-1||_F^2 (``variance`` and ``bound``), proportional to 1 / B^2.
+    With g the gradient of a layer's linear map as [N, D], Q a quantizer of b bits, B = 2^b - 1 (StatQuant, Chen et al.
+    2020, arXiv:2010.14298): theorem 1, E[Q(g)] = g (``bias_z``: above 5 it does not hold); theorem 2, what a layer's Q
+    adds to the variance of the weight gradients over batches (``weight_variance``: its own; ``network_variance``: and
+    those of all layers before); theorem 3, E||Q(g) - g||^2 <= (D / 4) ||S^-1||_F^2 (``variance`` and ``bound``),
+    proportional to 1 / B^2.
 
-    A context manager: within it every QuantLinear, QuantConv2d and QuantConvBn2d, and every nn.Linear and nn.Conv2d of a float
-    model, is watched. The model's gradients and PyTorch's generators are not touched. All numbers come from the C++ class
-    ``quantrain::nn::GradientProbe`` (<quantrain/nn/gradient_probe.h>). Not for compiled or captured models.
+    A context manager: within it every QuantLinear, QuantConv2d and QuantConvBn2d, and every nn.Linear and nn.Conv2d of
+    a float model, is watched. The model's gradients and PyTorch's generators are not touched. All numbers come from the
+    C++ class ``quantrain::nn::GradientProbe`` (<quantrain/nn/gradient_probe.h>). Not for compiled or captured models.
 
     Args:
         model: what to watch; None for a probe that is only shown gradients by :meth:`observe`.
         quantizers: each ``"quantizer:bits"``, ``"quantizer:bits:rows"`` or a :class:`quantrain.GradientSpec`.
-        draws: of each gradient and quantizer; even, at least 4.
-        fraction: what quantisation may add to the batch variance, for :meth:`recommend`.
+        draws: per gradient and quantizer; even, at least 4.
+        fraction: what quantization may add to the batch variance, for :meth:`recommend`.
         seed: of the draws.
         quantize: stands in for the quantizer: (float32 [N, D], spec, number of the draw) -> float32 [N, D].
 
@@ -131,7 +133,7 @@ class GradientProbe:
         self._probe.watch(name, output, layer.weight)
 
     def observe(self, layer: str, grad: Tensor, rows: str = "auto") -> None:
-        """Adds one gradient of a layer's output, of any floating type and strides; NaN, Inf and empty ones count as skipped.
+        """Adds a gradient of a layer's output, of any float type and strides; NaN, Inf and empty ones count as skipped.
 
         Args:
             layer: its name in the results.
@@ -149,45 +151,46 @@ class GradientProbe:
         self._probe.end_batch()
 
     def end_repeat(self) -> None:
-        """After another backward pass over the batch of the last :meth:`end_batch`: for models that quantise their gradients."""
+        """After another backward pass over the last :meth:`end_batch`'s batch: for models that quantize gradients."""
         self._probe.end_repeat()
 
     def measure_network(self, loss: Callable[[], Tensor], repeats: int = 2) -> None:
         """Measures ``network_variance`` on one batch: the sum over k <= l of theorem 2, over all watched weights.
 
         Runs ``loss`` once, then a backward pass for each layer, quantizer and repeat, with that layer's gradient alone
-        quantised. Parameters' ``grad`` are not touched.
+        quantized. Parameters' ``grad`` are not touched.
 
         Args:
             loss: runs the watched model and returns the scalar loss.
-            repeats: passes a layer and quantizer; one is an unbiased estimate.
+            repeats: passes per layer and quantizer; one is an unbiased estimate.
 
         Raises:
-            ValueError: layers that quantise their gradients (``enable_gradient_quant(model, False)`` turns that off).
+            ValueError: layers that quantize their gradients (``enable_gradient_quant(model, False)`` turns that off).
         """
         self._probe.measure_network(loss, repeats)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """A dict a layer and quantizer, means over the layer's observed gradients.
+        """One dict per layer and quantizer, means over the layer's observed gradients.
 
-        ``layer``, ``quantizer`` (GradientSpec), ``rows`` (N), ``columns`` (D), ``observations``, ``skipped``, ``gradient_square``
-        (||g||^2), ``variance`` (from the draws), ``exact_variance`` (sum of p (1 - p) scale^2), ``bound``, ``bias_z``, and,
-        None where not measured, ``weight_variance`` and ``network_variance``.
+        ``layer``, ``quantizer`` (GradientSpec), ``rows`` (N), ``columns`` (D), ``observations``, ``skipped``,
+        ``gradient_square`` (||g||^2), ``variance`` (from the draws), ``exact_variance`` (sum of p (1 - p) scale^2),
+        ``bound``, ``bias_z``, and, None where not measured, ``weight_variance`` and ``network_variance``.
         """
         return self._probe.rows()
 
     @property
     def layers(self) -> list[dict[str, Any]]:
-        """A dict a layer: ``batches``, and of its weight gradient ``gradient_square`` (of the mean), ``batch_variance``, ``repeat_variance``."""
+        """One dict per layer: ``batches``, and of its weight gradient ``gradient_square`` (of the mean),
+        ``batch_variance``, ``repeat_variance``."""
         return self._probe.layers()
 
     def recommend(self, fraction: float | None = None) -> list[dict[str, Any]]:
         """The bits each layer needs, those first that have too few.
 
-        ``bits_needed`` is the smallest b' in 2 to 8 with ``ratio`` (B / B')^2 <= ``allowed``; 9 where 8 is not enough. ``basis``
-        "network": ratio = network_variance / the batch variance of all layers together, allowed = fraction / number of
-        layers; "weight": ratio = weight_variance / the layer's batch variance, allowed = fraction.
+        ``bits_needed`` is the smallest b' in 2 to 8 with ``ratio`` (B / B')^2 <= ``allowed``; 9 where 8 is not enough.
+        ``basis`` "network": ratio = network_variance / the batch variance of all layers together, allowed = fraction /
+        number of layers; "weight": ratio = weight_variance / the layer's batch variance, allowed = fraction.
 
         Args:
             fraction: None takes the probe's.

@@ -11,7 +11,7 @@ from quantrain.plotting import COLORS, FAINT, STYLE, pyplot_for_files
 
 
 def plot_probe(rows: Sequence[dict[str, Any]], advice: Sequence[dict[str, Any]], path: str | os.PathLike) -> None:
-    """Write the PNG: left each quantizer's variance (filled) and bound (hollow), right the advice's ratio and its limit.
+    """Write the PNG: left each quantizer's variance (filled) and bound (hollow), right the advice's ratio and limit.
 
     Args:
         rows: :attr:`quantrain.nn.GradientProbe.rows`.

@@ -1,4 +1,4 @@
-"""What calls what in a float model, read by tracing a copy: which convolutions feed which batch norms, which layers are bypassed."""
+"""What calls what in a traced float model: which convolutions feed which batch norms, which layers are bypassed."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class ModelGraph:
     """What tracing found, in training and in evaluation.
 
     pairs: convolution name -> name of the batch norm that is its only user in both modes, both called once.
-    order: names of the called modules, first call first: those of training, then those that evaluation alone calls; empty where
-        the model was not traced.
+    order: names of the called modules, first call first: those of training, then those that evaluation alone calls;
+        empty where the model was not traced.
     bypassed: names of modules that are never called while a function reads their weight.
-    read_too: names of modules that are called and whose weight a function reads besides.
+    read_too: names of modules that are called and whose weight a function also reads.
     error: why tracing failed, or "".
     """
 
@@ -38,13 +38,14 @@ class ModelGraph:
 
 
 def trace_model(model: nn.Module, example_inputs: tuple | None = None) -> ModelGraph:
-    """Traces a copy of ``model`` with torch.fx, else (given ``example_inputs``) with torch.export; never raises for the model's sake.
+    """Traces a copy of ``model`` with torch.fx, else (given ``example_inputs``) torch.export; failures do not raise.
 
     Both modes are traced; where only one can be, that one counts.
 
     Args:
         model: a float model; it and the random states are left as they are.
-        example_inputs: positional arguments of one call; lets a model whose control flow torch.fx cannot follow be traced.
+        example_inputs: positional arguments of one call; lets a model whose control flow torch.fx cannot follow be
+            traced.
     """
     found, errors = [], []
     for training in (True, False):
@@ -64,7 +65,7 @@ def trace_model(model: nn.Module, example_inputs: tuple | None = None) -> ModelG
 
 
 def symbolic_graph(model: nn.Module, training: bool | None = None) -> fx.Graph:
-    """The graph that torch.fx reads from a copy of ``model``, in a given mode; raises what the model's forward raises on proxies."""
+    """The graph that torch.fx reads from a copy of ``model`` in a given mode; raises what forward raises on proxies."""
     with _undisturbed(model) as replica:
         if training is not None:
             replica.train(training)
@@ -110,7 +111,7 @@ def _undisturbed(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def copied(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
-    """A deep copy; weights that hooks compute are computed anew first, as a tensor with a gradient's history refuses to be copied."""
+    """A deep copy; weights that hooks compute are computed anew first, since a tensor with history cannot be copied."""
     run_weight_hooks(model)
     memo = {id(p): p for p in model.parameters()} if share_parameters else {}
     return copy.deepcopy(model, memo)

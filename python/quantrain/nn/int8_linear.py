@@ -17,7 +17,7 @@ __all__ = ["Int8Layer", "Int8Linear", "Int8TransposedLinear", "enable_weight_cac
 
 
 class _Steps:
-    """Counts the steps of all optimizers: fused ones change parameters without counting their versions up."""
+    """Counts the steps of all optimizers: fused ones change parameters without raising their versions."""
 
     count = 0
     _hook = None
@@ -89,26 +89,29 @@ class Int8Layer(QuantLayer):
 
 
 class Int8Linear(Int8Layer, nn.Linear):
-    """y = x W^T + bias by :func:`quantrain.int8_linear`: output, grad_input and grad_weight each in int8 or floating point.
+    """y = x W^T + bias by :func:`quantrain.int8_linear`: output, grad_input and grad_weight each in int8 or float.
 
-    Input and weight are rounded to int8, one scale a row each; for the gradients dY is rounded stochastically, so that their mean is the
-    gradient at the rounded input and weight. ``weight`` and ``bias`` stay floating point parameters, trained as any other.
+    Input and weight are rounded to int8, each with one scale per row; for the gradients dY is rounded stochastically,
+    so that their mean is the gradient at the rounded input and weight. ``weight`` and ``bias`` stay floating point
+    parameters, trained as any other.
 
     Args:
         in_features, out_features, bias, device, dtype: as ``nn.Linear``.
-        recipe: a :class:`quantrain.Recipe` with ``int8``, or the name of one. Its :class:`quantrain.Int8Spec` says which of the three are
-            ``"int8"``, ``"none"`` or ``"auto"``; where it says ``simulate`` the same codes are multiplied in float32.
+        recipe: a :class:`quantrain.Recipe` with ``int8``, or the name of one. Its :class:`quantrain.Int8Spec` says
+            which of the three are ``"int8"``, ``"none"`` or ``"auto"``; where it says ``simulate`` the same codes are
+            multiplied in float32.
 
     Attributes:
-        cache_weight: on, the weight's codes are kept from one forward pass to the next and made anew where the weight has changed: that
-            saves their pass over the weight in all but the first micro-batch of a step with gradient accumulation. Off by default, because
-            it costs 1 byte a parameter between the passes. A change is noticed by the weight's version, which in-place operators count
-            up, and by the step of any ``torch.optim.Optimizer``; writing through ``weight.data`` or replaying a CUDA graph is not. Not
+        cache_weight: True keeps the weight's codes from one forward pass to the next and makes them anew where the
+            weight has changed, which saves a pass over the weight in all but the first micro-batch of a step with
+            gradient accumulation. Off by default, because it costs 1 byte per parameter between the passes. A change is
+            noticed by the weight's version, which in-place operators raise, and by the step of any
+            ``torch.optim.Optimizer``; writing through ``weight.data`` or replaying a CUDA graph goes unnoticed. Not
             used in a compiled program, while gradients are off, or while a CUDA graph is captured.
 
-    Shapes: x ``[..., in_features]`` -> ``[..., out_features]``. Dtypes: float32, float16, bfloat16; under autocast x is cast and the weight is
-    rounded from what it is. ``enable_gradient_quant(layer, False)`` computes gradients in floating point, ``enable_fake_quant(layer, False)``
-    everything.
+    Shapes: x ``[..., in_features]`` -> ``[..., out_features]``. Dtypes: float32, float16, bfloat16; under autocast x is
+    cast and the weight is rounded as it is. ``enable_gradient_quant(layer, False)`` computes gradients in floating
+    point, ``enable_fake_quant(layer, False)`` everything.
 
     Raises:
         ValueError: a recipe without ``int8``; see :func:`quantrain.int8_linear`.
@@ -134,14 +137,16 @@ class Int8Linear(Int8Layer, nn.Linear):
 
 
 class Int8TransposedLinear(Transposed, Int8Layer):
-    """:class:`Int8Linear` with a weight ``[in_features, out_features]``: the twin of ``transformers.pytorch_utils.Conv1D``.
+    """:class:`Int8Linear` with a weight ``[in_features, out_features]``: the twin of
+    ``transformers.pytorch_utils.Conv1D``.
 
     Made by ``from_float``; it is no ``nn.Linear``, whose weight is the other way round.
     """
 
 
 def enable_weight_cache(model: nn.Module, enabled: bool = True) -> None:
-    """Sets ``cache_weight`` of every :class:`Int8Linear` and :class:`Int8TransposedLinear` in ``model``; off, what was kept is dropped.
+    """Sets ``cache_weight`` of every :class:`Int8Linear` and :class:`Int8TransposedLinear` in ``model``; off, what was
+    kept is dropped.
 
     >>> enable_weight_cache(nn.Sequential(Int8Linear(4, 2)))
     """

@@ -1,8 +1,9 @@
-"""Layers for quantisation-aware training: nn.Linear, nn.Conv2d and nn.Embedding with fake-quantised tensors (convolutions.py: the rest).
+"""Quantization-aware nn.Linear, nn.Conv2d and nn.Embedding, with fake-quantized tensors (convolutions.py has the rest).
 
 Each is its float layer (same parameters, same names, same state dict plus scales) with up to three children:
-``weight_fake_quant``, ``input_fake_quant`` and ``output_fake_quant``, those that the recipe has a spec for. Where the recipe has
-``grad_input`` or ``grad_weight``, linear layers and convolutions compute their gradients from a quantised gradient of the output.
+``weight_fake_quant``, ``input_fake_quant`` and ``output_fake_quant``, those that the recipe has a spec for. Where the
+recipe has ``grad_input`` or ``grad_weight``, linear layers and convolutions compute their gradients from a quantized
+gradient of the output.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ __all__ = ["QuantConv2d", "QuantEmbedding", "QuantLayer", "QuantLinear", "QuantT
 
 
 class QuantLayer(nn.Module):
-    """What the quantised layers share: building the fake-quants of a recipe, and taking over a float layer."""
+    """What the quantized layers share: building the fake-quants of a recipe, and taking over a float layer."""
 
     recipe: Recipe
     weight: Tensor
@@ -41,12 +42,12 @@ class QuantLayer(nn.Module):
     called = False  # whether a forward pass, not counting compiled ones, came by
     # Called with the layer and the result of its product, before batch norm and output_fake_quant; see GradientProbe.
     output_hook: Callable[[QuantLayer, Tensor], None] | None = None
-    # Arguments of fqt_linear or fqt_conv2d; None where the recipe quantises no gradient, and for layers that are no product.
+    # Arguments of fqt_linear or fqt_conv2d; None where the recipe quantizes no gradient or the layer is no product.
     gradient_arguments: dict[str, str | int | bool] | None = None
 
     @classmethod
     def from_float(cls, module: nn.Module, recipe: Recipe | str, *, name: str = "") -> QuantLayer:
-        """The quantised twin of ``module``: the same Parameter objects, hooks and attributes, and new fake-quants.
+        """The quantized twin of ``module``: the same Parameter objects, hooks and attributes, and new fake-quants.
 
         Args:
             module: the float layer; it is not changed.
@@ -101,7 +102,7 @@ class QuantLayer(nn.Module):
             self.add_module(child, fake_quant)
 
     def enable_gradient_quant(self, enabled: bool = True) -> None:
-        """Off: gradients are those of the float product, whatever ``grad_input`` and ``grad_weight`` of the recipe say."""
+        """Off: gradients are the float product's, whatever the recipe's ``grad_input`` and ``grad_weight`` say."""
         self.gradient_quant_enabled = enabled
 
     @property
@@ -119,7 +120,7 @@ class QuantLayer(nn.Module):
         return y
 
     def rows(self, weight: Tensor) -> Tensor:
-        """A weight of the layer as ``[O, ...]``, one row an output channel, where the layer holds it otherwise."""
+        """A weight of the layer as ``[O, ...]``, one row per output channel, where the layer holds it otherwise."""
         return weight
 
     def weight_to_quantize(self) -> Tensor:
@@ -182,8 +183,8 @@ class QuantLinear(_Linear, nn.Linear):
     Shapes: x ``[..., in_features]`` -> ``[..., out_features]``; weight ``[out_features, in_features]``, its scale
     ``[out_features, 1]`` per channel, ``[out_features, in_features / group_size]`` per group; per_token input scale
     ``[..., 1]``. Dtypes: float32, float16, bfloat16 and autocast, as ``nn.Linear``; scales stay float32.
-    Gradient: that of ``nn.Linear`` through the fake-quants' straight-through estimators; the bias is not quantised. Where the
-    recipe has ``grad_input`` or ``grad_weight``: that of :func:`quantrain.fqt_linear`.
+    Gradient: that of ``nn.Linear`` through the fake-quants' straight-through estimators; the bias is not quantized.
+    Where the recipe has ``grad_input`` or ``grad_weight``: that of :func:`quantrain.fqt_linear`.
 
     Raises:
         ValueError: an invalid recipe; a range that was never observed; non-finite input while observing.
@@ -208,7 +209,7 @@ class QuantLinear(_Linear, nn.Linear):
 
 
 class Transposed(QuantLayer):
-    """What linear layers share that hold their weight as ``[in_features, out_features]``, as GPT-2's do (``Conv1D`` of transformers)."""
+    """What linear layers with a weight ``[in_features, out_features]`` share, as GPT-2's ``Conv1D``."""
 
     kept_class: type[nn.Module] | None = None  # what from_float took
 
@@ -242,10 +243,12 @@ class Transposed(QuantLayer):
 
 
 class QuantTransposedLinear(Transposed, _Linear):
-    """:class:`QuantLinear` with a weight ``[in_features, out_features]``: the twin of ``transformers.pytorch_utils.Conv1D``.
+    """:class:`QuantLinear` with a weight ``[in_features, out_features]``: the twin of
+    ``transformers.pytorch_utils.Conv1D``.
 
-    Made by ``from_float``; it is no ``nn.Linear``, whose weight is the other way round. The scale is ``[out_features, 1]`` per
-    channel, and what it converts to stores codes ``[out_features, in_features]``, as every linear layer.
+    Made by ``from_float``; it is no ``nn.Linear``, whose weight is the other way round. The scale is
+    ``[out_features, 1]`` per channel, and what it converts to stores codes ``[out_features, in_features]``, as every
+    linear layer.
     """
 
 
@@ -257,9 +260,10 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
             ``nn.Conv2d`` (depthwise: ``groups == in_channels``).
         recipe: a :class:`quantrain.Recipe` or the name of one.
 
-    Shapes: x ``[B, C, H, W]`` or ``[C, H, W]``; weight ``[O, C / groups, kh, kw]``, its scale ``[O, 1, 1, 1]`` per channel
-    (also where the recipe says per_group); a per_token input scale is one a sample, ``[B, 1, 1, 1]``. Padding is added
-    after quantisation and is exactly 0. Dtypes and gradient as :class:`QuantLinear` (:func:`quantrain.fqt_conv2d`).
+    Shapes: x ``[B, C, H, W]`` or ``[C, H, W]``; weight ``[O, C / groups, kh, kw]``, its scale ``[O, 1, 1, 1]`` per
+    channel (also where the recipe says per_group); a per_token input scale is one per sample, ``[B, 1, 1, 1]``. Padding
+    is added after quantization and is exactly 0. Dtypes and gradient as :class:`QuantLinear`
+    (:func:`quantrain.fqt_conv2d`).
 
     Raises:
         ValueError: as :class:`QuantLinear`.
@@ -312,17 +316,19 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
 
 class QuantEmbedding(QuantLayer, nn.Embedding):
-    """Rows of a fake-quantised table: y = fq_out(fq_w(weight)[index]).
+    """Rows of a fake-quantized table: y = fq_out(fq_w(weight)[index]).
 
-    The rows are gathered first and quantised after, which gives the same values at the cost of the rows alone.
+    The rows are gathered first and quantized afterwards, which gives the same values at the cost of the rows alone.
 
     Args:
         num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, device, dtype: as
             ``nn.Embedding``.
-        recipe: a :class:`quantrain.Recipe` or the name of one; its input spec has no meaning here (indices) and is unused.
+        recipe: a :class:`quantrain.Recipe` or the name of one; its input spec has no meaning here (indices) and is
+            unused.
 
-    Shapes: index, any shape, int32 or int64 -> ``[*index.shape, embedding_dim]``; scale ``[num_embeddings, 1]`` per channel,
-    ``[num_embeddings, embedding_dim / group_size]`` per group. Gradient: as ``nn.Embedding``, straight through the rounding.
+    Shapes: index, any shape, int32 or int64 -> ``[*index.shape, embedding_dim]``; scale ``[num_embeddings, 1]`` per
+    channel, ``[num_embeddings, embedding_dim / group_size]`` per group. Gradient: as ``nn.Embedding``, straight through
+    the rounding.
 
     Raises:
         ValueError: as :class:`QuantLinear`.

@@ -1,4 +1,4 @@
-"""The parameters that preparing adds to a model, and the optimisers that were made before it and lack them."""
+"""The parameters that preparing adds to a model, and the optimizers that were made before it and lack them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def new_parameters(model: nn.Module, known: Iterable[nn.Parameter]) -> tuple[str
     """Names of the trainable parameters of ``model`` that are not among ``known``: learned scales and clip levels.
 
     Warns:
-        UserWarning: there are some, and an optimiser holds parameters of ``known``: it would never move the new ones.
+        UserWarning: there are some, and an optimizer holds parameters of ``known``: it would never move the new ones.
     """
     before = {id(parameter) for parameter in known}
     names = tuple(name for name, p in model.named_parameters() if p.requires_grad and id(p) not in before)

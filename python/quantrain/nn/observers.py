@@ -1,9 +1,9 @@
 """Observers: modules that watch batches and keep the range a scale is computed from.
 
-An observer holds two float32 buffers, ``min_val`` and ``max_val``, of the shape of the scale (DESIGN's rule: the rank of
-the observed tensor, each size dividing the tensor's; or one element). They start at +inf and -inf: nothing seen yet. Both 0: only zeros
-seen, which says nothing about the range to come. A third buffer, ``frozen`` (bool ``[1]``), is where the switch of the
-:class:`FakeQuantize` around it travels in a state dict.
+An observer holds two float32 buffers, ``min_val`` and ``max_val``, of the shape of the scale (the rank of the observed
+tensor, each size dividing the tensor's; or one element). They start at +inf and -inf: nothing seen yet. Both 0: only
+zeros seen, which says nothing about the range to come. A third buffer, ``frozen`` (bool ``[1]``), is where the switch
+of the :class:`FakeQuantize` around it travels in a state dict.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Float32State(nn.Module):
             if name in before and tensor.dtype != torch.float32:
                 kept = before[name].to(device=tensor.device, dtype=torch.float32)
                 if name in self._parameters:
-                    tensor.data = kept  # the same Parameter object, which an optimiser may hold
+                    tensor.data = kept  # the same Parameter object, which an optimizer may hold
                 else:
                     self._buffers[name] = kept
         return self
@@ -51,20 +51,20 @@ class Float32State(nn.Module):
 class Observer(Float32State):
     """Base of the observers: checks a batch, updates the range, computes the scale.
 
-    A block of zeros sets the range of a block that saw nothing to [0, 0], and changes no other; the first block that is not
-    zero sets the range anew.
+    A block of zeros sets the range of a block that saw nothing to [0, 0], and changes no other; the first block that is
+    not zero sets the range anew.
 
     Args:
         scale_shape: shape of the range and of the scale, e.g. ``(1,)`` per tensor, ``(O, 1, 1, 1)`` per output channel.
         quant_min, quant_max: smallest and largest code.
         symmetric: zero_point 0; else affine.
-        nan_policy: ``"raise"``: a batch with NaN or Inf raises ValueError and leaves the range as it was; in eager mode on
-            CUDA this costs one host synchronisation a batch. ``"skip"``: blocks with NaN or Inf leave their range as it
-            was; no synchronisation.
+        nan_policy: ``"raise"``: a batch with NaN or Inf raises ValueError and leaves the range as it was; in eager mode
+            on CUDA this costs one host synchronization per batch. ``"skip"``: blocks with NaN or Inf leave their range
+            as it was; no synchronization.
         name: what error messages call this observer; ``prepare`` sets it to the module's path.
 
-    Called with a tensor of any floating dtype, returns None. No gradient. Under ``torch.compile`` ``"raise"`` becomes an
-    asynchronous assertion (RuntimeError).
+    Called with a tensor of any floating dtype, returns None. No gradient. Under ``torch.compile`` ``"raise"`` becomes
+    an asynchronous assertion (RuntimeError).
 
     Raises:
         ValueError: a NaN or Inf in the batch under ``"raise"``; a ``nan_policy`` that is neither.
@@ -137,15 +137,16 @@ class Observer(Float32State):
         )
 
     def batch_range(self, x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """The range of one batch, given its extremes a block (``low``, ``high``, shape ``scale_shape``)."""
+        """The range of one batch, given the extremes of each block (``low``, ``high``, shape ``scale_shape``)."""
         return low, high
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """``(scale, zero_point)``, float32 and int32 of ``scale_shape``, of the range seen so far.
 
-        Symmetric: scale = max(|min|, |max|) / d with d = min(-quant_min, quant_max) (the larger magnitude where the codes
-        have one sign only). Affine: the range is widened to hold 0, scale = (max - min) / (quant_max - quant_min) and
-        zero_point = clamp(quant_min - rint(min / scale)). An all-zero block has scale 1; one that saw no batch, scale NaN.
+        Symmetric: scale = max(|min|, |max|) / d with d = min(-quant_min, quant_max) (the larger magnitude where the
+        codes have one sign only). Affine: the range is widened to hold 0, scale = (max - min) / (quant_max - quant_min)
+        and zero_point = clamp(quant_min - rint(min / scale)). An all-zero block has scale 1; one that saw no batch,
+        scale NaN.
         """
         scale, zero_point = self.qparams_of(self.min_val, self.max_val)
         unseen = self.unseen()
@@ -171,7 +172,7 @@ class Observer(Float32State):
 
 
 class MinMaxObserver(Observer):
-    """The smallest and the largest value ever seen, a block: min_val = min(min_val, min(x)), max_val alike.
+    """The smallest and largest value ever seen in each block: min_val = min(min_val, min(x)), max_val alike.
 
     >>> observer = MinMaxObserver()
     >>> observer(torch.tensor([-1.0, 3.0]))
@@ -204,9 +205,10 @@ class MovingAverageMinMaxObserver(Observer):
 class PercentileObserver(MovingAverageMinMaxObserver):
     """Averages, over batches, of two percentiles of each block: outliers beyond them saturate.
 
-    With n elements a block and k = clamp(ceil(percentile / 100 * n), 1, n) (nearest rank, no interpolation) the batch's
-    range is [(n + 1 - k)-th smallest, k-th smallest]; batches are averaged as in :class:`MovingAverageMinMaxObserver`.
-    Exact for tensors of any size (``torch.quantile`` stops at 16 million elements).
+    With n elements per block and k = clamp(ceil(percentile / 100 * n), 1, n) (nearest rank, no interpolation) the
+    batch's range is [(n + 1 - k)-th smallest, k-th smallest]; batches are averaged as in
+    :class:`MovingAverageMinMaxObserver`. Exact for tensors of any size (``torch.quantile`` stops at 16 million
+    elements).
 
     Args:
         percentile: in (50, 100]. The other arguments are :class:`MovingAverageMinMaxObserver`'s.
@@ -228,10 +230,10 @@ class PercentileObserver(MovingAverageMinMaxObserver):
 
 
 class MSEObserver(MovingAverageMinMaxObserver):
-    """Averages, over batches, of the range that quantises each block with the least squared error.
+    """Averages, over batches, of the range that quantizes each block with the least squared error.
 
-    The batch's range is r * [min, max], r of {1/80, ..., 80/80} minimising sum((fake_quantize(x) - x)^2), searched in one
-    kernel; batches are averaged as in :class:`MovingAverageMinMaxObserver`.
+    The batch's range is r * [min, max], r of {1/80, ..., 80/80} minimizing sum((fake_quantize(x) - x)^2), searched in
+    one kernel; batches are averaged as in :class:`MovingAverageMinMaxObserver`.
 
     >>> observer = MSEObserver(quant_min=-8, quant_max=7)
     >>> observer(torch.cat([torch.linspace(-1, 1, 1000), torch.tensor([10.0])]))

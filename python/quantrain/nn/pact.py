@@ -1,4 +1,4 @@
-"""PACT: activations clipped at a learned level, then quantised (Choi et al. 2018, arXiv:1805.06085)."""
+"""PACT: activations clipped at a learned level, then quantized (Choi et al. 2018, arXiv:1805.06085)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["PACT", "pact"]
 
 
 def pact(input: Tensor, alpha: Tensor, bits: int = 4) -> Tensor:
-    """Clipped and quantised activation: y = clip(x, 0, alpha), y_q = rint(y * (2^bits - 1) / alpha) * alpha / (2^bits - 1).
+    """Clipped and quantized activation: y = clip(x, 0, alpha), y_q = rint(y * n / alpha) * alpha / n, n = 2^bits - 1.
 
     A composition of ``torch.where`` and ``fake_quantize`` with scale alpha / (2^bits - 1) and codes 0 .. 2^bits - 1.
 
@@ -24,7 +24,7 @@ def pact(input: Tensor, alpha: Tensor, bits: int = 4) -> Tensor:
     Returns:
         The shape and dtype of ``input``; values in [0, alpha]. NaN stays NaN.
 
-    Gradient: dy/dx = 1 for 0 < x < alpha, else 0; dy/dalpha = sum over x >= alpha of 1, elements below it none (eq. 3, the
+    Gradient: dy/dx = 1 for 0 < x < alpha, else 0; dy/dalpha = 1 for x >= alpha, else 0, summed over x (eq. 3, the
     straight-through estimator of the rounding).
 
     Raises:
@@ -47,7 +47,8 @@ class PACT(Float32State):
 
     Args:
         bits: 1 to 16.
-        alpha: first clipping level, positive. The paper regularises alpha with L2; give it weight decay in the optimiser.
+        alpha: first clipping level, positive. The paper regularizes alpha with L2; give it weight decay in the
+            optimizer.
 
     Raises:
         ValueError: ``bits`` outside 1 to 16, ``alpha`` not positive.
@@ -70,7 +71,7 @@ class PACT(Float32State):
         if self.training:
             self.alpha.data.clamp_(
                 min=kMinScale
-            )  # in place, so that a level the optimiser pushed below 0 can grow again
+            )  # in place, so that a level the optimizer pushed below 0 can grow again
         return pact(input, self.alpha, self.bits)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""prepare: float layers to quantisation-aware ones."""
+"""prepare: float layers to quantization-aware ones."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ kWarnedShare = 0.1  # of the parameters left in floating point for want of a twi
 
 
 class PrepareSummary(Table):
-    """What ``prepare`` did: one row a quantised layer, and ``left_float``: name -> why a module stayed in floating point.
+    """What ``prepare`` did: one row per quantized layer, and ``left_float``: name -> why a module stayed float.
 
-    ``recipe`` is the model's recipe; ``new_parameters`` names the parameters that the float model does not have (learned scales,
-    clip levels). The columns grad_input and grad_weight appear where a layer has one of them.
+    ``recipe`` is the model's recipe; ``new_parameters`` names the parameters that the float model does not have
+    (learned scales, clip levels). The columns grad_input and grad_weight appear where a layer has one of them.
     """
 
     def __init__(self, rows: Sequence[Mapping], left_float: Mapping[str, str], recipe: Recipe):
@@ -67,49 +67,52 @@ def prepare(
     example_inputs: tuple | None = None,
     inplace: bool = True,
 ) -> nn.Module:
-    """Swaps every nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d and nn.Embedding, and transformers' Conv1D (a linear layer), for
-    its quantised twin, at any depth, keeping the weights.
+    """Swaps every nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d and nn.Embedding, and transformers' Conv1D (a
+    linear layer), for its quantized twin, at any depth, keeping the weights.
 
-    Parameters stay the same objects (tied weights stay tied, an optimiser made before keeps training them; one that lacks learned
-    scales, which are new, is warned of) and a module that appears twice is swapped once. Where a layer's weight is frozen
-    (``requires_grad`` False), so are its learned scales. A convolution whose only user is an nn.BatchNorm2d (found by torch.fx, else by torch.export when
-    ``example_inputs`` are given, in training and in evaluation) becomes a :class:`QuantConvBn2d` under the convolution's name, the batch
-    norm a :class:`FoldedBatchNorm2d` that stands for it; other batch norms stay in floating point. What is traced is a copy: the model's
-    buffers and attributes and the random states stay as they are. Subclasses of the layers are left alone, and so are layers whose
-    weight a parametrization computes and those that tracing shows to be read by a function and never called (``F.linear(x,
-    self.fc.weight)``). Weights of ``torch.nn.utils``' weight_norm, spectral_norm and prune hooks are computed in training as before.
-    Under a recipe of integer products (``int8-training``, ``int8-static``) only linear layers are swapped, in the first for
-    :class:`Int8Linear`.
+    Parameters stay the same objects (tied weights stay tied, an optimizer made before keeps training them; one that
+    lacks learned scales, which are new, is warned of) and a module that appears twice is swapped once. Where a layer's
+    weight is frozen (``requires_grad`` False), so are its learned scales. A convolution whose only user is an
+    nn.BatchNorm2d (found by torch.fx, else by torch.export when ``example_inputs`` are given, in training and in
+    evaluation) becomes a :class:`QuantConvBn2d` under the convolution's name, the batch norm a
+    :class:`FoldedBatchNorm2d` that stands for it; other batch norms stay in floating point. What is traced is a copy:
+    the model's buffers and attributes and the random states stay as they are. Subclasses of the layers are left alone,
+    and so are layers whose weight a parametrization computes and those that tracing shows to be read by a function and
+    never called (``F.linear(x, self.fc.weight)``). Weights of ``torch.nn.utils``' weight_norm, spectral_norm and prune
+    hooks are computed in training as before. Under a recipe of integer products (``int8-training``, ``int8-static``)
+    only linear layers are swapped, in the first for :class:`Int8Linear`.
 
-    Under a recipe of fixed-point arithmetic (``f8net``, ``f8net-tiny``) the whole network becomes integers, so it is traced with
-    torch.fx and rebuilt: a NEW module (:class:`FixedPointGraph`) is returned, in the mode of ``model``, with the same Parameter
-    objects under the same names (a batch norm's under its convolution, ``<conv>.bn.*``) and the same batch-norm modules; ``model``
-    itself keeps its structure, and with ``inplace=False`` shares nothing. ``overrides`` and ``skip`` are refused.
+    Under a recipe of fixed-point arithmetic (``f8net``, ``f8net-tiny``) the whole network becomes integers, so it is
+    traced with torch.fx and rebuilt: a NEW module (:class:`FixedPointGraph`) is returned, in the mode of ``model``,
+    with the same Parameter objects under the same names (a batch norm's under its convolution, ``<conv>.bn.*``) and the
+    same batch-norm modules; ``model`` itself keeps its structure, and with ``inplace=False`` shares nothing.
+    ``overrides`` and ``skip`` are refused.
 
     Args:
         model: a float model.
         recipe: a :class:`quantrain.Recipe` or the name of one (``quantrain.Recipe.names()``).
-        overrides: layer-name pattern (fnmatch, e.g. ``"layer1.*"``) -> a Recipe, a name, or a mapping of changed fields such
-            as ``{"weight": {"bits": 8}, "grad_input": None}``. Where several patterns match, the last one wins. An override also
-            wins over the recipe's ``edge_bits`` (bits of the first and last layer, in order of call where the model could
-            be traced, else of registration).
+        overrides: layer-name pattern (fnmatch, e.g. ``"layer1.*"``) -> a Recipe, a name, or a mapping of changed fields
+            such as ``{"weight": {"bits": 8}, "grad_input": None}``. Where several patterns match, the last one wins. An
+            override also wins over the recipe's ``edge_bits`` (bits of the first and last layer, in order of call where
+            the model could be traced, else of registration).
         skip: layer-name patterns to leave in floating point; one that names a batch norm keeps it unfolded.
         example_inputs: positional arguments of one call of the model, for torch.export.
         inplace: False works on a deep copy.
 
     Returns:
-        The model, with the attribute ``quantization_summary`` (:class:`PrepareSummary`; also logged to "quantrain"). A model
-        that is itself one of the three layers is returned as a new module.
+        The model, with the attribute ``quantization_summary`` (:class:`PrepareSummary`; also logged to "quantrain"). A
+        model that is itself such a layer is returned as a new module.
 
     Raises:
-        ValueError: a model without such layers, a pattern that names none, an invalid recipe; under fixed point a model that
-            torch.fx cannot trace, or an operation without integer form, named with its path. The model is then unchanged.
+        ValueError: a model without such layers, a pattern that names none, an invalid recipe; under fixed point a model
+            that torch.fx cannot trace, or an operation without integer form, named with its path. The model is then
+            unchanged.
 
     Warns:
-        UserWarning: a model with batch norms that could not be traced; more than a tenth of the parameters left in floating point
-            though neither ``skip`` nor the recipe says so (``quantization_summary.left_float`` has every module and why).
-            Also a layer that is called and whose weight a function reads too (a tied head by ``F.linear``), a model that was
-            prepared before, and an optimiser made before that lacks new parameters.
+        UserWarning: a model with batch norms that could not be traced; more than a tenth of the parameters left in
+            floating point though neither ``skip`` nor the recipe says so (``quantization_summary.left_float`` has every
+            module and why). Also a layer that is called and whose weight a function reads too (a tied head by
+            ``F.linear``), a model that was prepared before, and an optimizer made before that lacks new parameters.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     >>> print(prepare(model, "qat-w8a8").quantization_summary)
@@ -213,7 +216,7 @@ def _prepare_network(
 
 
 def _twins() -> dict[type[nn.Module], type[QuantLayer]]:
-    """The quantised twin of each class of float layers; that of transformers where the program has imported it."""
+    """The quantized twin of each class of float layers; that of transformers where the program has imported it."""
     module = sys.modules.get("transformers.pytorch_utils")
     transposed = getattr(module, "Conv1D", None)
     return _TWINS if transposed is None else _TWINS | {transposed: QuantTransposedLinear}
@@ -270,7 +273,7 @@ def _layer_recipes(
 
 
 def _no_effect(layer: nn.Module, recipe: Recipe) -> str:
-    """Why the recipe means nothing for the layer, or "". An embedding has no input to quantise."""
+    """Why the recipe means nothing for the layer, or "". An embedding has no input to quantize."""
     if reason := handler_of(recipe).left_float(_twins()[type(layer)], recipe):
         return reason
     if isinstance(layer, nn.Embedding) and recipe.weight is None and recipe.output is None:
@@ -279,7 +282,7 @@ def _no_effect(layer: nn.Module, recipe: Recipe) -> str:
 
 
 def _unable(name: str, layer: nn.Module, graph: ModelGraph) -> str:
-    """Why the layer cannot be quantised though its class has a twin, or ""."""
+    """Why the layer cannot be quantized though its class has a twin, or ""."""
     return "never called: a function reads its weight" if name in graph.bypassed else unknown_weight(layer)
 
 
@@ -289,7 +292,7 @@ def _no_twin(layer: nn.Module, recipe: Recipe) -> str:
 
 
 def _check_dtype(name: str, dtype: torch.dtype, recipe: Recipe) -> None:
-    """The operators that quantise gradients or multiply integers take no float64, which fake-quantisation does."""
+    """The operators that quantize gradients or multiply integers take no float64, which fake-quantization does."""
     if dtype == torch.float64 and not handler_of(recipe).takes_float64(recipe):
         raise ValueError(
             f"prepare: expected float32, float16 or bfloat16 weights under {recipe.name!r}, got float64 in '{name}'"
@@ -297,7 +300,7 @@ def _check_dtype(name: str, dtype: torch.dtype, recipe: Recipe) -> None:
 
 
 def _warn_of_share(model: nn.Module, left: Sequence[str]) -> None:
-    """A warning where more than a tenth of the parameters stay float because nothing of ours takes their modules."""
+    """A warning where more than a tenth of the parameters stay float because no layer here takes their modules."""
     modules = dict(model.named_modules())
     sizes = {id(p): p.numel() for p in model.parameters()}
     kept: Counter[str] = Counter()
@@ -375,7 +378,7 @@ def swapped(model: nn.Module, twins: Mapping[int, nn.Module]) -> nn.Module:
 
 
 def _leave_fast_path(model: nn.Module) -> None:
-    """nn.TransformerEncoderLayer's fused inference path reads ``linear1.weight`` itself, past the quantised layer.
+    """nn.TransformerEncoderLayer's fused inference path reads ``linear1.weight`` itself, past the quantized layer.
 
     The encoder hands its layers nested tensors for that path alone.
     """

@@ -1,14 +1,14 @@
-"""Converted layers: integer codes and scales in buffers, the float layer's arithmetic on the dequantised weight or integer products.
+"""Converted layers: codes and scales in buffers; float arithmetic on the dequantized weight or integer products.
 
 What the prepared layer computed in evaluation, its converted twin computes bit for bit: codes and scales come from the
-same formula, so the dequantised weight equals the fake-quantised one.
+same formula, so the dequantized weight equals the fake-quantized one.
 
-Buffers: ``weight_codes`` (int8 where symmetric, uint8 where affine; of 4 bits and fewer uint8, two codes a byte, packed
-along the flattened row: ``[O, ceil(row / 2)]``), ``weight_scale`` (float32, the granularity is its shape),
-``weight_zero_point`` (int32, only where affine), ``bias`` (float32, only where the layer has one). State dicts and pickles of
-before, where the codes were called ``weight``, load.
+Buffers: ``weight_codes`` (int8 where symmetric, uint8 where affine; of 4 bits and fewer uint8, two codes per byte,
+packed along the flattened row: ``[O, ceil(row / 2)]``), ``weight_scale`` (float32, the granularity is its shape),
+``weight_zero_point`` (int32, only where affine), ``bias`` (float32, only where the layer has one). Older state dicts
+and pickles, which call the codes ``weight``, load.
 
-``weight`` is no buffer: reading it gives the dequantised tensor in the layer's float type, because code of other libraries reads
+``weight`` is no buffer: reading it gives the dequantized tensor in the layer's float type, because other libraries read
 it from any layer (for its dtype, for a tied head, for a merge).
 """
 
@@ -52,7 +52,7 @@ __all__ = [
     "quantized_layer",
 ]
 
-kPackedBits = 4  # codes of at most this many bits are stored two a byte
+kPackedBits = 4  # codes of at most this many bits are stored two per byte
 
 
 class QuantizedLayer(Float32State):
@@ -128,9 +128,9 @@ class QuantizedLayer(Float32State):
     def weight(self) -> Tensor:
         """The float weight that the layer stands for, in the float layer's shape and of type ``weight_dtype``.
 
-        ``weight_dtype`` is the type that the float weight had, or what ``.to(dtype)`` set since. It is a new tensor at each reading:
-        nothing is kept, so that a model takes the memory of its codes, and a reading costs a pass over them. Writing into it
-        changes nothing; assigning to it raises.
+        ``weight_dtype`` is the type that the float weight had, or what ``.to(dtype)`` set since. Each read makes a new
+        tensor: nothing is kept, so a model takes the memory of its codes and a read costs a pass over them. Writing
+        into it changes nothing; assigning to it raises.
         """
         return self._from_rows(self.dequantized_weight(self.weight_dtype))
 
@@ -148,11 +148,11 @@ class QuantizedLayer(Float32State):
 
     @property
     def packed(self) -> bool:
-        """Whether ``weight_codes`` holds two codes a byte."""
+        """Whether ``weight_codes`` holds two codes per byte."""
         return self.bits <= kPackedBits
 
     def codes(self) -> Tensor:
-        """The integer codes, one an element, in the shape ``weight_shape``: int8 (symmetric) or uint8 (affine)."""
+        """The integer codes, one per element, in the shape ``weight_shape``: int8 (symmetric) or uint8 (affine)."""
         return self._unpacked(self.weight_codes).reshape(self.weight_shape) if self.packed else self.weight_codes
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -195,7 +195,7 @@ class QuantizedLayer(Float32State):
 class QuantizedLinear(QuantizedLayer):
     """y = fq_out(fq_in(x) @ ((codes - zero_point) * scale)^T + bias) with stored codes ``[out_features, in_features]``.
 
-    Shapes: x ``[..., in_features]`` -> ``[..., out_features]``. Dtype: x's (the weight is dequantised to it).
+    Shapes: x ``[..., in_features]`` -> ``[..., out_features]``. Dtype: x's (the weight is dequantized to it).
     Gradient: to x only.
 
     >>> layer = QuantizedLinear.from_quant(QuantLinear(4, 2, recipe="qat-w8a8-token"))
@@ -224,13 +224,15 @@ class QuantizedLinear(QuantizedLayer):
 
 
 class QuantizedInt8Linear(QuantizedLinear):
-    """y = fq_out(float(xq Wq^T) * weight_scale * x_scale + bias), an integer product (:func:`quantrain.int8_mm`): backend ``"int8"``.
+    """y = fq_out(float(xq Wq^T) * weight_scale * x_scale + bias), an integer product (:func:`quantrain.int8_mm`):
+    backend ``"int8"``.
 
-    xq and x_scale: :func:`quantrain.int8_quantize_rows` of x (dynamic, one scale a token), or :func:`quantrain.quantize` with the stored
-    scale of ``input_fake_quant`` (static). What ``QuantizedLinear`` computes by dequantising, within float32 rounding of the sum.
+    xq and x_scale: :func:`quantrain.int8_quantize_rows` of x (dynamic, one scale per token), or
+    :func:`quantrain.quantize` with the stored scale of ``input_fake_quant`` (static). What ``QuantizedLinear`` computes
+    by dequantizing, within float32 rounding of the sum.
 
-    Shapes: x ``[..., in_features]`` -> ``[..., out_features]``. Dtype: x's, under autocast the autocast type. No gradient. NaN in x makes its row
-    NaN where the scale is dynamic; a stored scale cannot say so, and NaN becomes 0.
+    Shapes: x ``[..., in_features]`` -> ``[..., out_features]``. Dtype: x's, under autocast the autocast type. No
+    gradient. NaN in x makes its row NaN where the scale is dynamic; a stored scale cannot say so, and NaN becomes 0.
 
     >>> layer = quantized_layer(QuantLinear(4, 2, recipe="int8-static"), check_observed=False)
     >>> type(layer).__name__
@@ -292,9 +294,11 @@ class QuantizedConv2d(QuantizedConv1d):
 
 
 class QuantizedConvTranspose2d(QuantizedLayer):
-    """y = fq_out(conv_transpose2d(fq_in(x), (codes - zero_point) * scale) + bias) with stored codes ``[O, C / groups, kh, kw]``.
+    """y = fq_out(conv_transpose2d(fq_in(x), (codes - zero_point) * scale) + bias) with stored codes
+    ``[O, C / groups, kh, kw]``.
 
-    Shapes: x ``[B, C, H, W]`` or ``[C, H, W]``; ``weight`` reads as ``[C, O / groups, kh, kw]``. Dtype: x's. Gradient: to x only.
+    Shapes: x ``[B, C, H, W]`` or ``[C, H, W]``; ``weight`` reads as ``[C, O / groups, kh, kw]``. Dtype: x's. Gradient:
+    to x only.
     """
 
     def __init__(self, layer: QuantConvTranspose2d, *, check_observed: bool = True):
@@ -326,10 +330,10 @@ class QuantizedConvTranspose2d(QuantizedLayer):
 
 
 class QuantizedEmbedding(QuantizedLayer):
-    """Rows of a stored integer table, dequantised after the gather: y = fq_out((codes[index] - zero_point) * scale).
+    """Rows of a stored integer table, dequantized after the gather: y = fq_out((codes[index] - zero_point) * scale).
 
-    Shapes: index, any shape, int32 or int64 -> ``[*index.shape, embedding_dim]``. Dtype: that of the float table when it was
-    converted, or as ``.to(dtype)`` sets it since. No gradient.
+    Shapes: index, any shape, int32 or int64 -> ``[*index.shape, embedding_dim]``. Dtype: that of the float table when
+    it was converted, or as ``.to(dtype)`` sets it since. No gradient.
     """
 
     def __init__(self, layer: QuantEmbedding, *, check_observed: bool = True):
@@ -402,7 +406,7 @@ def quantized_layer(layer: nn.Module, *, check_observed: bool = True) -> Quantiz
 
 
 def _with_hooks_of(layer: nn.Module, converted: QuantizedLayer) -> QuantizedLayer:
-    """Forward hooks that users put on the layer go on; those that computed its weight have done so."""
+    """Keeps the forward hooks that users put on the layer; those that computed its weight are done."""
     computing = {key for key, hook in layer._forward_pre_hooks.items() if computes_weight(hook)}
     for name in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
         getattr(converted, name).update(getattr(layer, name))

@@ -1,6 +1,7 @@
 """What a Recipe means for a layer: names, changed copies, and the arguments of its operators.
 
-:class:`quantrain.Recipe`, :class:`quantrain.QuantSpec` and the schemes are C++ structs; here is how the Python layers read them.
+:class:`quantrain.Recipe`, :class:`quantrain.QuantSpec` and the schemes are C++ structs; here is how the Python layers
+read them.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ def changed_recipe(base: Recipe, change: Recipe | str | Mapping) -> Recipe:
     """A copy of ``base`` with ``change`` applied; ``base`` stays as it is.
 
     Args:
-        change: a Recipe or a name replaces everything; a mapping changes single fields. The values of ``weight``, ``input`` and
-            ``output`` (QuantSpec) and of ``scheme`` are a spec, None (leave that tensor in floating point; no scheme), or a mapping of
-            its fields, applied to the base's, to the default one where the base has none. A mapping for ``scheme`` names the
-            ``kind`` where the base has no scheme or one of another kind.
+        change: a Recipe or a name replaces everything; a mapping changes single fields. The values of ``weight``,
+            ``input`` and ``output`` (QuantSpec) and of ``scheme`` are a spec, None (leave that tensor in floating
+            point; no scheme), or a mapping of its fields, applied to the base's or, where it has none, to the default
+            one. A mapping for ``scheme`` names the ``kind`` where the base has no scheme or one of another kind.
 
     Raises:
         ValueError: a field that does not exist, or a value outside its rule.
@@ -100,7 +101,7 @@ def _plain(value: object) -> object:
 
 
 def gradient_arguments(recipe: Recipe, *, convolution: bool) -> dict[str, str | int | bool] | None:
-    """How the recipe quantises gradients, as keyword arguments of ``fqt_conv2d`` or ``fqt_linear``; None: it does not.
+    """How the recipe quantizes gradients, as keyword arguments of ``fqt_conv2d`` or ``fqt_linear``; None: it does not.
 
     >>> gradient_arguments(as_recipe("fqt-bhq5"), convolution=False)["grad_input"]
     'householder'

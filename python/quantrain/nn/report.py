@@ -1,4 +1,4 @@
-"""How large a model is, and how much quantisation changes it: one table each."""
+"""How large a model is, and how much quantization changes it: one table each."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ def model_size(model: nn.Module) -> SizeTable:
     """Bytes of every layer of a float, prepared or converted model.
 
     Returns:
-        A table; ``rows`` is a list of dicts with ``layer``, ``type``, ``bits`` (of the weight as quantised, else of its dtype),
-        ``elements`` (weights, biases, statistics; quantisation state not counted), ``bytes`` (as held now: a prepared layer
-        holds float weights, scales and ranges) and ``converted_bytes`` (after ``convert``: codes, two a byte at 4 bits and
-        fewer, scales, float32 bias). ``total`` holds their sums and ``float32_bytes`` = 4 * elements. Tied tensors count
-        once, at the first layer that holds them.
+        A table; ``rows`` is a list of dicts with ``layer``, ``type``, ``bits`` (of the weight as quantized, else of its
+        dtype), ``elements`` (weights, biases, statistics; quantization state not counted), ``bytes`` (as held now: a
+        prepared layer holds float weights, scales and ranges) and ``converted_bytes`` (after ``convert``: codes, two
+        per byte at 4 bits and fewer, scales, float32 bias). ``total`` holds their sums and ``float32_bytes`` = 4 *
+        elements. Tied tensors count once, at the first layer that holds them.
 
     >>> print(model_size(nn.Sequential(nn.Linear(4, 2))))
     layer  type    bits  elements  bytes  converted
@@ -118,7 +118,7 @@ def _size_row(name: str, module: nn.Module, tensors: list[Tensor], fresh_weight:
 
 
 def _converted_bytes(layer: QuantLayer, fresh_weight: bool) -> int:
-    """What the layer's twin will hold; a tied weight is stored by each layer that quantises it."""
+    """What the layer's twin will hold; a tied weight is stored by each layer that quantizes it."""
     weight, spec = layer.weight, layer.weight_fake_quant.spec
     channels = layer.rows(weight).shape[0]
     row = weight.numel() // max(channels, 1)
@@ -133,7 +133,7 @@ def _converted_bytes(layer: QuantLayer, fresh_weight: bool) -> int:
 
 
 def _to_blocks(x: Tensor, scale_shape: Sequence[int]) -> Tensor:
-    """``x`` as a matrix [number of scales, elements a scale], row i being the block of scale element i (row-major).
+    """``x`` as a matrix [number of scales, elements per scale], row i being the block of scale element i (row-major).
 
     Args:
         x: any tensor.
@@ -182,10 +182,10 @@ class _Error:
 def quantization_error(
     model: nn.Module, batch: Any, *, forward: Callable[[nn.Module, Any], Any] | None = None
 ) -> ErrorTable:
-    """What quantisation costs on one batch, layer by layer, with the model in eval mode; the model is left as it was.
+    """What quantization costs on one batch, layer by layer, with the model in eval mode; the model is left as it was.
 
-    Signal-to-quantisation-noise ratio: SQNR = 10 log10(sum x^2 / sum (x - q(x))^2) in dB, about 6 dB a bit, more is better;
-    saturation: per cent of elements whose code was clamped.
+    Signal-to-quantization-noise ratio: SQNR = 10 log10(sum x^2 / sum (x - q(x))^2) in dB, about 6 dB per bit, more is
+    better; saturation: per cent of elements whose code was clamped.
 
     Args:
         model: prepared, with ranges observed; or converted (then only the inputs can be compared).
@@ -195,11 +195,11 @@ def quantization_error(
     Returns:
         A table; ``rows`` is a list of dicts with ``layer``, ``type``, and, None where the layer has no such tensor:
         ``weight_bits``, ``weight_sqnr_db``, ``weight_saturation_pct``, ``input_bits``, ``input_sqnr_db``,
-        ``input_saturation_pct``, and ``output_sqnr_db``: the layer's output in the quantised model against the float model.
-        Holds every layer's float output at once.
+        ``input_saturation_pct``, and ``output_sqnr_db``: the layer's output in the quantized model against the float
+        model. Every layer's float output is held at once.
 
     Raises:
-        ValueError: no quantised layer, or a range that was never observed.
+        ValueError: no quantized layer, or a range that was never observed.
 
     >>> import quantrain.nn as qnn
     >>> model = qnn.prepare(nn.Sequential(nn.Linear(4, 2)), "qat-w8a8-token")
@@ -226,7 +226,7 @@ def quantization_error(
 
 
 def _float_outputs(model: nn.Module, layers: dict[str, QuantLayer], run: Callable[[], Any]) -> dict[str, list[Tensor]]:
-    """The output of every call of every layer with fake-quantisation off, in order of call."""
+    """The output of every call of every layer with fake-quantization off, in order of call."""
     if not layers:
         return {}
     exact: dict[str, list[Tensor]] = defaultdict(list)

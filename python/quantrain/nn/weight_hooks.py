@@ -1,7 +1,7 @@
-"""Layers whose weight is no Parameter of their own: torch.nn.utils' weight_norm, spectral_norm and prune compute it before each call.
+"""Layers whose weight torch.nn.utils' weight_norm, spectral_norm or prune computes before each call.
 
-Such a hook leaves the weight that the last forward pass used, so whoever reads a weight without calling the layer (a copy, convert)
-runs the hooks first.
+Such a hook leaves the weight that the last forward pass used, so whoever reads a weight without calling the layer (a
+copy, convert) runs the hooks first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def computes_weight(hook: object) -> bool:
 
 
 def run_weight_hooks(model: nn.Module) -> None:
-    """Computes every weight that a known hook computes, from the parameters as they are; a leaf, which may be copied.
+    """Computes every weight that a known hook computes, from the parameters as they are, as a leaf that may be copied.
 
     A spectral norm takes no step of its power iteration.
     """

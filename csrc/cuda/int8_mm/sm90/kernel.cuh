@@ -1,4 +1,4 @@
-// The int8 matrix product on Hopper: CUTLASS 3's persistent, warp-specialised kernel (TMA loads, wgmma s8), dequantised
+// The int8 matrix product on Hopper: CUTLASS 3's persistent, warp-specialized kernel (TMA loads, wgmma s8), dequantized
 // in its epilogue:
 //
 //   d[m, n] = (float(acc[m, n]) * b_scale[n]) * a_scale[m] + bias[n]

@@ -60,7 +60,7 @@ struct QUANTRAIN_API FixedPointProgram {
 // Writes a program node by node, in topological order; the one place that knows the JSON.
 class QUANTRAIN_API FixedPointProgramWriter {
  public:
-  // Codes of an activation; a product without gives its accumulators.
+  // Codes of an activation; a product without one gives its accumulators.
   struct Codes {
     bool is_signed = false;
     int64_t fraction_length = 0;

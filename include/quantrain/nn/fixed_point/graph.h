@@ -42,7 +42,7 @@ struct FixedPointConvArguments {
   bool relu = false;                                           // unsigned codes; without, signed ones
   double max_alpha = std::numeric_limits<double>::infinity();  // with relu: 6 for a ReLU6
   std::optional<FixedPointValue> residual = std::nullopt;      // added before the ReLU: codes, or a shortcut
-  bool shortcut = false;  // the output stays in 32 bits, for a residual; quantised there
+  bool shortcut = false;  // the output stays in 32 bits, for a residual; quantized there
   std::optional<FixedPointValue> like =
       std::nullopt;  // codes in the units of these, as FixedPointGraph::add() needs them
 };

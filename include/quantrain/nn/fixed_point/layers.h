@@ -2,13 +2,13 @@
 // quantrain.nn.fixed_point, with the same names of parameters and buffers and the same arithmetic. FixedPointGraph
 // (nn/fixed_point/graph.h) connects them.
 //
-// A tensor that several layers read is quantised once, where it is made, to 8-bit codes q. Its activation says what a
+// A tensor that several layers read is quantized once, where it is made, to 8-bit codes q. Its activation says what a
 // code means:
 //   units       u = q 2^-FL      what evaluation computes in, and the integer network by shifts and additions
 //   real value  x = u eta        what training computes in
 // and eta, of the tensor read and of the tensor made, is folded into the weights between them.
 //
-// Three ways to run. Not quantising (enable_fake_quant(module, false), and under Calibration): the float layer. In
+// Three ways to run. Not quantizing (enable_fake_quant(module, false), and under Calibration): the float layer. In
 // training: real values, rounded. In evaluation: units, exact, so that the integer network gives the same numbers.
 #pragma once
 
@@ -157,7 +157,7 @@ class QUANTRAIN_API FixedPointLayer : public torch::nn::Module, public HasRecipe
 
   FixedPointFolded folded();
 
-  // Chooses FL_w anew, whatever it was (hysteresis).
+  // Chooses FL_w anew, without hysteresis.
   void reset_fraction_length();
 
   const Recipe& recipe() const override { return recipe_; }

@@ -78,7 +78,7 @@ class QUANTRAIN_API FixedPointNetwork {
   at::Device device() const;
   FixedPointNetwork to(const at::Device& device) const;  // a network there; this one where it is there already
 
-  // A row a node. ValueError where one would do anything but multiply 8-bit codes, add, shift, compare or copy.
+  // One row per node. ValueError where one would do anything but multiply 8-bit codes, add, shift, compare or copy.
   std::vector<FixedPointAuditRow> audit() const;
 
   // Writes `path` (safetensors, with the graph and a checksum as metadata), whole or not at all: an existing file is

@@ -1,4 +1,4 @@
-// Fully quantised training: gradients are computed from a quantised gradient of the output (StatQuant, Chen et al.,
+// Fully quantized training: gradients are computed from a quantized gradient of the output (StatQuant, Chen et al.,
 // arXiv:2010.14298). Recipes fqt-*.
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace quantrain::nn {
 
-// One quantised gradient: how the gradient of a layer's output is rounded before it is multiplied (quantize_gradient,
+// One quantized gradient: how the gradient of a layer's output is rounded before it is multiplied (quantize_gradient,
 // <quantrain/ops/gradient_quant.h>; always stochastically, so that the gradients computed from it stay unbiased).
 //
 // quantizer      per_tensor, per_sample, per_channel or householder; "auto": the finest scale that an integer product

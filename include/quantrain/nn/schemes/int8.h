@@ -12,9 +12,9 @@ namespace quantrain::nn {
 //                                  (floating point) or "auto" (the faster one, by device and shape)
 // weight_scheme  how the weight enters grad_input: "fold", "columns" or "auto"
 // training       true: layers train on int8 products (Int8Linear); weight dynamic per_channel, input dynamic per_token.
-//                false: they train on fake-quantised values (QuantLinear), and only the converted layer multiplies
+//                false: they train on fake-quantized values (QuantLinear), and only the converted layer multiplies
 //                integers; weight per_channel or per_tensor; input per_token and dynamic, or per_tensor and observed
-// simulate       the same codes are multiplied in float32, on any device; the converted layer dequantises
+// simulate       the same codes are multiplied in float32, on any device; the converted layer dequantizes
 struct QUANTRAIN_API Int8Spec : SchemeOf<Int8Spec> {
   std::string output = "auto";
   std::string grad_input = "auto";

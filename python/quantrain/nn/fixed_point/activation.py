@@ -1,4 +1,4 @@
-"""What rounds the tensors of a fixed-point network: FixedPointActivation, and those of its images and of an average pool."""
+"""What rounds the tensors of a fixed-point network: FixedPointActivation, also for its images and average pools."""
 
 from __future__ import annotations
 
@@ -21,32 +21,34 @@ kAveraging = 0.1  # weight of the new batch in the average of fraction lengths, 
 
 
 class FixedPointActivation(Calibrates, Float32State):
-    """Rounds the tensors it is called with to 8-bit codes: a ReLU, where unsigned, and PACT's clip at a learned level are in it.
+    """Rounds tensors to 8-bit codes, with a ReLU where unsigned and PACT's clip at a learned level.
 
     With qmax = 255 (unsigned) or 127 (signed), FL the rounded ``fraction_length`` and real value = units * eta:
 
-    - ``clip``: eta = 2^FL * level / qmax with level = min(\\|alpha\\|, max_alpha); real value of code q: q * level / qmax, for any FL.
-      Training: y = fake_quantize_learnable(x, level / qmax), which is eta * fix_quant(x / eta; FL) (section 3.3 of the paper).
-    - else: eta = 1 and y = fix_quant(x; FL), the published fine-tuning of a few steps. An average pool's eta is that of its input
-      times 2^shift / pixels.
+    - ``clip``: eta = 2^FL * level / qmax with level = min(\\|alpha\\|, max_alpha); real value of code q: q * level /
+      qmax, for any FL. Training: y = fake_quantize_learnable(x, level / qmax), which is eta * fix_quant(x / eta; FL)
+      (section 3.3 of the paper).
+    - else: eta = 1 and y = fix_quant(x; FL), the published fine-tuning of a few steps. An average pool's eta is that of
+      its input times 2^shift / pixels.
 
     Evaluation: fix_quant(units; FL) = clamp(rint(units * 2^FL)) * 2^-FL in float32.
 
     Args:
         signed: codes -127 to 127, else 0 to 255.
         clip: a learned level; else none.
-        method: "std" (of the tensor; of an unsigned one the root mean square after the ReLU) or "mse": how FL is chosen.
+        method: "std" (of the tensor; of an unsigned one the root mean square after the ReLU) or "mse": how FL is
+            chosen.
         max_alpha: the level never exceeds it (6 in place of a ReLU6).
         fixed: with ``clip``, ``alpha`` is a buffer (that of the network's input, or a ReLU6 without learned levels).
         alpha: the first level.
         name: what error messages call this module.
 
-    State: ``alpha`` (Parameter ``[1]``), ``fraction_length`` (buffer, float32 ``[1]``: average of the batches' FL, weight 0.1
-    for the new one, first 6). Where several tensors share the activation (a chain of identity shortcuts), FL follows the first;
-    without clip, the shortest.
+    State: ``alpha`` (Parameter ``[1]``), ``fraction_length`` (buffer, float32 ``[1]``: average of the batches' FL,
+    weight 0.1 for the new one, first 6). Where several tensors share the activation (a chain of identity shortcuts), FL
+    follows the first; without clip, the shortest.
 
-    Gradient: LSQ's for x and alpha (0 < code < 255: dy/dalpha = (y - x) / alpha; 1 where x >= alpha; 0 where x <= 0); straight
-    through without clip.
+    Gradient: LSQ's for x and alpha (0 < code < 255: dy/dalpha = (y - x) / alpha; 1 where x >= alpha; 0 where x <= 0);
+    straight through without clip.
 
     >>> activation = FixedPointActivation(alpha=1.0)
     >>> activation(torch.tensor([-1.0, 0.5, 2.0]))
@@ -137,7 +139,7 @@ class FixedPointActivation(Calibrates, Float32State):
 
     @property
     def computes_in_float(self) -> bool:
-        """Not rounding: in calibration, and where fake-quantisation is off."""
+        """Not rounding: in calibration, and where fake-quantization is off."""
         return self.calibrating or not self.fake_quant_enabled
 
     def reached_by_calibration(self) -> str | None:
@@ -217,8 +219,8 @@ class FixedPointActivation(Calibrates, Float32State):
 class FixedPointInput(FixedPointActivation):
     """The network's images as codes; ``alpha`` (buffer) is the largest magnitude that calibration saw, 1 before.
 
-    Images without negative values have unsigned codes (values in [0, 1] of bytes: the bytes themselves), others signed ones.
-    Buffers ``alpha``, ``fraction_length``, ``is_signed`` (bool ``[1]``).
+    Images without negative values have unsigned codes (for bytes scaled to [0, 1], the bytes themselves), others signed
+    ones. Buffers ``alpha``, ``fraction_length``, ``is_signed`` (bool ``[1]``).
     """
 
     def __init__(self, *, method: str = "std", device: torch.device | str | None = None):

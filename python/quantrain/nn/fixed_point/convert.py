@@ -1,4 +1,4 @@
-"""convert under a recipe of fixed-point arithmetic: a prepared model to the graph and the integer tensors of a FixedPointNetwork."""
+"""convert in fixed point: a prepared model to the graph and the integer tensors of a FixedPointNetwork."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def audit(model: nn.Module) -> Table:
     """What a converted model computes, operation by operation.
 
     Raises:
-        ValueError: a model that is not a converted fixed-point one; an operation that is not an 8-bit multiplication, an
-            addition, a shift, a comparison or a copy.
+        ValueError: a model that is not a converted fixed-point one; an operation that is not an 8-bit multiplication,
+            an addition, a shift, a comparison or a copy.
     """
     if isinstance(model, FixedPointNetwork):
         return model.audit()
@@ -117,7 +117,7 @@ class _Writer:
             writer.linear(step.name, step.inputs[0], folded, output)
 
     def check_bound(self, step: Step, layer: FixedPointLayer, folded: _C._FixedPointFolded) -> None:
-        """The accumulator and, where there is one, its sum with the residual fit 32 bits at the longer fraction length."""
+        """The accumulator, and its sum with a residual at the longer fraction length, must fit 32 bits."""
         own = folded.accumulator_fraction_length.double()
         bound = folded.bound
         if len(step.inputs) == 2:
@@ -144,7 +144,8 @@ def _codes(activation: FixedPointActivation) -> tuple[bool, int]:
 
 @torch.no_grad()
 def simulated_codes(model: FixedPointGraph, images: Tensor) -> dict[str, Tensor]:
-    """The integers that a prepared model's evaluation stands for: step name -> int64 codes or accumulators, the input's too.
+    """The integers that a prepared model's evaluation stands for: step name -> int64 codes or accumulators, the input's
+    too.
 
     Equal to what the converted network computes at every node. The model's mode stays as it is.
 

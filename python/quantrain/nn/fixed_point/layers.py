@@ -1,8 +1,9 @@
 """Layers that train a network of 8-bit fixed-point arithmetic: F8Net (Jin et al. 2022, arXiv:2202.05239).
 
-A tensor is integer codes times a power of two times eta, a real factor that no operation ever multiplies by: it is folded into the
-weights of the layers on either side. In training the layers compute in real values; in evaluation in UNITS (real value / eta), whose
-multiples of ``2^-fraction_length`` are the integers that the converted network computes.
+A tensor is integer codes times a power of two times eta, a real factor that no operation ever multiplies by: it is
+folded into the weights of the layers on either side. In training the layers compute in real values; in evaluation in
+UNITS (real value / eta), whose multiples of ``2^-fraction_length`` are the integers that the converted network
+computes.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ class FixedPointLayer(Calibrates, nn.Module):
 
     @torch.no_grad()
     def reset_fraction_length(self) -> None:
-        """Chooses FL_w anew, whatever it was (hysteresis)."""
+        """Chooses FL_w anew, without hysteresis."""
         factor, _ = self.factor(self.scale_factor())
         self.weight_fraction_length.copy_(self.choose_fraction_length(self.weight * factor, fresh=True))
 
@@ -248,26 +249,29 @@ class FixedPointConv2d(FixedPointLayer, nn.Conv2d):
     With sf = gamma / sqrt(running_var + eps) (1 without batch norm), eta of the tensors it reads and makes, Q(.; FL) =
     fix_quant of 8 signed bits and W_eff = weight * sf * eta_in / eta_out, FL_w chosen from W_eff at every call:
 
-    - training, in real values: y = bn(conv2d(x, Q(W_eff; FL_w) * eta_out / (eta_in * sf)) + bias), the factors held constant
-      for the gradient (0 counts as 1). With ``double_forward`` as published: sf takes mean and variance of conv2d(x, weight), with
-      gradient, and so costs a second convolution.
-    - evaluation, in units: y = conv2d(x, Q(W_eff)) + b_q, b_q = rint(b_eff * 2^(FL_x + FL_w)) * 2^-(FL_x + FL_w), b_eff = (beta -
-      (running_mean - bias) * sf) / eta_out. Exact: in float32 where the accumulator stays below 2^24, else in float64.
+    - training, in real values: y = bn(conv2d(x, Q(W_eff; FL_w) * eta_out / (eta_in * sf)) + bias), the factors held
+      constant for the gradient (0 counts as 1). With ``double_forward`` as published: sf takes mean and variance of
+      conv2d(x, weight), with gradient, and so costs a second convolution.
+    - evaluation, in units: y = conv2d(x, Q(W_eff)) + b_q, b_q = rint(b_eff * 2^(FL_x + FL_w)) * 2^-(FL_x + FL_w), b_eff
+      = (beta - (running_mean - bias) * sf) / eta_out. Exact: in float32 where the accumulator stays below 2^24, else in
+      float64.
 
-    Then ``y + residual`` where a shortcut ends here, then ``output_activation``. Without one the output is in real values, eta_out =
-    2^-j with j such that FL_w can be 7.
+    Then ``y + residual`` where a shortcut ends here, then ``output_activation``. Without one the output is in real
+    values, eta_out = 2^-j with j such that FL_w can be 7.
 
     Args:
-        in_channels, ..., padding_mode: as ``nn.Conv2d``; dilation 1, zeros, groups 1 or depthwise (in == out == groups).
+        in_channels, ..., padding_mode: as ``nn.Conv2d``; dilation 1, zeros, groups 1 or depthwise (in == out ==
+            groups).
         recipe: a recipe with ``fixed_point``, or the name of one.
         input_activation: that of the tensor read; a reference, not a child.
         activation: that of the tensor made, owned by this layer; or
         output_activation: one that another layer owns.
-        quantizes: False: the output is in output_activation's units but not rounded, for a shortcut that is added later.
+        quantizes: False leaves the output in output_activation's units but not rounded, for a shortcut that is added
+            later.
         bn: an nn.BatchNorm2d.
 
-    Shapes: input ``[N, C, H, W]`` -> ``[N, O, OH, OW]``, residual of the output's shape. Buffer ``weight_fraction_length``: int32
-    ``[1]``, or ``[O, 1, 1, 1]`` where the recipe's weight is per_channel.
+    Shapes: input ``[N, C, H, W]`` -> ``[N, O, OH, OW]``, residual of the output's shape. Buffer
+    ``weight_fraction_length``: int32 ``[1]``, or ``[O, 1, 1, 1]`` where the recipe's weight is per_channel.
 
     Raises:
         ValueError: a recipe without ``fixed_point``, or a convolution without integer form.
@@ -313,8 +317,8 @@ class FixedPointConv2d(FixedPointLayer, nn.Conv2d):
 class FixedPointLinear(FixedPointLayer, nn.Linear):
     """A linear layer in 8-bit fixed point, :class:`FixedPointConv2d` with a matrix product in place of the convolution.
 
-    As the last layer of a network its output is not rounded: W_eff = weight * eta_in * 2^j, and the evaluation's logits are
-    accumulators times 2^-(FL_x + FL_w + j), in real values, so that the evaluation's loss is that of training.
+    As the last layer of a network its output is not rounded: W_eff = weight * eta_in * 2^j, and the evaluation's logits
+    are accumulators times 2^-(FL_x + FL_w + j), in real values, so that the evaluation's loss is that of training.
 
     Args:
         in_features, out_features, bias: as ``nn.Linear``; the others as :class:`FixedPointConv2d`.
@@ -355,8 +359,9 @@ class FixedPointLinear(FixedPointLayer, nn.Linear):
 class FixedPointAvgPool2d(Calibrates, nn.Module):
     """The mean over the whole image: a sum, a shift, and what is left of the division in the eta of its output.
 
-    With 2^k the power of two nearest to the number of pixels: units = sum(units of input) * 2^-k, eta = eta_in * 2^k / pixels,
-    rounded to 8 bits by the child ``activation`` (no clip). Training: eta * fix_quant(mean(x) / eta; FL), in real values.
+    With 2^k the power of two nearest to the number of pixels: units = sum(units of input) * 2^-k, eta = eta_in * 2^k /
+    pixels, rounded to 8 bits by the child ``activation`` (no clip). Training: eta * fix_quant(mean(x) / eta; FL), in
+    real values.
 
     Args:
         input_activation: that of the tensor read; a reference, not a child.

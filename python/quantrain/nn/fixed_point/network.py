@@ -28,17 +28,17 @@ _COLUMNS = {
 
 
 class FixedPointNetwork(nn.Module):
-    """Wraps an integer network: ``forward`` takes float images and gives float logits, all between is integers.
+    """Wraps an integer network: ``forward`` takes float images and gives float logits; everything between is integers.
 
-    8-bit codes are multiplied, summed in int32 and shifted, with no float and no scale (F8Net, Jin et al., ICLR 2022); what each
-    layer does is in :meth:`audit`. The network itself, which takes codes and gives int32, is :attr:`network`, a
-    ``quantrain._C.FixedPointNetwork`` with ``forward(codes)``, ``forward_all(codes)`` (every node's integers by name),
-    ``quantize_input(images)``, ``dequantize_output(integers)``, ``graph()`` and ``tensors()``. Calls from several threads are
-    safe and wait for each other; the interpreter is free meanwhile. No gradients. On CUDA it can be captured in a CUDA graph
-    after one call.
+    8-bit codes are multiplied, summed in int32 and shifted, with no float and no scale (F8Net, Jin et al., ICLR 2022);
+    what each layer does is in :meth:`audit`. The network itself, which takes codes and gives int32, is :attr:`network`,
+    a ``quantrain._C.FixedPointNetwork`` with ``forward(codes)``, ``forward_all(codes)`` (every node's integers by
+    name), ``quantize_input(images)``, ``dequantize_output(integers)``, ``graph()`` and ``tensors()``. Calls from
+    several threads are safe and wait for each other; the interpreter is free meanwhile. No gradients. On CUDA it can be
+    captured in a CUDA graph after one call.
 
-    The state dict holds int8 and int32 tensors alone, ``<layer>.weight`` and ``<layer>.bias``. Loading one makes the network anew,
-    with every check, and changes nothing where one fails. ``.to(device)`` moves the network; dtypes stay.
+    The state dict holds int8 and int32 tensors alone, ``<layer>.weight`` and ``<layer>.bias``. Loading one makes the
+    network anew, with every check, and changes nothing where one fails. ``.to(device)`` moves the network; dtypes stay.
 
     Args:
         network: what to wrap, or the graph (JSON text or a dict) of a network.
@@ -84,7 +84,7 @@ class FixedPointNetwork(nn.Module):
         return self.network.dequantize_output(self.network.forward(self.network.quantize_input(images)))
 
     def audit(self) -> Table:
-        """A row a layer: operations, operands, accumulator, result, and the proven bound of its sums (below 2^31).
+        """One row per layer: operations, operands, accumulator, result, and the proven bound of its sums (below 2^31).
 
         Raises:
             ValueError: an operation other than a product of 8-bit codes, an addition, a shift, a comparison or a copy.
@@ -95,8 +95,8 @@ class FixedPointNetwork(nn.Module):
     def save(self, path: str | os.PathLike) -> None:
         """Writes tensors and graph to one file, ``path`` (safetensors, the graph and a checksum as metadata).
 
-        The file is the old one or the new one, whole, also where the process is killed. The C++ class reads and writes the same file
-        (<quantrain/nn/fixed_point_network.h>).
+        The file is the old one or the new one, whole, even if the process is killed. The C++ class reads and writes the
+        same file (<quantrain/nn/fixed_point/network.h>).
 
         Raises:
             ValueError: a path that ends in .json.
@@ -105,7 +105,7 @@ class FixedPointNetwork(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> FixedPointNetwork:
-        """Reads the file that :meth:`save` wrote, or the two files (tensors, and the graph beside them as .json) of version 1.
+        """Reads the file that :meth:`save` wrote, or the two files of version 1 (tensors, and the graph as .json).
 
         Raises:
             FileNotFoundError: it is missing.

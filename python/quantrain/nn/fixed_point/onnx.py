@@ -1,8 +1,9 @@
 """The integer network as an ONNX model of integer operators, for any runtime that has them.
 
-Codes are uint8 inside the model; signed codes are held with 128 added (zero point 128), and so are the weights, because unsigned
-bytes have an exact product on every CPU: onnxruntime's product of uint8 with int8 saturates at 16 bits where the CPU has no VNNI.
-A shift with rounding to even is made of operators that ONNX has, on unsigned integers t that are not negative:
+Codes are uint8 inside the model; signed codes are held with 128 added (zero point 128), and so are the weights, because
+unsigned bytes have an exact product on every CPU: onnxruntime's product of uint8 with int8 saturates at 16 bits where
+the CPU has no VNNI. A shift with rounding to even is made of operators that ONNX has, on unsigned integers t that are
+not negative:
 
     (t + (2^(n-1) - 1) + ((t >> n) & 1)) >> n
 """
@@ -27,22 +28,24 @@ _MAX_LEFT_SHIFT = 8  # a code range holds 8 bits: what is shifted further is 0 o
 
 
 def export_onnx(model: Any, path: str | os.PathLike, *, batch: int | str = "N", outputs: tuple[str, ...] = ()) -> None:
-    """Writes an integer network as ONNX (opset 18): 8-bit codes in, int32 accumulators out, no floating point between them.
+    """Writes an integer network as ONNX (opset 18): 8-bit codes in, int32 accumulators out, no floating point between.
 
-    The results equal those of the network itself, bit for bit. The products are ConvInteger and MatMulInteger; the rest are Add, Sub,
-    Min, Max, BitShift, BitwiseAnd, Cast, ReduceSum, MaxPool, Slice, Pad and Flatten. The model's metadata hold what the integers mean:
-    ``quantrain.input`` and ``quantrain.output`` (JSON, with the scale of a code and of an accumulator) and ``quantrain.recipe``.
+    The results equal those of the network itself, bit for bit. The products are ConvInteger and MatMulInteger; the rest
+    are Add, Sub, Min, Max, BitShift, BitwiseAnd, Cast, ReduceSum, MaxPool, Slice, Pad and Flatten. The model's metadata
+    hold what the integers mean: ``quantrain.input`` and ``quantrain.output`` (JSON, with the scale of a code and of an
+    accumulator) and ``quantrain.recipe``.
 
     Args:
-        model: a ``FixedPointNetwork``, a converted model whose ``network`` is one, or the pair (graph, tensors): the graph as a dict or
-            JSON text, the tensors by name.
+        model: a ``FixedPointNetwork``, a converted model whose ``network`` is one, or the pair (graph, tensors): the
+            graph as a dict or JSON text, the tensors by name.
         path: the file to write. The model's input and output have the names that the graph gives them.
         batch: the batch size, or the name of an open one.
         outputs: names of further nodes whose integers the model gives, after its output.
 
     Raises:
         ImportError: the package onnx is not installed (extra [onnx]).
-        ValueError: another model (of floating point, or of a recipe that is not in fixed point); a graph of another format or version, or an op or a name that it does not have.
+        ValueError: another model (of floating point, or of a recipe that is not in fixed point); a graph of another
+            format or version, or an op or a name that it does not have.
 
     Example:
         >>> graph = {
@@ -93,7 +96,7 @@ def _not_a_network(found: str) -> ValueError:
 
 @dataclass
 class _Value:
-    """A tensor of the model: uint8 codes (signed ones plus 128) or int32 accumulators, with the fraction length of [C] or []."""
+    """A tensor of the model: uint8 codes (signed ones plus 128) or int32 accumulators; fraction length [C] or []."""
 
     name: str
     fraction_length: np.ndarray
@@ -158,7 +161,7 @@ class _Exporter:
         return self._op("Cast", [moved], f"{name}/plus128", to=self.types.UINT8)
 
     def _result(self, name: str, batch: int | str):
-        """The named node's integers under its own name: int8 for signed codes, uint8 for unsigned, int32 for accumulators."""
+        """The node's integers under its own name: int8 for signed codes, uint8 for unsigned, int32 for accumulators."""
         if name not in self.values or name == self.graph["input"]["name"]:
             raise ValueError(f"export_onnx: expected the name of a node, got {name}")
         value, kind = self.values[name], self.types.INT32
@@ -306,8 +309,8 @@ class _Exporter:
     def _requantized(self, name: str, int32: str, shift: np.ndarray, signed: bool, rank: int) -> str:
         """Codes of int32 accumulators, signed ones plus 128.
 
-        Saturation comes first, at 256 steps to each side, so that nothing overflows. Then signed accumulators get 128 steps more, an
-        even number, which makes them positive and leaves ties to even what they were.
+        Saturation comes first, at 256 steps to each side, so that nothing overflows. Then signed accumulators get 128
+        steps more, an even number, which makes them positive and leaves ties to even what they were.
         """
         wide = bool(np.any(shift > _MAX_NARROW_SHIFT))
         integer, natural = (np.int64, np.uint64) if wide else (np.int32, np.uint32)
@@ -367,6 +370,6 @@ class _Exporter:
 
 
 def _over_channels(values: np.ndarray, rank: int) -> np.ndarray:
-    """One value a channel so that it broadcasts with [N, C, ...]; rank counts without the batch."""
+    """One value per channel so that it broadcasts with [N, C, ...]; rank counts without the batch."""
     values = np.asarray(values, np.int64)
     return values.reshape(()) if values.size == 1 else values.reshape((-1,) + (1,) * (rank - 1))

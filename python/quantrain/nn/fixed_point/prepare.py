@@ -1,4 +1,4 @@
-"""prepare under a recipe of fixed-point arithmetic: a float model is traced, and rebuilt from layers that have an integer form."""
+"""prepare in fixed point: a float model is traced, and rebuilt from layers that have an integer form."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class FixedPointGraph(nn.Module):
     """A model rebuilt by ``prepare(model, "f8net")``: steps in order, and modules under the paths of the float model.
 
     Called with images ``[N, C, H, W]`` in real values. Returns logits in real values, in training and in evaluation.
-    Parameters have the float model's names; a batch norm lies under its convolution (``<conv>.bn``), as does what quantises the
-    convolution's output (``<conv>.activation``); the images' is ``input_activation``.
+    Parameters have the float model's names; a batch norm lies under its convolution (``<conv>.bn``), as does what
+    quantizes the convolution's output (``<conv>.activation``); the images' is ``input_activation``.
     """
 
     input_activation: FixedPointInput
@@ -32,7 +32,7 @@ class FixedPointGraph(nn.Module):
         super().__init__()
         self._steps = steps
 
-    # Names of children are the float model's, which may be any that nn.Module has not: what is added here begins with an underscore.
+    # Names of children are the float model's, which may be any but nn.Module's: what is added here begins with _.
 
     def forward(self, input: Tensor) -> Tensor:
         return self._run(input)
@@ -93,8 +93,8 @@ def prepare_fixed_point(model: nn.Module, recipe: Recipe) -> FixedPointGraph:
     """The prepared form of ``model``; see :func:`quantrain.nn.prepare`.
 
     Raises:
-        ValueError: a model that torch.fx cannot trace, or an operation without integer form, named with its path. The model is
-            unchanged.
+        ValueError: a model that torch.fx cannot trace, or an operation without integer form, named with its path. The
+            model is unchanged.
     """
     steps = read_steps(model)
     if "input_activation" in model._modules:

@@ -1,4 +1,4 @@
-"""A traced float model as the steps of a fixed-point network: what has an integer form, in which order, and what shares its units."""
+"""A traced model as steps of a fixed-point network: what has an integer form, in which order, in whose units."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ PRODUCTS = ("conv2d", "linear")
 def read_steps(model: nn.Module) -> list[Step]:
     """The operations of a float model in an order of evaluation, batch norms, activations and additions in their place.
 
-    They are read in the mode that the model is in. The network has one graph, so another graph in the other mode is an error.
+    They are read in the mode that the model is in. The network has one graph, so another graph in the other mode is an
+    error.
     """
     steps = _steps_of(model, model.training)
     try:

@@ -1,7 +1,8 @@
 """Schemes: how layers run beyond rounding their tensors. A recipe has one or none.
 
-A scheme is a file here, which registers a :class:`SchemeHandler`, and a C++ file that names its fields (nn/schemes/). Everything that
-serves all layers (prepare, calibrate, convert, report, checkpoints, jobs) asks the handler of a recipe and knows none by name.
+A scheme is a file here, which registers a :class:`SchemeHandler`, and a C++ file that names its fields (nn/schemes/).
+Everything that serves all layers (prepare, calibrate, convert, report, checkpoints, jobs) asks the handler of a recipe
+and knows none by name.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class SchemeHandler:
     Attributes:
         kind: what the recipe's scheme calls itself; "" for recipes without one.
         own_weight_rule: whether the scheme rounds weights by a rule of its own (``Scheme.weight_qparams``).
-        rebuilds: whether ``prepare`` makes a new network of the whole model, and ``convert`` another, rather than swap layers.
+        rebuilds: whether ``prepare`` makes a new network of the whole model, and ``convert`` another, rather than swap
+            layers.
     """
 
     kind: ClassVar[str] = ""
@@ -50,10 +52,10 @@ class SchemeHandler:
         return True
 
     def check_layer(self, layer: QuantLayer) -> None:
-        """Raises ValueError where a layer of this class does not run so; the layer has its recipe and no quantizers yet."""
+        """Raises ValueError where such a layer does not run so; it has its recipe and no quantizers yet."""
 
     def gradient_arguments(self, recipe: Recipe, *, convolution: bool) -> dict[str, str | int | bool] | None:
-        """Arguments of ``fqt_linear`` or ``fqt_conv2d``; None: gradients are not quantised."""
+        """Arguments of ``fqt_linear`` or ``fqt_conv2d``; None: gradients are not quantized."""
         return None
 
     def converted_class(self, layer: QuantLayer, twin: type[QuantizedLayer]) -> type[QuantizedLayer]:
@@ -83,13 +85,13 @@ class SchemeHandler:
         """Called with the prepared network when calibration has set its ranges."""
 
     def is_converted(self, model: nn.Module) -> bool:
-        """Whether ``model`` is what ``convert_network`` returned. It has ``save(path)``, a class method ``load`` and ``audit()``."""
+        """Whether ``model`` is from ``convert_network``. It has ``save``, a class method ``load`` and ``audit``."""
         return False
 
     # Texts of reports
 
     def spec_text(self, recipe: Recipe, text: str) -> str:
-        """How one tensor is quantised; ``text`` is what its spec says."""
+        """How one tensor is quantized; ``text`` is what its spec says."""
         return text
 
     def gradient_text(self, recipe: Recipe) -> str:

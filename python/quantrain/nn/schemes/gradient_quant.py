@@ -1,4 +1,4 @@
-"""Gradients computed from a quantised gradient of the output (StatQuant): recipes fqt-*."""
+"""Gradients computed from a quantized gradient of the output (StatQuant): recipes fqt-*."""
 
 from __future__ import annotations
 
