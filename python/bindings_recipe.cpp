@@ -134,10 +134,12 @@ py::object loads(const std::string& text) { return py::module_::import("json").a
 void bind_scheme(py::module_& module) {
   py::class_<Scheme, std::shared_ptr<Scheme>>(
       module, "Scheme", "How a layer runs beyond rounding its tensors: one of a recipe's, by kind and fields.")
-      .def(py::init([](const std::string& kind, const py::kwargs& fields) {
-             return scheme_from(kind, py::module_::import("json").attr("dumps")(fields).cast<std::string>());
-           }),
-           py::arg("kind"))
+      .def_static(
+          "make",
+          [](const std::string& kind, const py::kwargs& fields) {
+            return scheme_from(kind, py::module_::import("json").attr("dumps")(fields).cast<std::string>());
+          },
+          py::arg("kind"), "The scheme of a kind, of its own class where it has one; ValueError for an unknown field.")
       .def_property_readonly("kind", &Scheme::kind)
       .def_property_readonly("linear_only", &Scheme::linear_only, "Whether only Linear layers run so.")
       .def_property_readonly("integer_products", &Scheme::integer_products,

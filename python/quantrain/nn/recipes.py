@@ -83,8 +83,7 @@ def _changed_scheme(scheme: Scheme | None, change: Mapping) -> Scheme:
     if kind is None:
         raise ValueError(f"recipe: expected the kind of a scheme ({', '.join(Scheme.kinds())}), got none")
     if scheme is None or scheme.kind != kind:
-        scheme = Scheme(kind, **{field: _plain(value) for field, value in change.items()})
-        return scheme
+        return Scheme.make(kind, **{field: _plain(value) for field, value in change.items()})
     fields = json.loads(scheme.to_json())
     for field, value in change.items():
         if field not in fields:
@@ -93,7 +92,7 @@ def _changed_scheme(scheme: Scheme | None, change: Mapping) -> Scheme:
             )
         nested = isinstance(value, Mapping) and isinstance(fields[field], Mapping)
         fields[field] = {**fields[field], **value} if nested else _plain(value)
-    return Scheme(kind, **fields)
+    return Scheme.make(kind, **fields)
 
 
 def _plain(value: object) -> object:

@@ -93,7 +93,7 @@ def test_a_scheme_is_a_value_of_its_recipe():
         for twin in (
             copy.deepcopy(scheme),
             pickle.loads(pickle.dumps(scheme)),
-            Scheme(scheme.kind, **json.loads(scheme.to_json())),
+            Scheme.make(scheme.kind, **json.loads(scheme.to_json())),
         ):
             assert twin == scheme and type(twin) is type(scheme) and repr(twin) == repr(scheme)
     with pytest.raises(TypeError, match="Int8Spec: expected a field of its own, got 'outputs'"):
