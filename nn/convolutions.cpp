@@ -50,7 +50,7 @@ QuantConv1dImpl::QuantConv1dImpl(const torch::nn::Conv1dOptions& options, const 
 at::Tensor QuantConv1dImpl::convolve(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const {
   const auto* sizes = std::get_if<torch::ExpandingArray<1>>(&options_.padding());
   const char* named = std::holds_alternative<torch::enumtype::kSame>(options_.padding()) ? "same" : "valid";
-  if (!quantises_gradients()) {
+  if (!quantizes_gradients()) {
     const at::Tensor y =
         sizes ? at::conv1d(input, weight, bias, options_.stride(), *sizes, options_.dilation(), options_.groups())
               : at::conv1d(input, weight, bias, options_.stride(), named, options_.dilation(), options_.groups());

@@ -240,7 +240,7 @@ void GradientProbe::attach(torch::nn::Module& module) {
   if (dynamic_cast<QuantModule*>(&module)) add(module.shared_from_this(), "(model)");
   for (const auto& item : module.named_modules("", /*include_self=*/false)) add(item.value(), item.key());
   QUANTRAIN_CHECK_VALUE(!state_->attached.empty(),
-                        "GradientProbe.attach: expected a module with a quantised layer, got {}", "one without");
+                        "GradientProbe.attach: expected a module with a quantized layer, got {}", "one without");
 }
 
 void GradientProbe::detach() {
@@ -305,7 +305,7 @@ void GradientProbe::measure_network(const std::function<at::Tensor()>& loss, int
   QUANTRAIN_CHECK_VALUE(
       drift <= 1e-8 * norm,
       "GradientProbe.measure_network: expected a backward pass that repeats itself, got gradients that "
-      "differ by {:.2g} of their norm (take the gradients' quantisation out of the recipe)",
+      "differ by {:.2g} of their norm (take the gradients' quantization out of the recipe)",
       std::sqrt(drift / norm));
   for (const auto& layer : state.layers) {
     state.active_layer = layer->name;

@@ -33,7 +33,7 @@ at::Tensor Int8LinearImpl::forward(const at::Tensor& input) {
     return quantized_output(watched(at::linear(input, weight, bias)));
   }
   const Int8Spec& spec = *recipe().scheme_as<Int8Spec>();
-  const bool gradients = quantises_gradients();
+  const bool gradients = quantizes_gradients();
   const Int8LinearOptions options{spec.output, gradients ? std::string_view(spec.grad_input) : "none",
                                   gradients ? std::string_view(spec.grad_weight) : "none", spec.weight_scheme,
                                   spec.simulate};

@@ -191,7 +191,7 @@ at::Tensor QuantModule::integer_product(const at::Tensor& input) const {
 void QuantModule::check_convertible(bool check_observed) {
   const std::string who = label_.empty() ? name() : "layer '" + label_ + "' (" + name() + ")";
   TORCH_CHECK_VALUE(!converted_, "convert: expected a ", who, " that is not converted yet, got a converted one");
-  TORCH_CHECK_VALUE(!left_float_, "convert: expected a quantised ", who, ", got one left in floating point");
+  TORCH_CHECK_VALUE(!left_float_, "convert: expected a quantized ", who, ", got one left in floating point");
   TORCH_CHECK_VALUE(recipe_.weight, "convert: expected a weight spec in the recipe of ", who, ", got none in '",
                     recipe_.name, "'");
   TORCH_CHECK_VALUE(recipe_.weight->bits <= 8, "convert: expected a ", who, " with weight bits of at most 8, got ",
@@ -348,7 +348,7 @@ at::Tensor QuantLinearImpl::forward(const at::Tensor& input) {
   const at::Tensor x = quantized_input(input);
   if (!converted()) {
     const at::Tensor w = quantized_weight(weight);
-    if (!quantises_gradients()) return quantized_output(watched(at::linear(x, w, bias)));
+    if (!quantizes_gradients()) return quantized_output(watched(at::linear(x, w, bias)));
     return quantized_output(watched(quantrain::fqt_linear(
         x, w, defined_or_none(bias), gradient_quantizer(recipe(), "grad_input", /*convolution=*/false),
         gradient_quantizer(recipe(), "grad_weight", false))));
@@ -368,7 +368,7 @@ std::shared_ptr<QuantConv2dImpl> QuantConv2dImpl::fresh() const {
 
 at::Tensor QuantConv2dImpl::convolve(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const {
   const auto& padding = options_.padding();
-  if (quantises_gradients()) return convolve_quantising_gradients(input, weight, bias);
+  if (quantizes_gradients()) return convolve_quantizing_gradients(input, weight, bias);
   if (const auto* sizes = std::get_if<torch::ExpandingArray<2>>(&padding)) {
     return at::conv2d(input, weight, bias, options_.stride(), *sizes, options_.dilation(), options_.groups());
   }
@@ -377,7 +377,7 @@ at::Tensor QuantConv2dImpl::convolve(const at::Tensor& input, const at::Tensor& 
                     options_.groups());
 }
 
-at::Tensor QuantConv2dImpl::convolve_quantising_gradients(const at::Tensor& input, const at::Tensor& weight,
+at::Tensor QuantConv2dImpl::convolve_quantizing_gradients(const at::Tensor& input, const at::Tensor& weight,
                                                           const at::Tensor& bias) const {
   const GradientQuantizer for_input = gradient_quantizer(recipe(), "grad_input", /*convolution=*/true);
   const GradientQuantizer for_weight = gradient_quantizer(recipe(), "grad_weight", true);
@@ -533,7 +533,7 @@ void use_edge_recipes(torch::nn::Module& module) {
   for (const auto& child : module.modules()) {
     if (auto* layer = dynamic_cast<QuantModule*>(child.get())) layers.push_back(layer);
   }
-  TORCH_CHECK_VALUE(!layers.empty(), "use_edge_recipes: expected a module with a quantised layer, got none");
+  TORCH_CHECK_VALUE(!layers.empty(), "use_edge_recipes: expected a module with a quantized layer, got none");
   for (QuantModule* layer : {layers.front(), layers.back()}) {
     if (layer->recipe().edge_bits > 0) layer->use_recipe(layer->recipe().edge());
   }
@@ -562,8 +562,8 @@ void copy_state(const torch::nn::Module& from, torch::nn::Module& to, const std:
   for (auto& item : to.named_buffers()) take(buffers[item.key()], item.value());
   const auto copies = to.modules();
   for (size_t i = 0; i < modules.size(); ++i) {
-    if (auto* quantiser = copies[i]->as<FakeQuantizeImpl>()) {
-      quantiser->copy_switches(*modules[i]->as<FakeQuantizeImpl>());
+    if (auto* quantizer = copies[i]->as<FakeQuantizeImpl>()) {
+      quantizer->copy_switches(*modules[i]->as<FakeQuantizeImpl>());
     }
     if (const auto* calibrates = dynamic_cast<const Calibrates*>(modules[i].get())) {
       dynamic_cast<Calibrates&>(*copies[i]).enable_fake_quant(calibrates->fake_quant_enabled());
@@ -590,7 +590,7 @@ void convert(torch::nn::Module& module, bool check_observed, const std::vector<s
     any = any || layer;
     if (layer && !layer->converted() && !layer->left_float() && seen.insert(layer).second) layers[item.key()] = layer;
   }
-  TORCH_CHECK_VALUE(any, "convert: expected a module with a quantised layer to convert, got none");
+  TORCH_CHECK_VALUE(any, "convert: expected a module with a quantized layer to convert, got none");
   TORCH_CHECK_VALUE(!layers.empty(),
                     "convert: expected a module with a layer that is not converted yet, got one converted already");
   std::vector<QuantModule*> left;

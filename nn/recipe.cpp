@@ -89,7 +89,7 @@ void QuantSpec::validate() const {
   }
   if (!(percentile > 50 && percentile <= 100)) fail_field(kName, "percentile in (50, 100]", number_text(percentile));
   if (learnable && dynamic())
-    fail_field(kName, "an observer that initialises the learnable scale", "observer 'dynamic'");
+    fail_field(kName, "an observer that initializes the learnable scale", "observer 'dynamic'");
   if (granularity == Granularity::kPerToken && !dynamic()) {
     fail_field(kName, "observer 'dynamic' with granularity per_token", "'" + name_of(observer) + "'");
   }

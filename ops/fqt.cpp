@@ -31,7 +31,7 @@ void check_quantizer(std::string_view op, std::string_view gradient, const Gradi
   QUANTRAIN_CHECK_VALUE(fault.empty(), "{}: expected {}", op, fault);
 }
 
-bool may_quantise(at::ScalarType type) { return type == at::kFloat || type == at::kHalf || type == at::kBFloat16; }
+bool may_quantize(at::ScalarType type) { return type == at::kFloat || type == at::kHalf || type == at::kBFloat16; }
 
 void check_image(std::string_view op, const at::Tensor& input, const at::Tensor& weight) {
   const auto at_least_one = [](const c10::SymInt& size) { return TORCH_GUARD_OR_TRUE(size.sym_ge(1)); };
@@ -51,7 +51,7 @@ void check_tensors(std::string_view op, const at::Tensor& input, const at::Tenso
   check_quantizer(op, "grad_weight", grad_weight);
   const bool exact = grad_input.quantizer == "none" && grad_weight.quantizer == "none";
   const at::ScalarType type = input.scalar_type();
-  QUANTRAIN_CHECK_TYPE(may_quantise(type) || (exact && type == at::kDouble),
+  QUANTRAIN_CHECK_TYPE(may_quantize(type) || (exact && type == at::kDouble),
                        "{}: expected input of float32, float16 or bfloat16{}, got {}", op, exact ? " or float64" : "",
                        c10::toString(type));
   const auto check_like_input = [&](std::string_view name, const at::Tensor& tensor) {

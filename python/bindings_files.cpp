@@ -17,7 +17,7 @@ void bind_files(py::module_& module) {
         quantrain::nn::detail::replace_file(path, {view});
       },
       py::arg("path"), py::arg("content"),
-      "Puts content in place of the file: written beside it under a name of its own, synchronised, renamed.");
+      "Puts content in place of the file: written beside it under a name of its own, synchronized, renamed.");
   module.def(
       "write_safetensors",
       [](const std::string& path, std::map<std::string, at::Tensor> tensors,

@@ -144,7 +144,7 @@ void bind_scheme(py::module_& module) {
       .def_property_readonly("linear_only", &Scheme::linear_only, "Whether only Linear layers run so.")
       .def_property_readonly("integer_products", &Scheme::integer_products,
                              "Whether converted Linear layers multiply integers.")
-      .def_property_readonly("quantises_gradients", &Scheme::quantises_gradients)
+      .def_property_readonly("quantizes_gradients", &Scheme::quantizes_gradients)
       .def("to_json", &Scheme::to_json)
       .def(
           "weight_qparams",
@@ -208,7 +208,7 @@ void bind_scheme_of(py::module_& module, const char* doc) {
 void bind_recipe_class(py::module_& module) {
   py::class_<Recipe> cls(
       module, "Recipe",
-      "How a layer is quantised: a QuantSpec (or None) for weight, input and output, and a scheme (or "
+      "How a layer is quantized: a QuantSpec (or None) for weight, input and output, and a scheme (or "
       "None) for how it runs beyond that.");
   cls.def_property(
       "scheme", [](const Recipe& self) { return self.scheme.pointer(); },
@@ -232,7 +232,7 @@ void bind_recipe_class(py::module_& module) {
 void bind_recipe(py::module_& module) {
   py::class_<QuantSpec> quant(
       module, "QuantSpec",
-      "How one tensor of a layer is quantised: codes, granularity, and where the scale comes from.");
+      "How one tensor of a layer is quantized: codes, granularity, and where the scale comes from.");
   bind_fields<QuantSpec>(quant);
   bind_value<QuantSpec>(quant);
   quant.def("quant_min", &QuantSpec::quant_min, "The smallest code: -2**(bits-1) symmetric, 0 affine.")
@@ -250,7 +250,7 @@ void bind_recipe(py::module_& module) {
   bind_scheme(module);
   bind_scheme_of<GradientQuantSpec>(
       module,
-      "Gradients computed from a quantised gradient of the output: a GradientSpec (or None) for grad_input and "
+      "Gradients computed from a quantized gradient of the output: a GradientSpec (or None) for grad_input and "
       "grad_weight.");
   bind_scheme_of<Int8Spec>(
       module,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the library and the C++ tests with the address and undefined-behaviour sanitisers (preset asan, in build/asan) and runs them:
-# once as they are, and the integer kernels once for each CPU path that this processor has. Fails where a test or a sanitiser does.
+# Builds the library and the C++ tests with the address and undefined-behaviour sanitizers (preset asan, in build/asan) and runs them:
+# once as they are, and the integer kernels once for each CPU path that this processor has. Fails where a test or a sanitizer does.
 # Usage: scripts/sanitize.sh      Environment: PYTHON (an interpreter with torch; default .venv's, else python3), JOBS (default: nproc)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -48,7 +48,7 @@ struct Moments {
   float inverse;  // of the standard deviation, or of the root mean square
 };
 
-__device__ __forceinline__ float normalised(float s, Moments m, float weight, float bias) {
+__device__ __forceinline__ float normalized(float s, Moments m, float weight, float bias) {
   return (s - m.mean) * m.inverse * weight + bias;
 }
 
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_elements_kernel(const Int8No
   }
   m.inverse = 1.0f / sqrtf(row_sum<1>(squares) / columns + a.eps);
   const auto result = [&](int64_t c, float s) {
-    return normalised(s, m, parameter<T>(a.weight, a.parameter_dtype, c, 1.0f),
+    return normalized(s, m, parameter<T>(a.weight, a.parameter_dtype, c, 1.0f),
                       parameter<T>(a.bias, a.parameter_dtype, c, 0.0f));
   };
   uint32_t most = 0;

@@ -1,4 +1,4 @@
-// Fine-tunes a quantised ResNet-20 on Fashion-MNIST without Python: prepare, calibrate, train, convert, evaluate, save.
+// Fine-tunes a quantized ResNet-20 on Fashion-MNIST without Python: prepare, calibrate, train, convert, evaluate, save.
 // `finetune_fashion_mnist --help` lists the flags; the Python twin is `quantrain finetune`.
 #include <algorithm>
 #include <cctype>
@@ -40,7 +40,7 @@ constexpr const char* kHelp = R"(finetune_fashion_mnist [flags]
 
 Fine-tunes ResNet-20 under one recipe and writes metrics.jsonl and safetensors checkpoints (prepared, trained, converted).
 
-  --recipe NAME            qat-w8a8 (default), qat-w8a8-token, qat-w4a8, qat-w4a4, ptq-w8a8, ptq-w4a8; with quantised gradients
+  --recipe NAME            qat-w8a8 (default), qat-w8a8-token, qat-w4a8, qat-w4a4, ptq-w8a8, ptq-w4a8; with quantized gradients
                            fqt-8 and fqt-ptqN, fqt-psqN, fqt-bhqN for N = 2 to 8 bits, also with -paper behind; f8net and
                            f8net-tiny, which end in a network of integers alone
   --checkpoint FILE        start from this model: a float32 one, which is calibrated first, or a prepared and calibrated one,
@@ -172,7 +172,7 @@ int64_t train(Model& model, const ImageData& data, const Training& training, Met
   const auto freeze_step = static_cast<int64_t>(std::ceil(training.freeze * static_cast<double>(total)));
   torch::optim::SGD optimizer = example::make_optimizer(*model);
   torch::manual_seed(
-      static_cast<uint64_t>(training.seed));  // quantised gradients draw from here, as in the Python trainer
+      static_cast<uint64_t>(training.seed));  // quantized gradients draw from here, as in the Python trainer
   const auto start = std::chrono::steady_clock::now();
   example::ProgressLine progress(training.stage, last);
   at::Generator generator;
@@ -314,7 +314,7 @@ int run_evaluation(const Job& job) {
     return report(job, network, "integer network");
   }
   if (!job.start || !job.start->recipe)
-    throw std::invalid_argument("--evaluate: expected --checkpoint of a quantised model, got none");
+    throw std::invalid_argument("--evaluate: expected --checkpoint of a quantized model, got none");
   if (job.recipe.scheme_as<qnn::FixedPointSpec>()) {
     FixedPointGraph graph = example::fixed_point_resnet20(job.data.classes(), 1, job.recipe);
     qnn::load_checkpoint(path, *graph);
@@ -341,7 +341,7 @@ Training settings(const Job& job, const std::string& stage, const std::string& p
   return training;
 }
 
-// The float32 model, trained with the fake-quantisers switched off or loaded, then calibrated.
+// The float32 model, trained with the fake-quantizers switched off or loaded, then calibrated.
 template <typename Model>
 void prepare_from_float(const Job& job, Model& model, Metrics& metrics) {
   if (job.start) {

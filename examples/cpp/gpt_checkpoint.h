@@ -78,16 +78,16 @@ struct Checkpoint {
   // Throws, naming the setting, where the checkpoint's training is another one.
   void check_settings(const nlohmann::json& expected) const { check("setting", settings, expected); }
 
-  // Copies the model's tensors; a float checkpoint leaves the fake-quantisers of a quantised model as they are.
+  // Copies the model's tensors; a float checkpoint leaves the fake-quantizers of a quantized model as they are.
   void load_model(torch::nn::Module& model) const {
     std::map<std::string, at::Tensor> wanted;
     const auto collect = [&](const auto& items) {
       for (const auto& item : items) {
-        const bool quantiser = item.key().find("_fake_quant.") != std::string::npos;
+        const bool quantizer = item.key().find("_fake_quant.") != std::string::npos;
         const auto found = tensors.find(item.key());
         if (found != tensors.end()) {
           wanted[item.key()] = found->second;
-        } else if (recipe.empty() && quantiser) {
+        } else if (recipe.empty() && quantizer) {
           wanted[item.key()] = item.value();
         }
       }

@@ -25,7 +25,7 @@ model
   --preset NAME          small (default, 0.8 M parameters) or gpt2 (124 M)
   --layers, --heads, --width, --context, --vocab N    in place of the preset's
   --dropout X            (0)
-  --recipe NAME          quantisation-aware training of every linear layer, e.g. qat-w8a8, or int8-training for integer matrix
+  --recipe NAME          quantization-aware training of every linear layer, e.g. qat-w8a8, or int8-training for integer matrix
                          products; the embeddings and the output head, which is tied to one, stay in floating point
   --calibration-batches N    batches that set the recipe's ranges (4)
 run

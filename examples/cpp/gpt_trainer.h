@@ -140,7 +140,7 @@ class Trainer {
     return scaler;
   }
 
-  // Initialises, or takes over --init's weights; then calibrates under a recipe.
+  // Initializes, or takes over --init's weights; then calibrates under a recipe.
   void build_model(const std::optional<Checkpoint>& stored) {
     std::optional<quantrain::nn::Recipe> recipe;
     if (!options_.recipe.empty()) recipe = quantrain::nn::Recipe::from_name(options_.recipe);

@@ -1,4 +1,4 @@
-// ResNet-20 for small images (He et al., arXiv:1512.03385, section 4.2) of quantised layers: each convolution holds its
+// ResNet-20 for small images (He et al., arXiv:1512.03385, section 4.2) of quantized layers: each convolution holds its
 // batch norm. The state's names are those of the Python job's model after prepare(), so that checkpoints pass between
 // the two.
 #pragma once
@@ -89,7 +89,7 @@ class ResNet20Impl : public torch::nn::Module {
 TORCH_MODULE(ResNet20);
 
 // Names of the float model, whose batch norms stand beside their convolutions: "conv1.bn.weight" there is "bn1.weight".
-// What only a quantised model has (fake-quantisers; activations, fraction lengths and the size of a pool in fixed
+// What only a quantized model has (fake-quantizers; activations, fraction lengths and the size of a pool in fixed
 // point) gives "".
 inline std::string float_name(const std::string& name) {
   for (const char* part : {"_fake_quant.", "activation.", "fraction_length", "mean."}) {

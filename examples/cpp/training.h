@@ -1,4 +1,4 @@
-// The training loop's parts that have nothing to do with quantisation: schedule, optimiser, progress line,
+// The training loop's parts that have nothing to do with quantization: schedule, optimizer, progress line,
 // metrics.jsonl. Each is the Python job's, so that one checkpoint and one seed give the same losses in both languages.
 #pragma once
 

@@ -89,7 +89,7 @@ class Checkpoint:
                 )
 
     def load_model(self, model: nn.Module) -> None:
-        """Copy the model's tensors; a float checkpoint leaves the fake-quantisers of a prepared model as they are."""
+        """Copy the model's tensors; a float checkpoint leaves the fake-quantizers of a prepared model as they are."""
         state = model.state_dict()
         missing = [name for name in state if name not in self.tensors]
         if not self.recipe:

@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--recipe",
         default="",
-        help="quantisation-aware training of every linear layer, e.g. qat-w8a8, or int8-training for integer matrix "
+        help="quantization-aware training of every linear layer, e.g. qat-w8a8, or int8-training for integer matrix "
         "products; the embeddings and the output head, which is tied to one, stay in floating point",
     )
     model.add_argument("--calibration-batches", type=int, default=4, help="batches that set the recipe's ranges")

@@ -136,7 +136,7 @@ class Trainer:
             self.parallel = nn.parallel.DistributedDataParallel(self.model)
 
     def build_model(self, stored: Checkpoint | None) -> None:
-        """Initialise, or take over --init's weights; then calibrate under a recipe."""
+        """Initialize, or take over --init's weights; then calibrate under a recipe."""
         options = self.options
         self.model, recipe = GPT(options.config), ""
         torch.manual_seed(options.seed)
@@ -158,7 +158,7 @@ class Trainer:
             torch.manual_seed(options.seed + self.ranks.rank)  # each rank drops other elements
 
     def prepare(self) -> str:
-        """Swap the linear layers for quantised ones and give the recipe as JSON."""
+        """Swap the linear layers for quantized ones and give the recipe as JSON."""
         from quantrain import Recipe
         from quantrain import nn as qnn
 

@@ -1,4 +1,4 @@
-// Trains a fake-quantised layer against the installed package, in a process without Python. Returns 0 where the loss
+// Trains a fake-quantized layer against the installed package, in a process without Python. Returns 0 where the loss
 // fell.
 #include <cstdio>
 #include <cstring>

@@ -1,4 +1,4 @@
-// QuantConv1d and QuantConvTranspose2d: against the operators they are made of, converted against fake-quantised, and
+// QuantConv1d and QuantConvTranspose2d: against the operators they are made of, converted against fake-quantized, and
 // what they refuse.
 
 #include "support.h"
@@ -41,7 +41,7 @@ void check_conversion(Layer& layer, const at::Tensor& input) {
 
 }  // namespace
 
-TEST_CASE("QuantConv1d is a convolution of quantised input and weight", "[layers]") {
+TEST_CASE("QuantConv1d is a convolution of quantized input and weight", "[layers]") {
   torch::manual_seed(1);
   QuantConv1d layer(conv1d_options(), Recipe::from_name("qat-w8a8-token"));
   const at::Tensor x = at::randn({3, 4, 16});
@@ -51,7 +51,7 @@ TEST_CASE("QuantConv1d is a convolution of quantised input and weight", "[layers
   CHECK(same_bits(layer->forward(x), at::conv1d(input, w, layer->bias, 2, 2, 1, 2)));
 }
 
-TEST_CASE("converted QuantConv1d and QuantConvTranspose2d equal the fake-quantised ones", "[layers]") {
+TEST_CASE("converted QuantConv1d and QuantConvTranspose2d equal the fake-quantized ones", "[layers]") {
   torch::manual_seed(2);
   for (const char* name : {"qat-w8a8", "qat-w8a8-token", "qat-w4a8", "qat-w4a4", "ptq-w8a8", "ptq-w4a8"}) {
     INFO(name);
@@ -96,7 +96,7 @@ TEST_CASE("QuantConvTranspose2d has one scale an output channel and the float la
   }
 }
 
-TEST_CASE("QuantConv1d quantises gradients as an image of one row", "[layers]") {
+TEST_CASE("QuantConv1d quantizes gradients as an image of one row", "[layers]") {
   const Recipe recipe = Recipe::from_name("fqt-bhq5");
   QuantConv1d one(conv1d_options(), recipe);
   QuantConv2d two(torch::nn::Conv2dOptions(4, 6, {1, 5}).stride({1, 2}).padding({0, 2}).groups(2), recipe);

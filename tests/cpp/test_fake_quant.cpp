@@ -64,7 +64,7 @@ TEST_CASE("NaN stays NaN and infinity saturates", "[fake_quant]") {
   CHECK(same_bits(y, at::tensor({NAN, 3.5f, -4.0f})));
 }
 
-TEST_CASE("codes and dequantise give the fake-quantised values", "[fake_quant]") {
+TEST_CASE("codes and dequantize give the fake-quantized values", "[fake_quant]") {
   torch::manual_seed(22);
   const at::Tensor x = at::randn({7, 9});
   const auto [scale, zero_point] = quantrain::choose_qparams(x, {7, 1}, 0, 15, false);

@@ -102,7 +102,7 @@ TEST_CASE("names are those of the Python model, and residual chains share one ac
   CHECK_FALSE(small("f8net-tiny")->named_parameters().contains("conv1.activation.alpha"));
 }
 
-TEST_CASE("without quantising a fixed-point graph is the float network", "[fixed_point_graph]") {
+TEST_CASE("without quantizing a fixed-point graph is the float network", "[fixed_point_graph]") {
   torch::manual_seed(2);
   FixedPointGraph g(Recipe::from_name("f8net"), 3);
   const FixedPointValue x = g->conv2d("conv", g->input(), conv3x3(3, 4), {.batch_norm = true, .relu = true});

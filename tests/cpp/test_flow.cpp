@@ -388,7 +388,7 @@ TEST_CASE("a checkpoint of other bits is refused, and saved only under its own r
              Contains("expected no recipe for a float model"));
 }
 
-TEST_CASE("weights of a float model load into quantised layers", "[flow]") {
+TEST_CASE("weights of a float model load into quantized layers", "[flow]") {
   torch::manual_seed(9);
   const TemporaryFolder folder;
   SafeTensors content;

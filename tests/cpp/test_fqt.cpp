@@ -167,7 +167,7 @@ TEST_CASE("NaN in the gradient of the output reaches the parameters", "[fqt]") {
   }
 }
 
-TEST_CASE("the mean of the quantised gradients is the exact gradient", "[fqt]") {
+TEST_CASE("the mean of the quantized gradients is the exact gradient", "[fqt]") {
   const at::Tensor x = leaf({24, 6}, at::kCPU, 0), w = leaf({5, 6}, at::kCPU, 1);
   const at::Tensor y = quantrain::fqt_linear(x, w, {}, {"householder", 3}, {"per_channel", 3});
   const at::Tensor g = leaf({24, 5}, at::kCPU, 2).detach() * at::logspace(0, -3, 24).reshape({24, 1});
@@ -190,7 +190,7 @@ TEST_CASE("the mean of the quantised gradients is the exact gradient", "[fqt]") 
   }
 }
 
-TEST_CASE("a network with quantised gradients trains, saves and loads its recipe", "[fqt]") {
+TEST_CASE("a network with quantized gradients trains, saves and loads its recipe", "[fqt]") {
   torch::manual_seed(0);
   const Recipe recipe = Recipe::from_name("fqt-bhq5");
   qnn::QuantLinear first(8, 16, recipe), second(16, 2, recipe);

@@ -237,7 +237,7 @@ TEST_CASE("what a probe refuses", "[probe]") {
   GradientProbe probe;
   CHECK_THAT(value_error([&] { probe.observe("x", at::ones({2, 2}), "row"); }), Contains("got 'row'"));
   torch::nn::Sequential without{torch::nn::ReLU()};
-  CHECK_THAT(value_error([&] { probe.attach(*without); }), Contains("expected a module with a quantised layer"));
+  CHECK_THAT(value_error([&] { probe.attach(*without); }), Contains("expected a module with a quantized layer"));
   const double nan = std::nan("");
   probe.observe("x", at::full({2, 2}, nan));
   CHECK(probe.rows().at(0).skipped == 1);

@@ -64,7 +64,7 @@ void check_conversion(Layer& layer, const at::Tensor& input) {
 
 }  // namespace
 
-TEST_CASE("QuantLinear is a linear map of quantised input and weight", "[layers]") {
+TEST_CASE("QuantLinear is a linear map of quantized input and weight", "[layers]") {
   torch::manual_seed(3);
   const Recipe recipe = Recipe::from_name("qat-w8a8-token");
   QuantLinear layer(64, 16, recipe);
@@ -150,7 +150,7 @@ TEST_CASE("a channel whose batch-norm weight is zero gives no NaN in training", 
   CHECK(layer->weight.grad().isfinite().all().item<bool>());
 }
 
-TEST_CASE("QuantEmbedding equals looking up in the quantised table", "[layers]") {
+TEST_CASE("QuantEmbedding equals looking up in the quantized table", "[layers]") {
   torch::manual_seed(6);
   const at::Tensor indices = at::randint(0, 20, {3, 4}, at::kLong);
   for (const char* granularity : {"per_tensor", "per_channel", "per_group"}) {
@@ -249,9 +249,9 @@ TEST_CASE("a model with a layer that cannot convert is left as it was", "[layers
   CHECK(good->named_parameters().contains("weight"));
 }
 
-TEST_CASE("a module with no quantised layer, or a converted one, is refused", "[layers]") {
+TEST_CASE("a module with no quantized layer, or a converted one, is refused", "[layers]") {
   torch::nn::Sequential model(torch::nn::BatchNorm2d(3));
-  CHECK_THAT(value_error([&] { convert(*model); }), Contains("expected a module with a quantised layer"));
+  CHECK_THAT(value_error([&] { convert(*model); }), Contains("expected a module with a quantized layer"));
   QuantLinear layer(4, 4, Recipe::from_name("qat-w8a8-token"));
   layer->convert_();
   CHECK_THAT(value_error([&] { layer->convert_(); }), Contains("got a converted one"));
@@ -275,7 +275,7 @@ TEST_CASE("Calibration observes in evaluation mode without rounding, and puts th
   CHECK(layer->input_fake_quant->fake_quant_enabled());
 }
 
-TEST_CASE("a quantised network learns under every recipe", "[layers]") {
+TEST_CASE("a quantized network learns under every recipe", "[layers]") {
   for (const char* name : {"qat-w8a8", "qat-w8a8-token", "qat-w4a8", "qat-w4a4"}) {
     INFO(name);
     torch::manual_seed(9);

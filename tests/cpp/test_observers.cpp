@@ -151,7 +151,7 @@ TEST_CASE("evaluation never moves a range, and enable_observer(false) stops trai
   CHECK(fake_quant->observer->max_val.item<float>() == 1.0f);
 }
 
-TEST_CASE("fake-quantisation can be switched off", "[fake_quantize]") {
+TEST_CASE("fake-quantization can be switched off", "[fake_quantize]") {
   FakeQuantize fake_quant(spec_of("dynamic", 2));
   const at::Tensor x = at::linspace(-1, 1, 9);
   quantrain::nn::enable_fake_quant(*fake_quant, false);

@@ -71,7 +71,7 @@ TEST_CASE("a spec's own JSON keeps every field", "[recipe]") {
   CHECK(QuantSpec::from_json(spec.to_json()) == spec);
 }
 
-TEST_CASE("recipes with quantised gradients: hardware and paper mode", "[recipe][fqt]") {
+TEST_CASE("recipes with quantized gradients: hardware and paper mode", "[recipe][fqt]") {
   const Recipe qat = Recipe::from_name("qat-w8a8");
   const Recipe bhq = Recipe::from_name("fqt-bhq5");
   CHECK(bhq.weight == qat.weight);
@@ -173,7 +173,7 @@ TEST_CASE("a value outside its rule is refused", "[recipe]") {
   refused([](QuantSpec& s) { s.averaging_constant = 0; }, "averaging_constant in (0, 1], got 0");
   refused([](QuantSpec& s) { s.percentile = 50; }, "percentile in (50, 100], got 50");
   refused([](QuantSpec& s) { s.learnable = true, s.observer = ObserverKind::kDynamic; },
-          "an observer that initialises");
+          "an observer that initializes");
   refused([](QuantSpec& s) { s.granularity = Granularity::kPerToken; },
           "observer 'dynamic' with granularity per_token");
 

@@ -1,4 +1,4 @@
-"""Drawn tests of the fake_quant family: ranges, and quantisation under a range of the input's own."""
+"""Drawn tests of the fake_quant family: ranges, and quantization under a range of the input's own."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""Drawn tests of the fixed_point family: quantisation, its strict gradient, fraction lengths and shifts."""
+"""Drawn tests of the fixed_point family: quantization, its strict gradient, fraction lengths and shifts."""
 
 import functools
 

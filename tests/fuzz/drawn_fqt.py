@@ -1,4 +1,4 @@
-"""Drawn tests of the layers that quantise their gradients: PyTorch's outputs, gradients of the stated draws."""
+"""Drawn tests of the layers that quantize their gradients: PyTorch's outputs, gradients of the stated draws."""
 
 import torch
 import torch.nn.functional as F

@@ -19,7 +19,7 @@ _PAD = 4  # pixels of the random crop
 
 @dataclass(frozen=True)
 class Images:
-    """uint8 images ``[N, C, H, W]`` and labels ``[N]`` on one device, and the statistics that normalise them."""
+    """uint8 images ``[N, C, H, W]`` and labels ``[N]`` on one device, and the statistics that normalize them."""
 
     train_images: Tensor
     train_labels: Tensor

@@ -30,7 +30,7 @@ static __device__ __noinline__ void write_any(const FixedPointConvArgs& g, int64
   write_output(g, index, channel, sum);
 }
 
-// ---- requantisation in single precision -----------------------------------------------------------------------------
+// ---- requantization in single precision -----------------------------------------------------------------------------
 
 // A sum is added to the bits of 2^23 (1.5 2^23 where codes are signed), which gives the float of 2^23 + sum. One fused
 // multiply and add brings it to 2^23 + sum 2^-shift, rounded half to even since neighbours there are 1 apart; the code

@@ -124,12 +124,12 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module, public HasRecipe, pu
     return converted_ && recipe_.scheme && recipe_.scheme->integer_products() && input_fake_quant->fake_quant_enabled();
   }
   at::Tensor integer_product(const at::Tensor& input) const;  // where multiplies_integers(); before output_fake_quant
-  bool quantises_gradients() const {
+  bool quantizes_gradients() const {
     return gradient_quant_enabled_ && !converted_ && !left_float_ && recipe_.scheme &&
-           recipe_.scheme->quantises_gradients();
+           recipe_.scheme->quantizes_gradients();
   }
   const at::Tensor& watched(const at::Tensor& output) const {
-    if (output_hook_) output_hook_(output, !quantises_gradients());
+    if (output_hook_) output_hook_(output, !quantizes_gradients());
     return output;
   }
   at::Tensor unpacked(const at::Tensor& codes) const;  // [rows, ...] packed or not -> [rows, weight_shape[1:]]
@@ -185,7 +185,7 @@ class QUANTRAIN_API QuantConv2dImpl : public Copied<QuantConv2dImpl, QuantModule
  private:
   friend Copied<QuantConv2dImpl, QuantModule>;
   std::shared_ptr<QuantConv2dImpl> fresh() const;
-  at::Tensor convolve_quantising_gradients(const at::Tensor& input, const at::Tensor& weight,
+  at::Tensor convolve_quantizing_gradients(const at::Tensor& input, const at::Tensor& weight,
                                            const at::Tensor& bias) const;
 
  protected:

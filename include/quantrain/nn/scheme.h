@@ -48,7 +48,7 @@ class QUANTRAIN_API Scheme {
   // languages' layers ask here, in training and to convert.
   virtual std::optional<WeightQparams> weight_qparams(const at::Tensor& /*weight*/) const { return std::nullopt; }
 
-  virtual bool quantises_gradients() const {
+  virtual bool quantizes_gradients() const {
     return false;
   }  // in training: the backward pass is not the float product's
   virtual bool linear_only() const { return false; }       // only Linear layers run so

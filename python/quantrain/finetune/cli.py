@@ -22,7 +22,7 @@ examples:
   quantrain finetune --quick                           the same on less data; says first how long it takes here
   quantrain finetune --job sst2                        MiniLM-L6 on SST-2: qat-w8a8, qat-w4a8
   quantrain finetune --recipes qat-w4a8 ptq-w4a8       other recipes
-  quantrain finetune --recipes qat-w8a8 fqt-bhq5       quantised gradients against exact ones
+  quantrain finetune --recipes qat-w8a8 fqt-bhq5       quantized gradients against exact ones
   quantrain finetune --data photos --image-size 32     your images in photos/<class>/, resized
   quantrain finetune --model my_models:tiny --data my_data:load --name tiny
 """
@@ -171,9 +171,9 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_probe(commands) -> None:
     probe = commands.add_parser(
         "probe",
-        help="measure what quantising the gradients of a fine-tuned model costs, layer by layer",
+        help="measure what quantizing the gradients of a fine-tuned model costs, layer by layer",
         description="Run training batches through a checkpoint of quantrain finetune and measure bias, variance and bound of "
-        "its quantised gradients against the variance from batch to batch. Prints a table and which layers need more bits; "
+        "its quantized gradients against the variance from batch to batch. Prints a table and which layers need more bits; "
         "writes probe.json and probe.png.",
         epilog=PROBE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -198,7 +198,7 @@ def _add_probe(commands) -> None:
     probe.add_argument("--batch-size", type=whole, help="samples a batch (the run's)")
     probe.add_argument("--draws", type=whole, default=8, help="of each gradient and quantizer, even, at least 4 (8)")
     probe.add_argument(
-        "--fraction", type=number, default=0.1, help="what quantisation may add to the batch variance (0.1)"
+        "--fraction", type=number, default=0.1, help="what quantization may add to the batch variance (0.1)"
     )
     probe.add_argument(
         "--network",

@@ -405,7 +405,7 @@ class Job:
         if any(result.layer_errors for result in results):
             plots.plot_sqnr(results, folder / "sqnr.png")
             note = (
-                "How much larger each layer's numbers are than what rounding changes in them (signal to quantisation "
+                "How much larger each layer's numbers are than what rounding changes in them (signal to quantization "
                 "noise): at 20 dB the change is a tenth of them, at 40 dB a hundredth. A layer far left of the others is "
                 "where a few more bits help most."
             )
@@ -415,7 +415,7 @@ class Job:
                 path = folder / f"{name}-{kind}.png"
                 if path.is_file():
                     note = (
-                        "Each grey line is a value that the quantised model can hold; what lies past the ends is cut."
+                        "Each grey line is a value that the quantized model can hold; what lies past the ends is cut."
                     )
                     figures.append((f"{name}: what is rounded, and the grid it is rounded to", note, path))
         report = self.folder / "report.html"
@@ -431,7 +431,7 @@ class Job:
         total = format_seconds(sum(result.seconds for result in results))
         return (
             "A model in ordinary 32-bit floating point (float32), and what becomes of it in few bits: "
-            f"{len(results) - 1} quantised models, each made from it by a recipe and tested on the same "
+            f"{len(results) - 1} quantized models, each made from it by a recipe and tested on the same "
             f"{self.data.test_size} samples. The whole run took {total}."
         )
 

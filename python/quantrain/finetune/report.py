@@ -48,7 +48,7 @@ dl.columns { font-size: .92em; }
 """
 
 _COLUMNS = (
-    ("accuracy", "share of the test samples that the model gets right; of a quantised model, as it is stored"),
+    ("accuracy", "share of the test samples that the model gets right; of a quantized model, as it is stored"),
     ("change", "difference to float32 in percentage points"),
     ("size on disk", "size of the model's file"),
     ("latency", "time of the model for one sample on this machine, run by PyTorch"),

@@ -21,7 +21,7 @@ from quantrain._C import QuantSpec, Recipe, write_safetensors
 
 from .convert import convert, is_converted
 from .layers import QuantEmbedding, QuantLayer
-from .prepare import prepare, quantisable
+from .prepare import prepare, quantizable
 from .quantized import QuantizedEmbedding, QuantizedLayer, name_codes
 from .recipes import as_recipe
 from .schemes import handler_of, handlers
@@ -198,7 +198,7 @@ def from_checkpoint(path: str | os.PathLike, model: nn.Module, *, example_inputs
         if handler_of(recipe).rebuilds or not info.layers:
             model = prepare(model, recipe, example_inputs=example_inputs)
         else:
-            known = quantisable(model)
+            known = quantizable(model)
             skip = [name for name in known if name not in info.layers]
             kept = {name: value for name, value in info.layers.items() if name in known}
             model = prepare(model, recipe, overrides=kept, skip=skip, example_inputs=example_inputs)

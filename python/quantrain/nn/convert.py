@@ -61,7 +61,7 @@ def convert(
     if not layers:
         converted = is_converted(model)
         state = (
-            "one that is converted already" if converted else "one without quantised layers (use what prepare returned)"
+            "one that is converted already" if converted else "one without quantized layers (use what prepare returned)"
         )
         raise ValueError(f"convert: expected a prepared model, got {state}")
     skipped = {name for pattern in skip for name in matching("skip", pattern, layers, layers, "convert")}

@@ -64,7 +64,7 @@ class QuantConv1d(QuantLayer, nn.Conv1d):
         self.gradient_arguments = gradient_arguments(self.recipe, convolution=True)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not self.quantises_gradients:
+        if not self.quantizes_gradients:
             return self._watched_image(super()._conv_forward(input, weight, bias).unsqueeze(-2))
         padding = self.padding if isinstance(self.padding, str) else (0, *self.padding)
         if self.padding_mode != "zeros":

@@ -40,7 +40,7 @@ class ProbeTable(Table):
             "bits_needed": "bits needed",
         }
         super().__init__(
-            columns, [_shown(row, found) for row in rows], title="gradient quantisation", notes=_advice_notes(advice)
+            columns, [_shown(row, found) for row in rows], title="gradient quantization", notes=_advice_notes(advice)
         )
 
 
@@ -111,7 +111,7 @@ class GradientProbe:
         before = len(self._detach)
         for name, module in model.named_modules():
             if isinstance(module, QuantLayer) and not isinstance(module, QuantEmbedding):
-                module.output_hook = partial(self._watch_quantised, name or "(model)")
+                module.output_hook = partial(self._watch_quantized, name or "(model)")
                 self._detach.append(partial(setattr, module, "output_hook", None))
             elif isinstance(module, (nn.Linear, nn.Conv2d)):
                 handle = module.register_forward_hook(partial(self._watch_float, name or "(model)"))
@@ -126,8 +126,8 @@ class GradientProbe:
         while self._detach:
             self._detach.pop()()
 
-    def _watch_quantised(self, name: str, layer: QuantLayer, output: Tensor) -> None:
-        self._probe.watch(name, output, layer.weight, not layer.quantises_gradients)
+    def _watch_quantized(self, name: str, layer: QuantLayer, output: Tensor) -> None:
+        self._probe.watch(name, output, layer.weight, not layer.quantizes_gradients)
 
     def _watch_float(self, name: str, layer: nn.Module, args: tuple, output: Tensor) -> None:
         self._probe.watch(name, output, layer.weight)

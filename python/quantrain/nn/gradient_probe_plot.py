@@ -51,7 +51,7 @@ def _noise_panel(axes, rows: Sequence[dict[str, Any]], places: dict[str, int], c
         axes.plot(measured, at, "o", color=color, markersize=5, label=name)
         axes.plot(bounds, at, "o", color=color, markersize=5, fillstyle="none")
     _log_axis(axes)
-    axes.set(title="Quantisation noise (hollow: bound)", xlabel="E ||Q(g) - g||² / ||g||²")
+    axes.set(title="Quantization noise (hollow: bound)", xlabel="E ||Q(g) - g||² / ||g||²")
     axes.legend(loc="best", fontsize=8)
 
 

@@ -55,7 +55,7 @@ class Int8Layer(QuantLayer):
         }
 
     @property
-    def quantises_gradients(self) -> bool:
+    def quantizes_gradients(self) -> bool:
         return self.gradient_quant_enabled
 
     def forward(self, input: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class QuantLayer(nn.Module):
         self.gradient_quant_enabled = enabled
 
     @property
-    def quantises_gradients(self) -> bool:
+    def quantizes_gradients(self) -> bool:
         return self.gradient_quant_enabled and self.gradient_arguments is not None
 
     def _note_call(self) -> None:
@@ -168,7 +168,7 @@ class _Linear(QuantLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         x, weight = self.quantized_input(input), self.quantized_weight()
-        if self.quantises_gradients:
+        if self.quantizes_gradients:
             return self.quantized_output(self.watched(fqt_linear(x, weight, self.bias, **self.gradient_arguments)))
         return self.quantized_output(self.watched(F.linear(x, weight, self.bias)))
 
@@ -301,7 +301,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         self.gradient_arguments = gradient_arguments(self.recipe, convolution=True)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not self.quantises_gradients:
+        if not self.quantizes_gradients:
             return self.watched(super()._conv_forward(input, weight, bias))
         padding = self.padding
         if self.padding_mode != "zeros":

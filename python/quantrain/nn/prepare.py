@@ -26,7 +26,7 @@ from .recipes import as_recipe, changed_recipe
 from .schemes import handler_of
 from .weight_hooks import unknown_weight
 
-__all__ = ["PrepareSummary", "matching", "prepare", "quantisable", "some", "swapped"]
+__all__ = ["PrepareSummary", "matching", "prepare", "quantizable", "some", "swapped"]
 
 logger = logging.getLogger("quantrain")
 
@@ -132,7 +132,7 @@ def prepare(
     if not layers:
         raise ValueError(_no_layers(model))
     if done := sum(isinstance(module, (QuantLayer, QuantizedLayer)) for module in model.modules()):
-        warnings.warn(f"prepare: {done} layers are quantised already and stay as they are", stacklevel=2)
+        warnings.warn(f"prepare: {done} layers are quantized already and stay as they are", stacklevel=2)
     parameters = list(model.parameters())
     batch_norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
     skipped = {name for p in skip for name in matching("skip", p, [*layers, *batch_norms], layers)}
@@ -162,7 +162,7 @@ def prepare(
         _check_dtype(name, layers[name].weight.dtype, recipes[name])
     if not names:
         raise ValueError(
-            f"prepare: expected at least one layer to quantise under {base.name!r}, got none after skip={list(skip)}"
+            f"prepare: expected at least one layer to quantize under {base.name!r}, got none after skip={list(skip)}"
         )
 
     twins: dict[int, nn.Module] = {}
@@ -187,7 +187,7 @@ def prepare(
     return model
 
 
-def quantisable(model: nn.Module) -> list[str]:
+def quantizable(model: nn.Module) -> list[str]:
     """Names of the float layers that :func:`prepare` has twins of."""
     twins = _twins()
     return [name for name, module in model.named_modules() if type(module) in twins]
@@ -205,7 +205,7 @@ def _prepare_network(
             )
     handler = handler_of(recipe)
     if handler.is_prepared(model) or any(isinstance(m, (QuantLayer, QuantizedLayer)) for m in model.modules()):
-        raise ValueError("prepare: expected a float model, got one with layers that are quantised already")
+        raise ValueError("prepare: expected a float model, got one with layers that are quantized already")
     model = model if inplace else copied(model)
     known = list(model.parameters())
     prepared = handler.prepare_network(model, recipe)
@@ -238,7 +238,7 @@ def matching(
 def _no_layers(model: nn.Module) -> str:
     prepared = sum(isinstance(module, (QuantLayer, QuantizedLayer)) for module in model.modules())
     if prepared:
-        return f"prepare: expected a float model, got one with {prepared} layers that are quantised already"
+        return f"prepare: expected a float model, got one with {prepared} layers that are quantized already"
     first = ", ".join(f"{name!r} ({type(module).__name__})" for name, module in list(model.named_modules())[:5])
     return (
         "prepare: expected a Linear, Conv1d, Conv2d, ConvTranspose2d or Embedding in the model, got none "
@@ -277,7 +277,7 @@ def _no_effect(layer: nn.Module, recipe: Recipe) -> str:
     if reason := handler_of(recipe).left_float(_twins()[type(layer)], recipe):
         return reason
     if isinstance(layer, nn.Embedding) and recipe.weight is None and recipe.output is None:
-        return "nothing to quantise under its recipe"
+        return "nothing to quantize under its recipe"
     return ""
 
 
@@ -344,12 +344,12 @@ def _left_float(
         if name in skipped:
             left[name] = "skip"
         elif isinstance(module, nn.BatchNorm2d):
-            left[name] = "model not traced" if graph.error else "not the only user of a quantised convolution"
+            left[name] = "model not traced" if graph.error else "not the only user of a quantized convolution"
         elif isinstance(module, tuple(_twins())):
             subclass = unknown_weight(module) or f"{type(module).__name__} is a subclass"
             left[name] = without.get(name, subclass)
         elif any(p.dim() > 1 for p in _own_parameters(module)):
-            left[name] = f"{type(module).__name__} has no quantised twin"
+            left[name] = f"{type(module).__name__} has no quantized twin"
     return left
 
 

@@ -208,7 +208,7 @@ def quantization_error(
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (QuantLayer, QuantizedLayer))}
     if not layers:
-        raise ValueError("quantization_error: expected a prepared or converted model, got one without quantised layers")
+        raise ValueError("quantization_error: expected a prepared or converted model, got one without quantized layers")
     forward = forward or run_batch
     prepared = {name: layer for name, layer in layers.items() if isinstance(layer, QuantLayer)}
     inputs: dict[str, _Error] = defaultdict(_Error)

@@ -41,7 +41,7 @@ struct Codes {
   bool sums = false;
 };
 
-// Memory whose end the address sanitiser guards, where it is on.
+// Memory whose end the address sanitizer guards, where it is on.
 template <typename T>
 struct Buffer {
   T* data;

@@ -1,4 +1,4 @@
-"""GradScaler against torch.amp.GradScaler and PyTorch's own clipping, and quantised layers under it."""
+"""GradScaler against torch.amp.GradScaler and PyTorch's own clipping, and quantized layers under it."""
 
 from __future__ import annotations
 
@@ -414,7 +414,7 @@ def test_capturable_wants_an_optimizer_that_takes_the_scale():
 
 
 @pytest.mark.cuda
-def test_capturable_step_is_a_cuda_graph_without_synchronisation():
+def test_capturable_step_is_a_cuda_graph_without_synchronization():
     model, twin = make_model("cuda"), make_model("cuda")
     x = torch.ones(4, 12, device="cuda")
     results = []
@@ -456,7 +456,7 @@ def test_capturable_step_is_a_cuda_graph_without_synchronisation():
         assert torch.equal(a, b)
 
 
-# ---- autocast and quantised layers ------------------------------------------------------------------------------------------
+# ---- autocast and quantized layers ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -476,7 +476,7 @@ def test_fake_quant_ops_keep_their_input_type_under_autocast(dtype):
 
 @pytest.mark.parametrize("recipe", ["qat-w8a8", "qat-w4a4"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_power_of_two_loss_scale_leaves_quantised_gradients_bit_identical(device, recipe):
+def test_a_power_of_two_loss_scale_leaves_quantized_gradients_bit_identical(device, recipe):
     grads = []
     for init_scale in (1.0, 2.0**12):
         model = quantrain.prepare(make_model(device), quantrain.Recipe.from_name(recipe))

@@ -283,7 +283,7 @@ def test_bad_model_is_named(tmp_path, capsys, model, message):
 
 
 def no_layers() -> nn.Module:
-    """A model in which a recipe finds nothing to quantise."""
+    """A model in which a recipe finds nothing to quantize."""
     return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.AdaptiveAvgPool1d(10))
 
 

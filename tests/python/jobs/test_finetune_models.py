@@ -121,7 +121,7 @@ def test_encoder_equals_torch_transformer_layer():
     assert torch.allclose(ours[mask], theirs[mask], atol=1e-5)
 
 
-def test_every_linear_and_embedding_of_minilm_is_quantised():
+def test_every_linear_and_embedding_of_minilm_is_quantized():
     model = qnn.prepare(minilm.SentenceClassifier(small_config(), 2), "qat-w4a8")
     kinds = [type(module).__name__ for module in model.modules()]
     assert kinds.count("QuantEmbedding") == 3 and kinds.count("QuantLinear") == 2 * 6 + 1

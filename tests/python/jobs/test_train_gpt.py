@@ -212,7 +212,7 @@ def test_int8_training_draws_the_same_in_both_languages(runs):
     assert names[0] == names[1] and not any("fake_quant" in name for name in names[0])
 
 
-def test_a_float_checkpoint_starts_quantisation_aware_training(runs):
+def test_a_float_checkpoint_starts_quantization_aware_training(runs):
     start = runs("python", "fp32") / "checkpoint.safetensors"
     losses = []
     for language in ("python", "c++"):
@@ -225,7 +225,7 @@ def test_a_float_checkpoint_starts_quantisation_aware_training(runs):
 
 
 @pytest.mark.parametrize("recipe", ["qat-w8a8", "qat-w4a4", "qat-w8a8-token"])
-def test_a_power_of_two_scale_leaves_quantised_gradients_bit_for_bit(recipe):
+def test_a_power_of_two_scale_leaves_quantized_gradients_bit_for_bit(recipe):
     torch.manual_seed(0)
     model = GPT(GPTConfig(layers=2, heads=2, width=32, context=16, vocab=256))
     init_weights(model, 2)

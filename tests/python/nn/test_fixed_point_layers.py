@@ -18,7 +18,7 @@ def spec(**fields):
 
 
 def fix_quant(x, fraction_length, signed):
-    """The published quantiser, in x's type: section 3.1 of the paper."""
+    """The published quantizer, in x's type: section 3.1 of the paper."""
     low, high = (-127, 127) if signed else (0, 255)
     scale = 2.0**fraction_length
     return (x * scale).round().clamp(low, high) / scale

@@ -91,7 +91,7 @@ def test_depthwise_and_groups():
     assert found["conv"].ravel().tolist() == [21, 296]
 
 
-def test_requantisation_is_per_channel():
+def test_requantization_is_per_channel():
     node = conv(channels=3, weight_fraction_length=[0, 3, 7], output="codes", signed=False, fraction_length=5)
     weight = np.full((3, 1, 1, 1), 4)
     found = oracle.run(network([node]), {"conv.weight": weight}, image([10, -10, 50]))

@@ -273,7 +273,7 @@ def test_unsupported_options():
     with pytest.raises(ValueError, match="expected no overrides"):
         qnn.prepare(model, "f8net", overrides={"fc": "f8net-tiny"})
     result = qnn.prepare(model, "f8net")
-    with pytest.raises(ValueError, match="quantised already"):
+    with pytest.raises(ValueError, match="quantized already"):
         qnn.prepare(result, "f8net")
     with pytest.raises(ValueError, match="has seen an image"):
         qnn.fixed_point_program(result)

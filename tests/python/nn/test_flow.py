@@ -289,7 +289,7 @@ class ResidualNet(nn.Module):
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_zero_initialised_residual_branches_train_under_learned_scales(calibrated):
+def test_zero_initialized_residual_branches_train_under_learned_scales(calibrated):
     x, y = digits()
     torch.manual_seed(0)
     model = qnn.prepare(ResidualNet(), "qat-w4a4")
@@ -300,7 +300,7 @@ def test_zero_initialised_residual_branches_train_under_learned_scales(calibrate
     assert sum(losses[-10:]) / 10 < 0.6
     moved = (model.conv2.weight - first.conv2.weight).norm() / first.conv2.weight.norm()
     assert moved > 0.05 and model.conv2.bn.weight.abs().mean() > 0.02
-    # The branch is quantised to its own range: no channel is rounded away, few codes saturate.
+    # The branch is quantized to its own range: no channel is rounded away, few codes saturate.
     fq, weight = model.eval().conv2.weight_fake_quant, model.conv2.weight_to_quantize()
     codes = (weight / fq.scale).round()
     assert (codes != 0).flatten(1).any(1).all()
@@ -310,7 +310,7 @@ def test_zero_initialised_residual_branches_train_under_learned_scales(calibrate
     assert F.cross_entropy(without(x), y) > 1.2 * F.cross_entropy(model(x), y)
 
 
-def test_a_zero_initialised_linear_layer_trains_under_a_learned_scale():
+def test_a_zero_initialized_linear_layer_trains_under_a_learned_scale():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 3))
     nn.init.zeros_(model[2].weight)
@@ -528,7 +528,7 @@ def test_from_checkpoint_of_a_float_and_of_a_fixed_point_model(tmp_path):
     model(x)
     qnn.save_checkpoint(path, model)
     assert torch.equal(qnn.from_checkpoint(path, network())(x), model.eval()(x))
-    with pytest.raises(ValueError, match="already|quantised|converted"):
+    with pytest.raises(ValueError, match="already|quantized|converted"):
         qnn.from_checkpoint(path, qnn.convert(calibrated("qat-w8a8")))
     prepared = qnn.calibrate(qnn.prepare(model, "f8net"), [x]).eval()
     qnn.save_checkpoint(path, prepared)
@@ -566,9 +566,9 @@ def test_prepare_names_its_new_parameters_and_warns_of_an_older_optimizer():
 
 def test_preparing_converting_and_calibrating_twice_say_so():
     model = qnn.prepare(network(), "qat-w8a8-token", skip=["5"])
-    with pytest.warns(UserWarning, match="2 layers are quantised already"):
+    with pytest.warns(UserWarning, match="2 layers are quantized already"):
         qnn.prepare(model, "qat-w8a8-token")
-    with pytest.raises(ValueError, match="3 layers that are quantised already"):
+    with pytest.raises(ValueError, match="3 layers that are quantized already"):
         qnn.prepare(model, "qat-w8a8-token")
     qnn.convert(model)
     with pytest.raises(ValueError, match="convert: .*converted already"):

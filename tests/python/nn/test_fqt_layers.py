@@ -1,4 +1,4 @@
-"""Layers, recipes and networks whose gradients are quantised: fully quantised training from prepare to convert."""
+"""Layers, recipes and networks whose gradients are quantized: fully quantized training from prepare to convert."""
 
 import copy
 import math
@@ -204,7 +204,7 @@ def test_an_empty_batch():
     assert layer.weight.grad.count_nonzero() == 0
 
 
-def test_a_learned_scale_trains_beside_quantised_gradients():
+def test_a_learned_scale_trains_beside_quantized_gradients():
     recipe = qnn.changed_recipe(
         Recipe.from_name("qat-w4a4"),
         {"scheme": {"kind": "gradient_quant", "grad_input": {"bits": 5, "quantizer": "householder"}}},
@@ -281,7 +281,7 @@ def test_a_wrong_kind_of_spec_is_refused():
 
 @pytest.mark.parametrize("recipe", ["fqt-ptq5", "fqt-psq4", "fqt-bhq4", "fqt-bhq3-paper"])
 def test_the_mean_gradient_of_a_network_is_the_qat_gradient(recipe):
-    """Every layer's backward pass is linear in the gradient, so unbiased quantisers leave the mean of all gradients alone
+    """Every layer's backward pass is linear in the gradient, so unbiased quantizers leave the mean of all gradients alone
     (z-test along random directions of each parameter; false alarm 1e-6 a parameter)."""
     model = prepared(recipe)
     parameters = list(model.parameters())
@@ -331,11 +331,11 @@ def test_a_network_learns(recipe):
     target = (x.mean((1, 2, 3)) > 0).long()
     model = quantrain.prepare(Net(), recipe)
     qnn.calibrate(model, [x])
-    optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(120):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(model(x), target).backward()
-        optimiser.step()
+        optimizer.step()
     quantrain.convert(model.eval())
     assert (model(x).argmax(1) == target).float().mean() > 0.9
 
@@ -367,33 +367,33 @@ def test_autocast_bfloat16():
         assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all()
 
 
-def scaled_step(model, optimiser, scaler, device, dtype, poison=False):
-    optimiser.zero_grad()
+def scaled_step(model, optimizer, scaler, device, dtype, poison=False):
+    optimizer.zero_grad()
     with torch.autocast(device, dtype=dtype):
         loss = loss_of(model, device)
     scaler.scale(loss * (math.inf if poison else 1.0)).backward()
-    norm = scaler.clip_grad_norm_(optimiser, 1.0)
-    scaler.step(optimiser)
+    norm = scaler.clip_grad_norm_(optimizer, 1.0)
+    scaler.step(optimizer)
     scaler.update()
     return norm
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.bfloat16), pytest.param("cuda", torch.float16, marks=pytest.mark.cuda)])  # fmt: skip
 @pytest.mark.parametrize("recipe", ["fqt-8", "fqt-bhq4"])
-def test_a_scaler_sees_overflow_through_quantised_gradients(recipe, device, dtype):
+def test_a_scaler_sees_overflow_through_quantized_gradients(recipe, device, dtype):
     model = prepared(recipe, device)
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = quantrain.amp.GradScaler(device, init_scale=2.0**10)
     before = copy.deepcopy(model.state_dict())
-    assert scaled_step(model, optimiser, scaler, device, dtype).isfinite()
+    assert scaled_step(model, optimizer, scaler, device, dtype).isfinite()
     assert scaler.get_scale() == 2.0**10
     after = copy.deepcopy(model.state_dict())
     assert not torch.equal(before["linear.weight"], after["linear.weight"])
-    scaled_step(model, optimiser, scaler, device, dtype, poison=True)
+    scaled_step(model, optimizer, scaler, device, dtype, poison=True)
     assert scaler.get_scale() == 2.0**9
     for name in ("conv1.weight", "conv2.weight", "linear.weight"):
         assert torch.equal(model.state_dict()[name], after[name])  # the step was skipped
-    assert scaled_step(model, optimiser, scaler, device, dtype).isfinite()
+    assert scaled_step(model, optimizer, scaler, device, dtype).isfinite()
 
 
 @on_each_device

@@ -244,7 +244,7 @@ def test_a_layer_that_runs_twice_is_observed_twice():
     assert probe.rows[0]["observations"] == 2
 
 
-def test_models_that_quantise_their_gradients():
+def test_models_that_quantize_their_gradients():
     model = model_of("fqt-psq4")
     with qnn.GradientProbe(model, ["per_sample:4"]) as probe:
         for seed in range(2):
@@ -262,7 +262,7 @@ def test_models_that_quantise_their_gradients():
         assert all(row["network_variance"] > 0 for row in probe.rows)
 
 
-def test_network_variance_is_the_spread_of_gradients_with_one_layer_quantised():
+def test_network_variance_is_the_spread_of_gradients_with_one_layer_quantized():
     """Against the definition: the last layer's gradient replaced by a draw, all weights' gradients compared."""
     torch.manual_seed(1)
     model, x = nn.Sequential(nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 6)), torch.randn(16, 10)

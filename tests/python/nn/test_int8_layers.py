@@ -124,7 +124,7 @@ def test_prepare_swaps_linear_layers_only():
     )
     assert type(mixed.table) is qnn.QuantEmbedding
     assert [row["grad_weight"] for row in mixed.quantization_summary.rows if row["layer"] == "up"] == [None]
-    with pytest.raises(ValueError, match="at least one layer to quantise under 'int8-training', got none"):
+    with pytest.raises(ValueError, match="at least one layer to quantize under 'int8-training', got none"):
         quantrain.prepare(nn.Sequential(nn.Conv2d(1, 2, 3)), "int8-training")
 
 
@@ -215,7 +215,7 @@ def test_the_gradient_probe_watches_int8_layers():
 # ---- gradient accumulation and the weight's kept codes -------------------------------------------------------------------------
 
 
-def quantised_rows(run):
+def quantized_rows(run):
     with Calls() as calls:
         run()
     return calls.count["int8_quantize_rows"]
@@ -234,12 +234,12 @@ def test_kept_codes_are_made_once_a_step():
         for x in batches:
             model(x).square().mean().backward()
 
-    assert quantised_rows(lambda: accumulate(plain)) == 8
-    assert quantised_rows(lambda: accumulate(module)) == 5  # four inputs, one weight
+    assert quantized_rows(lambda: accumulate(plain)) == 8
+    assert quantized_rows(lambda: accumulate(module)) == 5  # four inputs, one weight
     for mine, other in zip(module.parameters(), plain.parameters(), strict=True):
         assert_same(mine.grad, other.grad)
     optimizer.step()
-    assert quantised_rows(lambda: accumulate(module)) == 5
+    assert quantized_rows(lambda: accumulate(module)) == 5
     assert_same(module(batches[0]), quantrain.int8_linear(batches[0], module.weight, module.bias))
 
 
@@ -263,11 +263,11 @@ def test_kept_codes_follow_the_weight(change):
     module, x = layer(), torch.randn(33, 24)
     qnn.enable_weight_cache(module)
     module(x).sum().backward()
-    assert quantised_rows(lambda: module(x)) == 1
+    assert quantized_rows(lambda: module(x)) == 1
     change(module)
     x = x.to(module.weight.dtype)
     found = []
-    assert quantised_rows(lambda: found.append(module(x))) == 2
+    assert quantized_rows(lambda: found.append(module(x))) == 2
     assert_same(found[0], quantrain.int8_linear(x, module.weight, module.bias))
 
 
@@ -275,7 +275,7 @@ def test_kept_codes_stay_out_of_evaluation_copies_and_files(tmp_path):
     module, x = layer(), torch.randn(33, 24)
     qnn.enable_weight_cache(module)
     with torch.no_grad():
-        assert quantised_rows(lambda: module(x)) == 2
+        assert quantized_rows(lambda: module(x)) == 2
         assert module._kept is None
     with torch.inference_mode():
         module(x)
@@ -474,7 +474,7 @@ def test_a_converted_network_predicts_what_the_prepared_one_does(build):
     torch.testing.assert_close(compiled(batch), model(batch), rtol=1e-5, atol=1e-5)
 
 
-def test_a_simulated_recipe_converts_to_dequantised_weights():
+def test_a_simulated_recipe_converts_to_dequantized_weights():
     model = quantrain.convert(layer(recipe=simulated()))
     assert type(model) is qnn.QuantizedLinear
     x = torch.randn(33, 24)

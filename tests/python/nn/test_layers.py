@@ -1,4 +1,4 @@
-"""The quantised layers against their formulas, and converted against fake-quantised: equal bit for bit."""
+"""The quantized layers against their formulas, and converted against fake-quantized: equal bit for bit."""
 
 import copy
 import io
@@ -18,7 +18,7 @@ from quantrain import QuantSpec, Recipe
 
 @pytest.mark.parametrize("build", BUILDERS)
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_converted_equals_fake_quantised_for_every_named_recipe(build, recipe):
+def test_converted_equals_fake_quantized_for_every_named_recipe(build, recipe):
     layer, x = calibrated(build, recipe)
     layer.eval()
     expected = layer(x)
@@ -34,7 +34,7 @@ def test_converted_equals_fake_quantised_for_every_named_recipe(build, recipe):
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("observer, learnable", [("dynamic", False), ("min_max", False), ("mse", True)])
-def test_converted_equals_fake_quantised_for_every_weight_spec(
+def test_converted_equals_fake_quantized_for_every_weight_spec(
     build, bits, granularity, symmetric, observer, learnable
 ):
     recipe = make_recipe(bits, granularity, symmetric, observer, learnable, output=QuantSpec(observer="min_max"))
@@ -54,7 +54,7 @@ def test_converted_equals_fake_quantised_for_every_weight_spec(
 
 @pytest.mark.parametrize("build", BUILDERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_converted_equals_fake_quantised_in_half_precision(build, dtype):
+def test_converted_equals_fake_quantized_in_half_precision(build, dtype):
     layer, x = calibrated(build, make_recipe(4))
     layer, x = layer.to(dtype).eval(), x if x.dtype in (torch.int32, torch.int64) else x.to(dtype)
     expected = layer(x)
@@ -144,7 +144,7 @@ def test_conv_bn_with_a_zero_gamma_stays_finite():
 
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group"])
 @pytest.mark.parametrize("observer, learnable", [("dynamic", False), ("min_max", False), ("mse", True)])
-def test_embedding_rows_equal_the_quantised_table(granularity, observer, learnable):
+def test_embedding_rows_equal_the_quantized_table(granularity, observer, learnable):
     layer, index = calibrated(embedding, make_recipe(4, granularity, True, observer, learnable))
     table = layer.weight_fake_quant(layer.weight)
     rows = layer(index)
@@ -226,7 +226,7 @@ def test_linear_compiles_without_a_graph_break(recipe, training):
         y, expected = compiled(x), eager(x)
         assert torch.equal(y, expected)
         for output in (y, expected):
-            torch.manual_seed(rows)  # quantised gradients: the same draws for both
+            torch.manual_seed(rows)  # quantized gradients: the same draws for both
             output.square().sum().backward()
     for got, want in zip(layer.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(got.grad, want.grad)
@@ -253,7 +253,7 @@ def test_prepared_and_converted_layers_export(build, recipe):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_converted_equals_fake_quantised_in_channels_last(bits):
+def test_converted_equals_fake_quantized_in_channels_last(bits):
     layer, x = calibrated(conv_bn, make_recipe(bits))
     layer.eval().to(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The quantised layers on a GPU: converted equals fake-quantised there too, and the codes are those of the CPU."""
+"""The quantized layers on a GPU: converted equals fake-quantized there too, and the codes are those of the CPU."""
 
 import copy
 import math
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.cuda
 
 @pytest.mark.parametrize("build", BUILDERS)
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_converted_equals_fake_quantised(build, recipe):
+def test_converted_equals_fake_quantized(build, recipe):
     layer, x = calibrated(build, recipe, device="cuda")
     layer.eval()
     with torch.backends.cudnn.flags(deterministic=True):  # a transposed convolution may add in any order
@@ -44,14 +44,14 @@ def test_codes_and_scales_are_those_of_the_cpu(build, recipe):
 def test_training_under_autocast(recipe, dtype):
     layer, x = calibrated(conv_bn, recipe, device="cuda")
     scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
-    optimiser = torch.optim.SGD(layer.parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
     for _ in range(3):
         with torch.autocast("cuda", dtype):
             loss = layer(x).float().square().mean()
         scaler.scale(loss).backward()
-        scaler.step(optimiser)
+        scaler.step(optimizer)
         scaler.update()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
     assert all(parameter.isfinite().all() for parameter in layer.parameters())
     assert all(t.dtype == torch.float32 for name, t in layer.state_dict().items() if name.endswith("scale"))
 

@@ -111,11 +111,11 @@ def test_train_convert_and_pickle_a_network(recipe):
     torch.manual_seed(1)
     model = quantrain.prepare(Net(), recipe)
     qnn.calibrate(model, [images() for _ in range(3)])
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     for _ in range(3):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         model(images(8)).square().mean().backward()
-        optimiser.step()
+        optimizer.step()
     model.eval()
     x = images()
     expected = model(x)
@@ -136,11 +136,11 @@ def test_qat_learns_what_a_float_model_learns():
         if stage != "float32":
             quantrain.prepare(model, stage)
             qnn.calibrate(model, [x])
-        optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         for _ in range(50):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             nn.functional.cross_entropy(model(x), target).backward()
-            optimiser.step()
+            optimizer.step()
     quantrain.convert(model.eval())
     assert (model(x).argmax(1) == target).float().mean() > 0.95
 
@@ -208,7 +208,7 @@ def test_a_convolution_with_a_second_user_is_not_folded():
         model.conv = nn.Conv2d(channels, 2, 3)
         quantrain.prepare(model, "qat-w8a8")
         assert type(model.conv) is qnn.QuantConv2d and type(model.bn) is nn.BatchNorm2d
-        assert model.quantization_summary.left_float == {"bn": "not the only user of a quantised convolution"}
+        assert model.quantization_summary.left_float == {"bn": "not the only user of a quantized convolution"}
 
 
 def test_batch_norms_without_statistics_or_affine_stay_float():
@@ -295,7 +295,7 @@ def test_a_pattern_that_names_no_layer_raises_and_changes_nothing(argument):
         (
             lambda: quantrain.prepare(quantrain.prepare(Net(), "qat-w8a8"), "qat-w8a8"),
             ValueError,
-            "6 layers that are quantised already",
+            "6 layers that are quantized already",
         ),
         (lambda: quantrain.convert(Net()), ValueError, "prepared model"),
     ],
@@ -328,18 +328,18 @@ def test_activations_alone_and_embeddings_under_such_a_recipe():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
     quantrain.prepare(model, Recipe(input=QuantSpec(symmetric=False, observer="moving_average")))
     assert type(model[0]) is nn.Embedding and type(model[1]) is qnn.QuantLinear
-    assert model.quantization_summary.left_float == {"0": "nothing to quantise under its recipe"}
+    assert model.quantization_summary.left_float == {"0": "nothing to quantize under its recipe"}
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
-def test_the_transformer_fast_path_does_not_go_past_the_quantised_layers(norm_first):
+def test_the_transformer_fast_path_does_not_go_past_the_quantized_layers(norm_first):
     torch.manual_seed(4)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=norm_first, dropout=0.0)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     quantrain.prepare(model, "qat-w8a8-token", overrides={"*": {"weight": {"bits": 2}}})
     left = model.quantization_summary.left_float
     assert left["layers.0.self_attn.out_proj"] == "NonDynamicallyQuantizableLinear is a subclass"
-    assert left["layers.0.self_attn"] == "MultiheadAttention has no quantised twin"
+    assert left["layers.0.self_attn"] == "MultiheadAttention has no quantized twin"
     x = torch.randn(2, 5, 8)
     expected = model.train()(x)  # no dropout: training computes the same
     with torch.no_grad():

@@ -152,7 +152,7 @@ def test_tables_print():
     assert str(table) == "t\nname       n\nx     12,345\n-        inf"
 
 
-def test_models_without_quantised_layers_raise():
+def test_models_without_quantized_layers_raise():
     with pytest.raises(ValueError, match="prepared or converted model"):
         quantrain.quantization_error(network(), torch.randn(1, 3, 4, 4))
     with pytest.raises(ValueError, match="observed or loaded"):

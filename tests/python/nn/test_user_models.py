@@ -226,9 +226,9 @@ def test_the_place_of_a_folded_batch_norm_stands_for_it():
     assert model[1].weight is bn.weight and model[1].running_var is bn.running_var
     model[1].momentum = 0.5
     assert model[0].bn.momentum == 0.5
-    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
-    synchronised[1].eval()
-    assert type(synchronised[0].bn) is nn.SyncBatchNorm and not synchronised[0].bn.training
+    synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    synchronized[1].eval()
+    assert type(synchronized[0].bn) is nn.SyncBatchNorm and not synchronized[0].bn.training
     model[1].requires_grad_(False)
     assert not bn.weight.requires_grad
     assert not list(model[1].parameters()) and not model[1].state_dict()
@@ -413,7 +413,7 @@ def test_recipes_of_integer_products_leave_convolutions_alone(recipe):
     assert set(model.quantization_summary.left_float) == {"0", "1"}
 
 
-def test_gradients_of_conv1d_are_quantised_as_those_of_an_image_of_one_row():
+def test_gradients_of_conv1d_are_quantized_as_those_of_an_image_of_one_row():
     torch.manual_seed(0)
     one, two = (
         nn.Conv1d(4, 6, 5, stride=2, padding=2, groups=2),
@@ -433,7 +433,7 @@ def test_gradients_of_conv1d_are_quantised_as_those_of_an_image_of_one_row():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_gradients_of_conv_transpose2d_cannot_be_quantised_and_prepare_says_so():
+def test_gradients_of_conv_transpose2d_cannot_be_quantized_and_prepare_says_so():
     model = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.Flatten(), nn.Linear(64, 2))
     with pytest.warns(UserWarning, match="ConvTranspose2d"):
         qnn.prepare(model, "fqt-bhq5")

@@ -207,8 +207,8 @@ def test_float64_is_taken_as_float32(x):
     assert learned.grad.dtype == torch.float64 and learned.grad.float().equal(single.grad)
 
 
-def test_gradcheck_around_a_quantiser():
-    # Sums through the quantiser are constant between its steps; what is around it has a derivative to check.
+def test_gradcheck_around_a_quantizer():
+    # Sums through the quantizer are constant between its steps; what is around it has a derivative to check.
     torch.manual_seed(0)
     a = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     b = torch.randn(3, 5, dtype=torch.float64)

@@ -8,7 +8,7 @@ import quantrain
 from quantrain import fake_quantize, fake_quantize_dynamic, fake_quantize_learnable, fixed_point_quantize
 
 SCALE = torch.tensor([[0.1], [0.2], [0.3]])
-QUANTISERS = {
+QUANTIZERS = {
     "fake_quantize": lambda x: fake_quantize(x, SCALE, quant_min=-4, quant_max=3),
     "fake_quantize_affine": lambda x: fake_quantize(x, SCALE, torch.tensor([[1], [2], [3]]), quant_min=0, quant_max=7),
     "fake_quantize_dynamic": lambda x: fake_quantize_dynamic(x, [3, 1], quant_min=-8, quant_max=4),
@@ -23,40 +23,40 @@ def x():
     return x
 
 
-def gradient(quantiser, x, grad):
+def gradient(quantizer, x, grad):
     x = x.clone().requires_grad_()
-    (found,) = torch.autograd.grad(quantiser(x), x, grad)
+    (found,) = torch.autograd.grad(quantizer(x), x, grad)
     return found
 
 
-@pytest.mark.parametrize("name", QUANTISERS)
+@pytest.mark.parametrize("name", QUANTIZERS)
 def test_torch_func_grad_is_the_straight_through_gradient(x, name):
-    quantiser, grad = QUANTISERS[name], torch.randn(3, 28)
-    want = gradient(quantiser, x, grad)
+    quantizer, grad = QUANTIZERS[name], torch.randn(3, 28)
+    want = gradient(quantizer, x, grad)
     assert want.ne(0).any() and (want.eq(0).any() or name == "fake_quantize_dynamic")  # whose own range clips nothing
-    assert torch.func.grad(lambda t: (quantiser(t) * grad).sum())(x).equal(want)
-    value, pullback = torch.func.vjp(quantiser, x)
-    assert value.equal(quantiser(x)) and value.signbit().equal(quantiser(x).signbit())
+    assert torch.func.grad(lambda t: (quantizer(t) * grad).sum())(x).equal(want)
+    value, pullback = torch.func.vjp(quantizer, x)
+    assert value.equal(quantizer(x)) and value.signbit().equal(quantizer(x).signbit())
     assert pullback(grad)[0].equal(want)
 
 
-@pytest.mark.parametrize("name", QUANTISERS)
+@pytest.mark.parametrize("name", QUANTIZERS)
 def test_forward_mode_is_the_straight_through_gradient(x, name):
-    quantiser, tangent = QUANTISERS[name], torch.randn(3, 28)
-    want = gradient(quantiser, x, torch.ones(3, 28)) * tangent
+    quantizer, tangent = QUANTIZERS[name], torch.randn(3, 28)
+    want = gradient(quantizer, x, torch.ones(3, 28)) * tangent
     with forward_ad.dual_level():
-        dual = quantiser(forward_ad.make_dual(x, tangent))
+        dual = quantizer(forward_ad.make_dual(x, tangent))
         value, found = forward_ad.unpack_dual(dual)
-        assert value.equal(quantiser(x)) and found.equal(want)
-    value, found = torch.func.jvp(quantiser, (x,), (tangent,))
-    assert value.equal(quantiser(x)) and found.equal(want)
+        assert value.equal(quantizer(x)) and found.equal(want)
+    value, found = torch.func.jvp(quantizer, (x,), (tangent,))
+    assert value.equal(quantizer(x)) and found.equal(want)
 
 
 def test_second_derivatives_of_a_fixed_scale(x):
     x.requires_grad_()
-    (first,) = torch.autograd.grad(QUANTISERS["fake_quantize"](x).square().sum(), x, create_graph=True)
+    (first,) = torch.autograd.grad(QUANTIZERS["fake_quantize"](x).square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)
-    mask = gradient(QUANTISERS["fake_quantize"], x.detach(), torch.ones(3, 28))
+    mask = gradient(QUANTIZERS["fake_quantize"], x.detach(), torch.ones(3, 28))
     assert second.equal(2 * mask)  # d(2 y mask)/dx = 2 mask mask
 
 

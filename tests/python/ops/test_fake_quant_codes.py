@@ -66,7 +66,7 @@ def test_tiny_and_huge_ranges_stay_usable(device):
 @each(SAMPLES)
 @in_each_dtype
 @on_each_device
-def test_codes_come_back_as_the_fake_quantised_value(sample, dtype, device):
+def test_codes_come_back_as_the_fake_quantized_value(sample, dtype, device):
     x, scale, zero_point = sample.make(device, dtype)
     codes = quantrain.quantize(x, scale, zero_point, dtype=code_dtype(sample), **sample.range)
     assert codes.dtype == code_dtype(sample)

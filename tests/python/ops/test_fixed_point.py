@@ -288,7 +288,7 @@ def test_requantize_equals_the_published_shifts(sample, signed, device):
 @each_sign
 @pytest.mark.parametrize(("accumulator_length", "length"), [(14, 5), (9, 8), (6, 6), (3, 7)])
 @on_each_device
-def test_requantize_equals_quantisation_of_the_real_number(signed, accumulator_length, length, device):
+def test_requantize_equals_quantization_of_the_real_number(signed, accumulator_length, length, device):
     if signed and length == 8:
         length = 7
     g = torch.Generator().manual_seed(length)
@@ -299,7 +299,7 @@ def test_requantize_equals_quantisation_of_the_real_number(signed, accumulator_l
     real = accumulator.double() / 2**accumulator_length
     expected = reference.quantize(real, torch.tensor([length], device=device), signed=signed) * 2**length
     assert_same(codes, expected.to(codes.dtype))
-    # The simulated quantiser gives the same codes: float32 holds these accumulators exactly.
+    # The simulated quantizer gives the same codes: float32 holds these accumulators exactly.
     simulated = quantrain.fixed_point_quantize(real.float(), length, signed=signed) * 2**length
     assert_same(codes, simulated.to(codes.dtype))
 

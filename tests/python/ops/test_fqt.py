@@ -304,9 +304,9 @@ def test_opcheck_conv2d(quantizer, device):
     opcheck(ops.fqt_conv2d.padding, (x, w, None, [1, 1], "same", [1, 1], 2), quantizers(quantizer, "none"))
 
 
-def step(x, w, b, image, kernel, quantised=True):
-    linear = quantizers("householder") if quantised else {}
-    conv = quantizers("per_sample", "per_tensor") if quantised else {}
+def step(x, w, b, image, kernel, quantized=True):
+    linear = quantizers("householder") if quantized else {}
+    conv = quantizers("per_sample", "per_tensor") if quantized else {}
     y = quantrain.fqt_linear(x.relu(), w * 2, b, **linear)
     z = quantrain.fqt_conv2d(image, kernel, None, 1, "same", **conv)
     return y.square().sum() + z.relu().square().sum()
@@ -340,7 +340,7 @@ def test_inductor_keeps_the_mean(device, dynamic):
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
     for rows in (8, 12) if dynamic else (8,):
         leaves = step_leaves(device, rows)
-        exact = step(*leaves, quantised=False)
+        exact = step(*leaves, quantized=False)
         torch.testing.assert_close(compiled(*leaves), exact)
         expected = torch.autograd.grad(exact, leaves)
         torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""The int8 matrix product: exact sums for every shape and path, dequantised in float32 in the stated order."""
+"""The int8 matrix product: exact sums for every shape and path, dequantized in float32 in the stated order."""
 
 import itertools
 import re
@@ -196,7 +196,7 @@ def test_sums_beyond_int32_are_split(device):
 
 @on_each_device
 def test_codes_and_scales_give_the_product_of_their_matrices(device):
-    """What the family is for: the product of two quantised matrices is that of the dequantised ones."""
+    """What the family is for: the product of two quantized matrices is that of the dequantized ones."""
     x, w = torch.randn(50, 300, device=device), torch.randn(70, 300, device=device) * 0.02
     (xq, xs), (wq, ws) = quantrain.int8_quantize_rows(x), quantrain.int8_quantize_rows(w)
     found = quantrain.int8_mm(xq, wq, xs, ws)

@@ -112,7 +112,7 @@ def test_errors_of_neighbours_and_of_draws_are_independent():
 
 @pytest.mark.parametrize("scheme", ["fold", "columns"])
 def test_products_of_stochastic_codes_are_unbiased(scheme):
-    """dX and dW as a training step makes them, 400 draws, against the products of the exact gradient with the quantised operands."""
+    """dX and dW as a training step makes them, 400 draws, against the products of the exact gradient with the quantized operands."""
     g = torch.Generator().manual_seed(9)
     n, tokens, k, out = 400, 12, 10, 9
     x, w, dy = (torch.randn(s, generator=g) for s in ((tokens, k), (out, k), (tokens, out)))

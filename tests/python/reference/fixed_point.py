@@ -5,7 +5,7 @@ import math
 import torch
 from reference.fake_quant import expand, groups
 
-# Where a Gaussian, in steps of the quantiser, is rounded equally well with a fraction length and with the next shorter one: signed words
+# Where a Gaussian, in steps of the quantizer, is rounded equally well with a fraction length and with the next shorter one: signed words
 # of 2 to 16 bits, then the unsigned word of 16. An unsigned word is the positive half of a signed one that is a bit longer.
 GAUSSIAN = [
     *(1.18862, 2.1361, 3.78574, 6.70404, 11.9572, 21.5431, 39.224, 72.1181, 133.753, 249.931, 470.036, 888.857),

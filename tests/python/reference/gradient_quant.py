@@ -218,7 +218,7 @@ def round_to_type(value, u, dtype):
     return (torch.copysign((whole + up) * step, value.double())).to(dtype)
 
 
-# ---- quantisation ----
+# ---- quantization ----
 
 
 @dataclass

@@ -11,7 +11,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 class Sample(gradient_quant.Sample):
-    """A matrix to be quantised, by rows and by columns, and factors for its rows and columns."""
+    """A matrix to be quantized, by rows and by columns, and factors for its rows and columns."""
 
     def make(self, device="cpu", dtype=torch.float32, seed=0):
         g = torch.Generator().manual_seed(100 * seed + self.seed)

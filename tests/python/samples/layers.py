@@ -1,4 +1,4 @@
-"""One list of layers and inputs that every test of the quantised layers draws from."""
+"""One list of layers and inputs that every test of the quantized layers draws from."""
 
 import torch
 from torch import nn

@@ -69,7 +69,7 @@ struct QUANTRAIN_API GradientQuantSpec : SchemeOf<GradientQuantSpec> {
 
   void validate() const override;
   void check_layer(const std::string& layer, const Recipe& recipe) const override;
-  bool quantises_gradients() const override { return grad_input || grad_weight; }
+  bool quantizes_gradients() const override { return grad_input || grad_weight; }
 };
 
 }  // namespace quantrain::nn

@@ -38,7 +38,7 @@ struct QUANTRAIN_API Int8Spec : SchemeOf<Int8Spec> {
   void validate() const override;
   void check_recipe(const Recipe& recipe) const override;
   void check_layer(const std::string& layer, const Recipe& recipe) const override;
-  bool quantises_gradients() const override { return training; }
+  bool quantizes_gradients() const override { return training; }
   bool linear_only() const override { return true; }
   bool integer_products() const override { return !simulate; }
 };

@@ -99,7 +99,7 @@ def prepare_fixed_point(model: nn.Module, recipe: Recipe) -> FixedPointGraph:
     steps = read_steps(model)
     if "input_activation" in model._modules:
         raise ValueError(
-            "prepare: expected a model without a child 'input_activation' (that quantises the images), got one"
+            "prepare: expected a model without a child 'input_activation' (that quantizes the images), got one"
         )
     return _build(model, recipe, steps)
 

@@ -14,7 +14,7 @@ class GradientQuant(SchemeHandler):
     kind = "gradient_quant"
 
     def no_twin(self, twin, recipe):
-        return "gradients of ConvTranspose2d are not quantised" if issubclass(twin, QuantConvTranspose2d) else ""
+        return "gradients of ConvTranspose2d are not quantized" if issubclass(twin, QuantConvTranspose2d) else ""
 
     def takes_float64(self, recipe):
         return False
