@@ -75,7 +75,7 @@ FAMILIES = (
         "gradient_quant.md",
         "Unbiased quantizers of gradients for fully quantized training (StatQuant). Measured on one NVIDIA H200; the "
         "byte floor here is "
-        "two readings and one writing, for `householder` three readings.",
+        "two reads and one write, for `householder` three reads.",
         {
             "quantize_gradient": (
                 "`per_sample` 84 to 127 % of the byte floor (short rows stay in registers and are read once), "

@@ -1,4 +1,4 @@
-// Runs an integer network from its file: accuracy and images a second, without Python.
+// Runs an integer network from its file: accuracy and images per second, without Python.
 //
 //   run_fixed_point NETWORK.safetensors [--data FOLDER | --records FILE --size HxW] [--mean M --std S] [--batch N]
 //   [--threads N] [--device cpu|cuda]

@@ -80,7 +80,7 @@ def int8_quantize_rows_and_columns(
     stochastic: bool = False,
     generator: Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Int8 codes of a gradient by rows and by columns, from one draw and in two readings.
+    """Int8 codes of a gradient by rows and by columns, from one draw and in two reads.
 
     :func:`int8_quantize_rows` and :func:`int8_quantize_columns` in fewer passes over the input: what the gradient of an
     output needs for the two products it enters. Each has the right mean; their errors are not independent.

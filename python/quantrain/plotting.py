@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Okabe & Ito's colours, which people with colour-blindness tell apart; the baseline is grey.
+# Okabe & Ito's colors, which people with color blindness tell apart; the baseline is gray.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 BASELINE_COLOR = "#555555"
 INK, FAINT = "#222222", "#D9D9D9"

@@ -144,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--lr", type=number, help="its largest learning rate")
     training.add_argument("--qat-epochs", type=number, help="epochs of fine-tuning, for every recipe")
     training.add_argument("--qat-lr", type=number, help="its largest learning rate, for every recipe")
-    training.add_argument("--batch-size", type=whole, help="samples a training step")
+    training.add_argument("--batch-size", type=whole, help="samples per training step")
     training.add_argument(
         "--calibration-batches", type=whole, default=8, help="training batches that observers see (8)"
     )

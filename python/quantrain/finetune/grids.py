@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-MAX_VALUES = 200_000  # a histogram of this many values has bins that are exact to well under a per cent
+MAX_VALUES = 200_000  # a histogram of this many values has bins that are exact to well under a percent
 
 
 @dataclass(frozen=True)

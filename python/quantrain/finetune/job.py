@@ -347,7 +347,7 @@ class Job:
         }
         if not qnn.handler_of(recipe).rebuilds:
             return {**details, "layer_errors": self._layer_errors(model)}
-        # no table of errors: tensors are rounded in units of their neighbours, which it does not know
+        # no table of errors: tensors are rounded in units of their neighbors, which it does not know
         return {**details, "audit": tuple(AuditRow(**row) for row in converted.audit().rows)}
 
     def _prepared(self, name: str, recipe) -> nn.Module:
@@ -415,7 +415,7 @@ class Job:
                 path = folder / f"{name}-{kind}.png"
                 if path.is_file():
                     note = (
-                        "Each grey line is a value that the quantized model can hold; what lies past the ends is cut."
+                        "Each gray line is a value that the quantized model can hold; what lies past the ends is cut."
                     )
                     figures.append((f"{name}: what is rounded, and the grid it is rounded to", note, path))
         report = self.folder / "report.html"

@@ -108,7 +108,7 @@ def _images(folder: Path) -> list[Path]:
 def load_image_folder(folder: Path, size: int | None = None) -> ImageData:
     """The images in ``folder/<class>/``, or in ``folder/train/<class>/`` and ``folder/test/<class>/`` (or val).
 
-    Where there is no test set, every tenth image is held out. Images are grey where all of them are, else RGB.
+    Where there is no test set, every tenth image is held out. Images are gray where all of them are, else RGB.
 
     Args:
         folder: The folder.

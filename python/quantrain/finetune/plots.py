@@ -14,7 +14,7 @@ from quantrain.plotting import BASELINE_COLOR, COLORS, FAINT, STYLE, pyplot_for_
 
 
 def stage_colors(stages: Sequence[str]) -> dict[str, str]:
-    """One colour per stage: grey for the first, the baseline."""
+    """One color per stage: gray for the first, the baseline."""
     recipes = {stage: COLORS[place % len(COLORS)] for place, stage in enumerate(stages[1:])}
     return {**dict.fromkeys(stages[:1], BASELINE_COLOR), **recipes}
 
@@ -77,7 +77,7 @@ def _accuracy_panel(axes, entries: Sequence[dict], results: Sequence[StageResult
     axes.locator_params(axis="x", nbins=6)
     axes.set_yticks(range(len(results)), [result.stage for result in results])
     axes.set_ylim(len(results) - 0.5, -0.7)
-    axes.set(title="Test accuracy (hollow: on the way)", xlabel="per cent")
+    axes.set(title="Test accuracy (hollow: on the way)", xlabel="percent")
     axes.grid(axis="x", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
 

@@ -19,7 +19,7 @@ class LayerError:
         layer: The layer's name.
         tensor: ``"weight"``, ``"input"`` or ``"output"`` (the layer's result, both errors together).
         sqnr_db: Signal to quantization noise ratio in dB.
-        saturation_pct: Per cent of the elements whose code lies outside the grid; None for an output.
+        saturation_pct: Percent of the elements whose code lies outside the grid; None for an output.
     """
 
     layer: str

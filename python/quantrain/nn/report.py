@@ -185,7 +185,7 @@ def quantization_error(
     """What quantization costs on one batch, layer by layer, with the model in eval mode; the model is left as it was.
 
     Signal-to-quantization-noise ratio: SQNR = 10 log10(sum x^2 / sum (x - q(x))^2) in dB, about 6 dB per bit, more is
-    better; saturation: per cent of elements whose code was clamped.
+    better; saturation: percent of elements whose code was clamped.
 
     Args:
         model: prepared, with ranges observed; or converted (then only the inputs can be compared).
