@@ -12,13 +12,19 @@ from .results import bench_section, finals, newest, rows_of
 
 UNMEASURED = "Not measured yet: `scripts/gpu_int8.sh` measures it.\n"
 RESULTS, PICTURES = "../../benchmarks/results", "../figures"  # from the page
+MOVED = {"benchmarks/int8_training_study.py": "benchmarks/studies/int8_training/study.py"}  # since the result's commit
 
 
 def _source(path: Path, content: dict, on_cpu: bool = False) -> str:
     where = content["cpu"] if on_cpu or "CPU" in content["on"] else content["on"]
+    moved = [
+        f" (the command at commit {content['commit']}; the script is now `{new}`)"
+        for old, new in MOVED.items()
+        if old in content["command"]
+    ]
     return (
         f"{where}, torch {content['torch']}, {content['date']}: [{path.name}]({RESULTS}/{path.name}), "
-        f"`{content['command']}`."
+        f"`{content['command']}`{''.join(moved)}."
     )
 
 
@@ -159,7 +165,7 @@ def bench_part(part: str, results: Path) -> str:
 
 
 def curves_text(path: Path, content: dict) -> str:
-    """Final losses of both precisions, mean over the seeds, and their difference in per cent."""
+    """Final losses of both precisions, mean over the seeds, and their difference in percent."""
     settings, rows = content["settings"], content["rows"]
     config = settings["config"]
     lines = []
@@ -201,7 +207,7 @@ def finetune_text(path: Path, content: dict) -> str:
     return (
         f"MiniLM-L6 on SST-2, {settings['train_rows']} sentences, batch {settings['batch_size']}, {settings['epochs']:g} epochs, "
         f"pretrained weights stored in {settings['pretrained_weights']}; accuracy on "
-        f"the 872 sentences of the development set in per cent (one sentence is 0.11). {_source(path, content)}\n\n"
+        f"the 872 sentences of the development set in percent (one sentence is 0.11). {_source(path, content)}\n\n"
         + table(["training", *(f"seed {seed}" for seed in seeds), "mean", "to float32, points"], lines)
     )
 
