@@ -141,11 +141,10 @@ void QuantModule::reset_weight_and_bias(bool has_bias) {
 
 at::Tensor QuantModule::quantized_weight(const at::Tensor& float_weight, const at::Tensor& zero) {
   if (!weight_fake_quant) return float_weight;
-  if (recipe_.scheme && weight_fake_quant->fake_quant_enabled()) {
-    if (const auto own = recipe_.scheme->weight_qparams(float_weight.detach())) {
-      return quantrain::fake_quantize(float_weight, own->scale, defined_or_none(own->zero_point), own->quant_min,
-                                      own->quant_max);
-    }
+  if (recipe_.scheme && recipe_.scheme->has_weight_rule() && weight_fake_quant->fake_quant_enabled()) {
+    const WeightQparams own = recipe_.scheme->weight_qparams(float_weight.detach());
+    return quantrain::fake_quantize(float_weight, own.scale, defined_or_none(own.zero_point), own.quant_min,
+                                    own.quant_max);
   }
   return weight_fake_quant->forward(float_weight, zero);
 }
@@ -273,11 +272,12 @@ void QuantModule::store_codes(bool check_observed) {
   at::Tensor codes;
   if (check_observed || weight_fake_quant->has_scale()) {
     int64_t quant_min = spec.quant_min(), quant_max = spec.quant_max();
-    if (const auto own = recipe_.scheme ? recipe_.scheme->weight_qparams(values) : std::nullopt) {
-      scale = own->scale;
-      zero_point = own->zero_point;
-      quant_min = own->quant_min;
-      quant_max = own->quant_max;
+    if (recipe_.scheme && recipe_.scheme->has_weight_rule()) {
+      const WeightQparams own = recipe_.scheme->weight_qparams(values);
+      scale = own.scale;
+      zero_point = own.zero_point;
+      quant_min = own.quant_min;
+      quant_max = own.quant_max;
     } else {
       std::tie(scale, zero_point) = weight_fake_quant->calculate_qparams(values);
     }

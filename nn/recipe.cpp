@@ -41,6 +41,9 @@ SchemeValue scheme_of_old_fields(const FieldsJson& json) {
     fail_field("Recipe", "one of int8, fixed_point, and grad_input with grad_weight", "several");
   }
   if (integer || backend == "int8") {
+    for (const char* later : {"training", "simulate"}) {  // fields of a scheme, which these recipes did not have
+      if (integer && json["int8"].contains(later)) fail_field("Recipe", "int8 without " + std::string(later), "one");
+    }
     auto scheme = integer ? detail::from_object<Int8Spec>(json["int8"]) : Int8Spec{};
     scheme.training = integer;
     scheme.simulate = backend == "simulate";
@@ -71,8 +74,9 @@ int64_t QuantSpec::quant_max() const { return (int64_t{1} << (symmetric ? bits -
 
 std::vector<int64_t> QuantSpec::weight_scale_shape(const std::vector<int64_t>& weight_shape) const {
   if (granularity == Granularity::kPerTensor) return {1};
+  TORCH_CHECK_VALUE(!weight_shape.empty(), "weight_scale_shape: expected a weight [O, ...], got one of no dimensions");
   std::vector<int64_t> shape(weight_shape.size(), 1);
-  shape.at(0) = weight_shape.at(0);
+  shape[0] = weight_shape[0];
   if (granularity == Granularity::kPerGroup && shape.size() == 2 && weight_shape[1] > 0 &&
       weight_shape[1] % group_size == 0) {
     shape[1] = weight_shape[1] / group_size;

@@ -59,6 +59,8 @@ void set_field(T& self, const std::string& field, py::handle given) {
     } catch (const py::cast_error&) {
       throw py::type_error(std::string(T::kTypeName) + ": expected another type for " + name + ", got " +
                            py::repr(given).cast<std::string>());
+    } catch (const std::invalid_argument& error) {
+      throw py::value_error(std::string(T::kTypeName) + ": " + error.what());
     }
   });
 }
@@ -146,18 +148,19 @@ void bind_scheme(py::module_& module) {
                              "Whether converted Linear layers multiply integers.")
       .def_property_readonly("quantizes_gradients", &Scheme::quantizes_gradients)
       .def("to_json", &Scheme::to_json)
+      .def_property_readonly("has_weight_rule", &Scheme::has_weight_rule,
+                             "Whether weight_qparams, and not the recipe's QuantSpec, decides the codes of weights.")
       .def(
           "weight_qparams",
-          [](const Scheme& self, const at::Tensor& weight) -> py::object {
-            const auto own = self.weight_qparams(weight);
-            if (!own) return py::none();
+          [](const Scheme& self, const at::Tensor& weight) {
+            const WeightQparams own = self.weight_qparams(weight);
             const std::optional<at::Tensor> zero =
-                own->zero_point.defined() ? std::optional<at::Tensor>(own->zero_point) : std::nullopt;
-            return py::make_tuple(own->scale, zero, own->quant_min, own->quant_max);
+                own.zero_point.defined() ? std::optional<at::Tensor>(own.zero_point) : std::nullopt;
+            return py::make_tuple(own.scale, zero, own.quant_min, own.quant_max);
           },
           py::arg("weight"),
-          "(scale, zero_point, quant_min, quant_max) where the scheme has a rule of its own for a weight [O, ...], "
-          "else None.")
+          "(scale, zero_point, quant_min, quant_max) of a weight [O, ...]; ValueError where the scheme has no rule for "
+          "weights.")
       .def_static("kinds", &scheme_kinds, "The kinds that are known.")
       .def("__getattr__",
            [](const Scheme& self, const std::string& name) -> py::object {
@@ -212,8 +215,11 @@ void bind_recipe_class(py::module_& module) {
       "None) for how it runs beyond that.");
   cls.def_property(
       "scheme", [](const Recipe& self) { return self.scheme.pointer(); },
-      [](Recipe& self, const std::shared_ptr<Scheme>& scheme) {
-        self.scheme = scheme ? SchemeValue(scheme->clone()) : SchemeValue();
+      [](Recipe& self, const py::object& scheme) {
+        if (!scheme.is_none() && !py::isinstance<Scheme>(scheme)) {
+          throw py::type_error("Recipe: expected another type for scheme, got " + py::repr(scheme).cast<std::string>());
+        }
+        self.scheme = scheme.is_none() ? SchemeValue() : SchemeValue(scheme.cast<const Scheme&>().clone());
       });
   bind_fields<Recipe>(cls, {"scheme"});
   bind_value<Recipe>(cls);

@@ -1,5 +1,5 @@
 // The program of an integer network, proven: parsed from JSON, checked against its tensors, and proven to keep every
-// sum inside int32. Private to the library; the format is described in nn/fixed_point/network.h.
+// sum inside int32. Private to the library; the format is described in quantrain/nn/fixed_point/network.h.
 #pragma once
 
 #include <array>

@@ -58,6 +58,10 @@ std::vector<std::string> scheme_kinds() {
   return kinds;
 }
 
+WeightQparams Scheme::weight_qparams(const at::Tensor& /*weight*/) const {
+  TORCH_CHECK_VALUE(false, type_name(), ": expected a scheme with a rule for weights, got one without");
+}
+
 std::string Scheme::to_json() const {
   detail::JsonWriter writer;
   const_cast<Scheme*>(this)->visit(writer);  // a writer changes nothing

@@ -31,7 +31,7 @@ std::vector<Recipe> recipes() {
   std::vector<Recipe> all = {affine_weight_recipe(8), affine_weight_recipe(3)};
   for (const std::string& name : Recipe::names()) {
     const Recipe recipe = Recipe::from_name(name);
-    // The others: test_int8_layers, test_fixed_point_layers.
+    // The others: test_int8_layers, test_fixed_point_conv.
     if (!recipe.linear_only() && !recipe.scheme_as<quantrain::nn::FixedPointSpec>()) all.push_back(recipe);
   }
   Recipe output = Recipe::from_name("qat-w8a8");

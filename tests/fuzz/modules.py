@@ -20,7 +20,7 @@ FAMILIES = (
 # Operators without a drawn and a hostile test, with the reason.
 LEFT_OUT = {
     "_int8_mm_by_kernel": "int8_mm's kernels one by one, for sweeps: tests/python/samples/int8_every_kernel.py goes through all",
-    "_snapshot": "a clone for compiled batch norms, in Python: nn/conv_bn.py",
+    "_snapshot": "a clone for compiled batch norms, in Python: quantrain/nn/conv_bn.py",
 }
 
 

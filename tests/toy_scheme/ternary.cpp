@@ -26,12 +26,18 @@ struct TernarySpec : SchemeOf<TernarySpec> {
   void check_layer(const std::string& layer, const Recipe& /*recipe*/) const override {
     TORCH_CHECK_VALUE(layer == "QuantLinear", layer, ": expected a recipe of another scheme than ternary, got one");
   }
+  void check_recipe(const Recipe& recipe) const override {
+    if (!recipe.weight || !recipe.weight->symmetric || recipe.weight->learnable || recipe.weight->bits != 2) {
+      throw std::invalid_argument("Recipe: expected symmetric weights of 2 bits without a learned scale for ternary");
+    }
+  }
   bool linear_only() const override { return true; }
-  std::optional<WeightQparams> weight_qparams(const at::Tensor& weight) const override {
+  bool has_weight_rule() const override { return true; }
+  WeightQparams weight_qparams(const at::Tensor& weight) const override {
     const at::Tensor magnitude = weight.abs().to(at::kFloat);
     const at::Tensor large = magnitude > threshold * magnitude.mean(1, /*keepdim=*/true);
     const at::Tensor sum = (magnitude * large).sum(1, true);
-    return WeightQparams{at::clamp_min(sum / large.sum(1, true).clamp_min(1), 1e-8), {}, -1, 1};
+    return {at::clamp_min(sum / large.sum(1, true).clamp_min(1), 1e-8), {}, -1, 1};
   }
 };
 

@@ -5,7 +5,6 @@ from quantrain.nn import QuantLinear, SchemeHandler, schemes
 
 class Ternary(SchemeHandler):
     kind = "ternary"
-    own_weight_rule = True
 
     def left_float(self, twin, recipe):
         return "" if twin is QuantLinear else "ternary weights are for Linear layers"

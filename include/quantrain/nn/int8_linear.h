@@ -14,15 +14,15 @@
 
 namespace quantrain::nn {
 
-// y = x W^T + b by int8_linear (<quantrain/ops/int8_linear.h>), as the recipe's int8 says: each of output, grad_input
-// and grad_weight in int8 or floating point. Input [..., in_features], output [..., out_features]. `weight` and `bias`
-// stay floating point, float32 or 16 bit, and are trained as any other; under autocast the weight is not cast. With
-// backend "simulate" the codes are multiplied in float32.
+// y = x W^T + b by int8_linear (<quantrain/ops/int8_linear.h>), as the recipe's Int8Spec says: each of output,
+// grad_input and grad_weight in int8 or floating point. Input [..., in_features], output [..., out_features]. `weight`
+// and `bias` stay floating point, float32 or 16 bit, and are trained as any other; under autocast the weight is not
+// cast. With Int8Spec::simulate the codes are multiplied in float32.
 //
 // enable_gradient_quant(false): gradients in floating point. enable_fake_quant(*layer, false): all three. Converted, it
-// multiplies its stored codes (backend "int8"), or dequantizes them as QuantLinear does.
+// multiplies its stored codes, or under Int8Spec::simulate dequantizes them as QuantLinear does.
 //
-// ValueError: a recipe without int8.
+// ValueError: a recipe without an Int8Spec for training.
 class QUANTRAIN_API Int8LinearImpl : public Copied<Int8LinearImpl, QuantModule> {
  public:
   Int8LinearImpl(int64_t in_features, int64_t out_features, const Recipe& recipe = Recipe::from_name("int8-training"))

@@ -7,7 +7,7 @@
 // uint8, two codes per byte along each flattened row), with buffers `weight_scale` (float32), `weight_zero_point`
 // (int32, affine only) and `bias`; dequantized_weight() is the float weight that they stand for. The forward pass
 // dequantizes and computes as before, so its output equals the fake-quantized layer's in evaluation mode bit for bit.
-// Under a recipe with backend "int8" (Linear layers only) a converted layer multiplies integers instead (int8_mm): the
+// Under a scheme of integer products (Linear layers only) a converted layer multiplies integers instead (int8_mm): the
 // same codes, the output within float32 rounding of the sum. It has no gradient, and a NaN that meets a stored input
 // scale becomes 0. The names are those of the Python layers.
 #pragma once

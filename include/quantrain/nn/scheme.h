@@ -44,9 +44,10 @@ class QUANTRAIN_API Scheme {
   // Throws c10::ValueError where a layer of that class ("QuantLinear") does not run so.
   virtual void check_layer(const std::string& /*layer*/, const Recipe& /*recipe*/) const {}
 
-  // A rule of the scheme's own for the codes of a weight [O, ...]; without one the recipe's QuantSpec decides. Both
-  // languages' layers ask here, in training and to convert.
-  virtual std::optional<WeightQparams> weight_qparams(const at::Tensor& /*weight*/) const { return std::nullopt; }
+  // Whether the scheme has a rule of its own for the codes of a weight [O, ...], which weight_qparams is then; without
+  // one the recipe's QuantSpec decides. Both languages' layers ask here, in training and to convert.
+  virtual bool has_weight_rule() const { return false; }
+  virtual WeightQparams weight_qparams(const at::Tensor& weight) const;
 
   virtual bool quantizes_gradients() const {
     return false;

@@ -1,4 +1,4 @@
-// Layers in fixed point: the fixed_point_layers family. 8-bit codes in, exact int32 sums, one shift out; no scale, no
+// Layers in fixed point: the fixed_point_conv family. 8-bit codes in, exact int32 sums, one shift out; no scale, no
 // float.
 //
 // A number is code * 2^-FL; FL is its fraction length. Codes are uint8 in [0, 255] or int8 in [-127, 127]; weights are

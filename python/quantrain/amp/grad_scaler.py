@@ -66,6 +66,8 @@ class GradScaler:
         capturable: bool = False,
         process_group: Any = None,
     ) -> None:
+        if not isinstance(device, (str, torch.device)):
+            raise TypeError(f"GradScaler: expected device to be a str, as in torch.amp.GradScaler, got {device!r}")
         self._arguments = {
             "init_scale": init_scale,
             "growth_factor": growth_factor,

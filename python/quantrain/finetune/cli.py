@@ -103,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="change a setting of every recipe, e.g. weight.bits=6, input=null, edge_bits=0; may be repeated",
+        help="change a setting of every recipe, e.g. weight.bits=6, input=null, scheme.grad_input.bits=4, edge_bits=0; may be repeated",
     )
     what.add_argument(
         "--skip",

@@ -63,24 +63,25 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
         ValueError: A text is not of that form, or changes the name.
 
     Example:
-        >>> parse_overrides(["weight.bits=4", "weight.observer=mse", "input=null"])
-        {'weight': {'bits': 4, 'observer': 'mse'}, 'input': None}
+        >>> parse_overrides(["weight.bits=4", "weight.observer=mse", "input=null", "scheme.grad_input.bits=4"])
+        {'weight': {'bits': 4, 'observer': 'mse'}, 'input': None, 'scheme': {'grad_input': {'bits': 4}}}
     """
     changes: dict[str, object] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         parts = key.split(".")
-        if not equals or not all(parts) or len(parts) > 2 or parts == ["name"]:
+        if not equals or not all(parts) or parts == ["name"]:
             raise ValueError(f"--override: expected key=value such as weight.bits=4 or input=null, got {text!r}")
         try:
             parsed = json.loads(value)
         except ValueError:
             parsed = value
-        if len(parts) == 1:
-            changes[key] = parsed
-        else:
-            inner = changes.get(parts[0])
-            changes[parts[0]] = {**(inner if isinstance(inner, dict) else {}), parts[1]: parsed}
+        inner = changes
+        for part in parts[:-1]:
+            if not isinstance(inner.get(part), dict):
+                inner[part] = {}
+            inner = inner[part]
+        inner[parts[-1]] = parsed
     return changes
 
 

@@ -53,7 +53,8 @@ from .quantized import (
 )
 from .recipes import as_recipe, changed_recipe, gradient_arguments, weight_scale_shape
 from .report import ErrorTable, SizeTable, model_size, quantization_error
-from .schemes import SchemeHandler, fixed_point, gradient_quant, handler_of, int8  # noqa: F401, the schemes: one line
+from .schemes import SchemeHandler, handler_of
+from .schemes import table as _schemes  # noqa: F401, registers them
 
 __all__ = [
     "PACT",

@@ -248,7 +248,7 @@ def calibrate(
     >>> print(calibrate(model, [torch.randn(8, 4) for _ in range(3)]).calibration_report)
     every range was seen
     """
-    if not calibrating_modules(model):
+    if not calibrating_modules(model) or _is_converted(model):
         raise ValueError(_not_prepared(model))
     if isinstance(batches, (torch.Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise TypeError(
@@ -265,9 +265,17 @@ def calibrate(
     return model
 
 
+def _is_converted(model: nn.Module) -> bool:
+    stored = any(name.endswith("weight_scale") for name, _ in model.named_buffers())
+    return stored and not any(isinstance(module, QuantLayer) for module in model.modules())
+
+
 def _not_prepared(model: nn.Module) -> str:
-    buffers = any(name.endswith("weight_scale") for name, _ in model.named_buffers())
-    state = "one that is converted already" if buffers else "one without a FakeQuantize (use what prepare returned)"
+    state = (
+        "one that is converted already"
+        if _is_converted(model)
+        else "one without a FakeQuantize (use what prepare returned)"
+    )
     return f"calibrate: expected a prepared model, got {state}"
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from .conv_bn import FoldedBatchNorm2d, QuantConvBn2d
 from .graph import copied
 from .layers import QuantEmbedding, QuantLayer
-from .prepare import PrepareSummary, matching, some, swapped
+from .prepare import PrepareSummary, check_model, check_patterns, matching, some, swapped
 from .quantized import QuantizedLayer, check_convertible, quantized_layer
 from .schemes import SchemeHandler, handlers
 
@@ -52,6 +52,8 @@ def convert(
     >>> convert(model)[0].weight_codes.dtype
     torch.int8
     """
+    check_model("convert", model)
+    check_patterns("convert", "skip", skip)
     skip = list(skip)
     if rebuilder := next((handler for handler in handlers() if handler.is_prepared(model)), None):
         if skip:

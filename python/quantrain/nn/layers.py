@@ -85,7 +85,7 @@ class QuantLayer(nn.Module):
     def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
         self.recipe = as_recipe(recipe)
         handler_of(self.recipe).check_layer(self)
-        self._own_weight_rule = handler_of(self.recipe).own_weight_rule
+        self._own_weight_rule = self.recipe.scheme is not None and self.recipe.scheme.has_weight_rule
         device = self.weight.device
         for tensor in ("weight", "input", "output"):
             spec = getattr(self.recipe, tensor)

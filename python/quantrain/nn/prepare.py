@@ -92,7 +92,7 @@ def prepare(
         model: a float model.
         recipe: a :class:`quantrain.Recipe` or the name of one (``quantrain.Recipe.names()``).
         overrides: layer-name pattern (fnmatch, e.g. ``"layer1.*"``) -> a Recipe, a name, or a mapping of changed fields
-            such as ``{"weight": {"bits": 8}, "grad_input": None}``. Where several patterns match, the last one wins. An
+            such as ``{"weight": {"bits": 8}, "scheme": None}``. Where several patterns match, the last one wins. An
             override also wins over the recipe's ``edge_bits`` (bits of the first and last layer, in order of call where
             the model could be traced, else of registration).
         skip: layer-name patterns to leave in floating point; one that names a batch norm keeps it unfolded.
@@ -121,8 +121,10 @@ def prepare(
     0      QuantConvBn2d  int8 per_channel (dynamic)  uint8 per_tensor (moving_average)  -
     3      QuantLinear    int8 per_channel (dynamic)  uint8 per_tensor (moving_average)  -
     """
+    check_model("prepare", model)
     base = as_recipe(recipe)
     overrides = dict(overrides or {})
+    check_patterns("prepare", "skip", skip)
     if handler_of(base).rebuilds:
         return _prepare_network(model, base, overrides, skip, inplace)
     if not inplace:
@@ -220,6 +222,16 @@ def _twins() -> dict[type[nn.Module], type[QuantLayer]]:
     module = sys.modules.get("transformers.pytorch_utils")
     transposed = getattr(module, "Conv1D", None)
     return _TWINS if transposed is None else _TWINS | {transposed: QuantTransposedLinear}
+
+
+def check_model(op: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: expected model to be a torch.nn.Module, got {type(model).__name__}")
+
+
+def check_patterns(op: str, argument: str, patterns: object) -> None:
+    if isinstance(patterns, str):  # whose characters would be patterns
+        raise TypeError(f"{op}: expected {argument} to be a list of patterns, got the str {patterns!r}")
 
 
 def matching(

@@ -102,8 +102,8 @@ class QuantizedLayer(Float32State):
         if check_observed and not bool(torch.isfinite(weight).all()):
             raise ValueError(f"convert: {type(layer).__name__}: expected finite weights, got NaN or Inf")
         low, high = fake_quant.quant_min, fake_quant.quant_max
-        if handler_of(layer.recipe).own_weight_rule:
-            scale, zero_point, low, high = layer.recipe.scheme.weight_qparams(weight)
+        if (scheme := layer.recipe.scheme) is not None and scheme.has_weight_rule:
+            scale, zero_point, low, high = scheme.weight_qparams(weight)
         elif fake_quant.ready or check_observed:
             scale, zero_point = fake_quant.calculate_qparams(weight)
         else:
@@ -225,7 +225,7 @@ class QuantizedLinear(QuantizedLayer):
 
 class QuantizedInt8Linear(QuantizedLinear):
     """y = fq_out(float(xq Wq^T) * weight_scale * x_scale + bias), an integer product (:func:`quantrain.int8_mm`):
-    backend ``"int8"``.
+    scheme ``int8``.
 
     xq and x_scale: :func:`quantrain.int8_quantize_rows` of x (dynamic, one scale per token), or
     :func:`quantrain.quantize` with the stored scale of ``input_fake_quant`` (static). What ``QuantizedLinear`` computes

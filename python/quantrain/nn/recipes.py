@@ -9,13 +9,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from quantrain._C import GradientSpec, QuantSpec, Recipe, Scheme
+from quantrain._C import QuantSpec, Recipe, Scheme
 
 from .schemes import handler_of
 
 __all__ = ["as_recipe", "changed_recipe", "gradient_arguments", "weight_scale_shape"]
 
 _TENSORS = ("weight", "input", "output")
+# Fields of recipes from before there were schemes, and what says it today.
+_BEFORE = {
+    "grad_input": '{"kind": "gradient_quant", "grad_input": ...}',
+    "grad_weight": '{"kind": "gradient_quant", "grad_weight": ...}',
+    "int8": '{"kind": "int8", ...}',
+    "fixed_point": '{"kind": "fixed_point", ...}',
+    "backend": '{"kind": "int8", "simulate": true or false}',
+}
 
 
 def as_recipe(recipe: Recipe | str) -> Recipe:
@@ -58,7 +66,8 @@ def changed_recipe(base: Recipe, change: Recipe | str | Mapping) -> Recipe:
     result = Recipe.from_json(base.to_json())
     for field, value in change.items():
         if not hasattr(result, field) or callable(getattr(result, field)):
-            raise ValueError(f"recipe: expected a field of Recipe (weight, input, output, ...), got {field!r}")
+            hint = f' (which is now in "scheme": {_BEFORE[field]})' if field in _BEFORE else ""
+            raise ValueError(f"recipe: expected a field of Recipe (weight, input, output, ...), got {field!r}{hint}")
         if isinstance(value, Mapping):
             if field in _TENSORS:
                 value = _changed_spec(getattr(result, field) or QuantSpec(), value)
@@ -91,12 +100,19 @@ def _changed_scheme(scheme: Scheme | None, change: Mapping) -> Scheme:
                 f"recipe: expected a field of {type(scheme).__name__} ({', '.join(fields)}), got {field!r}"
             )
         nested = isinstance(value, Mapping) and isinstance(fields[field], Mapping)
-        fields[field] = {**fields[field], **value} if nested else _plain(value)
+        fields[field] = {**fields[field], **_plain(value)} if nested else _plain(value)
     return Scheme.make(kind, **fields)
 
 
 def _plain(value: object) -> object:
-    return json.loads(value.to_json()) if isinstance(value, GradientSpec) else value
+    """What JSON can say of a field: mappings, specs and numpy's numbers as Python's own."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if hasattr(value, "to_json"):  # a spec
+        return json.loads(value.to_json())
+    if hasattr(value, "item"):  # a number of numpy or torch
+        return value.item()
+    return value
 
 
 def gradient_arguments(recipe: Recipe, *, convolution: bool) -> dict[str, str | int | bool] | None:

@@ -217,6 +217,11 @@ def test_overrides_are_parsed():
     assert parse_overrides(["input=null", "input.bits=4", "weight.observer=mse", "training=false"]) == {
         "input": {"bits": 4}, "weight": {"observer": "mse"}, "training": False,
     }  # fmt: skip
+    assert parse_overrides(["scheme.grad_input.bits=4", "scheme.grad_weight=null"]) == {
+        "scheme": {"grad_input": {"bits": 4}, "grad_weight": None}
+    }
+    (recipe,) = resolve_recipes(["fqt-bhq5"], ["scheme.grad_input.bits=4"]).values()
+    assert recipe.scheme.grad_input.bits == 4 and recipe.scheme.grad_input.quantizer == "householder"
 
 
 @pytest.mark.parametrize(
@@ -227,7 +232,8 @@ def test_overrides_are_parsed():
         (["{folder}/float32.json"], [], "got a second 'float32'"),
         (["{folder}/one/a.json", "{folder}/two/a.json"], [], "got a second 'a'"),
         (["qat-w8a8"], ["weight.bits"], "expected key=value such as weight.bits=4 or input=null, got 'weight.bits'"),
-        (["qat-w8a8"], ["a.b.c=1"], "got 'a.b.c=1'"),
+        (["qat-w8a8"], ["a.b.c=1"], "got a.b.c=1 (recipe: expected a field of Recipe"),
+        (["fqt-bhq5"], ["grad_input.bits=4"], '(which is now in "scheme": '),
         (["qat-w8a8"], ["name=x"], "got 'name=x'"),
         (
             ["qat-w8a8"],

@@ -298,6 +298,15 @@ def test_a_pattern_that_names_no_layer_raises_and_changes_nothing(argument):
             "6 layers that are quantized already",
         ),
         (lambda: quantrain.convert(Net()), ValueError, "prepared model"),
+        (lambda: quantrain.prepare(Net().forward, "qat-w8a8"), TypeError, "^prepare: expected model .*got method"),
+        (lambda: quantrain.prepare("qat-w8a8", Net()), TypeError, "^prepare: expected model .*got str"),
+        (lambda: quantrain.convert("model"), TypeError, "^convert: expected model .*got str"),
+        (lambda: quantrain.prepare(Net(), "qat-w8a8", skip="conv1"), TypeError, "skip to be a list .*'conv1'"),
+        (
+            lambda: quantrain.convert(quantrain.prepare(Net(), "qat-w8a8"), skip="conv1"),
+            TypeError,
+            "skip to be a list .*'conv1'",
+        ),
     ],
 )
 def test_bad_input_raises(make, error, message):
@@ -355,3 +364,11 @@ def test_changed_recipe_leaves_its_base_alone():
     assert base == Recipe.from_name("qat-w8a8")
     with pytest.raises(ValueError, match="'to_json'"):
         qnn.changed_recipe(base, {"to_json": 1})
+
+
+def test_a_converted_model_is_not_calibrated_again():
+    model = quantrain.prepare(nn.Sequential(nn.Linear(4, 2)), "qat-w8a8")
+    batches = [torch.randn(8, 4)]
+    quantrain.convert(quantrain.calibrate(model, batches).eval())
+    with pytest.raises(ValueError, match="calibrate: expected a prepared model, got one that is converted already"):
+        quantrain.calibrate(model, batches)

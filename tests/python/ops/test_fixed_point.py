@@ -106,7 +106,7 @@ def test_axis_takes_a_vector():
 
 # ---- fraction length -------------------------------------------------------------------------------------------------------
 
-# F8Net's thresholds (reference/f8net.md 2.2): the standard deviation up to which each fraction length is taken.
+# F8Net's thresholds: the standard deviation up to which each fraction length is taken.
 SIGNED = {7: 0.3125, 6: 0.625, 5: 1.25, 4: 2.5, 3: 5.0, 2: 10.0, 1: 20.0}
 UNSIGNED = {8: 0.2734375, 7: 0.546875, 6: 1.09375, 5: 2.1875, 4: 4.375, 3: 8.75, 2: 17.5, 1: 35.0}
 
@@ -265,7 +265,7 @@ def test_constants_are_those_of_the_integral():
         assert fixed_point_constants.constant(word_length, False) == pytest.approx(
             reference.GAUSSIAN[word_length - 1], rel=1e-5
         )
-    # The sampled optima of reference/f8net.md 2.2.
+    # The optima that sampling finds.
     assert fixed_point_constants.constant(8, True) == pytest.approx(39.4, rel=0.01)
     assert fixed_point_constants.constant(8, False) == pytest.approx(72.0, rel=0.01)
 

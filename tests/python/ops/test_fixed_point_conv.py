@@ -1,4 +1,4 @@
-"""The operators of the family fixed_point_layers: equal to int64 arithmetic bit for bit, on every path, and what they refuse."""
+"""The operators of the family fixed_point_conv: equal to int64 arithmetic bit for bit, on every path, and what they refuse."""
 
 import doctest
 import functools

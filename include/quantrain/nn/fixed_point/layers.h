@@ -1,6 +1,6 @@
 // Layers that train in fixed point, after F8Net (Jin et al., arXiv:2202.05239): the C++ twins of
 // quantrain.nn.fixed_point, with the same names of parameters and buffers and the same arithmetic. FixedPointGraph
-// (nn/fixed_point/graph.h) connects them.
+// (quantrain/nn/fixed_point/graph.h) connects them.
 //
 // A tensor that several layers read is quantized once, where it is made, to 8-bit codes q. Its activation says what a
 // code means:

@@ -1,6 +1,6 @@
 // Fixed-point training after F8Net (Jin et al., arXiv:2202.05239): tensors are integers times powers of two, weights
-// hold batch norm and the scales of their neighbours, and the converted network multiplies 8-bit integers, adds and
-// shifts (nn/fixed_point/network.h). Recipes f8net and f8net-tiny.
+// hold batch norm and the scales of their neighbors, and the converted network multiplies 8-bit integers, adds and
+// shifts (quantrain/nn/fixed_point/network.h). Recipes f8net and f8net-tiny.
 #pragma once
 
 #include <string>

@@ -25,14 +25,12 @@ class SchemeHandler:
 
     Attributes:
         kind: what the recipe's scheme calls itself; "" for recipes without one.
-        own_weight_rule: whether the scheme rounds weights by a rule of its own (``Scheme.weight_qparams``).
         rebuilds: whether ``prepare`` makes a new network of the whole model, and ``convert`` another, rather than swap
             layers.
     """
 
     kind: ClassVar[str] = ""
     rebuilds: ClassVar[bool] = False
-    own_weight_rule: ClassVar[bool] = False
 
     # Layers
 
