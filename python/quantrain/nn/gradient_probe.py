@@ -23,8 +23,8 @@ DEFAULT_QUANTIZERS = ("per_tensor:5", "per_sample:5", "householder:5")
 class ProbeTable(Table):
     """What a :class:`GradientProbe` measured: one row per layer and quantizer, the advice below.
 
-    ``rows`` hold the keys of :attr:`GradientProbe.rows`, and ``noise_pct`` and ``bound_pct`` (variance and bound, percent
-    of ``gradient_square``), ``batch_pct`` (what the advice compares, percent of the batch variance) and
+    ``rows`` hold the keys of :attr:`GradientProbe.rows`, and ``noise_pct`` and ``bound_pct`` (variance and bound,
+    percent of ``gradient_square``), ``batch_pct`` (what the advice compares, percent of the batch variance) and
     ``bits_needed``.
     """
 
