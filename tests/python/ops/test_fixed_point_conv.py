@@ -244,6 +244,18 @@ def test_pools(dtype, device):
 
 
 @on_each_device
+@pytest.mark.parametrize("sizes", [(9, 0), (0, 6), (0, 0)])
+@pytest.mark.parametrize(("channels", "groups"), [(1, 1), (4, 1), (8, 8), (16, 1), (64, 1)])
+def test_an_image_without_pixels_gives_the_bias(channels, groups, sizes, device):
+    x = torch.empty(2, channels, *sizes, dtype=torch.uint8, device=device)
+    w = torch.ones(channels, channels // groups, 2, 2, dtype=torch.int8, device=device)
+    b = torch.arange(channels, dtype=torch.int32, device=device)
+    y = ops.fixed_point_conv2d(x, w, b, padding=[2, 2], groups=groups)
+    assert y.shape == (2, channels, sizes[0] + 3, sizes[1] + 3)
+    assert torch.equal(y, b.view(1, -1, 1, 1).expand_as(y))
+
+
+@on_each_device
 def test_empty(device):
     x, w, bias = (t.to(device) for t in SAMPLES[0].make())
     assert ops.fixed_point_conv2d(x[:0], w, bias, padding=(1, 1)).shape == (0, 16, 32, 32)
