@@ -6,11 +6,11 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <array>
 #include <string>
 
 #include "autograd/node.h"
 #include "autograd/second_derivative.h"
+#include "ops/int8_linear_check.h"
 #include "ops/int8_linear_plan.h"
 #include "quantrain/ops/int8.h"
 
@@ -30,11 +30,9 @@ struct Kept {
   bool grad_weight;  // int8
   bool simulate;
   bool has_bias;
-  int scheme;  // index in kSchemes
+  int scheme;  // index in kInt8WeightSchemes
   at::ScalarType weight_type;
   at::ScalarType bias_type;
-
-  static constexpr std::array<std::string_view, 3> kSchemes = {"auto", "fold", "columns"};
 
   int64_t packed() const {
     return grad_input | grad_weight << 1 | simulate << 2 | has_bias << 3 | scheme << 4 |
@@ -50,7 +48,7 @@ struct Kept {
 
 int scheme_index(std::string_view scheme) {
   int index = 0;
-  while (Kept::kSchemes[static_cast<size_t>(index)] != scheme) ++index;
+  while (detail::kInt8WeightSchemes[static_cast<size_t>(index)] != scheme) ++index;
   return index;
 }
 
@@ -144,7 +142,7 @@ struct Int8LinearFunction : torch::autograd::Function<Int8LinearFunction> {
 
  private:
   static Int8WeightTranspose transposed_weight(const variable_list& saved, const Kept& kept) {
-    const std::string_view scheme = Kept::kSchemes[static_cast<size_t>(kept.scheme)];
+    const std::string_view scheme = detail::kInt8WeightSchemes[static_cast<size_t>(kept.scheme)];
     // The codes serve where they are folded for sure. Columns are quantized from the weight, so that it is rounded
     // once.
     const at::Tensor &codes = saved[kWeightCodes], &scale = saved[kWeightScale];

@@ -1,5 +1,8 @@
 #include "quantrain/ops/int8_linear.h"
 
+#include <algorithm>
+#include <string>
+
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/linear.h>
@@ -8,6 +11,7 @@
 #include "ops/common/check.h"
 #include "ops/common/dispatch.h"
 #include "ops/common/layout.h"
+#include "ops/int8_linear_check.h"
 #include "ops/int8_linear_plan.h"
 #include "quantrain/ops/fake_quant.h"
 #include "quantrain/ops/int8.h"
@@ -44,18 +48,8 @@ void check_weight_codes(const at::Tensor& codes, const at::Tensor& scale, const 
                         kOp, detail::shape_text(weight), detail::shape_text(codes), detail::shape_text(scale));
 }
 
-Int8Mode parse_mode(const char* name, std::string_view mode) {
-  if (mode == "int8") return Int8Mode::kInt8;
-  if (mode == "auto") return Int8Mode::kAuto;
-  QUANTRAIN_CHECK_VALUE(mode == "none", "{}: expected {} to be one of int8, none, auto, got '{}'", kOp, name, mode);
-  return Int8Mode::kNone;
-}
-
-std::string_view parse_scheme(std::string_view scheme) {
-  for (const std::string_view known : {"auto", "fold", "columns"})
-    if (scheme == known) return known;
-  QUANTRAIN_CHECK_VALUE(false, "{}: expected weight_scheme to be one of auto, fold, columns, got '{}'", kOp, scheme);
-  return {};
+Int8Mode parse_mode(std::string_view mode) {
+  return mode == "int8" ? Int8Mode::kInt8 : mode == "auto" ? Int8Mode::kAuto : Int8Mode::kNone;
 }
 
 int64_t known_or_largest(const c10::SymInt& size) { return size.maybe_as_int().value_or(int64_t{1} << 20); }
@@ -131,12 +125,15 @@ void check_int8_linear(const Int8LinearTensors& t) {
 
 Int8LinearPlan plan_int8_linear(const Int8LinearTensors& t, const Int8LinearOptions& options, bool input_grad,
                                 bool weight_grad) {
-  Int8Products<Int8Mode> asked{parse_mode("output", options.output), parse_mode("grad_input", options.grad_input),
-                               parse_mode("grad_weight", options.grad_weight)};
+  const std::string fault = detail::int8_linear_fault(options);
+  QUANTRAIN_CHECK_VALUE(fault.empty(), "{}: expected {}", kOp, fault);
+  Int8Products<Int8Mode> asked{parse_mode(options.output), parse_mode(options.grad_input),
+                               parse_mode(options.grad_weight)};
   if (!input_grad) asked.grad_input = Int8Mode::kNone;
   if (!weight_grad) asked.grad_weight = Int8Mode::kNone;
   Int8LinearPlan plan;
-  plan.weight_scheme = parse_scheme(options.weight_scheme);
+  plan.weight_scheme = *std::find(detail::kInt8WeightSchemes.begin(), detail::kInt8WeightSchemes.end(),
+                                  options.weight_scheme);  // of static storage, as the plan outlives the arguments
   plan.simulate = options.simulate;
   const auto is_auto = [](Int8Mode mode) { return mode == Int8Mode::kAuto; };
   if (options.simulate || !(is_auto(asked.output) || is_auto(asked.grad_input) || is_auto(asked.grad_weight))) {

@@ -1,21 +1,21 @@
 #include "quantrain/nn/schemes/int8.h"
 
+#include <stdexcept>
+
 #include <c10/util/Exception.h>
 
 #include "nn/json_fields.h"
 #include "nn/named_recipes.h"
 #include "nn/schemes/table.h"
+#include "ops/int8_linear_check.h"
 
 namespace quantrain::nn {
 
-using detail::check_one_of;
 using detail::fail_field;
 
 void Int8Spec::validate() const {
-  check_one_of(kTypeName, "output", output, {"auto", "int8", "none"});
-  check_one_of(kTypeName, "grad_input", grad_input, {"auto", "int8", "none"});
-  check_one_of(kTypeName, "grad_weight", grad_weight, {"auto", "int8", "none"});
-  check_one_of(kTypeName, "weight_scheme", weight_scheme, {"auto", "fold", "columns"});
+  const std::string fault = quantrain::detail::int8_linear_fault(*this);
+  if (!fault.empty()) throw std::invalid_argument(std::string(kTypeName) + ": expected " + fault);
 }
 
 // What int8_linear and int8_mm take.

@@ -83,7 +83,7 @@ def test_the_named_recipes():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scheme": {"output": "int4"}}, "output to be one of auto, int8, none, got 'int4'"),
+        ({"scheme": {"output": "int4"}}, "output to be one of int8, none, auto, got 'int4'"),
         ({"scheme": {"weight_scheme": "row"}}, "weight_scheme to be one of auto, fold, columns"),
         ({"scheme": {"rows": 1}}, "expected a field of Int8Spec"),
         ({"weight": None}, "a spec for weight with int8, got none"),
