@@ -1,4 +1,4 @@
-"""Integer networks against their simulation over the whole Fashion-MNIST test set, every node's codes."""
+"""Integer networks against their simulation over the Fashion-MNIST test set, every node's codes; on a CPU every fourth image."""
 
 import pytest
 import torch
@@ -37,8 +37,8 @@ def test_codes_equal_the_simulation_over_fashion_mnist(device):
 
     model = trained(normalized(data.train_images[:1280]), data.train_labels[:1280].to(device), device)
     converted = qnn.convert(model)
-    test_images = data.test_images
-    assert len(test_images) == 10_000
+    assert len(data.test_images) == 10_000
+    test_images = data.test_images if device == "cuda" else data.test_images[::4]  # a minute less on a CPU
     compared = distinct = 0
     for inputs in test_images.split(BATCH):
         inputs = normalized(inputs)
@@ -51,4 +51,4 @@ def test_codes_equal_the_simulation_over_fashion_mnist(device):
             assert not found.is_floating_point() and torch.equal(expected, found.to(torch.int64)), name
             compared += found.numel()
         distinct = max(distinct, len(torch.unique(integer[name])))
-    assert compared > 10_000 * 28 * 28 * len(simulated) and distinct > 100  # of the last node, the logits
+    assert compared > len(test_images) * 28 * 28 * len(simulated) and distinct > 100  # of the last node, the logits
