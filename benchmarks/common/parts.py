@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import time
 import traceback
 from collections.abc import Callable
@@ -29,3 +31,13 @@ def run_parts(script: str, parts: dict[str, Callable[[], int | None]], say: Call
             say(f"{name}: FAILED, {type(error).__name__}: {error}")
         print(f"{script}: {name} took {time.monotonic() - started:.0f} s", flush=True)
     return min(failed, 100)
+
+
+def draw_part(study: str, options: argparse.Namespace) -> int:
+    """The figures and tables of benchmarks/studies/<study>, which read JSON alone: no torch, no quantrain."""
+    figures, tables = (importlib.import_module(f"studies.{study}.{part}") for part in ("figures", "tables"))
+    if options.part in ("all", "figures"):
+        figures.draw_all(options.out, options.figures)
+    if options.part in ("all", "tables"):
+        tables.fill(options.page, options.out, options.figures)
+    return 0

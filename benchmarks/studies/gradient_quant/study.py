@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from common.parts import run_parts  # noqa: E402
+from common.parts import draw_part, run_parts  # noqa: E402
 
 PARTS = ("variance", "step", "accuracy")
 TEXT_STEPS = 1000
@@ -213,22 +213,11 @@ def worker_part(study: Study) -> int:
     return 0
 
 
-def draw_part(options: argparse.Namespace) -> int:
-    """figures and tables read JSON alone: no torch, no quantrain."""
-    from studies.gradient_quant import figures, tables
-
-    if options.part in ("all", "figures"):
-        figures.draw_all(options.out, options.figures)
-    if options.part in ("all", "tables"):
-        tables.fill(options.page, options.out, options.figures)
-    return 0
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs the parts; one that fails prints its traceback and does not stop the others. The status is how many failed."""
     options = parse(arguments)
     if options.part in ("figures", "tables"):
-        return draw_part(options)
+        return draw_part("gradient_quant", options)
     study = Study(options)
     if options.part == "worker":
         return worker_part(study)
@@ -236,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = PARTS if options.part == "all" else (options.part,)
     failed = run_parts("gradient_quant_study", {part: lambda run=parts[part]: run(study) for part in chosen})
     if options.part == "all" and not options.no_page:
-        draw_part(options)
+        draw_part("gradient_quant", options)
     return failed
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from common.parts import run_parts  # noqa: E402
+from common.parts import draw_part, run_parts  # noqa: E402
 
 PARTS = ("curves", "finetune")
 NO_LIMIT = 1e6  # seconds
@@ -88,27 +88,16 @@ def finetune_part(options: argparse.Namespace) -> int:
     return finetune.run(settings, options.device, time.monotonic() + options.seconds, save)
 
 
-def draw_part(options: argparse.Namespace) -> int:
-    """figures and tables read JSON alone: no torch, no quantrain."""
-    from studies.int8_training import figures, tables
-
-    if options.part in ("all", "figures"):
-        figures.draw_all(options.out, options.figures)
-    if options.part in ("all", "tables"):
-        tables.fill(options.page, options.out, options.figures)
-    return 0
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs the parts; one that fails prints its traceback and does not stop the others. The status is how many failed."""
     options = parse(arguments)
     if options.part in ("figures", "tables"):
-        return draw_part(options)
+        return draw_part("int8_training", options)
     parts = {"curves": curves_part, "finetune": finetune_part}
     chosen_parts = PARTS if options.part == "all" else (options.part,)
     failed = run_parts("int8_training_study", {part: lambda run=parts[part]: run(options) for part in chosen_parts})
     if options.part == "all" and not options.no_page:
-        draw_part(options)
+        draw_part("int8_training", options)
     return failed
 
 
