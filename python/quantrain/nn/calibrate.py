@@ -266,8 +266,10 @@ def calibrate(
 
 
 def _is_converted(model: nn.Module) -> bool:
-    stored = any(name.endswith("weight_scale") for name, _ in model.named_buffers())
-    return stored and not any(isinstance(module, QuantLayer) for module in model.modules())
+    """Whether layers of ``model`` are converted and none is left to calibrate."""
+    from .convert import is_converted  # late: the converted layers import this module
+
+    return is_converted(model) and not any(isinstance(module, QuantLayer) for module in model.modules())
 
 
 def _not_prepared(model: nn.Module) -> str:
