@@ -1,90 +1,38 @@
 #include "quantrain/nn/checkpoint.h"
 
-// Reading trusts nothing: a header says where each tensor's bytes are, so it is checked against the file's size first.
-
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
-#include <filesystem>
 #include <fstream>
-#include <limits>
 #include <set>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 #include <nlohmann/json.hpp>
 
 #include "nn/json.h"
 #include "nn/labels.h"
-#include "nn/replace_file.h"
 #include "nn/safetensors.h"
+#include "nn/schemes/table.h"
 #include "quantrain/nn/calibration.h"
 #include "quantrain/nn/layers.h"
 
 namespace quantrain::nn {
+
+using detail::fail_file;
+using detail::in_quotes;
+using detail::open_to_read;
+using detail::read_header;
+using detail::read_tensors;
+using detail::SafeTensorsHeader;
+using detail::shape_text;
+
 namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr uint64_t kMaxHeader = 100'000'000;  // the format's own limit
 constexpr size_t kNamesInMessage = 5;
-
-struct Dtype {
-  const char* name;
-  at::ScalarType type;
-};
-constexpr Dtype kDtypes[] = {{"F64", at::kDouble},
-                             {"F32", at::kFloat},
-                             {"F16", at::kHalf},
-                             {"BF16", at::kBFloat16},
-                             {"F8_E4M3", at::kFloat8_e4m3fn},
-                             {"F8_E5M2", at::kFloat8_e5m2},
-                             {"I64", at::kLong},
-                             {"I32", at::kInt},
-                             {"I16", at::kShort},
-                             {"I8", at::kChar},
-                             {"U64", at::kUInt64},
-                             {"U32", at::kUInt32},
-                             {"U16", at::kUInt16},
-                             {"U8", at::kByte},
-                             {"BOOL", at::kBool}};
-
-std::string dtype_names() {
-  std::string text;
-  for (const Dtype& dtype : kDtypes) text += (text.empty() ? "" : ", ") + std::string(dtype.name);
-  return text;
-}
-
-struct Entry {
-  std::string name;
-  at::ScalarType dtype;
-  std::vector<int64_t> shape;
-  uint64_t begin = 0;
-  uint64_t end = 0;
-};
-
-struct Header {
-  std::vector<Entry> entries;  // in the order of their bytes
-  std::map<std::string, std::string> metadata;
-  uint64_t data_start = 0;
-};
-
-[[noreturn]] void fail(const std::string& path, const std::string& rule, const std::string& value) {
-  TORCH_CHECK_VALUE(false, path, ": expected ", rule, ", got ", value);
-}
-
-std::string in_quotes(const std::string& name) { return "'" + name + "'"; }
-
-// What may be no text at all, for a message.
-std::string printable(std::string bytes) {
-  for (char& byte : bytes)
-    if (byte < ' ' || byte > '~') byte = '?';
-  return bytes;
-}
 
 std::string listed(const std::set<std::string>& names) {
   std::string text;
@@ -96,108 +44,8 @@ std::string listed(const std::set<std::string>& names) {
   return text;
 }
 
-std::string shape_text(at::IntArrayRef shape) { return Json(shape.vec()).dump(); }
-
 // Whether files of earlier releases lack the tensor: the module's own value stays.
 bool may_lack(const std::string& name) { return name.ends_with("observer.frozen"); }
-
-uint64_t product(const std::string& path, const Entry& entry, uint64_t size) {
-  for (const int64_t length : entry.shape) {
-    const uint64_t factor = static_cast<uint64_t>(length);
-    if (factor != 0 && size > std::numeric_limits<uint64_t>::max() / factor) {
-      fail(path, "a tensor of fewer than 2^64 bytes", in_quotes(entry.name) + " of shape " + shape_text(entry.shape));
-    }
-    size *= factor;
-  }
-  return size;
-}
-
-Entry read_entry(const std::string& path, const std::string& name, const Json& json) {
-  const auto is_sizes = [](const Json& value) {
-    return value.is_array() && std::all_of(value.begin(), value.end(), [](const Json& size) {
-             return size.is_number_unsigned() && size.get<uint64_t>() <= std::numeric_limits<int64_t>::max();
-           });
-  };
-  if (!json.is_object() || !json.contains("dtype") || !json["dtype"].is_string() || !json.contains("shape") ||
-      !is_sizes(json["shape"]) || !json.contains("data_offsets") || !is_sizes(json["data_offsets"]) ||
-      json["data_offsets"].size() != 2) {
-    fail(path, "dtype, shape and data_offsets for the tensor " + in_quotes(name), json.dump().substr(0, 80));
-  }
-  const std::string dtype = json["dtype"];
-  const auto* known =
-      std::find_if(std::begin(kDtypes), std::end(kDtypes), [&](const Dtype& d) { return dtype == d.name; });
-  if (known == std::end(kDtypes)) {
-    fail(path, "a dtype of " + dtype_names() + " for the tensor " + in_quotes(name), in_quotes(dtype));
-  }
-  Entry entry{name, known->type, json["shape"], json["data_offsets"][0], json["data_offsets"][1]};
-  const uint64_t bytes = product(path, entry, c10::elementSize(entry.dtype));
-  if (entry.end < entry.begin || entry.end - entry.begin != bytes) {
-    fail(path,
-         std::to_string(bytes) + " bytes for the tensor " + in_quotes(name) + " of shape " + shape_text(entry.shape),
-         "data_offsets " + json["data_offsets"].dump());
-  }
-  return entry;
-}
-
-// The tensors' bytes must fill the rest of the file: this finds truncation, gaps and overlaps.
-void check_layout(const std::string& path, std::vector<Entry>& entries, uint64_t data_bytes) {
-  std::sort(entries.begin(), entries.end(),
-            [](const Entry& a, const Entry& b) { return std::pair(a.begin, a.end) < std::pair(b.begin, b.end); });
-  uint64_t end = 0;
-  for (const Entry& entry : entries) {
-    if (entry.begin != end) {
-      fail(path, "the tensor " + in_quotes(entry.name) + " to start at byte " + std::to_string(end),
-           std::to_string(entry.begin));
-    }
-    end = entry.end;
-  }
-  if (end != data_bytes) {
-    fail(path, std::to_string(end) + " bytes of tensors",
-         std::to_string(data_bytes) + (data_bytes < end ? " (truncated)" : ""));
-  }
-}
-
-std::ifstream open_to_read(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  TORCH_CHECK(file && !std::filesystem::is_directory(path), path, ": expected a file that can be read, got ",
-              file ? "a folder" : std::strerror(errno));
-  return file;
-}
-
-Header read_header(const std::string& path, std::istream& file) {
-  file.seekg(0, std::ios::end);
-  const auto size = static_cast<uint64_t>(file.tellg());
-  file.seekg(0);
-  if (size < 8) fail(path, "a safetensors file of at least 8 bytes", std::to_string(size) + " bytes");
-  unsigned char prefix[8];
-  file.read(reinterpret_cast<char*>(prefix), 8);
-  uint64_t length = 0;
-  for (int i = 7; i >= 0; --i) length = length << 8 | prefix[i];
-  if (length > kMaxHeader || length > size - 8) {
-    fail(path, "a safetensors header of at most " + std::to_string(std::min(kMaxHeader, size - 8)) + " bytes",
-         std::to_string(length) + " (truncated, or not a safetensors file)");
-  }
-  std::string text(length, '\0');
-  file.read(text.data(), static_cast<std::streamsize>(length));
-  const Json json = detail::parse_json(text);
-  if (!file || !json.is_object())
-    fail(path, "a safetensors header (a JSON object)", in_quotes(printable(text.substr(0, 40))));
-  Header header;
-  header.data_start = 8 + length;
-  for (const auto& [name, value] : json.items()) {
-    if (name != "__metadata__") {
-      header.entries.push_back(read_entry(path, name, value));
-      continue;
-    }
-    if (!value.is_object()) fail(path, "__metadata__ to be an object of strings", value.dump().substr(0, 80));
-    for (const auto& [key, item] : value.items()) {
-      if (!item.is_string()) fail(path, "__metadata__ to be an object of strings", item.dump().substr(0, 80));
-      header.metadata[key] = item.get<std::string>();
-    }
-  }
-  check_layout(path, header.entries, size - header.data_start);
-  return header;
-}
 
 std::map<std::string, at::Tensor> state_of(const torch::nn::Module& module) {
   std::map<std::string, at::Tensor> state;
@@ -287,9 +135,10 @@ void check_recipe_of(const torch::nn::Module& module, const Recipe& recipe) {
                     "': ", formats(layer, true), "), got '", recipe.name, "': ", formats(recipe, true));
 }
 
-std::string metadata_value(const std::string& path, const Header& header, const std::string& key) {
+std::string metadata_value(const std::string& path, const SafeTensorsHeader& header, const std::string& key) {
   const auto found = header.metadata.find(key);
-  if (found == header.metadata.end()) fail(path, "metadata " + in_quotes(key) + " of a quantrain checkpoint", "none");
+  if (found == header.metadata.end())
+    fail_file(path, "metadata " + in_quotes(key) + " of a quantrain checkpoint", "none");
   return found->second;
 }
 
@@ -298,35 +147,36 @@ std::map<std::string, Recipe> read_layer_recipes(const std::string& path, const 
   const std::string rule = "recipes and the layers they are of in metadata layer_recipes";
   if (!json.is_object() || !json.contains("recipes") || !json["recipes"].is_array() || !json.contains("of") ||
       !json["of"].is_object()) {
-    fail(path, rule, in_quotes(text.substr(0, 40)));
+    fail_file(path, rule, in_quotes(text.substr(0, 40)));
   }
   std::vector<Recipe> recipes;
   for (const Json& recipe : json["recipes"]) {
     try {
       recipes.push_back(Recipe::from_json(recipe.dump()));
     } catch (const std::invalid_argument& error) {
-      fail(path, rule, error.what());
+      fail_file(path, rule, error.what());
     }
   }
   std::map<std::string, Recipe> layers;
   for (const auto& [name, index] : json["of"].items()) {
-    if (!index.is_number_unsigned() || index.get<uint64_t>() >= recipes.size()) fail(path, rule, index.dump());
+    if (!index.is_number_unsigned() || index.get<uint64_t>() >= recipes.size()) fail_file(path, rule, index.dump());
     layers[name] = recipes[index.get<size_t>()];
   }
   return layers;
 }
 
-CheckpointInfo info_of(const std::string& path, const Header& header) {
+CheckpointInfo info_of(const std::string& path, const SafeTensorsHeader& header) {
   const std::string format = metadata_value(path, header, "format");
-  if (format == "quantrain.fixed_point") {
-    fail(path, "a checkpoint of a module", "an integer network, which FixedPointNetwork::load reads");
+  for (const SchemeEntry& scheme : detail::scheme_entries()) {
+    if (format != scheme.network_format) continue;
+    fail_file(path, "a checkpoint of a module", "an integer network, which " + scheme.network_reader + " reads");
   }
-  if (format != "quantrain") fail(path, "metadata format 'quantrain'", in_quotes(format));
+  if (format != "quantrain") fail_file(path, "metadata format 'quantrain'", in_quotes(format));
   const std::string version = metadata_value(path, header, "version");
-  if (version != "1") fail(path, "metadata version '1'", in_quotes(version));
+  if (version != "1") fail_file(path, "metadata version '1'", in_quotes(version));
   const std::string converted = metadata_value(path, header, "converted");
   if (converted != "true" && converted != "false")
-    fail(path, "metadata converted 'true' or 'false'", in_quotes(converted));
+    fail_file(path, "metadata converted 'true' or 'false'", in_quotes(converted));
   CheckpointInfo info;
   info.converted = converted == "true";
   const std::string recipe = metadata_value(path, header, "recipe");
@@ -334,7 +184,7 @@ CheckpointInfo info_of(const std::string& path, const Header& header) {
     try {
       info.recipe = Recipe::from_json(recipe);
     } catch (const std::invalid_argument& error) {
-      fail(path, "a valid recipe in the metadata", error.what());
+      fail_file(path, "a valid recipe in the metadata", error.what());
     }
   }
   if (const auto found = header.metadata.find("layer_recipes"); found != header.metadata.end()) {
@@ -344,7 +194,7 @@ CheckpointInfo info_of(const std::string& path, const Header& header) {
 }
 
 // The file's layers must be quantized as the module's are.
-void check_recipes(const std::string& path, const Header& header, const CheckpointInfo& info,
+void check_recipes(const std::string& path, const SafeTensorsHeader& header, const CheckpointInfo& info,
                    const torch::nn::Module& module) {
   const std::map<std::string, Recipe> ours = layer_recipes(module);
   if (header.metadata.count("layer_recipes")) {
@@ -352,9 +202,9 @@ void check_recipes(const std::string& path, const Header& header, const Checkpoi
       const std::string want = formats(recipe, true);
       const auto found = info.layers.find(name);
       if (found == info.layers.end())
-        fail(path, "the layer " + in_quotes(name) + " with " + want, "a layer in floating point");
+        fail_file(path, "the layer " + in_quotes(name) + " with " + want, "a layer in floating point");
       const std::string given = formats(found->second, recipe.input.has_value());
-      if (given != want) fail(path, "the layer " + in_quotes(name) + " with " + want, given);
+      if (given != want) fail_file(path, "the layer " + in_quotes(name) + " with " + want, given);
     }
     return;
   }
@@ -363,21 +213,21 @@ void check_recipes(const std::string& path, const Header& header, const Checkpoi
     if (made_with(item.second, *info.recipe)) return;
   }
   const auto& [name, recipe] = *ours.begin();
-  fail(path, "the layer " + in_quotes(name) + " with " + formats(recipe, true),
-       formats(*info.recipe, true) + " (" + in_quotes(info.recipe->name) + ")");
+  fail_file(path, "the layer " + in_quotes(name) + " with " + formats(recipe, true),
+            formats(*info.recipe, true) + " (" + in_quotes(info.recipe->name) + ")");
 }
 
-void check_layers(const std::string& path, const Header& header, const torch::nn::Module& module) {
+void check_layers(const std::string& path, const SafeTensorsHeader& header, const torch::nn::Module& module) {
   const Json ours = converted_layers(module);
   const std::string text = metadata_value(path, header, "layers");
   const Json theirs = detail::parse_json(text);
-  if (!theirs.is_object()) fail(path, "metadata layers to be a JSON object", in_quotes(text.substr(0, 40)));
+  if (!theirs.is_object()) fail_file(path, "metadata layers to be a JSON object", in_quotes(text.substr(0, 40)));
   for (const auto& [name, layer] : ours.items()) {
-    if (!theirs.contains(name)) fail(path, "the converted layer " + in_quotes(name) + " in the metadata", "none");
+    if (!theirs.contains(name)) fail_file(path, "the converted layer " + in_quotes(name) + " in the metadata", "none");
     // Compared by value: a writer may order the two keys otherwise.
     const nlohmann::json wanted = nlohmann::json::parse(layer.dump());
     const nlohmann::json given = nlohmann::json::parse(theirs[name].dump());
-    if (wanted != given) fail(path, "the layer " + in_quotes(name) + " to be " + wanted.dump(), given.dump());
+    if (wanted != given) fail_file(path, "the layer " + in_quotes(name) + " to be " + wanted.dump(), given.dump());
   }
 }
 
@@ -395,74 +245,7 @@ void name_codes(std::map<std::string, at::Tensor>& tensors, const torch::nn::Mod
   }
 }
 
-SafeTensors read_tensors(const std::string& path, std::istream& file, const Header& header) {
-  SafeTensors content;
-  content.metadata = header.metadata;
-  for (const Entry& entry : header.entries) {
-    at::Tensor tensor = at::empty(entry.shape, at::TensorOptions().dtype(entry.dtype));
-    file.read(static_cast<char*>(tensor.data_ptr()), static_cast<std::streamsize>(entry.end - entry.begin));
-    if (!file) fail(path, "the bytes of the tensor " + in_quotes(entry.name), "a read error");
-    content.tensors[entry.name] = std::move(tensor);
-  }
-  return content;
-}
-
-std::string dtype_name(const std::string& path, const std::string& name, at::ScalarType type) {
-  for (const Dtype& dtype : kDtypes) {
-    if (dtype.type == type) return dtype.name;
-  }
-  fail(path, "a dtype that safetensors files of this library hold",
-       std::string(c10::toString(type)) + " in " + in_quotes(name));
-}
-
 }  // namespace
-
-SafeTensors detail::read_safetensors(const std::string& path, std::istream& file) {
-  const Header header = read_header(path, file);
-  return read_tensors(path, file, header);
-}
-
-SafeTensors read_safetensors(const std::string& path) {
-  std::ifstream file = open_to_read(path);
-  return detail::read_safetensors(path, file);
-}
-
-detail::PackedSafeTensors detail::pack_safetensors(const std::string& path, const SafeTensors& content) {
-  // Wide elements first keeps every tensor aligned to its element size, as the format's own writer does.
-  std::vector<std::pair<std::string, at::Tensor>> order;
-  for (const auto& [name, tensor] : content.tensors) order.emplace_back(name, tensor.detach().cpu().contiguous());
-  std::stable_sort(order.begin(), order.end(),
-                   [](const auto& a, const auto& b) { return a.second.element_size() > b.second.element_size(); });
-  Json header = Json::object();
-  if (!content.metadata.empty()) header["__metadata__"] = content.metadata;
-  PackedSafeTensors packed;
-  uint64_t offset = 0;
-  for (const auto& [name, tensor] : order) {
-    const uint64_t end = offset + tensor.nbytes();
-    header[name] = {{"dtype", dtype_name(path, name, tensor.scalar_type())},
-                    {"shape", tensor.sizes().vec()},
-                    {"data_offsets", {offset, end}}};
-    offset = end;
-    packed.tensors.push_back(tensor);
-  }
-  std::string text = header.dump();
-  text.append((8 - text.size() % 8) % 8, ' ');
-  for (int i = 0; i < 8; ++i) packed.head.push_back(static_cast<char>(text.size() >> 8 * i & 0xff));
-  packed.head += text;
-  return packed;
-}
-
-std::vector<std::string_view> detail::PackedSafeTensors::pieces() const {
-  std::vector<std::string_view> pieces{head};
-  for (const at::Tensor& tensor : tensors)
-    pieces.emplace_back(static_cast<const char*>(tensor.const_data_ptr()), tensor.nbytes());
-  return pieces;
-}
-
-void write_safetensors(const std::string& path, const SafeTensors& content) {
-  const detail::PackedSafeTensors packed = detail::pack_safetensors(path, content);
-  detail::replace_file(path, packed.pieces());
-}
 
 CheckpointInfo read_checkpoint_info(const std::string& path) {
   std::ifstream file = open_to_read(path);
@@ -483,12 +266,13 @@ void save_checkpoint(const std::string& path, const torch::nn::Module& module, c
 
 CheckpointInfo load_checkpoint(const std::string& path, torch::nn::Module& module) {
   std::ifstream file = open_to_read(path);
-  const Header header = read_header(path, file);
+  const SafeTensorsHeader header = read_header(path, file);
   const CheckpointInfo info = info_of(path, header);
   const bool converted = !converted_layers(module).empty();
   if (info.converted != converted) {
-    fail(path, converted ? "a converted checkpoint, as the module is converted" : "a checkpoint that is not converted",
-         info.converted ? "a converted one (call convert(module, false) first)" : "one that is not");
+    fail_file(path,
+              converted ? "a converted checkpoint, as the module is converted" : "a checkpoint that is not converted",
+              info.converted ? "a converted one (call convert(module, false) first)" : "one that is not");
   }
   check_layers(path, header, module);
   check_recipes(path, header, info, module);
@@ -510,17 +294,17 @@ void load_tensors(const std::map<std::string, at::Tensor>& tensors, torch::nn::M
   for (const auto& item : tensors) {
     if (!state.count(item.first)) unexpected.insert(item.first);
   }
-  if (!missing.empty()) fail(source, "a tensor for every name of the module", "none for " + listed(missing));
-  if (!unexpected.empty()) fail(source, "only names of the module", listed(unexpected));
+  if (!missing.empty()) fail_file(source, "a tensor for every name of the module", "none for " + listed(missing));
+  if (!unexpected.empty()) fail_file(source, "only names of the module", listed(unexpected));
   for (const auto& [name, given] : tensors) {
     const at::Tensor& target = state.at(name);
     if (!given.sizes().equals(target.sizes())) {
-      fail(source, "the tensor " + in_quotes(name) + " of shape " + shape_text(target.sizes()),
-           shape_text(given.sizes()));
+      fail_file(source, "the tensor " + in_quotes(name) + " of shape " + shape_text(target.sizes()),
+                shape_text(given.sizes()));
     }
     if (given.scalar_type() != target.scalar_type() && !(given.is_floating_point() && target.is_floating_point())) {
-      fail(source, "the tensor " + in_quotes(name) + " of dtype " + c10::toString(target.scalar_type()),
-           c10::toString(given.scalar_type()));
+      fail_file(source, "the tensor " + in_quotes(name) + " of dtype " + c10::toString(target.scalar_type()),
+                c10::toString(given.scalar_type()));
     }
   }
   const at::NoGradGuard no_grad;
@@ -539,8 +323,8 @@ void load_float(const std::string& path, torch::nn::Module& module,
     const torch::nn::Module& child = *item.value();
     const auto* layer = dynamic_cast<const QuantModule*>(&child);
     if (layer && layer->converted()) {
-      fail(path, "a module that is not converted, to load float weights into",
-           "a converted layer " + in_quotes(item.key()));
+      fail_file(path, "a module that is not converted, to load float weights into",
+                "a converted layer " + in_quotes(item.key()));
     }
     const auto* calibrates = dynamic_cast<const Calibrates*>(&child);
     for (const auto& tensor : state_of(child)) {
@@ -560,7 +344,7 @@ void load_float(const std::string& path, torch::nn::Module& module,
     else
       missing.insert(name == in_file ? name : in_file + " (" + name + ")");
   }
-  if (!missing.empty()) fail(path, "a tensor for every weight of the module", "none for " + listed(missing));
+  if (!missing.empty()) fail_file(path, "a tensor for every weight of the module", "none for " + listed(missing));
   tensors.merge(given);  // names that the module does not know, for load_tensors to refuse
   load_tensors(tensors, module, path);
 }

@@ -16,9 +16,6 @@
 
 namespace quantrain::nn {
 
-using detail::defined_or_none;
-using detail::gradient_quantizer;
-
 namespace {
 
 void check_groups(const std::string& name, int64_t groups, int64_t in, int64_t out, bool zeros) {
@@ -56,17 +53,12 @@ at::Tensor QuantConv1dImpl::convolve(const at::Tensor& input, const at::Tensor& 
               : at::conv1d(input, weight, bias, options_.stride(), named, options_.dilation(), options_.groups());
     return y.unsqueeze(-2);
   }
-  const GradientQuantizer for_input = gradient_quantizer(recipe(), "grad_input", /*convolution=*/true);
-  const GradientQuantizer for_weight = gradient_quantizer(recipe(), "grad_weight", true);
-  const at::Tensor image = input.unsqueeze(-2);
-  const at::Tensor kernel = weight.unsqueeze(-2);
-  const std::vector<int64_t> stride = {1, (*options_.stride())[0]};
-  const std::vector<int64_t> dilation = {1, (*options_.dilation())[0]};
-  return sizes ? quantrain::fqt_conv2d(image, kernel, defined_or_none(bias), stride,
-                                       std::vector<int64_t>{0, (**sizes)[0]}, dilation, options_.groups(), for_input,
-                                       for_weight)
-               : quantrain::fqt_conv2d(image, kernel, defined_or_none(bias), stride, named, dilation, options_.groups(),
-                                       for_input, for_weight);
+  return conv2d_product(input.unsqueeze(-2), weight.unsqueeze(-2), bias,
+                        {{1, (*options_.stride())[0]},
+                         sizes ? std::vector<int64_t>{0, (**sizes)[0]} : std::vector<int64_t>(),
+                         {1, (*options_.dilation())[0]},
+                         sizes ? "" : named,
+                         options_.groups()});
 }
 
 at::Tensor QuantConv1dImpl::forward(const at::Tensor& input) {

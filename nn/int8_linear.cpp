@@ -23,7 +23,7 @@ Int8LinearImpl::Int8LinearImpl(const torch::nn::LinearOptions& options, const Re
 }
 
 at::Tensor Int8LinearImpl::forward(const at::Tensor& input) {
-  if (multiplies_integers()) return quantized_output(integer_product(input));
+  if (multiplies_integers()) return quantized_output(recipe().scheme->integer_linear(*this, input));
   if (converted()) {
     const at::Tensor x = quantized_input(input);
     return quantized_output(

@@ -1,13 +1,13 @@
-// What the layers make of a recipe and of optional tensors before they call an operator. Private to the library.
+// What the layers and the schemes make of tensors before they call an operator. Private to the library.
 #pragma once
 
 #include <optional>
-#include <string>
 
+#include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/conv2d.h>
 
-#include "quantrain/nn/schemes/gradient_quant.h"
-#include "quantrain/ops/fqt.h"
+#include "quantrain/nn/scheme.h"
 
 namespace quantrain::nn::detail {
 
@@ -15,14 +15,17 @@ inline std::optional<at::Tensor> defined_or_none(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
 }
 
-// The recipe's spec of grad_input or grad_weight as fqt_linear and fqt_conv2d take it.
-inline GradientQuantizer gradient_quantizer(const Recipe& recipe, const std::string& tensor, bool convolution) {
-  const auto* scheme = recipe.scheme_as<GradientQuantSpec>();
-  if (!scheme) return {};
-  const std::optional<GradientSpec>& spec = tensor == "grad_input" ? scheme->grad_input : scheme->grad_weight;
-  if (!spec) return {};
-  const GradientSpec resolved = spec->resolved(tensor, convolution);
-  return {resolved.quantizer, resolved.bits, resolved.rows, resolved.preserve_zero, resolved.max_group};
+// What a linear layer of this input gives: under autocast its type.
+inline at::ScalarType output_type(const at::Tensor& input) {
+  const at::DeviceType device = input.device().type();
+  return at::autocast::is_autocast_enabled(device) ? at::autocast::get_autocast_dtype(device) : input.scalar_type();
+}
+
+inline at::Tensor float_conv2d(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+                               const Conv2dArguments& arguments) {
+  const auto& [stride, padding, dilation, padding_mode, groups] = arguments;
+  if (padding_mode.empty()) return at::conv2d(input, weight, bias, stride, padding, dilation, groups);
+  return at::conv2d(input, weight, bias, stride, padding_mode, dilation, groups);
 }
 
 }  // namespace quantrain::nn::detail

@@ -8,9 +8,7 @@
 #include <set>
 #include <variant>
 
-#include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/conv2d.h>
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -26,13 +24,11 @@
 #include "nn/layer_arguments.h"
 #include "nn/parameters.h"
 #include "quantrain/ops/fake_quant.h"
-#include "quantrain/ops/fqt.h"
 #include "quantrain/ops/int8.h"
 
 namespace quantrain::nn {
 
 using detail::defined_or_none;
-using detail::gradient_quantizer;
 
 namespace {
 
@@ -47,12 +43,6 @@ std::vector<int64_t> conv_weight_shape(const std::string& name, const torch::nn:
                     ": expected padding_mode zeros, got another");
   const at::ArrayRef<int64_t> kernel = *options.kernel_size();
   return {options.out_channels(), options.in_channels() / groups, kernel[0], kernel[1]};
-}
-
-// What a linear layer of this input gives: under autocast its type.
-at::ScalarType output_type(const at::Tensor& input) {
-  const at::DeviceType device = input.device().type();
-  return at::autocast::is_autocast_enabled(device) ? at::autocast::get_autocast_dtype(device) : input.scalar_type();
 }
 
 at::Tensor rows_of(const at::Tensor& table, const at::Tensor& indices) {
@@ -173,18 +163,15 @@ at::Tensor QuantModule::dequantized_weight(std::optional<at::ScalarType> dtype) 
                                dtype.value_or(float_dtype()));
 }
 
-at::Tensor QuantModule::integer_product(const at::Tensor& input) const {
-  at::Tensor codes, scale;
-  if (input_fake_quant->dynamic()) {
-    Int8Codes rows = quantrain::int8_quantize_rows(input);
-    codes = std::move(rows.codes);
-    scale = std::move(rows.scale);
-  } else {
-    const QuantSpec& spec = input_fake_quant->spec();
-    scale = input_fake_quant->scale;
-    codes = quantrain::quantize(input, scale, std::nullopt, spec.quant_min(), spec.quant_max(), at::kChar);
-  }
-  return quantrain::int8_mm(codes, weight_codes, scale, weight_scale, defined_or_none(bias), output_type(input));
+at::Tensor QuantModule::linear_product(const at::Tensor& input, const at::Tensor& weight,
+                                       const at::Tensor& bias) const {
+  return quantizes_gradients() ? recipe_.scheme->linear(input, weight, bias) : at::linear(input, weight, bias);
+}
+
+at::Tensor QuantModule::conv2d_product(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+                                       const Conv2dArguments& arguments) const {
+  return quantizes_gradients() ? recipe_.scheme->conv2d(input, weight, bias, arguments)
+                               : detail::float_conv2d(input, weight, bias, arguments);
 }
 
 void QuantModule::check_convertible(bool check_observed) {
@@ -344,14 +331,10 @@ std::shared_ptr<QuantLinearImpl> QuantLinearImpl::fresh() const {
 }
 
 at::Tensor QuantLinearImpl::forward(const at::Tensor& input) {
-  if (multiplies_integers()) return quantized_output(integer_product(input));
+  if (multiplies_integers()) return quantized_output(recipe().scheme->integer_linear(*this, input));
   const at::Tensor x = quantized_input(input);
   if (!converted()) {
-    const at::Tensor w = quantized_weight(weight);
-    if (!quantizes_gradients()) return quantized_output(watched(at::linear(x, w, bias)));
-    return quantized_output(watched(quantrain::fqt_linear(
-        x, w, defined_or_none(bias), gradient_quantizer(recipe(), "grad_input", /*convolution=*/false),
-        gradient_quantizer(recipe(), "grad_weight", false))));
+    return quantized_output(watched(linear_product(x, quantized_weight(weight), bias)));
   }
   return quantized_output(
       at::linear(x, dequantized_weight(x.scalar_type()), bias.defined() ? bias.to(x.scalar_type()) : bias));
@@ -367,28 +350,16 @@ std::shared_ptr<QuantConv2dImpl> QuantConv2dImpl::fresh() const {
 }
 
 at::Tensor QuantConv2dImpl::convolve(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const {
-  const auto& padding = options_.padding();
-  if (quantizes_gradients()) return convolve_quantizing_gradients(input, weight, bias);
-  if (const auto* sizes = std::get_if<torch::ExpandingArray<2>>(&padding)) {
-    return at::conv2d(input, weight, bias, options_.stride(), *sizes, options_.dilation(), options_.groups());
+  const auto sizes = [](const torch::ExpandingArray<2>& array) {
+    return std::vector<int64_t>((*array).begin(), (*array).end());
+  };
+  Conv2dArguments arguments{sizes(options_.stride()), {}, sizes(options_.dilation()), "", options_.groups()};
+  if (const auto* padding = std::get_if<torch::ExpandingArray<2>>(&options_.padding())) {
+    arguments.padding = sizes(*padding);
+  } else {
+    arguments.padding_mode = std::holds_alternative<torch::enumtype::kSame>(options_.padding()) ? "same" : "valid";
   }
-  const bool same = std::holds_alternative<torch::enumtype::kSame>(padding);
-  return at::conv2d(input, weight, bias, options_.stride(), same ? "same" : "valid", options_.dilation(),
-                    options_.groups());
-}
-
-at::Tensor QuantConv2dImpl::convolve_quantizing_gradients(const at::Tensor& input, const at::Tensor& weight,
-                                                          const at::Tensor& bias) const {
-  const GradientQuantizer for_input = gradient_quantizer(recipe(), "grad_input", /*convolution=*/true);
-  const GradientQuantizer for_weight = gradient_quantizer(recipe(), "grad_weight", true);
-  const auto& padding = options_.padding();
-  if (const auto* sizes = std::get_if<torch::ExpandingArray<2>>(&padding)) {
-    return quantrain::fqt_conv2d(input, weight, defined_or_none(bias), options_.stride(), *sizes, options_.dilation(),
-                                 options_.groups(), for_input, for_weight);
-  }
-  const bool same = std::holds_alternative<torch::enumtype::kSame>(padding);
-  return quantrain::fqt_conv2d(input, weight, defined_or_none(bias), options_.stride(), same ? "same" : "valid",
-                               options_.dilation(), options_.groups(), for_input, for_weight);
+  return conv2d_product(input, weight, bias, arguments);
 }
 
 at::Tensor QuantConv2dImpl::forward(const at::Tensor& input) {

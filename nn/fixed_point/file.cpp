@@ -17,6 +17,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "nn/fixed_point/constants.h"
 #include "nn/json.h"
 #include "nn/replace_file.h"
 #include "nn/safetensors.h"
@@ -121,7 +122,7 @@ void FixedPointNetwork::save(const std::string& path) const {
   graph_path(path);
   detail::PackedSafeTensors packed = detail::pack_safetensors(path, {tensors(),
                                                                      {{"checksum", std::string(kDigits, '0')},
-                                                                      {"format", "quantrain.fixed_point"},
+                                                                      {"format", detail::kNetworkFormat},
                                                                       {"graph", graph()},
                                                                       {"version", "2"}}});
   const std::string checksum = digits(packed.pieces());
@@ -135,8 +136,8 @@ FixedPointNetwork FixedPointNetwork::load(const std::string& path) {
   std::istringstream stream(bytes);  // of the bytes whose checksum is taken: the file may be replaced meanwhile
   const SafeTensors content = detail::read_safetensors(path, stream);
   const std::string& format = metadata(path, content, "format");
-  QUANTRAIN_CHECK_VALUE(format == "quantrain.fixed_point",
-                        "{}: expected metadata format 'quantrain.fixed_point', got '{}'", path, format);
+  QUANTRAIN_CHECK_VALUE(format == detail::kNetworkFormat, "{}: expected metadata format '{}', got '{}'", path,
+                        detail::kNetworkFormat, format);
   const std::string& version = metadata(path, content, "version");
   if (version == "1") return load_version_1(path, bytes, content);
   QUANTRAIN_CHECK_VALUE(version == "2", "{}: expected metadata version '1' or '2', got '{}'", path, version);

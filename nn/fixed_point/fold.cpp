@@ -118,7 +118,7 @@ struct FixedPointProgramWriter::Impl {
 FixedPointProgramWriter::FixedPointProgramWriter(const Recipe& recipe, int64_t channels, const Codes& input,
                                                  double scale)
     : impl_(std::make_unique<Impl>()) {
-  impl_->graph = {{"format", detail::kProgramFormat},
+  impl_->graph = {{"format", detail::kNetworkFormat},
                   {"version", detail::kProgramVersion},
                   {"recipe", recipe.to_json()},
                   {"input",

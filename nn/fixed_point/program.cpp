@@ -52,8 +52,8 @@ class Parser {
     if (json.is_discarded()) fail("graph", "JSON text", std::to_string(text.size()) + " bytes that are none");
     graph_.json = json.dump();
     Fields fields("graph", json);
-    if (const std::string format = fields.string("format"); format != kProgramFormat)
-      fail("graph", std::string("format ") + in_quotes(kProgramFormat), in_quotes(format));
+    if (const std::string format = fields.string("format"); format != kNetworkFormat)
+      fail("graph", std::string("format ") + in_quotes(kNetworkFormat), in_quotes(format));
     if (const Json& version = fields.get("version"); version != 1) fail("graph", "version 1", shortened(version));
     check_recipe(fields.string("recipe"));
     read_input(fields.get("input"));

@@ -2,6 +2,7 @@
 
 #include <c10/util/Exception.h>
 
+#include "nn/fixed_point/constants.h"
 #include "nn/json_fields.h"
 #include "nn/named_recipes.h"
 #include "nn/schemes/table.h"
@@ -59,7 +60,9 @@ SchemeEntry detail::fixed_point_entry() {
     return std::vector<Recipe>{named_recipe("f8net", weight, input, FixedPointSpec()),
                                named_recipe("f8net-tiny", weight, input, tiny)};
   };
-  return {FixedPointSpec::kKind, [] { return std::make_unique<FixedPointSpec>(); }, recipes};
+  return {
+      FixedPointSpec::kKind,    [] { return std::make_unique<FixedPointSpec>(); }, recipes, nullptr, "", kNetworkFormat,
+      "FixedPointNetwork::load"};
 }
 
 }  // namespace quantrain::nn

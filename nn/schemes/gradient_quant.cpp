@@ -6,13 +6,16 @@
 #include <c10/util/Exception.h>
 
 #include "nn/json_fields.h"
+#include "nn/layer_arguments.h"
 #include "nn/named_recipes.h"
 #include "nn/schemes/table.h"
 #include "ops/gradient_quant_check.h"
+#include "quantrain/ops/fqt.h"
 
 namespace quantrain::nn {
 
 using detail::check_one_of;
+using detail::defined_or_none;
 using detail::fail_field;
 
 GradientSpec GradientSpec::resolved(const std::string& tensor, bool convolution) const {
@@ -45,6 +48,35 @@ void GradientQuantSpec::validate() const {
 void GradientQuantSpec::check_layer(const std::string& layer, const Recipe& recipe) const {
   TORCH_CHECK_VALUE(layer != "QuantConvTranspose2d", layer,
                     ": expected a recipe without grad_input and grad_weight, got '", recipe.name, "'");
+}
+
+namespace {
+
+// The spec of grad_input or grad_weight as fqt_linear and fqt_conv2d take it.
+GradientQuantizer quantizer(const std::optional<GradientSpec>& spec, const std::string& tensor, bool convolution) {
+  if (!spec) return {};
+  const GradientSpec resolved = spec->resolved(tensor, convolution);
+  return {resolved.quantizer, resolved.bits, resolved.rows, resolved.preserve_zero, resolved.max_group};
+}
+
+}  // namespace
+
+at::Tensor GradientQuantSpec::linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const {
+  return quantrain::fqt_linear(input, weight, defined_or_none(bias), quantizer(grad_input, "grad_input", false),
+                               quantizer(grad_weight, "grad_weight", /*convolution=*/false));
+}
+
+at::Tensor GradientQuantSpec::conv2d(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+                                     const Conv2dArguments& arguments) const {
+  const GradientQuantizer for_input = quantizer(grad_input, "grad_input", /*convolution=*/true);
+  const GradientQuantizer for_weight = quantizer(grad_weight, "grad_weight", true);
+  const auto& [stride, padding, dilation, padding_mode, groups] = arguments;
+  if (padding_mode.empty()) {
+    return quantrain::fqt_conv2d(input, weight, defined_or_none(bias), stride, padding, dilation, groups, for_input,
+                                 for_weight);
+  }
+  return quantrain::fqt_conv2d(input, weight, defined_or_none(bias), stride, padding_mode, dilation, groups, for_input,
+                               for_weight);
 }
 
 namespace {
@@ -82,7 +114,8 @@ std::vector<Recipe> fqt_recipes() {
 }  // namespace
 
 SchemeEntry detail::gradient_quant_entry() {
-  return {GradientQuantSpec::kKind, [] { return std::make_unique<GradientQuantSpec>(); }, fqt_recipes, fqt_recipe};
+  return {GradientQuantSpec::kKind, [] { return std::make_unique<GradientQuantSpec>(); }, fqt_recipes, fqt_recipe,
+          GradientSpec::kTypeName};
 }
 
 }  // namespace quantrain::nn

@@ -5,9 +5,13 @@
 #include <c10/util/Exception.h>
 
 #include "nn/json_fields.h"
+#include "nn/layer_arguments.h"
 #include "nn/named_recipes.h"
 #include "nn/schemes/table.h"
 #include "ops/int8_linear_check.h"
+#include "quantrain/nn/layers.h"
+#include "quantrain/ops/fake_quant.h"
+#include "quantrain/ops/int8.h"
 
 namespace quantrain::nn {
 
@@ -60,6 +64,21 @@ void Int8Spec::check_layer(const std::string& layer, const Recipe& recipe) const
   }
   TORCH_CHECK_VALUE(false, layer, ": expected a recipe without integer products, which Linear layers have, got '",
                     recipe.name, "'");
+}
+
+at::Tensor Int8Spec::integer_linear(const QuantModule& layer, const at::Tensor& input) const {
+  at::Tensor codes, scale;
+  if (layer.input_fake_quant->dynamic()) {
+    Int8Codes rows = quantrain::int8_quantize_rows(input);
+    codes = std::move(rows.codes);
+    scale = std::move(rows.scale);
+  } else {
+    const QuantSpec& spec = layer.input_fake_quant->spec();
+    scale = layer.input_fake_quant->scale;
+    codes = quantrain::quantize(input, scale, std::nullopt, spec.quant_min(), spec.quant_max(), at::kChar);
+  }
+  return quantrain::int8_mm(codes, layer.weight_codes, scale, layer.weight_scale, detail::defined_or_none(layer.bias),
+                            detail::output_type(input));
 }
 
 SchemeEntry detail::int8_entry() {

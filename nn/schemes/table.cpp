@@ -2,9 +2,11 @@
 
 #include <mutex>
 
+#include <ATen/ops/linear.h>
 #include <c10/util/Exception.h>
 
 #include "nn/json_fields.h"
+#include "nn/layer_arguments.h"
 
 namespace quantrain::nn {
 
@@ -43,7 +45,7 @@ std::unique_ptr<Scheme> make_scheme(const std::string& kind, const std::string& 
     if (entry.kind != kind) continue;
     std::unique_ptr<Scheme> scheme = entry.make();
     const detail::FieldsJson json = detail::parse_object(scheme->type_name(), fields);
-    detail::JsonReader reader(scheme->type_name(), json, /*inner_type=*/"GradientSpec");
+    detail::JsonReader reader(scheme->type_name(), json, entry.inner_type);
     scheme->visit(reader);
     reader.check_all_known();
     scheme->validate();
@@ -60,6 +62,19 @@ std::vector<std::string> scheme_kinds() {
 
 WeightQparams Scheme::weight_qparams(const at::Tensor& /*weight*/) const {
   TORCH_CHECK_VALUE(false, type_name(), ": expected a scheme with a rule for weights, got one without");
+}
+
+at::Tensor Scheme::linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const {
+  return at::linear(input, weight, bias);
+}
+
+at::Tensor Scheme::conv2d(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+                          const Conv2dArguments& arguments) const {
+  return detail::float_conv2d(input, weight, bias, arguments);
+}
+
+at::Tensor Scheme::integer_linear(const QuantModule& /*layer*/, const at::Tensor& /*input*/) const {
+  TORCH_CHECK_VALUE(false, type_name(), ": expected a scheme of integer products, got one without");
 }
 
 std::string Scheme::to_json() const {

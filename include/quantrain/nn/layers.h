@@ -123,11 +123,14 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module, public HasRecipe, pu
   bool multiplies_integers() const {
     return converted_ && recipe_.scheme && recipe_.scheme->integer_products() && input_fake_quant->fake_quant_enabled();
   }
-  at::Tensor integer_product(const at::Tensor& input) const;  // where multiplies_integers(); before output_fake_quant
   bool quantizes_gradients() const {
     return gradient_quant_enabled_ && !converted_ && !left_float_ && recipe_.scheme &&
            recipe_.scheme->quantizes_gradients();
   }
+  // The products before output_fake_quant: the scheme's where quantizes_gradients(), else the float ones.
+  at::Tensor linear_product(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const;
+  at::Tensor conv2d_product(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+                            const Conv2dArguments& arguments) const;
   const at::Tensor& watched(const at::Tensor& output) const {
     if (output_hook_) output_hook_(output, !quantizes_gradients());
     return output;
@@ -185,8 +188,6 @@ class QUANTRAIN_API QuantConv2dImpl : public Copied<QuantConv2dImpl, QuantModule
  private:
   friend Copied<QuantConv2dImpl, QuantModule>;
   std::shared_ptr<QuantConv2dImpl> fresh() const;
-  at::Tensor convolve_quantizing_gradients(const at::Tensor& input, const at::Tensor& weight,
-                                           const at::Tensor& bias) const;
 
  protected:
   torch::nn::Conv2dOptions options_;

@@ -20,12 +20,20 @@
 namespace quantrain::nn {
 
 struct Recipe;
+class QuantModule;
 
 // How a scheme rounds a weight, where it does not leave that to the QuantSpec.
 struct QUANTRAIN_API WeightQparams {
   at::Tensor scale;       // as QuantSpec::weight_scale_shape
   at::Tensor zero_point;  // int32 of that shape, or undefined: symmetric
   int64_t quant_min = 0, quant_max = 0;
+};
+
+// How a 2-D convolution walks its input. padding: sizes, or none where padding_mode is "same" or "valid".
+struct QUANTRAIN_API Conv2dArguments {
+  std::vector<int64_t> stride, padding, dilation;
+  std::string padding_mode;
+  int64_t groups = 1;
 };
 
 class QUANTRAIN_API Scheme {
@@ -49,11 +57,19 @@ class QUANTRAIN_API Scheme {
   virtual bool has_weight_rule() const { return false; }
   virtual WeightQparams weight_qparams(const at::Tensor& weight) const;
 
-  virtual bool quantizes_gradients() const {
-    return false;
-  }  // in training: the backward pass is not the float product's
-  virtual bool linear_only() const { return false; }       // only Linear layers run so
-  virtual bool integer_products() const { return false; }  // converted Linear layers multiply integers (int8_mm)
+  virtual bool linear_only() const { return false; }  // only Linear layers run so
+
+  // Whether the backward pass of a prepared layer is not the float product's. Layers then call linear and conv2d for
+  // their products, which else are at::linear and at::conv2d. bias may be undefined.
+  virtual bool quantizes_gradients() const { return false; }
+  virtual at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const;
+  virtual at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+                            const Conv2dArguments& arguments) const;
+
+  // Whether converted Linear layers multiply integers: integer_linear is then what such a layer computes from its
+  // unrounded input, before output_fake_quant.
+  virtual bool integer_products() const { return false; }
+  virtual at::Tensor integer_linear(const QuantModule& layer, const at::Tensor& input) const;
 
   std::string to_json() const;
   bool operator==(const Scheme& other) const;
@@ -103,12 +119,16 @@ class QUANTRAIN_API SchemeValue {
 };
 
 // How a scheme is known: what makes one with its defaults, and its named recipes. by_name: of names that are not
-// listed.
+// listed. inner_type: what its optional fields are, for messages. network_format, network_reader: the format that the
+// files of its converted networks name, where they are no checkpoints of modules, and what reads them.
 struct QUANTRAIN_API SchemeEntry {
   std::string kind;
   std::function<std::unique_ptr<Scheme>()> make;
   std::function<std::vector<Recipe>()> recipes = nullptr;
   std::function<std::optional<Recipe>(const std::string&)> by_name = nullptr;
+  std::string inner_type = "";
+  std::string network_format = "";
+  std::string network_reader = "";
 };
 
 // Makes a scheme from outside the library known: its recipes have names, its JSON loads. ValueError: a kind that is

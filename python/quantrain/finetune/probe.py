@@ -152,13 +152,11 @@ def load_probed_model(settings: ProbeSettings, config: JobConfig, data) -> tuple
 
 
 def default_quantizers(model: nn.Module) -> list:
-    """The grad_input spec of the model's recipe, else the probe's own quantizers."""
-    recipe = model.quantization_summary.recipe if hasattr(model, "quantization_summary") else None
-    scheme = None if recipe is None else recipe.scheme
-    if not isinstance(scheme, quantrain.GradientQuantSpec) or scheme.grad_input is None:
+    """How the model's recipe quantizes gradients, else the probe's own quantizers."""
+    if not hasattr(model, "quantization_summary"):
         return list(DEFAULT_QUANTIZERS)
-    spec = scheme.grad_input
-    return [spec.resolved("grad_input", convolution=False) if spec.quantizer == "auto" else spec]
+    recipe = model.quantization_summary.recipe
+    return qnn.handler_of(recipe).gradient_specs(recipe) or list(DEFAULT_QUANTIZERS)
 
 
 def run_probe(settings: ProbeSettings) -> qnn.GradientProbe:

@@ -51,10 +51,11 @@ from .quantized import (
     QuantizedLayer,
     QuantizedLinear,
 )
-from .recipes import as_recipe, changed_recipe, gradient_arguments, weight_scale_shape
+from .recipes import as_recipe, changed_recipe, weight_scale_shape
 from .report import ErrorTable, SizeTable, model_size, quantization_error
 from .schemes import SchemeHandler, handler_of
 from .schemes import table as _schemes  # noqa: F401, registers them
+from .schemes.gradient_quant import gradient_arguments
 
 __all__ = [
     "PACT",

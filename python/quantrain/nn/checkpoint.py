@@ -238,8 +238,9 @@ def _read_metadata(path: Path) -> dict[str, str]:
 
 
 def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
-    if metadata.get("format") == "quantrain.fixed_point":
-        _fail(path, "a checkpoint of a model", "an integer network, which FixedPointNetwork.load reads")
+    for handler in handlers():
+        if handler.network_format is not None and metadata.get("format") == handler.network_format:
+            _fail(path, "a checkpoint of a model", f"an integer network, which {handler.network_reader} reads")
     if metadata.get("format") != _FORMAT:
         _fail(path, f"metadata with format {_FORMAT!r}", metadata.get("format"))
     if metadata.get("version") != _VERSION:

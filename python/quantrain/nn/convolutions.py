@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantrain._C import Recipe
-from quantrain.fqt import fqt_conv2d
 
 from .layers import QuantLayer
-from .recipes import gradient_arguments
+from .schemes import handler_of
 
 __all__ = ["QuantConv1d", "QuantConvTranspose2d", "transposed_from_rows", "transposed_rows"]
 
@@ -61,7 +60,7 @@ class QuantConv1d(QuantLayer, nn.Conv1d):
 
     def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
         super()._add_fake_quants(recipe, name)
-        self.gradient_arguments = gradient_arguments(self.recipe, convolution=True)
+        self.product = handler_of(self.recipe).conv2d(self.recipe)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.quantizes_gradients:
@@ -71,8 +70,7 @@ class QuantConv1d(QuantLayer, nn.Conv1d):
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         image, kernel = input.unsqueeze(-2), weight.unsqueeze(-2)
         stride, dilation = (1, *self.stride), (1, *self.dilation)
-        y = fqt_conv2d(image, kernel, bias, stride, padding, dilation, self.groups, **self.gradient_arguments)
-        return self._watched_image(y)
+        return self._watched_image(self.product(image, kernel, bias, stride, padding, dilation, self.groups))
 
     def _watched_image(self, y: Tensor) -> Tensor:
         """Shaped as an image, so that a hook sees which rows are samples."""

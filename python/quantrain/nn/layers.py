@@ -2,8 +2,8 @@
 
 Each is its float layer (same parameters, same names, same state dict plus scales) with up to three children:
 ``weight_fake_quant``, ``input_fake_quant`` and ``output_fake_quant``, those that the recipe has a spec for. Where the
-recipe has ``grad_input`` or ``grad_weight``, linear layers and convolutions compute their gradients from a quantized
-gradient of the output.
+recipe's scheme has a product of its own, one whose backward pass is not the float product's, linear layers and
+convolutions take that.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantrain._C import Recipe
-from quantrain.fqt import fqt_conv2d, fqt_linear
 
 from .fake_quantize import FakeQuantize
-from .recipes import as_recipe, gradient_arguments, weight_scale_shape
+from .recipes import as_recipe, weight_scale_shape
 from .schemes import handler_of
 from .weight_hooks import run_weight_hooks
 
@@ -42,8 +41,8 @@ class QuantLayer(nn.Module):
     called = False  # whether a forward pass, not counting compiled ones, came by
     # Called with the layer and the result of its product, before batch norm and output_fake_quant; see GradientProbe.
     output_hook: Callable[[QuantLayer, Tensor], None] | None = None
-    # Arguments of fqt_linear or fqt_conv2d; None where the recipe quantizes no gradient or the layer is no product.
-    gradient_arguments: dict[str, str | int | bool] | None = None
+    # The scheme's product, called as F.linear or F.conv2d; None where it has none or the layer is no product.
+    product: Callable[..., Tensor] | None = None
 
     @classmethod
     def from_float(cls, module: nn.Module, recipe: Recipe | str, *, name: str = "") -> QuantLayer:
@@ -68,7 +67,7 @@ class QuantLayer(nn.Module):
             "recipe",
             "called",
             "gradient_quant_enabled",
-            "gradient_arguments",
+            "product",
             "output_hook",
             "_own_weight_rule",
             "_variance",
@@ -107,7 +106,7 @@ class QuantLayer(nn.Module):
 
     @property
     def quantizes_gradients(self) -> bool:
-        return self.gradient_quant_enabled and self.gradient_arguments is not None
+        return self.gradient_quant_enabled and self.product is not None
 
     def _note_call(self) -> None:
         if not torch.compiler.is_compiling() and not self.called:
@@ -164,13 +163,12 @@ class _Linear(QuantLayer):
 
     def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
         super()._add_fake_quants(recipe, name)
-        self.gradient_arguments = gradient_arguments(self.recipe, convolution=False)
+        self.product = handler_of(self.recipe).linear(self.recipe)
 
     def forward(self, input: Tensor) -> Tensor:
-        x, weight = self.quantized_input(input), self.quantized_weight()
-        if self.quantizes_gradients:
-            return self.quantized_output(self.watched(fqt_linear(x, weight, self.bias, **self.gradient_arguments)))
-        return self.quantized_output(self.watched(F.linear(x, weight, self.bias)))
+        product = self.product if self.quantizes_gradients else F.linear
+        y = product(self.quantized_input(input), self.quantized_weight(), self.bias)
+        return self.quantized_output(self.watched(y))
 
 
 class QuantLinear(_Linear, nn.Linear):
@@ -298,7 +296,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
     def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
         super()._add_fake_quants(recipe, name)
-        self.gradient_arguments = gradient_arguments(self.recipe, convolution=True)
+        self.product = handler_of(self.recipe).conv2d(self.recipe)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.quantizes_gradients:
@@ -306,8 +304,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         padding = self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
-        y = fqt_conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups, **self.gradient_arguments)
-        return self.watched(y)
+        return self.watched(self.product(input, weight, bias, self.stride, padding, self.dilation, self.groups))
 
     def forward(self, input: Tensor) -> Tensor:
         return self.quantized_output(

@@ -23,7 +23,7 @@ from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear, QuantT
 from .new_parameters import new_parameters
 from .quantized import QuantizedLayer
 from .recipes import as_recipe, changed_recipe
-from .schemes import handler_of
+from .schemes import handler_of, handlers
 from .weight_hooks import unknown_weight
 
 __all__ = ["PrepareSummary", "matching", "prepare", "quantizable", "some", "swapped"]
@@ -44,14 +44,13 @@ class PrepareSummary(Table):
     """What ``prepare`` did: one row per quantized layer, and ``left_float``: name -> why a module stayed float.
 
     ``recipe`` is the model's recipe; ``new_parameters`` names the parameters that the float model does not have
-    (learned scales, clip levels). The columns grad_input and grad_weight appear where a layer has one of them.
+    (learned scales, clip levels). A scheme's columns (grad_input, grad_weight, ...) appear where a layer has a value.
     """
 
     def __init__(self, rows: Sequence[Mapping], left_float: Mapping[str, str], recipe: Recipe):
         columns = {"layer": "layer", "type": "type", "weight": "weight", "input": "input", "output": "output"}
-        gradients = {"grad_input": "grad_input", "grad_weight": "grad_weight"}
-        columns |= {key: header for key, header in gradients.items() if any(row[key] for row in rows)}
-        columns |= {"fraction_length": "weight FL"} if any("fraction_length" in row for row in rows) else {}
+        for handler in handlers():
+            columns |= {key: header for key, header in handler.summary_columns.items() if any(row.get(key) for row in rows)}
         notes = [f"left float: {name} ({reason})" for name, reason in left_float.items()]
         super().__init__(columns, rows, title=f"recipe {recipe.name or '(unnamed)'}: {len(rows)} layers", notes=notes)
         self.left_float, self.recipe = dict(left_float), recipe
@@ -377,7 +376,7 @@ def _summary_row(name: str, layer: QuantLayer) -> dict[str, str | None]:
             grouped = spec.granularity == "per_group" and any(size > 1 for size in fake_quant.scale_shape[1:])
             granularity = "per_channel" if spec.granularity == "per_group" and not grouped else spec.granularity
             row[tensor] = f"{kind}{spec.bits} {granularity} ({source})"
-    return row | handler_of(layer.recipe).gradient_cells(layer)
+    return row | handler_of(layer.recipe).summary_cells(layer)
 
 
 def swapped(model: nn.Module, twins: Mapping[int, nn.Module]) -> nn.Module:

@@ -27,7 +27,6 @@ from quantrain._arguments import float_name
 from .calibrate import evaluating
 from .convolutions import QuantConv1d, QuantConvTranspose2d, transposed_from_rows
 from .fake_quantize import FakeQuantize
-from .int8_linear import Int8Layer, Int8Linear, Int8TransposedLinear
 from .layers import (
     QuantConv2d,
     QuantEmbedding,
@@ -207,7 +206,7 @@ class QuantizedLinear(QuantizedLayer):
 
     def __init__(
         self,
-        layer: QuantLinear | QuantTransposedLinear | Int8Linear | Int8TransposedLinear,
+        layer: QuantLayer,
         *,
         check_observed: bool = True,
     ):
@@ -354,7 +353,6 @@ class QuantizedEmbedding(QuantizedLayer):
 _TWINS: Sequence[tuple[type[QuantLayer], type[QuantizedLayer]]] = (
     (QuantLinear, QuantizedLinear),
     (QuantTransposedLinear, QuantizedLinear),
-    (Int8Layer, QuantizedLinear),
     (QuantConv1d, QuantizedConv1d),
     (QuantConv2d, QuantizedConv2d),
     (QuantConvTranspose2d, QuantizedConvTranspose2d),
@@ -398,11 +396,13 @@ def quantized_layer(layer: nn.Module, *, check_observed: bool = True) -> Quantiz
         TypeError: another module.
         ValueError: as :meth:`QuantizedLayer.from_quant`.
     """
-    for kind, twin in _TWINS:
-        if isinstance(layer, kind):
-            twin = handler_of(layer.recipe).converted_class(layer, twin)
-            return _with_hooks_of(layer, twin(layer, check_observed=check_observed))
-    raise TypeError(f"convert: expected a prepared layer, got {type(layer).__name__}")
+    twin = None
+    if isinstance(layer, QuantLayer):
+        twin = next((twin for kind, twin in _TWINS if isinstance(layer, kind)), None)
+        twin = handler_of(layer.recipe).converted_class(layer, twin)
+    if twin is None:
+        raise TypeError(f"convert: expected a prepared layer, got {type(layer).__name__}")
+    return _with_hooks_of(layer, twin(layer, check_observed=check_observed))
 
 
 def _with_hooks_of(layer: nn.Module, converted: QuantizedLayer) -> QuantizedLayer:

@@ -13,7 +13,7 @@ from quantrain._C import QuantSpec, Recipe, Scheme
 
 from .schemes import handler_of
 
-__all__ = ["as_recipe", "changed_recipe", "gradient_arguments", "weight_scale_shape"]
+__all__ = ["as_recipe", "changed_recipe", "weight_scale_shape"]
 
 _TENSORS = ("weight", "input", "output")
 # Fields of recipes from before there were schemes, and what says it today.
@@ -113,15 +113,6 @@ def _plain(value: object) -> object:
     if hasattr(value, "item"):  # a number of numpy or torch
         return value.item()
     return value
-
-
-def gradient_arguments(recipe: Recipe, *, convolution: bool) -> dict[str, str | int | bool] | None:
-    """How the recipe quantizes gradients, as keyword arguments of ``fqt_conv2d`` or ``fqt_linear``; None: it does not.
-
-    >>> gradient_arguments(as_recipe("fqt-bhq5"), convolution=False)["grad_input"]
-    'householder'
-    """
-    return handler_of(recipe).gradient_arguments(recipe, convolution=convolution)
 
 
 def weight_scale_shape(spec: QuantSpec, weight_shape: Sequence[int]) -> tuple[int, ...]:

@@ -70,6 +70,10 @@ struct QUANTRAIN_API GradientQuantSpec : SchemeOf<GradientQuantSpec> {
   void validate() const override;
   void check_layer(const std::string& layer, const Recipe& recipe) const override;
   bool quantizes_gradients() const override { return grad_input || grad_weight; }
+  // fqt_linear and fqt_conv2d.
+  at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const override;
+  at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+                    const Conv2dArguments& arguments) const override;
 };
 
 }  // namespace quantrain::nn

@@ -41,6 +41,7 @@ struct QUANTRAIN_API Int8Spec : SchemeOf<Int8Spec> {
   bool quantizes_gradients() const override { return training; }
   bool linear_only() const override { return true; }
   bool integer_products() const override { return !simulate; }
+  at::Tensor integer_linear(const QuantModule& layer, const at::Tensor& input) const override;  // int8_mm
 };
 
 }  // namespace quantrain::nn

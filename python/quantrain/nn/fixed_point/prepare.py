@@ -194,8 +194,6 @@ def summary_rows(prepared: FixedPointGraph) -> list[Mapping[str, Any]]:
                 "weight": f"int8 {layer.recipe.weight.granularity} ({layer.method})",
                 "input": _codes(layer.input_activation),
                 "output": _codes(output) if layer.quantizes else "int32",
-                "grad_input": None,
-                "grad_weight": None,
                 "fraction_length": str(low) if low == high else f"{low}-{high}",
             }
         )

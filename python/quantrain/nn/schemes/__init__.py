@@ -7,11 +7,12 @@ and knows none by name.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from quantrain._C import Recipe
+from quantrain._C import GradientSpec, Recipe
 
 if TYPE_CHECKING:
     from ..layers import QuantLayer
@@ -27,10 +28,16 @@ class SchemeHandler:
         kind: what the recipe's scheme calls itself; "" for recipes without one.
         rebuilds: whether ``prepare`` makes a new network of the whole model, and ``convert`` another, rather than swap
             layers.
+        summary_columns: key -> header of columns that the scheme adds to the summary, shown where a row has a value.
+        network_format, network_reader: the format that the files of converted networks name, where they are no
+            checkpoints of modules, and what reads them.
     """
 
     kind: ClassVar[str] = ""
     rebuilds: ClassVar[bool] = False
+    summary_columns: ClassVar[dict[str, str]] = {}
+    network_format: ClassVar[str | None] = None
+    network_reader: ClassVar[str] = ""
 
     # Layers
 
@@ -52,17 +59,27 @@ class SchemeHandler:
     def check_layer(self, layer: QuantLayer) -> None:
         """Raises ValueError where such a layer does not run so; it has its recipe and no quantizers yet."""
 
-    def gradient_arguments(self, recipe: Recipe, *, convolution: bool) -> dict[str, str | int | bool] | None:
-        """Arguments of ``fqt_linear`` or ``fqt_conv2d``; None: gradients are not quantized."""
+    def linear(self, recipe: Recipe) -> Callable[..., Tensor] | None:
+        """The product of prepared linear layers, called as ``F.linear``, where its backward pass is not the float
+        product's; None: it is."""
         return None
 
-    def converted_class(self, layer: QuantLayer, twin: type[QuantizedLayer]) -> type[QuantizedLayer]:
-        """The converted layer in place of ``twin``, that of recipes without a scheme."""
+    def conv2d(self, recipe: Recipe) -> Callable[..., Tensor] | None:
+        """As :meth:`linear`, called as ``F.conv2d``; also of one-dimensional convolutions."""
+        return None
+
+    def converted_class(self, layer: QuantLayer, twin: type[QuantizedLayer] | None) -> type[QuantizedLayer] | None:
+        """The converted layer in place of ``twin``, that of recipes without a scheme (None: of a layer that only the
+        scheme knows)."""
         return twin
 
-    def gradient_cells(self, layer: QuantLayer) -> dict[str, str | None]:
-        """The columns grad_input and grad_weight of a layer's row in the summary."""
-        return {"grad_input": None, "grad_weight": None}
+    def summary_cells(self, layer: QuantLayer) -> dict[str, str | None]:
+        """A layer's cells of ``summary_columns``."""
+        return {}
+
+    def gradient_specs(self, recipe: Recipe) -> list[GradientSpec]:
+        """How the recipe quantizes the gradient of a layer's output, where a probe should try that."""
+        return []
 
     # Networks, where ``rebuilds``
 

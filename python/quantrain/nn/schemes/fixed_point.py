@@ -11,6 +11,9 @@ from . import SchemeHandler, register
 class FixedPoint(SchemeHandler):
     kind = "fixed_point"
     rebuilds = True
+    summary_columns = {"fraction_length": "weight FL"}
+    network_format = "quantrain.fixed_point"
+    network_reader = "FixedPointNetwork.load"
 
     def check_layer(self, layer):
         raise ValueError(

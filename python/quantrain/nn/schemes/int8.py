@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..int8_linear import Int8Layer, Int8Linear, Int8TransposedLinear
 from ..layers import QuantLinear, QuantTransposedLinear
-from ..quantized import QuantizedInt8Linear
+from ..quantized import QuantizedInt8Linear, QuantizedLinear
 from . import SchemeHandler, register
 
 _LAYERS = {QuantLinear: Int8Linear, QuantTransposedLinear: Int8TransposedLinear}
@@ -12,6 +12,7 @@ _LAYERS = {QuantLinear: Int8Linear, QuantTransposedLinear: Int8TransposedLinear}
 
 class Int8(SchemeHandler):
     kind = "int8"
+    summary_columns = {"grad_input": "grad_input", "grad_weight": "grad_weight"}
 
     def layer_class(self, twin, recipe):
         return _LAYERS[twin] if recipe.scheme.training else twin
@@ -35,11 +36,11 @@ class Int8(SchemeHandler):
             raise ValueError(f"{name}: expected a recipe without int8 (Int8Linear trains with it), got {recipe.name!r}")
 
     def converted_class(self, layer, twin):
-        return QuantizedInt8Linear if layer.recipe.scheme.integer_products else twin
+        return QuantizedInt8Linear if layer.recipe.scheme.integer_products else QuantizedLinear
 
-    def gradient_cells(self, layer):
+    def summary_cells(self, layer):
         if not isinstance(layer, Int8Layer):
-            return super().gradient_cells(layer)
+            return {}
         modes = {tensor: layer.int8_arguments[tensor] for tensor in ("grad_input", "grad_weight")}
         return {
             tensor: {"auto": "int8 or float (auto)", "none": None}.get(mode, mode) for tensor, mode in modes.items()
