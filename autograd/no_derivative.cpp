@@ -27,6 +27,7 @@ TORCH_LIBRARY_IMPL(quantrain, Autograd, m) {
            "fixed_point_max_pool2d",
            "fixed_point_sum_pool2d",
            "int8_transpose",
+           "_dropout_state",
        }) {
     m.impl(op, torch::CppFunction::makeFallthrough());
   }
@@ -62,6 +63,12 @@ TORCH_LIBRARY_IMPL(quantrain, Autograd, m) {
            "int8_add_rms_norm",
            "int8_gelu",
            "int8_silu_mul",
+           "_dropout",
+           "quantize_4bit",
+           "quantize_4bit_affine",
+           "dequantize_4bit",
+           "compress_scale",
+           "decompress_scale",
        }) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
   }

@@ -21,6 +21,7 @@
 #include "quantrain/ops/fake_quant.h"
 #include "quantrain/ops/fixed_point.h"
 #include "quantrain/ops/fixed_point_conv.h"
+#include "quantrain/ops/four_bit.h"
 #include "quantrain/ops/fqt.h"
 #include "quantrain/ops/gradient_quant.h"
 #include "quantrain/ops/int8.h"

@@ -38,6 +38,15 @@ from quantrain.fixed_point import (  # noqa: E402
     fixed_point_requantize,
     fixed_point_sum_pool2d,
 )
+from quantrain.four_bit import (  # noqa: E402
+    compress_scale,
+    decompress_scale,
+    dequantize_4bit,
+    linear_4bit,
+    linear_4bit_lora,
+    quantize_4bit,
+    quantize_4bit_affine,
+)
 from quantrain.fqt import fqt_conv2d, fqt_linear  # noqa: E402
 from quantrain.gradient_quant import (  # noqa: E402
     QuantizedGradient,
@@ -125,4 +134,11 @@ __all__ = [
     "quantize_gradient_codes",
     "save_checkpoint",
     "unpack_int4",
+    "compress_scale",
+    "decompress_scale",
+    "dequantize_4bit",
+    "linear_4bit",
+    "linear_4bit_lora",
+    "quantize_4bit",
+    "quantize_4bit_affine",
 ]
