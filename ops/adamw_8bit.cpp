@@ -325,15 +325,18 @@ at::Tensor dequantize_8bit_blockwise(const at::Tensor& codes, const at::Tensor& 
 
 // ---- registration ---------------------------------------------------------------------------------------------------
 
-#define QUANTRAIN_ADAMW_8BIT_SCHEMA                                                                                   \
-  "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_scale, Tensor(d!)[] exp_avg_sq, " \
-  "Tensor(e!)[] exp_avg_sq_scale, Tensor(f!)[] steps, *, Tensor lr, float beta1, float beta2, float eps, float "      \
-  "weight_decay, Tensor? grad_scale=None, Tensor? found_inf=None, "
-
 TORCH_LIBRARY_FRAGMENT(quantrain, m) {
-  m.def("adamw_8bit_" QUANTRAIN_ADAMW_8BIT_SCHEMA "bool stochastic=False, Generator? generator=None) -> ()",
-        {at::Tag::nondeterministic_seeded});
-  m.def("adamw_8bit_.seeded" QUANTRAIN_ADAMW_8BIT_SCHEMA "int seed, int offset) -> ()");
+  m.def(
+      "adamw_8bit_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_scale, Tensor(d!)[] "
+      "exp_avg_sq, Tensor(e!)[] exp_avg_sq_scale, Tensor(f!)[] steps, *, Tensor lr, float beta1=0.9, float beta2=0.999, "
+      "float eps=1e-8, float weight_decay=0.01, Tensor? grad_scale=None, Tensor? found_inf=None, bool stochastic=False, "
+      "Generator? generator=None) -> ()",
+      {at::Tag::nondeterministic_seeded});
+  m.def(
+      "adamw_8bit_.seeded(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_scale, "
+      "Tensor(d!)[] exp_avg_sq, Tensor(e!)[] exp_avg_sq_scale, Tensor(f!)[] steps, *, Tensor lr, float beta1=0.9, float "
+      "beta2=0.999, float eps=1e-8, float weight_decay=0.01, Tensor? grad_scale=None, Tensor? found_inf=None, int seed, "
+      "int offset) -> ()");
   m.def("quantize_8bit_blockwise(Tensor input, *, bool signed=True) -> (Tensor codes, Tensor scale)");
   m.def("dequantize_8bit_blockwise(Tensor codes, Tensor scale, *, bool signed=True) -> Tensor");
 }

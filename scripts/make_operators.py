@@ -95,6 +95,16 @@ FAMILIES = (
         },
     ),
     Family(
+        "8-bit optimizer states",
+        "optim.md",
+        "AdamW with moments of 8 bits a number in blocks of 256 (Dettmers et al., 2021).",
+        {
+            "adamw_8bit_": (NOT_MEASURED, ""),
+            "quantize_8bit_blockwise": (NOT_MEASURED, ""),
+            "dequantize_8bit_blockwise": (NOT_MEASURED, ""),
+        },
+    ),
+    Family(
         "Int8 products and their operands",
         "int8.md",
         "Int8 codes with one scale per row, and matrix products of them with exact int32 sums. Measured on one "

@@ -67,7 +67,8 @@ struct BlockwiseCodes {
 // constant for autograd.
 QUANTRAIN_API BlockwiseCodes quantize_8bit_blockwise(const at::Tensor& input, bool is_signed = true);
 
-// map[codes] * scale, float32, contiguous; of the codes 0 to 255 and a scale of 1 the map itself. A backward pass raises NotImplementedError.
+// map[codes] * scale, float32, contiguous; of the codes 0 to 255 and a scale of 1 the map itself. A backward pass
+// raises NotImplementedError.
 QUANTRAIN_API at::Tensor dequantize_8bit_blockwise(const at::Tensor& codes, const at::Tensor& scale,
                                                    bool is_signed = true);
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -225,13 +226,12 @@ class AdamW8bit(torch.optim.Optimizer):
                 codes, absmax, qmap = _BITSANDBYTES[name]
                 if saved[name].dtype != torch.uint8:
                     states[key][codes] = saved[name].contiguous()
-                elif parameter.is_contiguous():
-                    states[key] |= {codes: saved[name], absmax: saved[f"{name}_scale"]}
-                else:
-                    values = _moment_of(saved, name).values(parameter)
-                    states[key][codes], states[key][absmax] = quantize_8bit_blockwise(values, signed=signed)
-                if saved[name].dtype == torch.uint8:
-                    states[key][qmap] = _map(signed, parameter.device)
+                    continue
+                if parameter.is_contiguous():
+                    pair = saved[name], saved[f"{name}_scale"]
+                else:  # bitsandbytes' blocks go by rows
+                    pair = quantize_8bit_blockwise(_moment_of(saved, name).values(parameter), signed=signed)
+                states[key] |= {codes: pair[0], absmax: pair[1], qmap: _map(signed, parameter.device)}
         more = {"alpha": 0.0, "t_alpha": None, "t_beta3": None}
         groups = [
             {name: group[name] for name in (*_SHARED_OPTIONS, "params")} | more for group in state_dict["param_groups"]
@@ -259,39 +259,125 @@ class AdamW8bit(torch.optim.Optimizer):
 # ---- moments ----
 
 
+@dataclass(frozen=True)
 class _Moment:
-    """A moment as a file has it: values, or codes with the scales of runs of ``order``'s memory.
+    """A moment as a file has it.
 
     Attributes:
+        signed: Whether its map has a sign.
         data: float values, or uint8 codes.
         scale: float32, one per 256 elements; None beside values.
-        table: float32 [256], where the codes are not of the map that is asked for.
-        row_major: whether the runs of the scales are in row-major order whatever the parameter's memory.
+        table: float32 [256], where the codes are not of our map.
+        row_major: Whether the runs of the scales are in row-major order whatever the parameter's memory.
     """
 
-    def __init__(
-        self, data: Tensor, scale: Tensor | None = None, table: Tensor | None = None, row_major: bool = False
-    ) -> None:
-        self.data, self.scale, self.table, self.row_major = data, scale, table, row_major
+    signed: bool
+    data: Tensor
+    scale: Tensor | None = None
+    table: Tensor | None = None
+    row_major: bool = False
 
-    def fits(self, parameter: Tensor) -> bool:
-        """Whether codes and scales can be kept as they are."""
-        return self.scale is not None and self.table is None and (not self.row_major or parameter.is_contiguous())
-
-    def values(self, parameter: Tensor, signed: bool = True) -> Tensor:
-        """float32 of the parameter's shape."""
+    def values(self, parameter: Tensor) -> Tensor:
+        """float32 of the parameter's shape and memory."""
+        result = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
         if self.scale is None:
-            return self.data.to(parameter.device, torch.float32)
-        codes = self.data.to(parameter.device)
-        scale = self.scale.to(parameter.device)
-        flat = codes.reshape(-1) if self.row_major else _memory(torch.empty_like(parameter, dtype=torch.uint8), codes)
+            return result.copy_(self.data)
+        codes, scale = self.data.to(parameter.device), self.scale.to(parameter.device)
+        codes = codes.reshape(-1) if self.row_major else _in_memory(_arranged(codes, parameter))
         if self.table is None:
-            decoded = dequantize_8bit_blockwise(flat, scale, signed=signed)
+            decoded = dequantize_8bit_blockwise(codes, scale, signed=self.signed)
         else:
-            spread = scale.repeat_interleave(_BLOCK)[: flat.numel()]
-            decoded = self.table.to(parameter.device)[flat.long()] * spread
+            decoded = self.table.to(parameter.device)[codes.long()]
+            decoded *= scale.repeat_interleave(_BLOCK)[: codes.numel()]
         if self.row_major:
-            return decoded.view(parameter.shape)
-        result = torch.empty_like(parameter, dtype=torch.float32)
-        result.as_strided((result.numel(),), (1,)).copy_(decoded)
+            return result.copy_(decoded.view(parameter.shape))
+        _in_memory(result).copy_(decoded)
         return result
+
+    def codes(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 of the parameter's shape and memory, and scales: those that it has where they are of our kind."""
+        same_runs = not self.row_major or parameter.is_contiguous()
+        if self.scale is not None and self.table is None and same_runs:
+            return _arranged(self.data, parameter), self.scale.to(parameter.device, torch.float32, copy=True)
+        flat, scale = quantize_8bit_blockwise(_in_memory(self.values(parameter)), signed=self.signed)
+        codes = torch.empty_like(parameter, dtype=torch.uint8, requires_grad=False)
+        _in_memory(codes).copy_(flat)
+        return codes, scale
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order of memory: a view."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _arranged(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A copy on the parameter's device with its memory's order."""
+    return torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+
+
+def _moment_of(saved: dict[str, Tensor], name: str) -> _Moment:
+    """Of a state of AdamW8bit, or of torch.optim.AdamW."""
+    return _Moment(_MOMENTS[name], saved[name], saved.get(f"{name}_scale"))
+
+
+def _moment_from_bitsandbytes(saved: dict[str, Any], name: str) -> _Moment:
+    data, absmax, qmap = (saved.get(key) for key in _BITSANDBYTES[name])
+    signed = _MOMENTS[name]
+    if data is None:
+        raise ValueError(
+            f"AdamW8bit.load_bitsandbytes_state: expected a state with {_BITSANDBYTES[name][0]}, got {sorted(saved)}"
+        )
+    if data.dtype != torch.uint8:
+        return _Moment(signed, data)
+    blocks = -(-data.numel() // _BLOCK)
+    size = next((n for n in (_BLOCK << i for i in range(8)) if -(-data.numel() // n) == absmax.numel()), 0)
+    if not size:
+        raise ValueError(
+            f"AdamW8bit.load_bitsandbytes_state: expected a scale for {_BLOCK} elements of {data.numel()}, or for a "
+            f"multiple of it by a power of two, got {absmax.numel()} scales"
+        )
+    scale = absmax.float().repeat_interleave(size // _BLOCK)[:blocks]
+    ours = torch.allclose(qmap.float(), _map(signed, qmap.device), rtol=1e-5, atol=1e-9)
+    return _Moment(signed, data, scale, None if ours else qmap.float(), row_major=True)
+
+
+def _state_from(parameter: Tensor, group: dict[str, Any], step: Any, moments: dict[str, _Moment]) -> dict[str, Tensor]:
+    """The parameter's state from moments of any kind."""
+    steps = torch.as_tensor(step, dtype=torch.float32).reshape(()).to(parameter.device, copy=True)
+    state = {"step": steps}
+    for name, moment in moments.items():
+        if moment.data.shape != parameter.shape:
+            raise ValueError(
+                f"AdamW8bit: expected {name} of shape {list(parameter.shape)}, got {list(moment.data.shape)}"
+            )
+        if _has_codes(parameter, group):
+            state[name], state[f"{name}_scale"] = moment.codes(parameter)
+        else:
+            state[name] = moment.values(parameter)
+    return state
+
+
+def _has_codes(parameter: Tensor, group: dict[str, Any]) -> bool:
+    return group["bits"] == 8 and parameter.numel() >= group["min_8bit_size"]
+
+
+def _map(signed: bool, device: torch.device) -> Tensor:
+    codes = torch.arange(256, dtype=torch.uint8, device=device)
+    return dequantize_8bit_blockwise(codes, torch.ones(1, device=device), signed=signed)
+
+
+def _check(options: dict[str, Any]) -> None:
+    """Numbers in their ranges; a tensor's value is not looked at, since that would wait for the device."""
+    lr, (beta1, beta2) = options["lr"], options["betas"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"AdamW8bit: expected lr with one element, got shape {list(lr.shape)}")
+    elif not lr >= 0:
+        raise ValueError(f"AdamW8bit: expected lr >= 0, got {lr}")
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ValueError(f"AdamW8bit: expected betas in [0, 1), got {beta1} and {beta2}")
+    for name in ("eps", "weight_decay", "min_8bit_size"):
+        if not options[name] >= 0:
+            raise ValueError(f"AdamW8bit: expected {name} >= 0, got {options[name]}")
+    if options["bits"] not in (8, 32):
+        raise ValueError(f"AdamW8bit: expected bits of 8 or 32, got {options['bits']}")

@@ -68,6 +68,7 @@ class Adam:
     eps: float = 1e-8
     weight_decay: float = 0.01
     steps: int = 0
+    moved: Tensor | None = None  # by the last step, weight decay aside
 
     def __post_init__(self) -> None:
         self.param = self.param.double()
@@ -84,7 +85,8 @@ class Adam:
         correction = math.sqrt(1 - beta2**self.steps)
         self.param = self.param * (1 - self.lr * self.weight_decay)
         size = self.lr * correction / (1 - beta1**self.steps)
-        self.param = self.param - size * self.m / (self.v.sqrt() + self.eps * correction)
+        self.moved = -size * self.m / (self.v.sqrt() + self.eps * correction)
+        self.param = self.param + self.moved
         self.m_codes, self.m_scale = encode(self.m, True)
         self.v_codes, self.v_scale = encode(self.v, False)
         if self.bits == 8:
