@@ -4,9 +4,12 @@
 // Operators without a derivative. Without an entry here PyTorch would mark their results as requiring a gradient that
 // then never comes.
 
-// Ranges, scales and codes are constants: the results carry no gradient.
+// Ranges, scales and codes are constants: the results carry no gradient. A step of an optimizer has none.
 TORCH_LIBRARY_IMPL(quantrain, Autograd, m) {
   for (const char* op : {
+           "adamw_8bit_",
+           "adamw_8bit_.seeded",
+           "quantize_8bit_blockwise",
            "choose_qparams",
            "_min_max",
            "_qparams_from_range",
@@ -39,6 +42,7 @@ TORCH_LIBRARY_IMPL(quantrain, Autograd, m) {
   for (const char* op : {
            "dequantize",
            "dequantize.typed",
+           "dequantize_8bit_blockwise",
            "quantize_gradient",
            "quantize_gradient.seeded",
            "quantize_gradient_codes",

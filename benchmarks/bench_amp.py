@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from common.cases import parser_of, report_of
+from common.models import gpt2_shapes
 from common.report import Measured, Report
 from common.timing import copy_rate, host_seconds, kernel_seconds, turns
 from torch import nn
@@ -38,17 +39,6 @@ TINY = {"width": 64, "vocabulary": 256, "context": 32}
 CLIPS = (("clip_grad_norm_", 3), ("clip_grad_norm_, check alone", 1), ("clip_grad_norm_, check and update", 1))
 
 # ---- unscale, check and clip ------------------------------------------------------------------------------------------------
-
-
-def gpt2_shapes(
-    layers: int = 12, width: int = 768, vocabulary: int = 50304, context: int = 1024
-) -> list[tuple[int, ...]]:
-    """The parameters of GPT-2 124M: 148 tensors."""
-    shapes = [(vocabulary, width), (context, width)]
-    for _ in range(layers):
-        shapes += [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,)]
-        shapes += [(width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,)]
-    return [*shapes, (width,), (width,)]
 
 
 class Setup:

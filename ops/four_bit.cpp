@@ -187,8 +187,8 @@ at::Tensor dequantize_kernel(const at::Tensor& codes, const at::Tensor& scale, c
 }
 
 at::Tensor signed_map(const at::Tensor& like) {
-  const at::Tensor map = at::empty({256}, at::TensorOptions().dtype(at::kFloat));
-  std::copy(std::begin(kSignedDynamicMap), std::end(kSignedDynamicMap), map.mutable_data_ptr<float>());
+  const at::Tensor map = at::empty({kDynamicCodes}, at::TensorOptions().dtype(at::kFloat));
+  std::copy(std::begin(kSignedMap.value), std::end(kSignedMap.value), map.mutable_data_ptr<float>());
   return map.to(like.device());
 }
 

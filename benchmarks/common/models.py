@@ -1,4 +1,4 @@
-"""Networks in plain PyTorch: for images of 28x28 and 32x32 pixels, and ResNet-18 for those of 224x224."""
+"""Networks in plain PyTorch: for images of 28x28 and 32x32 pixels, and ResNet-18 for those of 224x224; GPT-2's shapes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from quantrain.finetune.models import resnet20
 
-__all__ = ["MODELS", "MobileNetV2", "mobilenet_v2", "resnet18"]
+__all__ = ["MODELS", "MobileNetV2", "gpt2_shapes", "mobilenet_v2", "resnet18"]
 
 # expansion t, channels c, blocks n, first stride s: table 2 of Sandler et al. 2018 (arXiv:1801.04381), cut for small images.
 _STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 3, 2), (6, 96, 2, 1))
@@ -70,3 +70,14 @@ def resnet18(num_classes: int, in_channels: int) -> nn.Module:
 
 
 MODELS = {"resnet20": resnet20, "mobilenet_v2": mobilenet_v2}
+
+
+def gpt2_shapes(
+    layers: int = 12, width: int = 768, vocabulary: int = 50304, context: int = 1024
+) -> list[tuple[int, ...]]:
+    """The parameters of GPT-2 124M: 148 tensors."""
+    shapes = [(vocabulary, width), (context, width)]
+    for _ in range(layers):
+        shapes += [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,)]
+        shapes += [(width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    return [*shapes, (width,), (width,)]

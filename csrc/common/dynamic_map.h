@@ -1,117 +1,152 @@
-// The dynamic maps of 8-bit blocks (Dettmers et al. 2022, arXiv:2110.02861, section 2.2, as bitsandbytes' files hold
-// them): 256 values, ascending. With n = 2^i midpoints of n equal parts of [0.1, 1], times 10^(i - 6), for i = 0..6, with
-// both signs, and 0 and 1: signed; with 2^(i + 1) midpoints without sign: unsigned. In float32 in that order of
-// operations, which a formula would give another bit here and there: so as numbers.
+// The 8-bit dynamic maps (Dettmers, Lewis, Shleifer, Zettlemoyer, "8-bit optimizers via block-wise quantization",
+// arXiv:2110.02861, section 1.3), in the values that bitsandbytes writes: 256 numbers of [-1, 1] or [0, 1], ascending,
+// each decade 10^(i-6) with twice as many as the one below. And the search for the nearest, without a loop.
 #pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+
+#include "csrc/common/macros.h"
+#include "csrc/common/types.h"
 
 namespace quantrain {
 
-constexpr float kSignedDynamicMap[256] = {
-    -9.9296874e-01f, -9.789063e-01f,  -9.6484375e-01f, -9.507812e-01f,
-    -9.3671876e-01f, -9.2265624e-01f, -9.085938e-01f,  -8.9453125e-01f,
-    -8.804687e-01f,  -8.6640626e-01f, -8.5234374e-01f, -8.382813e-01f,
-    -8.2421875e-01f, -8.101562e-01f,  -7.9609376e-01f, -7.8203124e-01f,
-    -7.679688e-01f,  -7.5390625e-01f, -7.398437e-01f,  -7.2578126e-01f,
-    -7.117188e-01f,  -6.976563e-01f,  -6.8359375e-01f, -6.695312e-01f,
-    -6.5546876e-01f, -6.414063e-01f,  -6.273438e-01f,  -6.1328125e-01f,
-    -5.992187e-01f,  -5.8515626e-01f, -5.710938e-01f,  -5.570313e-01f,
-    -5.4296875e-01f, -5.289062e-01f,  -5.148437e-01f,  -5.0078124e-01f,
-    -4.867187e-01f,  -4.7265625e-01f, -4.5859373e-01f, -4.4453126e-01f,
-    -4.3046874e-01f, -4.1640624e-01f, -4.0234375e-01f, -3.8828123e-01f,
-    -3.7421876e-01f, -3.6015624e-01f, -3.4609374e-01f, -3.3203125e-01f,
-    -3.1796873e-01f, -3.0390626e-01f, -2.8984374e-01f, -2.7578127e-01f,
-    -2.6171875e-01f, -2.4765624e-01f, -2.3359375e-01f, -2.1953125e-01f,
-    -2.0546874e-01f, -1.9140625e-01f, -1.7734376e-01f, -1.6328125e-01f,
-    -1.4921875e-01f, -1.3515624e-01f, -1.2109375e-01f, -1.07031256e-01f,
-    -9.859375e-02f,  -9.578126e-02f,  -9.2968754e-02f, -9.015625e-02f,
-    -8.734375e-02f,  -8.453125e-02f,  -8.171876e-02f,  -7.890625e-02f,
-    -7.609375e-02f,  -7.328125e-02f,  -7.0468746e-02f, -6.7656256e-02f,
-    -6.484375e-02f,  -6.203125e-02f,  -5.9218753e-02f, -5.640625e-02f,
-    -5.359375e-02f,  -5.078125e-02f,  -4.796875e-02f,  -4.515625e-02f,
-    -4.2343747e-02f, -3.953125e-02f,  -3.6718752e-02f, -3.390625e-02f,
-    -3.109375e-02f,  -2.8281251e-02f, -2.546875e-02f,  -2.265625e-02f,
-    -1.9843752e-02f, -1.703125e-02f,  -1.421875e-02f,  -1.140625e-02f,
-    -9.71875e-03f,   -9.156249e-03f,  -8.59375e-03f,   -8.03125e-03f,
-    -7.46875e-03f,   -6.90625e-03f,   -6.34375e-03f,   -5.78125e-03f,
-    -5.2187503e-03f, -4.6562497e-03f, -4.09375e-03f,   -3.5312497e-03f,
-    -2.96875e-03f,   -2.40625e-03f,   -1.84375e-03f,   -1.2812499e-03f,
-    -9.437501e-04f,  -8.3125e-04f,    -7.1875006e-04f, -6.062501e-04f,
-    -4.9375003e-04f, -3.8125002e-04f, -2.6875004e-04f, -1.5625001e-04f,
-    -8.875e-05f,     -6.625e-05f,     -4.375e-05f,     -2.1249998e-05f,
-    -7.75e-06f,      -3.2500002e-06f, -5.5000004e-07f, 0.0f,
-    5.5000004e-07f,  3.2500002e-06f,  7.75e-06f,       2.1249998e-05f,
-    4.375e-05f,      6.625e-05f,      8.875e-05f,      1.5625001e-04f,
-    2.6875004e-04f,  3.8125002e-04f,  4.9375003e-04f,  6.062501e-04f,
-    7.1875006e-04f,  8.3125e-04f,     9.437501e-04f,   1.2812499e-03f,
-    1.84375e-03f,    2.40625e-03f,    2.96875e-03f,    3.5312497e-03f,
-    4.09375e-03f,    4.6562497e-03f,  5.2187503e-03f,  5.78125e-03f,
-    6.34375e-03f,    6.90625e-03f,    7.46875e-03f,    8.03125e-03f,
-    8.59375e-03f,    9.156249e-03f,   9.71875e-03f,    1.140625e-02f,
-    1.421875e-02f,   1.703125e-02f,   1.9843752e-02f,  2.265625e-02f,
-    2.546875e-02f,   2.8281251e-02f,  3.109375e-02f,   3.390625e-02f,
-    3.6718752e-02f,  3.953125e-02f,   4.2343747e-02f,  4.515625e-02f,
-    4.796875e-02f,   5.078125e-02f,   5.359375e-02f,   5.640625e-02f,
-    5.9218753e-02f,  6.203125e-02f,   6.484375e-02f,   6.7656256e-02f,
-    7.0468746e-02f,  7.328125e-02f,   7.609375e-02f,   7.890625e-02f,
-    8.171876e-02f,   8.453125e-02f,   8.734375e-02f,   9.015625e-02f,
-    9.2968754e-02f,  9.578126e-02f,   9.859375e-02f,   1.07031256e-01f,
-    1.2109375e-01f,  1.3515624e-01f,  1.4921875e-01f,  1.6328125e-01f,
-    1.7734376e-01f,  1.9140625e-01f,  2.0546874e-01f,  2.1953125e-01f,
-    2.3359375e-01f,  2.4765624e-01f,  2.6171875e-01f,  2.7578127e-01f,
-    2.8984374e-01f,  3.0390626e-01f,  3.1796873e-01f,  3.3203125e-01f,
-    3.4609374e-01f,  3.6015624e-01f,  3.7421876e-01f,  3.8828123e-01f,
-    4.0234375e-01f,  4.1640624e-01f,  4.3046874e-01f,  4.4453126e-01f,
-    4.5859373e-01f,  4.7265625e-01f,  4.867187e-01f,   5.0078124e-01f,
-    5.148437e-01f,   5.289062e-01f,   5.4296875e-01f,  5.570313e-01f,
-    5.710938e-01f,   5.8515626e-01f,  5.992187e-01f,   6.1328125e-01f,
-    6.273438e-01f,   6.414063e-01f,   6.5546876e-01f,  6.695312e-01f,
-    6.8359375e-01f,  6.976563e-01f,   7.117188e-01f,   7.2578126e-01f,
-    7.398437e-01f,   7.5390625e-01f,  7.679688e-01f,   7.8203124e-01f,
-    7.9609376e-01f,  8.101562e-01f,   8.2421875e-01f,  8.382813e-01f,
-    8.5234374e-01f,  8.6640626e-01f,  8.804687e-01f,   8.9453125e-01f,
-    9.085938e-01f,   9.2265624e-01f,  9.3671876e-01f,  9.507812e-01f,
-    9.6484375e-01f,  9.789063e-01f,   9.9296874e-01f,  1.0f,
-};
-constexpr float kUnsignedDynamicMap[256] = {
-    0.0f,           3.2500003e-07f,  7.75e-07f,      2.1249998e-06f, 4.3749997e-06f, 6.625e-06f,     8.874999e-06f,
-    1.5624999e-05f, 2.6875001e-05f,  3.8125e-05f,    4.9374998e-05f, 6.0625003e-05f, 7.1875e-05f,    8.312499e-05f,
-    9.4375e-05f,    1.28125e-04f,    1.84375e-04f,   2.4062501e-04f, 2.9687502e-04f, 3.5312498e-04f, 4.0937503e-04f,
-    4.6562502e-04f, 5.2187504e-04f,  5.78125e-04f,   6.34375e-04f,   6.9062505e-04f, 7.46875e-04f,   8.031251e-04f,
-    8.5937505e-04f, 9.15625e-04f,    9.7187504e-04f, 1.140625e-03f,  1.421875e-03f,  1.703125e-03f,  1.984375e-03f,
-    2.265625e-03f,  2.5468748e-03f,  2.828125e-03f,  3.1093748e-03f, 3.3906251e-03f, 3.671875e-03f,  3.953125e-03f,
-    4.2343745e-03f, 4.515625e-03f,   4.7968747e-03f, 5.078125e-03f,  5.359375e-03f,  5.6406246e-03f, 5.921875e-03f,
-    6.2031248e-03f, 6.484375e-03f,   6.7656254e-03f, 7.0468746e-03f, 7.328125e-03f,  7.6093744e-03f, 7.890625e-03f,
-    8.171875e-03f,  8.453124e-03f,   8.734375e-03f,  9.015624e-03f,  9.2968745e-03f, 9.578126e-03f,  9.859375e-03f,
-    1.0703126e-02f, 1.2109376e-02f,  1.3515624e-02f, 1.4921876e-02f, 1.6328124e-02f, 1.7734377e-02f, 1.9140625e-02f,
-    2.0546874e-02f, 2.1953126e-02f,  2.3359375e-02f, 2.4765624e-02f, 2.6171876e-02f, 2.7578129e-02f, 2.8984373e-02f,
-    3.0390626e-02f, 3.1796873e-02f,  3.3203125e-02f, 3.4609374e-02f, 3.6015626e-02f, 3.742188e-02f,  3.8828123e-02f,
-    4.0234376e-02f, 4.1640624e-02f,  4.3046873e-02f, 4.4453125e-02f, 4.5859374e-02f, 4.7265626e-02f, 4.867187e-02f,
-    5.0078124e-02f, 5.1484372e-02f,  5.2890625e-02f, 5.4296877e-02f, 5.570313e-02f,  5.7109382e-02f, 5.8515627e-02f,
-    5.9921872e-02f, 6.1328124e-02f,  6.273438e-02f,  6.414063e-02f,  6.554688e-02f,  6.695312e-02f,  6.8359375e-02f,
-    6.976563e-02f,  7.117188e-02f,   7.2578125e-02f, 7.398438e-02f,  7.539063e-02f,  7.679688e-02f,  7.820313e-02f,
-    7.960938e-02f,  8.1015624e-02f,  8.242188e-02f,  8.382813e-02f,  8.5234374e-02f, 8.6640626e-02f, 8.804687e-02f,
-    8.945312e-02f,  9.0859376e-02f,  9.226563e-02f,  9.367188e-02f,  9.5078126e-02f, 9.648438e-02f,  9.789063e-02f,
-    9.9296875e-02f, 1.03515625e-01f, 1.1054687e-01f, 1.1757813e-01f, 1.2460937e-01f, 1.3164061e-01f, 1.3867188e-01f,
-    1.4570314e-01f, 1.5273437e-01f,  1.5976563e-01f, 1.6679686e-01f, 1.7382812e-01f, 1.8085939e-01f, 1.8789062e-01f,
-    1.9492188e-01f, 2.0195311e-01f,  2.0898438e-01f, 2.1601564e-01f, 2.2304687e-01f, 2.3007813e-01f, 2.3710936e-01f,
-    2.4414062e-01f, 2.5117186e-01f,  2.5820312e-01f, 2.6523438e-01f, 2.722656e-01f,  2.7929688e-01f, 2.8632814e-01f,
-    2.9335937e-01f, 3.003906e-01f,   3.0742186e-01f, 3.1445312e-01f, 3.214844e-01f,  3.2851562e-01f, 3.3554685e-01f,
-    3.425781e-01f,  3.4960938e-01f,  3.5664064e-01f, 3.6367187e-01f, 3.707031e-01f,  3.7773436e-01f, 3.8476562e-01f,
-    3.917969e-01f,  3.9882812e-01f,  4.0585935e-01f, 4.128906e-01f,  4.1992188e-01f, 4.2695314e-01f, 4.3398437e-01f,
-    4.410156e-01f,  4.4804686e-01f,  4.5507812e-01f, 4.621094e-01f,  4.6914062e-01f, 4.7617185e-01f, 4.832031e-01f,
-    4.9023438e-01f, 4.972656e-01f,   5.042969e-01f,  5.113281e-01f,  5.1835936e-01f, 5.253906e-01f,  5.324218e-01f,
-    5.3945315e-01f, 5.4648435e-01f,  5.535157e-01f,  5.605469e-01f,  5.6757814e-01f, 5.746094e-01f,  5.816406e-01f,
-    5.886719e-01f,  5.957031e-01f,   6.027344e-01f,  6.0976565e-01f, 6.1679685e-01f, 6.238282e-01f,  6.308594e-01f,
-    6.3789064e-01f, 6.449219e-01f,   6.519531e-01f,  6.589844e-01f,  6.660156e-01f,  6.730469e-01f,  6.8007815e-01f,
-    6.8710935e-01f, 6.941407e-01f,   7.011719e-01f,  7.0820314e-01f, 7.152344e-01f,  7.222656e-01f,  7.292969e-01f,
-    7.363281e-01f,  7.433594e-01f,   7.5039065e-01f, 7.5742185e-01f, 7.644532e-01f,  7.714844e-01f,  7.785156e-01f,
-    7.855469e-01f,  7.925781e-01f,   7.996094e-01f,  8.066406e-01f,  8.136718e-01f,  8.2070315e-01f, 8.2773435e-01f,
-    8.347657e-01f,  8.417969e-01f,   8.488281e-01f,  8.558594e-01f,  8.628906e-01f,  8.699219e-01f,  8.769531e-01f,
-    8.839843e-01f,  8.9101565e-01f,  8.9804685e-01f, 9.050782e-01f,  9.121094e-01f,  9.191406e-01f,  9.261719e-01f,
-    9.332031e-01f,  9.402344e-01f,   9.472656e-01f,  9.542968e-01f,  9.6132815e-01f, 9.6835935e-01f, 9.753907e-01f,
-    9.824219e-01f,  9.894531e-01f,   9.964844e-01f,  1.0f,
+constexpr int kDynamicCodes = 256;
+constexpr uint32_t kSignedZero = 127;  // the code of 0 in the signed map; 0 is the unsigned map's
+
+struct DynamicMap {
+  float value[kDynamicCodes] = {};
 };
 
-constexpr int kDynamicZero = 127;  // the code of 0 in the signed map; in the unsigned one it is 0
+namespace detail {
+
+// Boundary j of [0.1, 1] in n parts as torch.linspace gives it: from the nearer end, product and sum rounded once.
+constexpr float dynamic_boundary(int j, int n) {
+  const float step = (1.0f - 0.1f) / static_cast<float>(n);
+  return j < (n + 1) / 2 ? static_cast<float>(static_cast<double>(0.1f) + static_cast<double>(step) * j)
+                         : static_cast<float>(1.0 - static_cast<double>(step) * (n - j));
+}
+
+// In decade i of 0..6 the middles of 2^i parts (with a sign) or 2^(i+1) parts, times 10^(i-6), and above them 1.
+constexpr DynamicMap make_dynamic_map(bool with_sign) {
+  constexpr float kDecades[7] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.0f};
+  DynamicMap map;
+  const int zero = with_sign ? static_cast<int>(kSignedZero) : 0;
+  int code = zero + 1;
+  for (int i = 0; i < 7; ++i) {
+    const int parts = (with_sign ? 1 : 2) << i;
+    for (int j = 0; j < parts; ++j) {
+      const float middle = (dynamic_boundary(j, parts) + dynamic_boundary(j + 1, parts)) / 2.0f;
+      map.value[code++] = middle * kDecades[i];
+    }
+  }
+  map.value[code] = 1.0f;
+  for (int k = 0; k < zero; ++k) map.value[k] = -map.value[2 * zero - k];
+  return map;
+}
+
+}  // namespace detail
+
+inline constexpr DynamicMap kSignedMap = detail::make_dynamic_map(true);
+inline constexpr DynamicMap kUnsignedMap = detail::make_dynamic_map(false);
+
+// The definition of the nearest code: the number of midpoints below r. On a midpoint it is the lower of the two.
+constexpr uint32_t nearest_dynamic_code(const DynamicMap& map, float r) {
+  uint32_t low = 0, high = kDynamicCodes - 1;
+  while (low < high) {
+    const uint32_t middle = (low + high) / 2;
+    if (r > (map.value[middle] + map.value[middle + 1]) * 0.5f)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+// ---- codes of an optimizer's state ----------------------------------------------------------------------------------
+//
+// The nearest code, but for two rules. A positive second moment never takes the code of 0: the next step without a
+// gradient would divide by eps alone. A negative first moment does not either, as in bitsandbytes: its sign stays.
+//
+// A bin holds the floats of one sign that agree in their upper 16 bits, so narrow that no bin holds two midpoints: one
+// table entry and one addition give the code. With L the bin's lower end and t its midpoint's lower 16 bits,
+//   entry = (code at L) * 2^16 + 0xffff - t - bits(L), so that (entry + bits(r)) >> 16 is one more where r is past t.
+
+constexpr uint32_t kFirstBin = 0x3480;  // of 2^-22: below it r is next to 0
+constexpr uint32_t kLastBin = 0x3f80;   // of 1, which a rounded r may pass by an ulp or two
+constexpr int kBins = static_cast<int>(kLastBin - kFirstBin) + 1;
+
+struct UnsignedBins {
+  uint32_t entry[kBins] = {};
+};
+
+struct SignedBins {
+  uint32_t entry[2 * kBins] = {};  // of each bin the positive r's, then the negative r's, which gives 127 ^ code
+};
+
+namespace detail {
+
+// Entries of ascending magnitudes. A midpoint itself belongs to the lower code, which of negative numbers is the
+// larger magnitude.
+constexpr void fill_bins(const DynamicMap& map, uint32_t zero, bool negative, uint32_t least, uint32_t* entry,
+                         int stride) {
+  const uint32_t last = negative ? zero : kDynamicCodes - 1 - zero;  // steps from 0 to the end of the map
+  const auto midpoint = [&](uint32_t step) {
+    return std::bit_cast<uint32_t>((map.value[zero + step] + map.value[zero + step + 1]) * 0.5f);
+  };
+  uint32_t steps = 0;  // the midpoints below the bin
+  for (uint32_t bin = kFirstBin; bin <= kLastBin; ++bin) {
+    while (steps < last && midpoint(steps) >> 16 < bin) ++steps;
+    const bool crossed = steps < last && midpoint(steps) >> 16 == bin && steps >= least;
+    const uint32_t room = crossed ? 0xffffu - (midpoint(steps) & 0xffffu) + (negative ? 1 : 0) : 0;
+    const uint32_t base = (steps < least ? least : steps) + (negative ? 0 : zero);
+    entry[static_cast<int>(bin - kFirstBin) * stride] = (base << 16) + room - (bin << 16);
+  }
+}
+
+constexpr UnsignedBins make_unsigned_bins() {
+  UnsignedBins bins;
+  fill_bins(kUnsignedMap, 0, false, 1, bins.entry, 1);
+  return bins;
+}
+
+constexpr SignedBins make_signed_bins() {
+  SignedBins bins;
+  fill_bins(kSignedMap, kSignedZero, false, 0, bins.entry, 2);
+  fill_bins(kSignedMap, kSignedZero, true, 1, bins.entry + 1, 2);
+  return bins;
+}
+
+QUANTRAIN_HOST_DEVICE uint32_t bits_from_first_bin(float magnitude) {
+  const uint32_t bits = float_to_bits(magnitude);
+  return bits > (kFirstBin << 16) ? bits : kFirstBin << 16;
+}
+
+}  // namespace detail
+
+// The scale of a block from the bits of its largest magnitude: NaN where the block holds NaN or Inf; 0 for a block of
+// zeros, as bitsandbytes has it; else at least 2^-126, whose inverse is finite.
+QUANTRAIN_HOST_DEVICE float dynamic_scale(uint32_t largest) {
+  if (largest >= 0x7f800000u) return detail::bits_to_float(0x7fc00000u);
+  return detail::bits_to_float(largest != 0 && largest < 0x00800000u ? 0x00800000u : largest);
+}
+
+// What the magnitudes are multiplied by, 0 without a scale to divide by.
+QUANTRAIN_HOST_DEVICE float dynamic_inverse(float scale) { return scale > 0.0f ? 1.0f / scale : 0.0f; }
+
+// The code of v >= 0 in bits 16 to 23, zeros above. `inverse` is that of a block without NaN and Inf.
+QUANTRAIN_HOST_DEVICE uint32_t unsigned_state_code(float v, float inverse, const uint32_t* __restrict__ bins) {
+  const uint32_t bits = detail::bits_from_first_bin(v * inverse);
+  const uint32_t code = bins[(bits >> 16) - kFirstBin] + bits;
+  return v > 0.0f ? code : 0;
+}
+
+// The same of m: the code, or of negative m its exclusive or with 127. -0 counts as 0.
+QUANTRAIN_HOST_DEVICE uint32_t signed_state_code(float m, float inverse, const uint32_t* __restrict__ bins) {
+  const uint32_t bits = detail::bits_from_first_bin(fabsf(m) * inverse);
+  const uint32_t negative = detail::float_to_bits(m + 0.0f) >> 31;
+  return bins[2 * ((bits >> 16) - kFirstBin) + negative] + bits;
+}
 
 }  // namespace quantrain

@@ -141,7 +141,7 @@ struct BlockScale {
 QUANTRAIN_INLINE BlockScale block_scale(const FourBitScales& s, int64_t block) {
   BlockScale result{0.0f, 0.0f};
   result.scale = s.scale ? s.scale[block]
-                         : four_bit_decompressed(kSignedDynamicMap[s.scale_codes[block]],
+                         : four_bit_decompressed(kSignedMap.value[s.scale_codes[block]],
                                                  s.scale_scale[block / kScaleBlock], *s.scale_offset);
   if (s.zero_point) result.zero_point = static_cast<float>(s.zero_point[block]);
   if (s.float_zero_point) result.zero_point = s.float_zero_point[block];

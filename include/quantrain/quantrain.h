@@ -18,6 +18,7 @@
 #include "quantrain/nn/schemes/fixed_point.h"
 #include "quantrain/nn/schemes/gradient_quant.h"
 #include "quantrain/nn/schemes/int8.h"
+#include "quantrain/ops/adamw_8bit.h"
 #include "quantrain/ops/fake_quant.h"
 #include "quantrain/ops/fixed_point.h"
 #include "quantrain/ops/fixed_point_conv.h"
@@ -27,4 +28,5 @@
 #include "quantrain/ops/int8.h"
 #include "quantrain/ops/int8_fused.h"
 #include "quantrain/ops/int8_linear.h"
+#include "quantrain/optim/adamw_8bit.h"
 #include "quantrain/optim/fused_adamw.h"

@@ -1,7 +1,7 @@
 """quantrain: training and running neural networks in few bits.
 
 The operators are in ``torch.ops.quantrain`` and, with documentation, in this module; layers and the flow
-``prepare -> train or calibrate -> convert`` in ``quantrain.nn``; loss scaling in ``quantrain.amp``.
+``prepare -> train or calibrate -> convert`` in ``quantrain.nn``; loss scaling in ``quantrain.amp``; optimizers in ``quantrain.optim``.
 """
 
 from pathlib import Path
@@ -15,8 +15,9 @@ built_with_cuda: bool = _C.built_with_cuda
 # For CMake: -DCMAKE_PREFIX_PATH=$(python -c "import quantrain; print(quantrain.cmake_prefix_path)")
 cmake_prefix_path: str = str(Path(_C.__file__).parent / "share" / "cmake")
 
-from quantrain import amp, nn  # noqa: E402
+from quantrain import amp, nn, optim  # noqa: E402
 from quantrain._C import FixedPointSpec, GradientQuantSpec, GradientSpec, Int8Spec, QuantSpec, Recipe, Scheme  # noqa: E402
+from quantrain.adamw_8bit import adamw_8bit_, dequantize_8bit_blockwise, quantize_8bit_blockwise  # noqa: E402
 from quantrain.fake_quant import (  # noqa: E402
     choose_qparams,
     dequantize,
@@ -88,6 +89,7 @@ __all__ = [
     "QuantizedGradient",
     "Recipe",
     "Scheme",
+    "adamw_8bit_",
     "amp",
     "built_with_cuda",
     "calibrate",
@@ -95,6 +97,7 @@ __all__ = [
     "cmake_prefix_path",
     "convert",
     "dequantize",
+    "dequantize_8bit_blockwise",
     "fake_quantize",
     "fake_quantize_dynamic",
     "fake_quantize_learnable",
@@ -126,10 +129,12 @@ __all__ = [
     "load_checkpoint",
     "model_size",
     "nn",
+    "optim",
     "pack_int4",
     "prepare",
     "quantization_error",
     "quantize",
+    "quantize_8bit_blockwise",
     "quantize_gradient",
     "quantize_gradient_codes",
     "save_checkpoint",

@@ -321,7 +321,48 @@ def rounding(d):
     return {"parameters": parameters, "masters": masters, "seed": 1, "offset": 2}
 
 
+def blockwise(d):
+    return {"input": floats(d, small(d)), "signed": d.chance(0.5)}
+
+
+def blockwise_codes(d):
+    codes = d.integers(small(d), 0, 255, torch.uint8)
+    return {"codes": codes, "scale": d.scale([-(-codes.numel() // 256)], -8, 7), "signed": d.chance(0.5)}
+
+
+def adamw(d):
+    params = [floats(d, small(d), d.choice((torch.float32, torch.bfloat16))) for _ in range(d.randint(1, 3))]
+    params = [torch.empty_like(p).copy_(p) for p in params]
+    bits = [d.choice((8, 32)) for _ in params]
+    moments = {
+        name: [
+            torch.zeros_like(p, dtype=torch.uint8 if b == 8 else torch.float32)
+            for p, b in zip(params, bits, strict=True)
+        ]
+        for name in ("exp_avg", "exp_avg_sq")
+    }
+    scales = {
+        f"{name}_scale": [torch.ones(-(-p.numel() // 256) if b == 8 else 0) for p, b in zip(params, bits, strict=True)]
+        for name in moments
+    }
+    numbers = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "seed": 1, "offset": 2}
+    return {
+        "params": params,
+        "grads": [torch.empty_like(p).copy_(floats(d, list(p.shape), p.dtype)) for p in params],
+        "steps": [torch.zeros(()) for _ in params],
+        "lr": torch.tensor(1e-3),
+        "grad_scale": torch.tensor(8.0) if d.chance(0.5) else None,
+        "found_inf": torch.tensor(0.0) if d.chance(0.5) else None,
+        **moments,
+        **scales,
+        **numbers,
+    }
+
+
 ARGUMENTS = {
+    "adamw_8bit_": adamw,
+    "quantize_8bit_blockwise": blockwise,
+    "dequantize_8bit_blockwise": blockwise_codes,
     **dict.fromkeys(("fake_quantize", "fake_quantize_learnable"), fake),
     "_fake_quantize_mask": fake_mask,
     "_fake_quantize_backward": fake_backward,

@@ -15,6 +15,7 @@ FAMILIES = (
     "int8_fused",
     "int8_linear",
     "amp",
+    "adamw_8bit",
 )
 
 # Operators without a drawn and a hostile test, with the reason.

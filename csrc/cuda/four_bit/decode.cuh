@@ -7,17 +7,7 @@
 
 namespace quantrain::cuda {
 
-struct DynamicMap {
-  float value[256];
-};
-
-constexpr DynamicMap signed_dynamic_map() {
-  DynamicMap map{};
-  for (int i = 0; i < 256; ++i) map.value[i] = kSignedDynamicMap[i];
-  return map;
-}
-
-static __device__ const DynamicMap device_signed_map = signed_dynamic_map();
+static __device__ const DynamicMap device_signed_map = kSignedMap;
 
 __device__ __forceinline__ float block_scale(const FourBitScales& s, int64_t block) {
   if (s.scale) return __ldg(s.scale + block);

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of quantrain, its nn and its amp run and print what they say, and every public name
+"""The examples in the docstrings of quantrain, its nn, its amp and its optim run and print what they say, and every public name
 has a docstring.
 """
 
@@ -12,8 +12,9 @@ import pytest
 import quantrain
 import quantrain.amp
 import quantrain.nn
+import quantrain.optim
 
-PACKAGES = (quantrain.amp, quantrain.nn)
+PACKAGES = (quantrain.amp, quantrain.nn, quantrain.optim)
 MODULES = sorted(
     f"{package.__name__}.{m.name}"
     for package in (quantrain, *PACKAGES)

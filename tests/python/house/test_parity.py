@@ -46,7 +46,7 @@ def cpp_names() -> set[str]:
 
 
 def python_names() -> set[str]:
-    return {*quantrain.__all__, *quantrain.nn.__all__, *quantrain.amp.__all__}
+    return {*quantrain.__all__, *quantrain.nn.__all__, *quantrain.amp.__all__, *quantrain.optim.__all__}
 
 
 def listed(section: str) -> list[str]:
