@@ -158,6 +158,14 @@ bool in_rows(int64_t columns, int64_t block_size) { return columns % block_size 
 
 int64_t number_of_blocks(int64_t numel, int64_t block_size) { return (numel - 1) / block_size + 1; }
 
+// Both nibbles of each byte from 0..15 to two's complement of the value less 8; what follows an odd number of elements
+// becomes the code of 0.
+at::Tensor less_eight(const at::Tensor& packed, int64_t elements) {
+  at::Tensor codes = packed.bitwise_xor(0x88);
+  if (elements % 2 != 0) codes.narrow(0, elements / 2, 1).bitwise_and_(15);
+  return codes;
+}
+
 // The largest length that divides every run of equal groups, for columns in the order of their groups.
 int64_t common_run(const at::Tensor& sorted) {
   const std::vector<int64_t> groups = integers_of(sorted);
@@ -170,16 +178,20 @@ int64_t common_run(const at::Tensor& sorted) {
 
 }  // namespace
 
-void lay_out(FourBitWeight& weight, const at::Tensor& codes, const at::Tensor& scale, const at::Tensor& zero_point) {
-  const int64_t columns = weight.size.back();
-  const bool rows = in_rows(columns, weight.block_size);
+at::Tensor pack_elements(const at::Tensor& codes, const at::Tensor& zero_point) {
   at::Tensor flat = codes.reshape({-1});
-  if (flat.numel() % 2 != 0) {  // the code of 0 after an odd number of elements
+  if (flat.numel() % 2 != 0) {
     at::Tensor zero = at::full_like(flat.narrow(0, 0, 1), 0);
     if (zero_point.defined() && !zero_point.is_floating_point())
       zero = zero_point.reshape({-1}).narrow(0, zero_point.numel() - 1, 1).to(at::kByte);
     flat = at::cat({flat, zero});
   }
+  return pack_nibbles(flat);
+}
+
+void lay_out(FourBitWeight& weight, const at::Tensor& packed, const at::Tensor& scale, const at::Tensor& zero_point) {
+  const int64_t columns = weight.size.back();
+  const bool rows = in_rows(columns, weight.block_size);
   std::vector<int64_t> code_sizes = weight.size;
   std::vector<int64_t> scale_sizes = weight.size;
   code_sizes.back() = columns / 2;
@@ -187,36 +199,39 @@ void lay_out(FourBitWeight& weight, const at::Tensor& codes, const at::Tensor& s
   const auto shaped = [rows](const at::Tensor& tensor, const std::vector<int64_t>& sizes) {
     return (rows ? tensor.reshape(sizes) : tensor.reshape({-1})).contiguous();
   };
-  weight.codes = shaped(pack_nibbles(flat), code_sizes);
+  weight.codes = shaped(packed, code_sizes);
   weight.scale = shaped(scale, scale_sizes);
   if (zero_point.defined()) weight.zero_point = shaped(zero_point, scale_sizes);
 }
 
 FourBitWeight pack_integers(const IntegerCodes& parts) {
-  const int64_t columns = parts.codes.size(1);
+  const at::Tensor& source = parts.packed.defined() ? parts.packed : parts.codes;
+  const int64_t columns = parts.packed.defined() ? parts.packed.size(1) * 2 : parts.codes.size(1);
   FourBitWeight weight;
   weight.format = parts.zero_point.defined() ? "uint4" : "int4";
-  weight.size = parts.codes.sizes().vec();
+  weight.size = {source.size(0), columns};
   weight.dtype = parts.scale.scalar_type();
   weight.block_size = columns / parts.scale.size(1);
-  at::Tensor codes = parts.codes;
   at::Tensor scale = parts.scale.to(at::kFloat);
   at::Tensor zero_point = parts.zero_point;
   if (parts.group.defined()) {
-    const at::Tensor group = parts.group.to(codes.device());
+    const at::Tensor group = parts.group.to(source.device());
     const at::Tensor order = at::argsort(group, /*stable=*/true, /*dim=*/0, /*descending=*/false);
     const at::Tensor sorted = group.index_select(0, order);
-    if (!order.equal(at::arange(columns, order.options()))) {
-      weight.permutation = order;
-      codes = codes.index_select(1, order);
-    }
+    if (!order.equal(at::arange(columns, order.options()))) weight.permutation = order;
     weight.block_size = common_run(sorted);
     const at::Tensor group_of_block = sorted.slice(0, 0, columns, weight.block_size);
     scale = scale.index_select(1, group_of_block);
     if (zero_point.defined()) zero_point = zero_point.index_select(1, group_of_block);
   }
-  // From 0..15 to two's complement of the value less 8.
-  lay_out(weight, zero_point.defined() ? codes : codes.bitwise_xor(8), scale, zero_point);
+  at::Tensor packed = parts.packed;
+  if (!packed.defined() || weight.permutation.defined()) {
+    at::Tensor codes = packed.defined() ? unpack_nibbles(packed) : parts.codes;
+    if (weight.permutation.defined()) codes = codes.index_select(1, weight.permutation);
+    packed = pack_elements(codes, zero_point);
+  }
+  if (!zero_point.defined()) packed = less_eight(packed, weight.size[0] * columns);
+  lay_out(weight, packed, scale, zero_point);
   return weight;
 }
 

@@ -77,6 +77,7 @@ at::Tensor pack_words(const at::Tensor& nibbles);
 // Integer codes of a weight [N, K] as files have them.
 struct IntegerCodes {
   at::Tensor codes;       // uint8 [N, K], 0..15, the columns in the input's order
+  at::Tensor packed;      // in place of codes, for pack_integers: the same packed, uint8 [N, K / 2], K even
   at::Tensor scale;       // [N, G], of the file's type
   at::Tensor zero_point;  // int32 [N, G]; undefined: 8, which codes of int4 do without
   at::Tensor group;       // int64 [K], the column's group; undefined: G runs of equal length
@@ -90,8 +91,11 @@ at::Tensor column_groups(const LayerTensors& layer, std::string_view g_idx, int6
 // Sorts the columns by group and packs them.
 FourBitWeight pack_integers(const IntegerCodes& parts);
 
-// Codes, scale and zero point in the layout of FourBitWeight, from one code an element and one scale a block.
-void lay_out(FourBitWeight& weight, const at::Tensor& codes, const at::Tensor& scale, const at::Tensor& zero_point);
+// Bytes of two elements each from one code an element; zero_point for the nibble after an odd number of them.
+at::Tensor pack_elements(const at::Tensor& codes, const at::Tensor& zero_point);
+
+// Codes, scale and zero point in the shapes of FourBitWeight, from bytes of two elements and one scale a block.
+void lay_out(FourBitWeight& weight, const at::Tensor& packed, const at::Tensor& scale, const at::Tensor& zero_point);
 
 // The other way, with g_idx in `group` and scales of type weight.dtype. ValueError for a weight that is not int4 or
 // uint4 with integer zero points, whose parts do not fit each other, or that the format cannot hold.

@@ -50,7 +50,11 @@ FourBitWeight from_compressed_tensors(const FourBitTensors& tensors, const std::
   parts.scale = scale;
   parts.group = detail::column_groups(layer, "weight_g_idx", size[1], scale.size(1), 0);
   parts.zero_point = zero_points(layer, size[0], scale.size(1));
-  parts.codes = detail::unpack_words(packed).narrow(1, 0, size[1]);
+  if (size[1] % 2 == 0) {
+    parts.packed = detail::bytes_as(packed, at::kByte).narrow(1, 0, size[1] / 2);
+  } else {
+    parts.codes = detail::unpack_words(packed).narrow(1, 0, size[1]);
+  }
   const at::Tensor bias = layer.bias(size[0]);
   FourBitWeight weight = detail::pack_integers(parts);
   weight.bias = bias;

@@ -9,9 +9,8 @@
 #include <limits>
 #include <optional>
 
-#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/where.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/util/Exception.h>
 #include <c10/util/Half.h>
 
@@ -276,28 +275,53 @@ at::Tensor halves(const at::Tensor& blocks, int64_t offset) {
   return blocks.narrow(1, offset, 2).contiguous().view(at::kHalf).to(at::kFloat).view({-1});
 }
 
+float half_at(const uint8_t* bytes) {
+  c10::Half value;
+  std::memcpy(&value, bytes, sizeof(value));
+  return value;
+}
+
+// 32 codes as files have them -> 16 bytes of neighbors, the even element in the low nibble.
+void pair_codes(const uint8_t* packed, uint8_t* codes) {
+  for (int i = 0; i < 8; ++i) {
+    const uint8_t first = packed[2 * i];
+    const uint8_t second = packed[2 * i + 1];
+    codes[i] = static_cast<uint8_t>((first & 15) | (second & 15) << 4);
+    codes[i + 8] = static_cast<uint8_t>(first >> 4 | (second & 0xf0));
+  }
+}
+
 FourBitWeight four_bit(const Entry& entry, const at::Tensor& bytes) {
   const bool affine = entry.type->number == 3;
-  const at::Tensor blocks = bytes.view({-1, entry.type->bytes});
-  const at::Tensor packed = blocks.narrow(1, affine ? 4 : 2, 16);
-  at::Tensor codes = at::cat({packed.bitwise_and(15), packed.bitwise_right_shift(4)}, 1);
-  at::Tensor scale = halves(blocks, 0);
-  at::Tensor zero_point;
-  if (affine) {
-    const at::Tensor minimum = halves(blocks, 2);
-    const at::Tensor flat = scale.eq(0);  // every element is the minimum
-    zero_point = at::where(flat, -1.0, minimum.neg().div(scale));
-    codes = codes.masked_fill(flat.unsqueeze(1), 0);
-    scale = at::where(flat, minimum, scale);
-  } else {
-    codes = codes.bitwise_xor(8);
-  }
+  const int64_t block_bytes = entry.type->bytes;
+  const int64_t columns = entry.size.back();
   FourBitWeight weight;
   weight.format = affine ? "uint4" : "int4";
   weight.size = entry.size;
   weight.block_size = kBlock;
   weight.dtype = at::kHalf;
-  detail::lay_out(weight, codes, scale, zero_point);
+  weight.codes = at::empty(with_last(entry.size, columns / 2), at::kByte);
+  weight.scale = at::empty(with_last(entry.size, columns / kBlock), at::kFloat);
+  if (affine) weight.zero_point = at::empty_like(weight.scale);
+  const auto* block = bytes.const_data_ptr<uint8_t>();
+  auto* codes = weight.codes.data_ptr<uint8_t>();
+  auto* scale = weight.scale.data_ptr<float>();
+  auto* zero_point = affine ? weight.zero_point.data_ptr<float>() : nullptr;
+  for (int64_t i = 0; i < weight.scale.numel(); ++i, block += block_bytes, codes += kBlock / 2) {
+    pair_codes(block + block_bytes - kBlock / 2, codes);
+    scale[i] = half_at(block);
+    if (!affine) {
+      for (int j = 0; j < kBlock / 2; ++j) codes[j] ^= 0x88;  // from 0..15 to two's complement of the value less 8
+      continue;
+    }
+    const float minimum = half_at(block + 2);
+    zero_point[i] = -minimum / scale[i];
+    if (scale[i] == 0) {  // every element is the minimum
+      std::fill(codes, codes + kBlock / 2, uint8_t{0});
+      zero_point[i] = -1;
+      scale[i] = minimum;
+    }
+  }
   return weight;
 }
 

@@ -40,7 +40,7 @@ FourBitWeight from_gptq(const FourBitTensors& tensors, const std::string& prefix
 
   detail::IntegerCodes parts;
   parts.group = detail::column_groups(layer, "g_idx", columns, groups, group_size);
-  parts.codes = detail::unpack_words(qweight.t());
+  parts.packed = detail::bytes_as(qweight.t(), at::kByte);  // as int4 and uint4 have it
   parts.scale = scales.t();
   parts.zero_point = detail::unpack_words(qzeros).t().to(at::kInt);
   if (parts.zero_point.eq(8).all().item<bool>()) parts.zero_point = at::Tensor();

@@ -4,8 +4,8 @@
 
 // HQQ: the weight's elements in row-major order as a matrix of one group a row (axis 1). W_q uint8, or its bytes as
 // floats: the high nibbles are the upper half of that matrix's rows, the low ones the lower half. scale and zero are
-// floats [groups, 1]; nbits, group_size, axis int32 []; shape int64 [2]; packing and compute_dtype text as uint8. The value
-// is (q - zero) * scale. Layout: hqq 0.2.8, core/quantize.py (HQQLinear.state_dict) and core/bitpack.py.
+// floats [groups, 1]; nbits, group_size, axis int32 []; shape int64 [2]; packing and compute_dtype text as uint8. The
+// value is (q - zero) * scale. Layout: hqq 0.2.8, core/quantize.py (HQQLinear.state_dict) and core/bitpack.py.
 
 namespace quantrain::nn {
 namespace {
@@ -81,7 +81,8 @@ FourBitWeight from_hqq(const FourBitTensors& tensors, const std::string& prefix)
   const at::Tensor zero = per_group("zero");
   weight.bias = layer.bias(weight.size[0]);
   const at::Tensor bytes = detail::bytes_as(packed, at::kByte).reshape({-1});
-  detail::lay_out(weight, at::cat({bytes.bitwise_right_shift(4), bytes.bitwise_and(15)}), scale, zero);
+  const at::Tensor codes = at::cat({bytes.bitwise_right_shift(4), bytes.bitwise_and(15)});
+  detail::lay_out(weight, detail::pack_elements(codes, zero), scale, zero);
   return weight;
 }
 
