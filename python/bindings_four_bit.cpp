@@ -44,7 +44,7 @@ void bind_weight(py::module_& module) {
   py::class_<FourBitWeight> cls(
       module, "FourBitWeight",
       "A packed weight and what belongs to it: codes, scale, zero_point, scale_scale, scale_offset, table, permutation "
-      "and bias, tensors or None; format, size, block_size and dtype.");
+      "and bias, tensors or None; format, size, block_size and dtype. Its size is a copy: assign it whole.");
   cls.def(
       py::init([](OptionalTensor codes, OptionalTensor scale, std::string format, std::vector<int64_t> size,
                   int64_t block_size, at::ScalarType dtype, OptionalTensor zero_point, OptionalTensor scale_scale,
@@ -139,8 +139,10 @@ void bind_adapter(py::module_& module) {
            py::arg("b"))
       .def_readwrite("a", &LoraWeight::a)
       .def_readwrite("b", &LoraWeight::b);
-  py::class_<LoraAdapter>(module, "LoraAdapter",
-                          "A LoRA adapter as PEFT's files hold it: layers and others by name, and the settings.")
+  py::class_<LoraAdapter>(
+      module, "LoraAdapter",
+      "A LoRA adapter as PEFT's files hold it: layers and others by name, and the settings. Dicts and lists "
+      "are copies: assign them whole.")
       .def(py::init([](std::map<std::string, LoraWeight> layers, int64_t r, double lora_alpha, double lora_dropout,
                        std::vector<std::string> target_modules, bool use_rslora, std::string bias) {
              LoraAdapter adapter;

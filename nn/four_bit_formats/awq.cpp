@@ -32,7 +32,7 @@ FourBitWeight from_awq(const FourBitTensors& tensors, const std::string& prefix,
   const at::Tensor qzeros = layer.get("qzeros", {at::kInt}, {groups, rows / 8});
 
   detail::IntegerCodes parts;
-  parts.group = detail::column_groups(layer, "g_idx", columns, groups, group_size);
+  parts.group = detail::even_groups(layer, columns, groups, group_size);
   parts.codes = reordered(detail::unpack_words(qweight), kNibbleOfRow).t();
   parts.scale = scales.t();
   parts.zero_point = reordered(detail::unpack_words(qzeros), kNibbleOfRow).t().to(at::kInt);

@@ -123,33 +123,32 @@ at::Tensor pack_words(const at::Tensor& nibbles) {
   return bytes_as(pack_nibbles(filled), at::kInt);
 }
 
-at::Tensor column_groups(const LayerTensors& layer, std::string_view g_idx, int64_t columns, int64_t groups,
-                         int64_t group_size) {
+at::Tensor listed_groups(const LayerTensors& layer, std::string_view g_idx, int64_t columns, int64_t groups) {
+  if (!layer.has(g_idx) || layer.get(g_idx, kIndexTypes).numel() == 0) return {};
+  const at::Tensor group = layer.get(g_idx, kIndexTypes, {columns}).to(at::kLong);
+  const int64_t low = group.min().item<int64_t>();
+  const int64_t high = group.max().item<int64_t>();
+  if (low == high && (low == -1 || (low == 0 && groups > 1))) return {};
+  if (low < 0 || high >= groups)
+    layer.fail(in_quotes(layer.key(g_idx)) + " within 0 and " + std::to_string(groups - 1),
+               std::to_string(low < 0 ? low : high));
+  return group;
+}
+
+at::Tensor even_groups(const LayerTensors& layer, int64_t columns, int64_t groups, int64_t group_size) {
   if (group_size < 0) layer.fail("a group size that is not negative", std::to_string(group_size));
-  if (layer.has(g_idx) && layer.get(g_idx, kIndexTypes).numel() != 0) {
-    const at::Tensor group = layer.get(g_idx, kIndexTypes, {columns}).to(at::kLong);
-    const int64_t low = group.min().item<int64_t>();
-    const int64_t high = group.max().item<int64_t>();
-    const bool unset = groups > 1 && high <= 0 && low == high;  // zeros, or compressed-tensors' -1
-    if (!unset) {
-      if (low < 0 || high >= groups)
-        layer.fail(in_quotes(layer.key(g_idx)) + " within 0 and " + std::to_string(groups - 1),
-                   std::to_string(low < 0 ? low : high));
-      return group;
-    }
+  if (group_size == 0) {
+    if (columns % groups != 0)
+      layer.fail("a number of groups that divides " + std::to_string(columns) + " columns, or a group size",
+                 std::to_string(groups));
+    return {};
   }
-  if (group_size != 0) {
-    const int64_t expected = (columns - 1) / group_size + 1;
-    if (expected != groups)
-      layer.fail(std::to_string(expected) + " groups of " + std::to_string(group_size) + " for " +
-                     std::to_string(columns) + " columns",
-                 std::to_string(groups) + " scales a row");
-    return at::arange(columns, at::kLong).div(group_size, "floor");
-  }
-  if (columns % groups != 0)
-    layer.fail("a number of groups that divides " + std::to_string(columns) + " columns, or a group size",
-               std::to_string(groups));
-  return at::Tensor();
+  const int64_t expected = (columns - 1) / group_size + 1;
+  if (expected != groups)
+    layer.fail(std::to_string(expected) + " groups of " + std::to_string(group_size) + " for " +
+                   std::to_string(columns) + " columns",
+               std::to_string(groups) + " scales a row");
+  return at::arange(columns, at::kLong).div(group_size, "floor");
 }
 
 namespace {

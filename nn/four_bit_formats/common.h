@@ -83,10 +83,13 @@ struct IntegerCodes {
   at::Tensor group;       // int64 [K], the column's group; undefined: G runs of equal length
 };
 
-// The groups of columns for messages of `layer`: `given` where it is set, else g_idx (ValueError where it is not within
-// 0..groups - 1), else runs of group_size, else undefined where `groups` divides `columns`.
-at::Tensor column_groups(const LayerTensors& layer, std::string_view g_idx, int64_t columns, int64_t groups,
-                         int64_t group_size);
+// The groups of columns as g_idx has them, int64 [columns]. Undefined where there is none, or one that was never set:
+// of zeros alone, or of compressed-tensors' -1. ValueError where it is not within 0..groups - 1.
+at::Tensor listed_groups(const LayerTensors& layer, std::string_view g_idx, int64_t columns, int64_t groups);
+
+// The groups of columns that are runs of group_size, the last one short or not. Undefined where group_size is 0 and
+// `groups` divides the columns, ValueError where it does not.
+at::Tensor even_groups(const LayerTensors& layer, int64_t columns, int64_t groups, int64_t group_size);
 
 // Sorts the columns by group and packs them.
 FourBitWeight pack_integers(const IntegerCodes& parts);

@@ -48,7 +48,8 @@ FourBitWeight from_compressed_tensors(const FourBitTensors& tensors, const std::
 
   detail::IntegerCodes parts;
   parts.scale = scale;
-  parts.group = detail::column_groups(layer, "weight_g_idx", size[1], scale.size(1), 0);
+  parts.group = detail::listed_groups(layer, "weight_g_idx", size[1], scale.size(1));
+  if (!parts.group.defined()) parts.group = detail::even_groups(layer, size[1], scale.size(1), 0);
   parts.zero_point = zero_points(layer, size[0], scale.size(1));
   if (size[1] % 2 == 0) {
     parts.packed = detail::bytes_as(packed, at::kByte).narrow(1, 0, size[1] / 2);

@@ -26,6 +26,7 @@ namespace {
 
 constexpr int64_t kBlock = 32;
 constexpr uint64_t kMaxDimensions = 4;
+constexpr size_t kNameInMessage = 80;
 
 struct TensorType {
   uint32_t number;
@@ -119,7 +120,8 @@ std::string printable(std::string text) {
   for (char& c : text) {
     if (c < ' ' || c > '~') c = '?';
   }
-  return detail::in_quotes(text.size() > 80 ? text.substr(0, 80) + "..." : text);
+  if (text.size() > kNameInMessage) text.replace(kNameInMessage, std::string::npos, "...");
+  return detail::in_quotes(text);
 }
 
 std::optional<int64_t> read_integer(Reader& reader, uint32_t type, const std::string& what) {

@@ -39,7 +39,8 @@ FourBitWeight from_gptq(const FourBitTensors& tensors, const std::string& prefix
   if (version == 1) qzeros = add_to_words(qzeros, kOnes);
 
   detail::IntegerCodes parts;
-  parts.group = detail::column_groups(layer, "g_idx", columns, groups, group_size);
+  parts.group = detail::listed_groups(layer, "g_idx", columns, groups);
+  if (!parts.group.defined()) parts.group = detail::even_groups(layer, columns, groups, group_size);
   parts.packed = detail::bytes_as(qweight.t(), at::kByte);  // as int4 and uint4 have it
   parts.scale = scales.t();
   parts.zero_point = detail::unpack_words(qzeros).t().to(at::kInt);

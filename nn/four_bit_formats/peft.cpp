@@ -233,7 +233,9 @@ void save_lora_adapter(const std::string& folder, const LoraAdapter& adapter) {
   }
   for (const auto& [name, tensor] : adapter.others) content.tensors[std::string(kPrefix) + name] = tensor.detach();
   const std::string config = config_json(adapter).dump(2);
-  std::filesystem::create_directories(folder);
+  std::error_code error;
+  std::filesystem::create_directories(folder, error);
+  TORCH_CHECK(!error, folder, ": expected a folder that is there or can be made, got ", error.message());
   write_safetensors(file_in(folder, "adapter_model.safetensors"), content);
   detail::replace_file(file_in(folder, "adapter_config.json"), {config});
 }

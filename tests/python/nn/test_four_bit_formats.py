@@ -1028,3 +1028,11 @@ def test_adapters_that_are_not_saved(tmp_path, changes, message):
     with pytest.raises(ValueError, match=f"^save_lora_adapter: expected {message}"):
         qnn.save_lora_adapter(tmp_path / "folder", adapter(**changes))
     assert not (tmp_path / "folder").exists()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        RuntimeError, match=f"^{tmp_path}/file/folder: expected a folder that is there or can be made, got"
+    ):
+        qnn.save_lora_adapter(tmp_path / "file" / "folder", adapter())
