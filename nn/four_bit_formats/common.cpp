@@ -9,9 +9,7 @@
 #include <ATen/ops/argsort.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/full_like.h>
-#include <ATen/ops/isnan.h>
 #include <ATen/ops/stack.h>
 #include <c10/util/Exception.h>
 
@@ -283,26 +281,43 @@ at::Tensor stored_scale(std::string_view function, const at::Tensor& scale, at::
   return stored;
 }
 
-}  // namespace
-
-IntegerCodes unpack_integers(std::string_view function, const FourBitWeight& weight, int64_t group_size,
-                             bool round_scale) {
+// The size of groups, a multiple of the block_size.
+int64_t check_integers(std::string_view function, const FourBitWeight& weight, int64_t group_size) {
   if (weight.format != "int4" && weight.format != "uint4")
     fail_format(function, "a weight of format int4 or uint4", in_quotes(weight.format));
   check_weight(function, weight);
   if (weight.size.size() != 2) fail_format(function, "a weight [N, K]", sizes_text(weight.size));
   if (weight.scale_scale.defined()) fail_format(function, "scales in float32", "compressed ones");
+  if (weight.format == "uint4" && weight.zero_point.is_floating_point())
+    fail_format(function, "integer zero points", "float32 ones");
   if (std::find(kFloatTypes.begin(), kFloatTypes.end(), weight.dtype) == kFloatTypes.end())
     fail_format(function, "a dtype of Float, Half or BFloat16", c10::toString(weight.dtype));
-  const int64_t rows = weight.size[0];
-  const int64_t columns = weight.size[1];
-  if (columns % weight.block_size != 0)
-    fail_format(function, "a block_size that divides " + std::to_string(columns) + " columns",
+  if (weight.size[1] % weight.block_size != 0)
+    fail_format(function, "a block_size that divides " + std::to_string(weight.size[1]) + " columns",
                 std::to_string(weight.block_size));
   const int64_t size = group_size == 0 ? weight.block_size : group_size;
   if (size < 0 || size % weight.block_size != 0)
     fail_format(function, "a group size that is a multiple of the block_size " + std::to_string(weight.block_size),
                 std::to_string(size));
+  return size;
+}
+
+// Puts the columns back into the input's order.
+void undo_permutation(std::string_view function, const at::Tensor& permutation, IntegerCodes& parts) {
+  const at::Tensor inverse = permutation.argsort();
+  if (!permutation.index_select(0, inverse).equal(at::arange(permutation.numel(), inverse.options())))
+    fail_format(function, "a permutation of " + std::to_string(permutation.numel()) + " columns", "another tensor");
+  parts.codes = parts.codes.index_select(1, inverse);
+  parts.group = parts.group.index_select(0, inverse);
+}
+
+}  // namespace
+
+IntegerCodes unpack_integers(std::string_view function, const FourBitWeight& weight, int64_t group_size,
+                             bool round_scale) {
+  const int64_t size = check_integers(function, weight, group_size);
+  const int64_t rows = weight.size[0];
+  const int64_t columns = weight.size[1];
   const at::Tensor scale = weight.scale.detach().reshape({rows, -1});
   const at::Tensor group_of_block =
       at::arange(scale.size(1), scale.options().dtype(at::kLong)).mul(weight.block_size).div(size, "floor");
@@ -318,20 +333,13 @@ IntegerCodes unpack_integers(std::string_view function, const FourBitWeight& wei
   if (weight.format == "int4") {
     parts.codes = parts.codes.bitwise_xor(8);
   } else {
-    if (weight.zero_point.is_floating_point()) fail_format(function, "integer zero points", "float32 ones");
     parts.zero_point = merged("zero point", weight.zero_point.detach().reshape({rows, -1}));
     const int64_t low = parts.zero_point.min().item<int64_t>();
     const int64_t high = parts.zero_point.max().item<int64_t>();
     if (low < 0 || high > 15) fail_format(function, "zero points of 0 to 15", std::to_string(low < 0 ? low : high));
   }
   parts.group = at::arange(columns, group_of_block.options()).div(size, "floor");
-  if (weight.permutation.defined()) {
-    const at::Tensor inverse = weight.permutation.detach().argsort();
-    if (!weight.permutation.index_select(0, inverse).equal(at::arange(columns, inverse.options())))
-      fail_format(function, "a permutation of " + std::to_string(columns) + " columns", "another tensor");
-    parts.codes = parts.codes.index_select(1, inverse);
-    parts.group = parts.group.index_select(0, inverse);
-  }
+  if (weight.permutation.defined()) undo_permutation(function, weight.permutation.detach(), parts);
   return parts;
 }
 

@@ -29,6 +29,8 @@ std::string gptq_or_awq(const FourBitTensors& tensors, const std::string& prefix
   detail::fail_format("read_four_bit_config", rule, value);
 }
 
+std::string value_text(const Json& value) { return value.dump(-1, ' ', /*ensure_ascii=*/true).substr(0, 40); }
+
 std::string lowercase(std::string text) {
   std::transform(text.begin(), text.end(), text.begin(),
                  [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
@@ -38,14 +40,14 @@ std::string lowercase(std::string text) {
 std::string text_of(const Json& json, const char* field, const std::string& otherwise) {
   const auto found = json.find(field);
   if (found == json.end() || found->is_null()) return otherwise;
-  if (!found->is_string()) fail_config(std::string(field) + " to be text", found->dump().substr(0, 40));
+  if (!found->is_string()) fail_config(std::string(field) + " to be text", value_text(*found));
   return lowercase(found->get<std::string>());
 }
 
 int64_t integer_of(const Json& json, const char* field, int64_t otherwise) {
   const auto found = json.find(field);
   if (found == json.end() || found->is_null()) return otherwise;
-  if (!found->is_number_integer()) fail_config(std::string(field) + " to be an integer", found->dump().substr(0, 40));
+  if (!found->is_number_integer()) fail_config(std::string(field) + " to be an integer", value_text(*found));
   return found->get<int64_t>();
 }
 
@@ -85,7 +87,7 @@ void read_bitsandbytes(const Json& json) {
   const auto found = json.find("load_in_4bit");
   const auto private_name = json.find("_load_in_4bit");
   const bool four = (found != json.end() && *found == true) || (private_name != json.end() && *private_name == true);
-  if (!four) fail_config("load_in_4bit of true", found == json.end() ? "none" : found->dump().substr(0, 40));
+  if (!four) fail_config("load_in_4bit of true", found == json.end() ? "none" : value_text(*found));
 }
 
 }  // namespace
@@ -117,7 +119,7 @@ FourBitConfig read_four_bit_config(const std::string& json) {
   if (!whole.is_object()) fail_config("a JSON object", "other text");
   const auto inner = whole.find("quantization_config");
   if (inner != whole.end() && !inner->is_object())
-    fail_config("quantization_config to be an object", inner->dump().substr(0, 40));
+    fail_config("quantization_config to be an object", value_text(*inner));
   const Json& config_json = inner == whole.end() ? whole : *inner;
   FourBitConfig config;
   const bool is_auto_gptq = inner == whole.end() && whole.contains("bits") && whole.contains("desc_act");
