@@ -129,6 +129,20 @@ FAMILIES = (
         "; products on CUDA need compute capability 8.0 (Ampere) or later",
     ),
     Family(
+        "Weights of 4 bits",
+        "four_bit.md",
+        "Codes in blocks that share a scale, and products whose weight is decoded inside.",
+        {
+            "quantize_4bit": (NOT_MEASURED, ""),
+            "quantize_4bit_affine": (NOT_MEASURED, ""),
+            "dequantize_4bit": (NOT_MEASURED, ""),
+            "compress_scale": (NOT_MEASURED, ""),
+            "decompress_scale": (NOT_MEASURED, ""),
+            "linear_4bit": (NOT_MEASURED, ""),
+            "linear_4bit_lora": (NOT_MEASURED, ""),
+        },
+    ),
+    Family(
         "Norms and activations that leave as int8",
         "int8.md",
         "For int8 inference: what a norm or an activation gives is quantized while it is in registers. Measured on "
@@ -196,6 +210,8 @@ GRADIENTS = {
     "fixed_point_quantize": "straight-through without the end codes; one mask bit per element is kept",
     "fqt_linear": "unbiased, from the quantized gradient; no second derivative",
     "fqt_conv2d": "unbiased, from the quantized gradient; no second derivative",
+    "linear_4bit": "exact, through the packed weight; any number of times",
+    "linear_4bit_lora": "exact, in input, lora_a, lora_b and bias; no second derivative",
     "int8_linear": "unbiased, at the rounded input and weight; no second derivative",
 }
 

@@ -1,5 +1,5 @@
-// CUDA kernels of dropout. Launchers neither allocate nor wait; the stream is a cudaStream_t of the current device. Each
-// returns cudaGetLastError() as an int, for the operator to report.
+// CUDA kernels of dropout. Launchers neither allocate nor wait; the stream is a cudaStream_t of the current device.
+// Each returns cudaGetLastError() as an int, for the operator to report.
 #pragma once
 
 #include "csrc/common/dropout.h"

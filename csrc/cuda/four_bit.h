@@ -12,8 +12,8 @@ namespace quantrain::cuda {
 int four_bit_quantize(const FourBitQuantizeArgs& args, void* stream);
 int four_bit_dequantize(const FourBitDequantizeArgs& args, void* stream);
 
-// Whether four_bit_linear takes these arguments: float16 or bfloat16, at most kFourBitMaxRows rows of x, whole 64-element
-// chunks, blocks of whole chunks, no float zero point.
+// Whether four_bit_linear takes these arguments: float16 or bfloat16, at most kFourBitMaxRows rows of x, whole
+// 64-element chunks, blocks of whole chunks, no float zero point.
 constexpr int64_t kFourBitMaxRows = 32;
 bool four_bit_linear_suits(const FourBitLinearArgs& args);
 size_t four_bit_linear_workspace(const FourBitLinearArgs& args);

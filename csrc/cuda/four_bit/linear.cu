@@ -7,13 +7,13 @@
 #include "csrc/cuda/ptx.cuh"
 
 // y^T = W x^T on tensor cores for few rows of x. W is the left operand: lane t of a group of four owns 16 consecutive
-// elements, 8 bytes, of a chunk of 64, so that a byte is one register of the fragment and nothing is shuffled; x is read
-// in the same order. A byte becomes two 16-bit values by a table of 256 pairs in shared memory, of which each lane has a
-// copy. The values are those of the format; the scale of a block multiplies its sum, in float32.
+// elements, 8 bytes, of a chunk of 64, so that a byte is one register of the fragment and nothing is shuffled; x is
+// read in the same order. A byte becomes two 16-bit values by a table of 256 pairs in shared memory, of which each lane
+// has a copy. The values are those of the format; the scale of a block multiplies its sum, in float32.
 //
 // A thread block keeps a slice of x's columns in shared memory and goes through tiles of rows of W. Its warps share a
-// tile's columns (and its rows), each with a ring of its own that codes are copied into ahead, across tiles; then they add
-// their sums. Where x has several slices, a second kernel adds the slices' partial results, in order.
+// tile's columns (and its rows), each with a ring of its own that codes are copied into ahead, across tiles; then they
+// add their sums. Where x has several slices, a second kernel adds the slices' partial results, in order.
 
 namespace quantrain::cuda {
 namespace {

@@ -5,7 +5,8 @@
 #include "csrc/cuda/four_bit/decode.cuh"
 #include "csrc/cuda/ptx.cuh"
 
-// Blocks of 32 to 256 elements, 8 elements a thread, are read once; any others by one warp each, which reads them again.
+// Blocks of 32 to 256 elements, 8 elements a thread, are read once; any others by one warp each, which reads them
+// again.
 
 namespace quantrain::cuda {
 namespace {
@@ -24,8 +25,8 @@ __device__ __forceinline__ int bin_of(float r, bool sign_magnitude) {
   return static_cast<int>(sign_magnitude ? r * kMagnitudeBins : __fmaf_rn(r, kSignedBins, kSignedBins));
 }
 
-// A bin's threshold, with the codes below it (low half) and above it (high half). Each lane has a copy: no two meet in a
-// bank.
+// A bin's threshold, with the codes below it (low half) and above it (high half). Each lane has a copy: no two meet in
+// a bank.
 struct Bin {
   float threshold;
   uint32_t codes;
@@ -157,7 +158,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The factor with the least squared error, the first of equals. Lane c tries factor c, over the elements in their order.
+// The factor with the least squared error, the first of equals. Lane c tries factor c, over the elements in their
+// order.
 template <typename T>
 __device__ float searched_scale(const FourBitQuantizeArgs& a, const FourBitRanks& ranks, const T* x, int64_t n,
                                 float base) {

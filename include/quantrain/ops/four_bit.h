@@ -10,13 +10,13 @@
 //   table  code_value is a float32 tensor of 16 values
 //
 // Blocks are runs of block_size elements in row-major order. Where block_size divides the last dimension K and K is
-// even, codes are uint8 [..., K / 2] and scales float32 [..., K / block_size]; else both are flat, [(numel + 1) / 2] and
-// [ceil(numel / block_size)], and a short last block counts as a whole one. Byte i of nf4, fp4, e2m1 and tables holds
-// element 2i in its HIGH nibble, as bitsandbytes' files do; of int4 and uint4 in its LOW nibble, as pack_int4 does. The
-// unused nibble after an odd number of elements is the code of 0.
+// even, codes are uint8 [..., K / 2] and scales float32 [..., K / block_size]; else both are flat, [(numel + 1) / 2]
+// and [ceil(numel / block_size)], and a short last block counts as a whole one. Byte i of nf4, fp4, e2m1 and tables
+// holds element 2i in its HIGH nibble, as bitsandbytes' files do; of int4 and uint4 in its LOW nibble, as pack_int4
+// does. The unused nibble after an odd number of elements is the code of 0.
 //
-// Scales: float32; or compressed, uint8 codes c of the signed dynamic map with one float32 scale per 256 of them and one
-// offset: scale = map[c] * scale_scale[block / 256] + scale_offset ("double quantization", ibid. section 3).
+// Scales: float32; or compressed, uint8 codes c of the signed dynamic map with one float32 scale per 256 of them and
+// one offset: scale = map[c] * scale_scale[block / 256] + scale_offset ("double quantization", ibid. section 3).
 //
 // A block with a NaN or an Inf has scale NaN and decodes to NaN throughout. A block of zeros, or of nothing larger than
 // 2^-126, has scale 0 (not 1, which would spoil the double quantization of its neighbors) and the code of 0. The bits
@@ -51,8 +51,8 @@ struct FourBitCodes {
 // scale_rule: "absmax" (nf4, fp4, e2m1, table: max |x|; int4: max |x| / 7), "signed" (int4: the element of largest
 // magnitude, with its sign, / -8), or "search" (the factor 0.8, 0.8125, ..., 1.1 of "absmax" with the least squared
 // error; any reader of the format decodes it). The code is the nearest: of x * (1 / scale) against the midpoints of
-// neighboring values, where a tie takes the smaller value (the smaller magnitude in fp4 and e2m1); of int4 rounding half
-// to even. input: float32, float16 or bfloat16, any shape. block_size: 32, 64, ..., 4096, for int4 also any even
+// neighboring values, where a tie takes the smaller value (the smaller magnitude in fp4 and e2m1); of int4 rounding
+// half to even. input: float32, float16 or bfloat16, any shape. block_size: 32, 64, ..., 4096, for int4 also any even
 // divisor of K. Not differentiable.
 QUANTRAIN_API FourBitCodes quantize_4bit(const at::Tensor& input, int64_t block_size = 64,
                                          std::string_view format = "nf4",
@@ -86,10 +86,10 @@ QUANTRAIN_API at::Tensor linear_4bit(const at::Tensor& input, const at::Tensor& 
                                      std::string_view method = "auto",
                                      std::optional<int64_t> out_features = std::nullopt);
 
-// QLoRA (arXiv:2305.14314, eq. 5): y = x W^T + scaling D(x) A^T B^T + bias, where D is dropout by `dropout`, in one node.
-// lora_a [r, K], lora_b [N, r], of any float type; input of at least two dimensions. Differentiable once, in input,
-// lora_a, lora_b and bias; saved are input, D(x) A^T [M, r] and the packed weight, and D's mask is computed again from
-// its random numbers (Philox by element; of the device's default generator where none is given).
+// QLoRA (arXiv:2305.14314, eq. 5): y = x W^T + scaling D(x) A^T B^T + bias, where D is dropout by `dropout`, in one
+// node. lora_a [r, K], lora_b [N, r], of any float type; input of at least two dimensions. Differentiable once, in
+// input, lora_a, lora_b and bias; saved are input, D(x) A^T [M, r] and the packed weight, and D's mask is computed
+// again from its random numbers (Philox by element; of the device's default generator where none is given).
 QUANTRAIN_API at::Tensor linear_4bit_lora(const at::Tensor& input, const at::Tensor& codes, const at::Tensor& scale,
                                           const at::Tensor& lora_a, const at::Tensor& lora_b, double scaling,
                                           double dropout = 0.0, const std::optional<at::Tensor>& bias = std::nullopt,
