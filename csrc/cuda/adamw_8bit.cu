@@ -93,6 +93,7 @@ constexpr uint8_t kHasCodes = 16, kIsAligned = 32;  // in `kind`, above 4 * grad
 template <int kCapacity>
 struct DeviceList {
   AdamW8bitArgs args;  // without its tensors
+  float beta1, one_minus_beta1, beta2, one_minus_beta2;
   int64_t base_block;  // blocks of earlier launches
   int32_t count;
   int32_t blocks;
@@ -108,7 +109,8 @@ struct DeviceList {
   uint8_t kind[kCapacity];
 };
 
-// What a warp knows of the tensor that it works on.
+// A tensor of the list as the slow path takes it. The fast one reads the list where it needs a pointer: from constant
+// memory that costs less than registers, of which there are too few.
 struct Work {
   void* param;
   const void* grad;
@@ -253,36 +255,39 @@ __device__ __forceinline__ void round_at_random(float (&p)[kLaneElements], const
 }
 
 // Block b of the tensor, whole and aligned.
-template <typename P, typename G, bool kCodes>
-__device__ __forceinline__ void whole_block(const Work& w, int64_t b, uint32_t lane, const Tables& tables,
-                                            bool stochastic, const PhiloxState& philox) {
+template <typename P, typename G, bool kCodes, int kCapacity>
+__device__ __forceinline__ void whole_block(const DeviceList<kCapacity>& list, int t, const AdamW8bitFactors& factors,
+                                            int b, uint32_t lane, const Tables& tables) {
   constexpr int kVec = sizeof(P) == 4 || sizeof(G) == 4 || !kCodes ? 4 : 8;
-  const int64_t first = b * kStateBlock;
+  const int64_t first = static_cast<int64_t>(b) * kStateBlock;
   float p[kLaneElements], g[kLaneElements], m[kLaneElements], v[kLaneElements];
-  P* param = static_cast<P*>(w.param) + first;
-  load<G, kVec>(static_cast<const G*>(w.grad) + first, lane, g);
+  P* param = static_cast<P*>(list.param[t]) + first;
+  load<G, kVec>(static_cast<const G*>(list.grad[t]) + first, lane, g);
   load<P, kVec>(param, lane, p);
   if constexpr (kCodes) {
     uint32_t m_words[2], v_words[2];
-    load_codes<kVec>(static_cast<const uint8_t*>(w.exp_avg) + first, lane, m_words);
-    load_codes<kVec>(static_cast<const uint8_t*>(w.exp_avg_sq) + first, lane, v_words);
-    const float m_scale = w.exp_avg_scale[b], v_scale = w.exp_avg_sq_scale[b];
+    load_codes<kVec>(static_cast<const uint8_t*>(list.exp_avg[t]) + first, lane, m_words);
+    load_codes<kVec>(static_cast<const uint8_t*>(list.exp_avg_sq[t]) + first, lane, v_words);
+    const float m_scale = list.exp_avg_scale[t][b], v_scale = list.exp_avg_sq_scale[t][b];
 #pragma unroll
     for (int j = 0; j < kLaneElements; ++j) {
       m[j] = decode(tables.signed_map, m_words[j / 4], j % 4, lane) * m_scale;
       v[j] = decode(tables.unsigned_map, v_words[j / 4], j % 4, lane) * v_scale;
     }
   } else {
-    load<float, kVec>(static_cast<const float*>(w.exp_avg) + first, lane, m);
-    load<float, kVec>(static_cast<const float*>(w.exp_avg_sq) + first, lane, v);
+    load<float, kVec>(static_cast<const float*>(list.exp_avg[t]) + first, lane, m);
+    load<float, kVec>(static_cast<const float*>(list.exp_avg_sq[t]) + first, lane, v);
   }
 #pragma unroll
-  for (int j = 0; j < kLaneElements; ++j) adamw_8bit_moments(w.factors, g[j], m[j], v[j]);
+  for (int j = 0; j < kLaneElements; ++j) adamw_8bit_moments(factors, g[j], m[j], v[j]);
   const uint32_t largest_m = largest_magnitude(m), largest_v = largest_number(v);
-  step(w.factors, p, m, v, largest_m, largest_v);
-  if constexpr (std::is_same_v<P, BFloat16>)
-    if (stochastic)
-      round_at_random<kVec>(p, PhiloxKey(philox), w.first_draw + static_cast<uint64_t>(b) * kDrawsOfBlock, lane);
+  step(factors, p, m, v, largest_m, largest_v);
+  if constexpr (std::is_same_v<P, BFloat16>) {
+    if (list.args.stochastic) {
+      const uint64_t block = static_cast<uint64_t>(list.base_block + list.first_block[t] + b);
+      round_at_random<kVec>(p, PhiloxKey(list.args.philox), block * kDrawsOfBlock, lane);
+    }
+  }
   store<P, kVec>(param, lane, p);
   if constexpr (kCodes) {
     const float m_scale = dynamic_scale(largest_m), v_scale = dynamic_scale(largest_v);
@@ -297,15 +302,15 @@ __device__ __forceinline__ void whole_block(const Work& w, int64_t b, uint32_t l
 #pragma unroll
       for (int i = 0; i < 2; ++i) v_words[i] = unsigned_codes(v + 4 * i, inverse, tables.unsigned_bins);
     }
-    store_codes<kVec>(static_cast<uint8_t*>(w.exp_avg) + first, lane, m_words);
-    store_codes<kVec>(static_cast<uint8_t*>(w.exp_avg_sq) + first, lane, v_words);
+    store_codes<kVec>(static_cast<uint8_t*>(list.exp_avg[t]) + first, lane, m_words);
+    store_codes<kVec>(static_cast<uint8_t*>(list.exp_avg_sq[t]) + first, lane, v_words);
     if (lane == 0) {
-      w.exp_avg_scale[b] = m_scale;
-      w.exp_avg_sq_scale[b] = v_scale;
+      list.exp_avg_scale[t][b] = m_scale;
+      list.exp_avg_sq_scale[t][b] = v_scale;
     }
   } else {
-    store<float, kVec>(static_cast<float*>(w.exp_avg) + first, lane, m);
-    store<float, kVec>(static_cast<float*>(w.exp_avg_sq) + first, lane, v);
+    store<float, kVec>(static_cast<float*>(list.exp_avg[t]) + first, lane, m);
+    store<float, kVec>(static_cast<float*>(list.exp_avg_sq[t]) + first, lane, v);
   }
 }
 
@@ -424,7 +429,7 @@ __global__ void __launch_bounds__(kThreads, 1) adamw_8bit_kernel(const __grid_co
   const int begin = share(blockIdx.x), end = share(blockIdx.x + 1);
   const float lr = *a.lr, grad_factor = a.grad_scale ? inverse_scale(*a.grad_scale) : 1.0f;
   float counted = -1.0f;
-  Work w;
+  AdamW8bitFactors factors{};
   for (int t = find_tensor(list, begin); t < list.count && list.first_block[t] < end; ++t) {
     const int first = list.first_block[t], last = t + 1 < list.count ? list.first_block[t + 1] : list.blocks;
     const int from = max(begin, first), to = min(end, last);
@@ -434,35 +439,40 @@ __global__ void __launch_bounds__(kThreads, 1) adamw_8bit_kernel(const __grid_co
     const float steps = *list.step[t];
     if (steps != counted) {
       counted = steps;
-      w.factors = adamw_8bit_factors(a.beta1, a.beta2, a.eps, a.weight_decay, lr, grad_factor, steps);
+      factors = adamw_8bit_factors(a.beta1, a.beta2, a.eps, a.weight_decay, lr, grad_factor, steps);
+      // From the kernel's arguments, where an instruction takes them without a register.
+      factors.beta1 = list.beta1;
+      factors.one_minus_beta1 = list.one_minus_beta1;
+      factors.beta2 = list.beta2;
+      factors.one_minus_beta2 = list.one_minus_beta2;
     }
-    w.param = list.param[t];
-    w.grad = list.grad[t];
-    w.exp_avg = list.exp_avg[t];
-    w.exp_avg_sq = list.exp_avg_sq[t];
-    w.exp_avg_scale = list.exp_avg_scale[t];
-    w.exp_avg_sq_scale = list.exp_avg_sq_scale[t];
-    w.first_draw = static_cast<uint64_t>(list.base_block + first) * kDrawsOfBlock;
     const uint32_t kind = list.kind[t];
-    const int whole = first + static_cast<int>(list.numel[t] / kStateBlock);
     if (kind & kIsAligned) {
+      const int stop = min(to, first + static_cast<int>(list.numel[t] / kStateBlock));
       dispatch_type(kind & 3u, [&](auto* param_type) {
         using P = std::remove_pointer_t<decltype(param_type)>;
         dispatch_type(kind >> 2 & 3u, [&](auto* grad_type) {
           using G = std::remove_pointer_t<decltype(grad_type)>;
-          const int stop = min(to, whole);
           if (kind & kHasCodes)
             for (; block < stop; block += kWarps)
-              whole_block<P, G, true>(w, block - first, lane, tables, a.stochastic, a.philox);
+              whole_block<P, G, true>(list, t, factors, block - first, lane, tables);
           else
             for (; block < stop; block += kWarps)
-              whole_block<P, G, false>(w, block - first, lane, tables, a.stochastic, a.philox);
+              whole_block<P, G, false>(list, t, factors, block - first, lane, tables);
         });
       });
     }
     for (; block < to; block += kWarps) {
       const int64_t left = list.numel[t] - static_cast<int64_t>(block - first) * kStateBlock;
-      any_block(w, kind, block - first, left < kStateBlock ? static_cast<int>(left) : kStateBlock, lane, tables,
+      const Work work{list.param[t],
+                      list.grad[t],
+                      list.exp_avg[t],
+                      list.exp_avg_sq[t],
+                      list.exp_avg_scale[t],
+                      list.exp_avg_sq_scale[t],
+                      factors,
+                      static_cast<uint64_t>(list.base_block + first) * kDrawsOfBlock};
+      any_block(work, kind, block - first, left < kStateBlock ? static_cast<int>(left) : kStateBlock, lane, tables,
                 a.stochastic, a.philox);
     }
   }
@@ -537,6 +547,10 @@ cudaError_t launch_pieces(const AdamW8bitArgs& a, cudaStream_t stream) {
   StepList<kCapacity> steps;
   list.args = a;
   list.args.tensors = nullptr;  // host memory
+  list.beta1 = static_cast<float>(a.beta1);
+  list.one_minus_beta1 = static_cast<float>(1.0 - a.beta1);
+  list.beta2 = static_cast<float>(a.beta2);
+  list.one_minus_beta2 = static_cast<float>(1.0 - a.beta2);
   steps.found_inf = a.found_inf;
   int64_t base_block = 0;
   for (int64_t first = 0; first < a.count; first += kCapacity) {
