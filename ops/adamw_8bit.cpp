@@ -328,15 +328,15 @@ at::Tensor dequantize_8bit_blockwise(const at::Tensor& codes, const at::Tensor& 
 TORCH_LIBRARY_FRAGMENT(quantrain, m) {
   m.def(
       "adamw_8bit_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_scale, Tensor(d!)[] "
-      "exp_avg_sq, Tensor(e!)[] exp_avg_sq_scale, Tensor(f!)[] steps, *, Tensor lr, float beta1=0.9, float beta2=0.999, "
-      "float eps=1e-8, float weight_decay=0.01, Tensor? grad_scale=None, Tensor? found_inf=None, bool stochastic=False, "
-      "Generator? generator=None) -> ()",
+      "exp_avg_sq, Tensor(e!)[] exp_avg_sq_scale, Tensor(f!)[] steps, *, Tensor lr, float beta1=0.9, float "
+      "beta2=0.999, float eps=1e-8, float weight_decay=0.01, Tensor? grad_scale=None, Tensor? found_inf=None, bool "
+      "stochastic=False, Generator? generator=None) -> ()",
       {at::Tag::nondeterministic_seeded});
   m.def(
       "adamw_8bit_.seeded(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_scale, "
-      "Tensor(d!)[] exp_avg_sq, Tensor(e!)[] exp_avg_sq_scale, Tensor(f!)[] steps, *, Tensor lr, float beta1=0.9, float "
-      "beta2=0.999, float eps=1e-8, float weight_decay=0.01, Tensor? grad_scale=None, Tensor? found_inf=None, int seed, "
-      "int offset) -> ()");
+      "Tensor(d!)[] exp_avg_sq, Tensor(e!)[] exp_avg_sq_scale, Tensor(f!)[] steps, *, Tensor lr, float beta1=0.9, "
+      "float beta2=0.999, float eps=1e-8, float weight_decay=0.01, Tensor? grad_scale=None, Tensor? found_inf=None, "
+      "int seed, int offset) -> ()");
   m.def("quantize_8bit_blockwise(Tensor input, *, bool signed=True) -> (Tensor codes, Tensor scale)");
   m.def("dequantize_8bit_blockwise(Tensor codes, Tensor scale, *, bool signed=True) -> Tensor");
 }
