@@ -166,7 +166,7 @@ uint8_t kind_of(const AdamW8bitTensor& t) {
                               (t.codes ? kHasCodes : 0) + (aligned ? kIsAligned : 0));
 }
 
-// A piece of the list: it ends where its capacity or 2^30 blocks are reached. Returns an error.
+// The list in pieces of kCapacity tensors. Returns an error.
 template <int kCapacity>
 cudaError_t launch_pieces(const AdamW8bitArgs& a, cudaStream_t stream) {
   const auto kernel = &adamw_8bit_kernel<kCapacity>;

@@ -700,7 +700,7 @@ def test_gradients():
     codes, scale = quantrain.quantize_8bit_blockwise(torch.ones(4, requires_grad=True))
     assert not codes.requires_grad and not scale.requires_grad
     scale = torch.ones(1, requires_grad=True)
-    with pytest.raises(NotImplementedError, match="dequantize_8bit_blockwise"):
+    with pytest.raises((NotImplementedError, RuntimeError), match="dequantize_8bit_blockwise is not implemented"):
         quantrain.dequantize_8bit_blockwise(torch.ones(4).byte(), scale).sum().backward()
 
 
