@@ -211,7 +211,7 @@ INTRODUCTION = """\
 
 Every operator is `quantrain.<name>` in Python, `quantrain::<name>` in C++ (`#include <quantrain/quantrain.h>`) and
 `torch.ops.quantrain.<name>` for `torch.compile` and `torch.export`. Names that begin with an underscore are private
-and not listed. Loss scaling, optimizers and layers are classes: [amp.md](amp.md), [nn.md](nn.md).
+and not listed. Loss scaling, optimizers and layers are classes: [amp.md](amp.md), [optim.md](optim.md), [nn.md](nn.md).
 
 **Byte floor**: the time that the bytes which an operator must read and write would take at the rate of a
 device-to-device copy measured in the same run. 100 % is as fast as that copy, 50 % takes twice as long. Ranges are from
