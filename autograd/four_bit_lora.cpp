@@ -30,9 +30,9 @@ struct Linear4bitLoraFunction : torch::autograd::Function<Linear4bitLoraFunction
   static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& lora_a, const Variable& lora_b,
                           const OptionalTensor& bias, const PackedWeight& weight, const Lora& lora,
                           std::string_view method, const std::optional<c10::SymInt>& out_features,
-                          const OptionalGenerator& generator) {
+                          const DropoutDraw& draw) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    const LoraForward result = linear_4bit_lora_forward(input, weight, bias, lora, method, out_features, generator);
+    const LoraForward result = linear_4bit_lora_forward(input, weight, bias, lora, method, out_features, draw);
     FourBitKept::save(ctx, weight, method,
                       {lora_a.requires_grad() ? input : Variable(), result.u, lora_a, lora_b, result.state});
     ctx->saved_data["in_features"] = input.sym_size(-1);
@@ -78,23 +78,42 @@ struct Linear4bitLoraFunction : torch::autograd::Function<Linear4bitLoraFunction
   }
 };
 
+at::Tensor differentiable(const at::Tensor& input, const PackedWeight& weight, const OptionalTensor& bias,
+                          const Lora& lora, std::string_view method, const std::optional<c10::SymInt>& out_features,
+                          const DropoutDraw& draw) {
+  check_linear_4bit_lora(input, weight, bias, lora, method, out_features);
+  refuse_transforms("linear_4bit_lora", {input, lora.a, lora.b});
+  if (needs_grad(input) || needs_grad(lora.a) || needs_grad(lora.b) || (bias && needs_grad(*bias)))
+    return Linear4bitLoraFunction::apply(input, lora.a, lora.b, bias, weight, lora, method, out_features, draw);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return linear_4bit_lora_forward(input, weight, bias, lora, method, out_features, draw).output;
+}
+
 at::Tensor lora_autograd(const at::Tensor& input, const at::Tensor& codes, const at::Tensor& scale,
                          const OptionalTensor& zero_point, const OptionalTensor& bias,
                          const OptionalTensor& scale_scale, const OptionalTensor& scale_offset,
                          const at::Tensor& lora_a, const at::Tensor& lora_b, double scaling, double dropout,
                          std::string_view format, const OptionalTensor& table, std::string_view method,
                          std::optional<c10::SymInt> out_features, const OptionalGenerator& generator) {
-  const PackedWeight weight{codes, scale, zero_point, scale_scale, scale_offset, format, table};
-  const Lora lora{lora_a, lora_b, scaling, dropout};
-  check_linear_4bit_lora(input, weight, bias, lora, method, out_features);
-  refuse_transforms("linear_4bit_lora", {input, lora_a, lora_b});
-  if (needs_grad(input) || needs_grad(lora_a) || needs_grad(lora_b) || (bias && needs_grad(*bias)))
-    return Linear4bitLoraFunction::apply(input, lora_a, lora_b, bias, weight, lora, method, out_features, generator);
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return linear_4bit_lora_forward(input, weight, bias, lora, method, out_features, generator).output;
+  return differentiable(input, {codes, scale, zero_point, scale_scale, scale_offset, format, table}, bias,
+                        {lora_a, lora_b, scaling, dropout}, method, out_features, {generator, std::nullopt});
+}
+
+at::Tensor lora_seeded_autograd(const at::Tensor& input, const at::Tensor& codes, const at::Tensor& scale,
+                                const OptionalTensor& zero_point, const OptionalTensor& bias,
+                                const OptionalTensor& scale_scale, const OptionalTensor& scale_offset,
+                                const at::Tensor& lora_a, const at::Tensor& lora_b, double scaling, double dropout,
+                                std::string_view format, const OptionalTensor& table, std::string_view method,
+                                std::optional<c10::SymInt> out_features, int64_t seed, int64_t offset) {
+  return differentiable(input, {codes, scale, zero_point, scale_scale, scale_offset, format, table}, bias,
+                        {lora_a, lora_b, scaling, dropout}, method, out_features,
+                        {std::nullopt, std::pair(seed, offset)});
 }
 
 }  // namespace
 }  // namespace quantrain
 
-TORCH_LIBRARY_IMPL(quantrain, Autograd, m) { m.impl("linear_4bit_lora", &quantrain::lora_autograd); }
+TORCH_LIBRARY_IMPL(quantrain, Autograd, m) {
+  m.impl("linear_4bit_lora", &quantrain::lora_autograd);
+  m.impl("linear_4bit_lora.seeded", &quantrain::lora_seeded_autograd);
+}

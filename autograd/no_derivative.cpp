@@ -31,6 +31,7 @@ TORCH_LIBRARY_IMPL(quantrain, Autograd, m) {
            "fixed_point_sum_pool2d",
            "int8_transpose",
            "_dropout_state",
+           "_dropout_state.seeded",
        }) {
     m.impl(op, torch::CppFunction::makeFallthrough());
   }

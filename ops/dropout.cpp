@@ -24,6 +24,8 @@ at::Tensor state_meta(const at::Tensor& like, const std::optional<at::Generator>
   return at::empty({2}, like.options().dtype(at::kLong));
 }
 
+at::Tensor seeded_meta(const at::Tensor& like, int64_t, int64_t) { return state_meta(like, std::nullopt); }
+
 at::Tensor dropout_meta(const at::Tensor& input, const at::Tensor& state, double p) {
   detail::check_float(kDropout, "input", input.scalar_type());
   detail::check_type(kDropout, "state", state, at::kLong, "int64");
@@ -34,14 +36,22 @@ at::Tensor dropout_meta(const at::Tensor& input, const at::Tensor& state, double
   return at::empty_symint(input.sym_sizes(), input.options());
 }
 
-at::Tensor state_kernel(const at::Tensor& like, const std::optional<at::Generator>& generator) {
-  const at::Tensor state = state_meta(like, generator);
-  const DropoutStateArgs args{next_philox_state(kState, generator, like.device()), state.mutable_data_ptr<int64_t>()};
+at::Tensor written_state(const at::Tensor& like, const PhiloxState& philox) {
+  const at::Tensor state = state_meta(like, std::nullopt);
+  const DropoutStateArgs args{philox, state.mutable_data_ptr<int64_t>()};
 #if defined(QUANTRAIN_WITH_CUDA)
   if (run_on_cuda(args, state, &cuda::dropout_state)) return state;
 #endif
   cpu::dropout_state(args);
   return state;
+}
+
+at::Tensor state_kernel(const at::Tensor& like, const std::optional<at::Generator>& generator) {
+  return written_state(like, next_philox_state(kState, generator, like.device()));
+}
+
+at::Tensor seeded_kernel(const at::Tensor& like, int64_t seed, int64_t offset) {
+  return written_state(like, seeded_philox_state(seed, offset));
 }
 
 at::Tensor dropout_kernel(const at::Tensor& input, const at::Tensor& state, double p) {
@@ -60,11 +70,13 @@ at::Tensor dropout_kernel(const at::Tensor& input, const at::Tensor& state, doub
 
 TORCH_LIBRARY_FRAGMENT(quantrain, m) {
   m.def("_dropout_state(Tensor like, *, Generator? generator=None) -> Tensor", {at::Tag::nondeterministic_seeded});
+  m.def("_dropout_state.seeded(Tensor like, *, int seed, int offset) -> Tensor");
   m.def("_dropout(Tensor input, Tensor state, *, float p) -> Tensor", {at::Tag::needs_exact_strides});
 }
 
-#define QUANTRAIN_REGISTER_DROPOUT(kind)              \
-  m.impl("_dropout_state", &quantrain::state_##kind); \
+#define QUANTRAIN_REGISTER_DROPOUT(kind)                      \
+  m.impl("_dropout_state", &quantrain::state_##kind);         \
+  m.impl("_dropout_state.seeded", &quantrain::seeded_##kind); \
   m.impl("_dropout", &quantrain::dropout_##kind)
 
 TORCH_LIBRARY_IMPL(quantrain, CPU, m) { QUANTRAIN_REGISTER_DROPOUT(kernel); }

@@ -9,6 +9,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <limits>
 #include <tuple>
 
 #include "csrc/common/dynamic_map.h"
@@ -56,10 +57,10 @@ void check_input(std::string_view op, const at::Tensor& input, int64_t block_siz
   detail::check_dense(op, "input", input);
   QUANTRAIN_CHECK_VALUE(input.dim() >= 1, "{}: expected input of at least one dimension, got none", op);
   const bool power = block_size >= 32 && block_size <= 4096 && (block_size & (block_size - 1)) == 0;
-  const bool divides = integers && block_size >= 2 && block_size % 2 == 0 &&
+  const bool divides = integers && input.dim() >= 2 && block_size >= 2 && block_size % 2 == 0 &&
                        TORCH_GUARD_OR_FALSE((input.sym_size(-1) % block_size).sym_eq(0));
   QUANTRAIN_CHECK_VALUE(power || divides, "{}: expected block_size to be a power of 2 from 32 to 4096{}, got {}", op,
-                        integers ? ", or an even divisor of the last dimension" : "", block_size);
+                        integers ? ", or an even divisor of a matrix's last dimension" : "", block_size);
 }
 
 // The shapes of codes and scales.
@@ -103,8 +104,16 @@ at::Tensor dequantize_meta(const at::Tensor& codes, const at::Tensor& scale, con
                            std::string_view dtype) {
   const at::ScalarType type = detail::named_type(kDequantize, "dtype", dtype);
   detail::check_float(kDequantize, "dtype", type);
-  check_packed(kDequantize, {codes, scale, zero_point, scale_scale, scale_offset, format, table});
+  const PackedWeight weight{codes, scale, zero_point, scale_scale, scale_offset, format, table};
+  check_packed(kDequantize, weight);
   QUANTRAIN_CHECK_VALUE(!size.empty(), "{}: expected a size of at least one dimension, got none", kDequantize);
+  c10::SymInt numel = 1;
+  for (const c10::SymInt& length : size) {
+    QUANTRAIN_CHECK_VALUE(TORCH_GUARD_OR_TRUE(length.sym_ge(0)), "{}: expected sizes of at least 0, got {}",
+                          kDequantize, c10::str(size));
+    numel *= length;
+  }
+  check_packed_size(kDequantize, weight, numel, size.back());
   return at::empty_symint(size, codes.options().dtype(type));
 }
 
@@ -217,6 +226,7 @@ Triple compress_kernel(const at::Tensor& scale) {
   const at::Tensor rows = centered.reshape({blocks, kScaleBlock});
   scale_scale.copy_(rows.abs().amax(1));
   // What is not a number divides by nothing else: a block of equal scales has the code of 0.
+  scale_scale.masked_fill_(scale_scale < std::numeric_limits<float>::min(), 0.0);  // whose reciprocal would be Inf
   const at::Tensor inverse = at::where(scale_scale == 0, at::zeros({}, scale.options()), scale_scale.reciprocal());
   const at::Tensor map = signed_map(scale);
   const at::Tensor middle = (map.slice(0, 0, 255) + map.slice(0, 1, 256)) * 0.5;

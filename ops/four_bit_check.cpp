@@ -118,19 +118,23 @@ int64_t packed_block(std::string_view op, const PackedWeight& w, int64_t numel, 
                         op, (numel + 1) / 2, numel, detail::shape_text(w.codes));
   if (numel == 0) return kLeastBlock;
   int64_t block = 0;
-  if (w.flat() && w.codes.numel() * 2 != k) {
+  if (w.flat()) {
     block = blocks > 0 ? flat_block(numel, blocks) : 0;
   } else if (const int64_t per_row = w.scale.size(-1);
              per_row > 0 && k % per_row == 0 && blocks == numel / k * per_row) {
     block = k / per_row;
-  } else if (w.flat()) {  // one row, flat as well
-    block = blocks > 0 ? flat_block(numel, blocks) : 0;
   }
   QUANTRAIN_CHECK_VALUE(block > 0 && block % 2 == 0,
                         "{}: expected a scale for each block of {} elements in rows of {}, blocks of an even size, got "
                         "scale {}",
                         op, numel, k, detail::shape_text(w.scale));
   return block;
+}
+
+void check_packed_size(std::string_view op, const PackedWeight& w, const c10::SymInt& numel, const c10::SymInt& k) {
+  const auto n = numel.maybe_as_int(), columns = k.maybe_as_int();
+  if (n && columns && w.codes.sym_numel().maybe_as_int() && w.scale.sym_numel().maybe_as_int() && *columns > 0)
+    packed_block(op, w, *n, *columns);
 }
 
 PackedPointers::PackedPointers(const PackedWeight& w, FourBitFormat format) {

@@ -35,6 +35,9 @@ c10::SymInt packed_rows(std::string_view op, const PackedWeight& weight, const c
 // fit that size.
 int64_t packed_block(std::string_view op, const PackedWeight& weight, int64_t numel, int64_t k);
 
+// The same as a check, where the sizes are numbers and not symbols.
+void check_packed_size(std::string_view op, const PackedWeight& weight, const c10::SymInt& numel, const c10::SymInt& k);
+
 // Contiguous tensors and the pointers that kernels take; it keeps the tensors alive.
 struct PackedPointers {
   PackedPointers(const PackedWeight& weight, FourBitFormat format);

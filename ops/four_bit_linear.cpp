@@ -35,6 +35,7 @@ c10::SymInt check_linear_4bit(std::string_view op, const at::Tensor& input, cons
   check_packed(op, weight);
   detail::check_device(op, "codes", weight.codes, input, "input's");
   const c10::SymInt rows = packed_rows(op, weight, input.sym_size(-1), out_features);
+  check_packed_size(op, weight, rows * input.sym_size(-1), input.sym_size(-1));
   if (bias) {
     detail::check_float(op, "bias", bias->scalar_type());
     detail::check_device(op, "bias", *bias, input, "input's");
@@ -68,9 +69,12 @@ at::Tensor grad_input_meta(const at::Tensor& grad_output, const at::Tensor& code
   detail::check_float(kGradInput, "grad_output", grad_output.scalar_type());
   QUANTRAIN_CHECK_VALUE(method == "auto" || method == "fused" || method == "dequantize",
                         "{}: expected method to be one of auto, fused, dequantize, got '{}'", kGradInput, method);
-  check_packed(kGradInput, {codes, scale, zero_point, scale_scale, scale_offset, format, table});
+  const PackedWeight weight{codes, scale, zero_point, scale_scale, scale_offset, format, table};
+  check_packed(kGradInput, weight);
+  detail::check_device(kGradInput, "codes", codes, grad_output, "grad_output's");
   QUANTRAIN_CHECK_VALUE(grad_output.dim() >= 1, "{}: expected grad_output of at least one dimension, got none",
                         kGradInput);
+  check_packed_size(kGradInput, weight, grad_output.sym_size(-1) * in_features, in_features);
   std::vector<c10::SymInt> sizes(grad_output.sym_sizes().begin(), grad_output.sym_sizes().end());
   sizes.back() = in_features;
   return at::empty_symint(sizes, grad_output.options());

@@ -20,7 +20,9 @@ namespace {
 
 constexpr std::string_view kOp = "linear_4bit_lora";
 
-at::Tensor rows(const at::Tensor& tensor) { return tensor.dim() == 2 ? tensor : tensor.flatten(0, -2); }
+at::Tensor rows(const at::Tensor& tensor) {
+  return tensor.dim() == 2 ? tensor : tensor.dim() == 1 ? tensor.unsqueeze(0) : tensor.flatten(0, -2);
+}
 
 }  // namespace
 
@@ -28,8 +30,6 @@ c10::SymInt check_linear_4bit_lora(const at::Tensor& input, const PackedWeight& 
                                    const Lora& lora, std::string_view method,
                                    const std::optional<c10::SymInt>& out_features) {
   const c10::SymInt n = check_linear_4bit(kOp, input, weight, bias, method, out_features);
-  QUANTRAIN_CHECK_VALUE(input.dim() >= 2, "{}: expected input of at least two dimensions, got {}", kOp,
-                        detail::shape_text(input));
   for (const auto& [name, tensor] : {std::pair<const char*, const at::Tensor&>{"lora_a", lora.a}, {"lora_b", lora.b}}) {
     detail::check_float(kOp, name, tensor.scalar_type());
     detail::check_device(kOp, name, tensor, input, "input's");
@@ -53,13 +53,15 @@ at::Tensor dropped_out(const at::Tensor& x, const at::Tensor& state, double p) {
 
 LoraForward linear_4bit_lora_forward(const at::Tensor& input, const PackedWeight& w, const OptionalTensor& bias,
                                      const Lora& lora, std::string_view method,
-                                     const std::optional<c10::SymInt>& out_features,
-                                     const OptionalGenerator& generator) {
+                                     const std::optional<c10::SymInt>& out_features, const DropoutDraw& draw) {
   static const auto linear = find_operator<Linear4bitSignature>("linear_4bit");
-  static const auto draw = find_operator<at::Tensor(const at::Tensor&, const OptionalGenerator&)>("_dropout_state");
+  static const auto drawn = find_operator<at::Tensor(const at::Tensor&, const OptionalGenerator&)>("_dropout_state");
+  static const auto given = find_operator<at::Tensor(const at::Tensor&, int64_t, int64_t)>("_dropout_state", "seeded");
   const at::ScalarType type = input.scalar_type();
   LoraForward result;
-  if (lora.dropout > 0) result.state = draw.call(input, generator);
+  if (lora.dropout > 0)
+    result.state =
+        draw.seeded ? given.call(input, draw.seeded->first, draw.seeded->second) : drawn.call(input, draw.generator);
   result.u = at::linear(dropped_out(rows(input), result.state, lora.dropout), lora.a.to(type));
   const at::Tensor y = linear.call(input, w.codes, w.scale, w.zero_point, bias, w.scale_scale, w.scale_offset, w.format,
                                    w.table, method, out_features);
@@ -84,7 +86,20 @@ at::Tensor lora_kernel(const at::Tensor& input, const at::Tensor& codes, const a
   const PackedWeight weight{codes, scale, zero_point, scale_scale, scale_offset, format, table};
   const Lora lora{lora_a, lora_b, scaling, dropout};
   check_linear_4bit_lora(input, weight, bias, lora, method, out_features);
-  return linear_4bit_lora_forward(input, weight, bias, lora, method, out_features, generator).output;
+  return linear_4bit_lora_forward(input, weight, bias, lora, method, out_features, {generator, std::nullopt}).output;
+}
+
+at::Tensor lora_seeded_kernel(const at::Tensor& input, const at::Tensor& codes, const at::Tensor& scale,
+                              const OptionalTensor& zero_point, const OptionalTensor& bias,
+                              const OptionalTensor& scale_scale, const OptionalTensor& scale_offset,
+                              const at::Tensor& lora_a, const at::Tensor& lora_b, double scaling, double dropout,
+                              std::string_view format, const OptionalTensor& table, std::string_view method,
+                              std::optional<c10::SymInt> out_features, int64_t seed, int64_t offset) {
+  const PackedWeight weight{codes, scale, zero_point, scale_scale, scale_offset, format, table};
+  const Lora lora{lora_a, lora_b, scaling, dropout};
+  check_linear_4bit_lora(input, weight, bias, lora, method, out_features);
+  const DropoutDraw draw{std::nullopt, std::pair(seed, offset)};
+  return linear_4bit_lora_forward(input, weight, bias, lora, method, out_features, draw).output;
 }
 
 template <c10::DeviceType kDevice>
@@ -124,8 +139,16 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
       "str format=\"nf4\", Tensor? table=None, str method=\"auto\", SymInt? out_features=None, Generator? "
       "generator=None) -> Tensor",
       {at::Tag::nondeterministic_seeded});
+  m.def(
+      "linear_4bit_lora.seeded(Tensor input, Tensor codes, Tensor scale, Tensor? zero_point=None, Tensor? bias=None, "
+      "Tensor? scale_scale=None, Tensor? scale_offset=None, *, Tensor lora_a, Tensor lora_b, float scaling, float "
+      "dropout=0.0, str format=\"nf4\", Tensor? table=None, str method=\"auto\", SymInt? out_features=None, int seed, "
+      "int offset) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(quantrain, CompositeExplicitAutograd, m) { m.impl("linear_4bit_lora", &quantrain::lora_kernel); }
+TORCH_LIBRARY_IMPL(quantrain, CompositeExplicitAutograd, m) {
+  m.impl("linear_4bit_lora", &quantrain::lora_kernel);
+  m.impl("linear_4bit_lora.seeded", &quantrain::lora_seeded_kernel);
+}
 TORCH_LIBRARY_IMPL(quantrain, AutocastCPU, m) { m.impl("linear_4bit_lora", &quantrain::lora_autocast<at::kCPU>); }
 TORCH_LIBRARY_IMPL(quantrain, AutocastCUDA, m) { m.impl("linear_4bit_lora", &quantrain::lora_autocast<at::kCUDA>); }

@@ -112,7 +112,7 @@ QUANTRAIN_INLINE void quantize_block(const FourBitQuantizeArgs& a, const FourBit
   uint8_t* bytes = a.codes + first / 2;
   const bool whole_numbers = integers(a.format), high_first = four_bit_high_first(a.format);
   const QuantRange limits = four_bit_range(affine);
-  const uint8_t zero = whole_numbers ? 0 : ranks.zero;
+  const uint8_t zero = whole_numbers ? static_cast<uint8_t>(static_cast<int>(qparams.zero_point) & 15) : ranks.zero;
   uint8_t code[kPiece];
   for (int64_t at = 0; at < n; at += kPiece) {
     const int count = static_cast<int>(std::min<int64_t>(kPiece, n - at));

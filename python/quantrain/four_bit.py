@@ -44,8 +44,8 @@ def quantize_4bit(
     """Codes and scales of 4 bits, each element to the nearest value.
 
     Args:
-        input: float32, float16 or bfloat16, any shape ``[..., K]``.
-        block_size: elements that share a scale: 32, 64, ..., 4096; for int4 also any even divisor of K.
+        input: float32, float16 or bfloat16, ``[..., K]``.
+        block_size: elements that share a scale: 32, 64, ..., 4096; for int4 and a matrix also any even divisor of K.
         format: "nf4", "fp4", "e2m1", "int4" or "table".
         table: the 16 values of format "table", float32.
         scale_rule: "absmax", max |x| (int4: / 7); "signed", int4 alone: the element of largest magnitude / -8, which is
@@ -134,7 +134,7 @@ def linear_4bit(
     method: str = "auto",
     out_features: int | None = None,
 ) -> Tensor:
-    """y = x W^T + bias, where W ``[N, K]`` is what codes and scales stand for.
+    """Product with a packed weight: y = x W^T + bias, where W ``[N, K]`` is what codes and scales stand for.
 
     Args:
         input: ``[..., K]``, float32, float16 or bfloat16; under autocast it is cast.
@@ -188,10 +188,12 @@ def linear_4bit_lora(
     out_features: int | None = None,
     generator: Generator | None = None,
 ) -> Tensor:
-    """y = x W^T + scaling D(x) A^T B^T + bias in one node, D being dropout (QLoRA, arXiv:2305.14314, eq. 5).
+    """Product with a packed weight and a low-rank update, y = x W^T + scaling D(x) A^T B^T + bias, in one node.
+
+    D is dropout (QLoRA, arXiv:2305.14314, eq. 5).
 
     Args:
-        input: ``[..., K]`` of at least two dimensions.
+        input: ``[..., K]``.
         lora_a, lora_b: ``[r, K]`` and ``[N, r]`` of any float type.
         dropout: share of x that A does not see, in [0, 1); random numbers by ``generator``, else the device's own.
         the others: as :func:`linear_4bit`.

@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kThreads)
   const bool valid = q.scale == q.scale, whole = whole_numbers(a.format);
   const float inverse = valid ? four_bit_inverse(q.scale) : 0.0f;
   const QuantRange limits = four_bit_range(a.format == FourBitFormat::kUint4);
-  const uint8_t zero = whole ? 0 : ranks.zero;
+  const uint8_t zero = whole ? static_cast<uint8_t>(static_cast<int>(q.zero_point) & 15) : ranks.zero;
   for (int64_t i = 2 * lane; i < n; i += 64) {
     uint8_t code[2] = {zero, zero};
     for (int j = 0; j < 2 && valid && i + j < n; ++j) {

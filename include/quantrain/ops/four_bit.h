@@ -52,8 +52,8 @@ struct FourBitCodes {
 // magnitude, with its sign, / -8), or "search" (the factor 0.8, 0.8125, ..., 1.1 of "absmax" with the least squared
 // error; any reader of the format decodes it). The code is the nearest: of x * (1 / scale) against the midpoints of
 // neighboring values, where a tie takes the smaller value (the smaller magnitude in fp4 and e2m1); of int4 rounding
-// half to even. input: float32, float16 or bfloat16, any shape. block_size: 32, 64, ..., 4096, for int4 also any even
-// divisor of K. Not differentiable.
+// half to even. input: float32, float16 or bfloat16, of at least one dimension. block_size: 32, 64,
+// ..., 4096, for int4 and a matrix also any even divisor of K. Not differentiable.
 QUANTRAIN_API FourBitCodes quantize_4bit(const at::Tensor& input, int64_t block_size = 64,
                                          std::string_view format = "nf4",
                                          const std::optional<at::Tensor>& table = std::nullopt,
@@ -87,7 +87,7 @@ QUANTRAIN_API at::Tensor linear_4bit(const at::Tensor& input, const at::Tensor& 
                                      std::optional<int64_t> out_features = std::nullopt);
 
 // QLoRA (arXiv:2305.14314, eq. 5): y = x W^T + scaling D(x) A^T B^T + bias, where D is dropout by `dropout`, in one
-// node. lora_a [r, K], lora_b [N, r], of any float type; input of at least two dimensions. Differentiable once, in
+// node. lora_a [r, K], lora_b [N, r], of any float type. Differentiable once, in
 // input, lora_a, lora_b and bias; saved are input, D(x) A^T [M, r] and the packed weight, and D's mask is computed
 // again from its random numbers (Philox by element; of the device's default generator where none is given).
 QUANTRAIN_API at::Tensor linear_4bit_lora(const at::Tensor& input, const at::Tensor& codes, const at::Tensor& scale,

@@ -50,7 +50,9 @@ class PrepareSummary(Table):
     def __init__(self, rows: Sequence[Mapping], left_float: Mapping[str, str], recipe: Recipe):
         columns = {"layer": "layer", "type": "type", "weight": "weight", "input": "input", "output": "output"}
         for handler in handlers():
-            columns |= {key: header for key, header in handler.summary_columns.items() if any(row.get(key) for row in rows)}
+            columns |= {
+                key: header for key, header in handler.summary_columns.items() if any(row.get(key) for row in rows)
+            }
         notes = [f"left float: {name} ({reason})" for name, reason in left_float.items()]
         super().__init__(columns, rows, title=f"recipe {recipe.name or '(unnamed)'}: {len(rows)} layers", notes=notes)
         self.left_float, self.recipe = dict(left_float), recipe

@@ -425,9 +425,10 @@ def test_empty_tensors(sample, dtype, device):
 @on_each_device
 def test_quantizers_are_not_differentiable(device):
     x = torch.randn(3, 64, device=device, requires_grad=True)
-    codes, scale = quantrain.quantize_4bit(x)
-    assert not codes.requires_grad and not scale.requires_grad
-    assert not any(t.requires_grad for t in quantrain.quantize_4bit_affine(x))
+    for codes, scale, *_ in (quantrain.quantize_4bit(x), quantrain.quantize_4bit_affine(x)):
+        assert not codes.requires_grad
+        with pytest.raises(NotImplementedError, match="quantize_4bit"):
+            scale.sum().backward()
 
 
 @pytest.mark.parametrize("sample", [*FEW, Sample("large", (300, 1024)), Sample("large_flat", (301, 1023))], ids=str)
@@ -886,7 +887,7 @@ def test_input_types_are_refused(dtype, name, device):
 
 
 @on_each_device_and_meta
-@pytest.mark.parametrize("block_size", [48, 16, 8192, 0, -64])
+@pytest.mark.parametrize("block_size", [48, 15, 8192, 0, -64])
 def test_affine_refuses_block_sizes(block_size, device):
     with pytest.raises(ValueError, match=f"quantize_4bit_affine: .*block_size.*{block_size}"):
         quantrain.quantize_4bit_affine(X.to(device), block_size=block_size)

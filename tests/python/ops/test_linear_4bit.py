@@ -437,7 +437,7 @@ def test_lora_keeps_rank_sized_tensors(dropout, device):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("rows", [1, 16, 64])
+@pytest.mark.parametrize("rows", [1, 16, 32])
 def test_fused_products_never_write_the_weight(rows):
     packed, keywords, _ = Weight("large", 2048, 4096).pack("cuda")
     x = draw("cuda", (rows, 4096), dtype=torch.bfloat16)[0]
@@ -820,8 +820,8 @@ def test_opcheck_linear(weight, device):
     opcheck(ops.linear_4bit, (x.detach().bfloat16(), *packed), dict(keywords, bias=bias.detach().bfloat16()))
     a, b = leaves(device, (4, weight.k), (weight.n, 4))
     adapter = dict(keywords, lora_a=a, lora_b=b, scaling=2.0)
-    opcheck(ops.linear_4bit_lora, (x, *packed), dict(adapter, bias=bias))
-    opcheck(ops.linear_4bit_lora, (x, *packed), dict(adapter, dropout=0.5), test_utils=WITHOUT_GRADIENTS)
+    opcheck(ops.linear_4bit_lora.default, (x, *packed), dict(adapter, bias=bias))
+    opcheck(ops.linear_4bit_lora.default, (x, *packed), dict(adapter, dropout=0.5), test_utils=WITHOUT_GRADIENTS)
 
 
 def step(x, packed, keywords, a, b, bias):
@@ -895,7 +895,7 @@ def test_exports():
 @in_each_method
 def test_a_training_step_is_captured(rows, method):
     if method not in WEIGHTS[1].methods("cuda", torch.bfloat16, rows):
-        pytest.skip("at most 64 rows")
+        pytest.skip("at most 32 rows")
     (codes, scale), keywords, w = WEIGHTS[1].pack("cuda")
     x, a, b = leaves("cuda", (rows, 256), (4, 256), (128, 4), dtype=torch.bfloat16)
 

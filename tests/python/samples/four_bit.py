@@ -343,8 +343,10 @@ class Weight:
         """Whether method "fused" serves an input of so many rows."""
         if device == "cpu":
             return True
-        tiles = rows <= 64 and self.k % 64 == 0 and self.block_size % 64 == 0
-        return tiles and dtype != torch.float32 and self.affine != "float"
+        chunks, rest = divmod(self.block_size, 64)
+        blocks = rest == 0 and chunks & (chunks - 1) == 0 and self.k % self.block_size == 0
+        both = self.nested and bool(self.affine)
+        return rows <= 32 and blocks and dtype != torch.float32 and self.affine != "float" and not both
 
     def methods(self, device, dtype, rows):
         return ["fused"] * self.takes_fused(device, dtype, rows) + ["dequantize", "auto"]
