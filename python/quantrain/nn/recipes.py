@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 
 from quantrain._C import QuantSpec, Recipe, Scheme
 
-
 __all__ = ["as_recipe", "changed_recipe", "weight_scale_shape"]
 
 _TENSORS = ("weight", "input", "output")
