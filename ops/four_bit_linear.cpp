@@ -74,6 +74,8 @@ at::Tensor grad_input_meta(const at::Tensor& grad_output, const at::Tensor& code
   detail::check_device(kGradInput, "codes", codes, grad_output, "grad_output's");
   QUANTRAIN_CHECK_VALUE(grad_output.dim() >= 1, "{}: expected grad_output of at least one dimension, got none",
                         kGradInput);
+  QUANTRAIN_CHECK_VALUE(TORCH_GUARD_OR_TRUE(in_features.sym_gt(0)), "{}: expected in_features of at least 1, got {}",
+                        kGradInput, c10::str(in_features));
   check_packed_size(kGradInput, weight, grad_output.sym_size(-1) * in_features, in_features);
   std::vector<c10::SymInt> sizes(grad_output.sym_sizes().begin(), grad_output.sym_sizes().end());
   sizes.back() = in_features;
@@ -90,7 +92,16 @@ at::Tensor dequantized(const PackedWeight& w, int64_t rows, int64_t k, at::Scala
 constexpr int64_t kCpuRows = 8;
 
 // Decoded inside the product; false where no kernel takes these arguments. x [M, K] contiguous, y [M, N].
-bool fused(const at::Tensor& x, const PackedWeight& w, const OptionalTensor& bias, const at::Tensor& y, bool wanted) {
+bool fused(const at::Tensor& given_x, const PackedWeight& given, const OptionalTensor& bias, const at::Tensor& y,
+           bool wanted) {
+  // The CUDA kernel copies 16 bytes at a time.
+  const auto aligned = [](const at::Tensor& tensor) {
+    const at::Tensor dense = tensor.contiguous();
+    return !dense.is_cuda() || reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : dense.clone();
+  };
+  const at::Tensor x = aligned(given_x);
+  PackedWeight w = given;
+  w.codes = aligned(given.codes);
   const FourBitFormat format = parse_four_bit_format(kLinear, w.format, w.table);
   const PackedPointers packed(w, format);
   const at::Tensor b = bias ? bias->contiguous() : at::Tensor();

@@ -5,6 +5,9 @@
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
+#include <cmath>
+#include <limits>
+
 #include "ops/common/check.h"
 #include "ops/common/dispatch.h"
 #include "quantrain/ops/four_bit.h"
@@ -41,6 +44,8 @@ c10::SymInt check_linear_4bit_lora(const at::Tensor& input, const PackedWeight& 
           TORCH_GUARD_OR_TRUE(lora.b.sym_size(1).sym_eq(lora.a.sym_size(0))),
       "{}: expected lora_a [r, {}] and lora_b [{}, r], got {} and {}", kOp, c10::str(input.sym_size(-1)), c10::str(n),
       detail::shape_text(lora.a), detail::shape_text(lora.b));
+  QUANTRAIN_CHECK_VALUE(std::abs(lora.scaling) <= std::numeric_limits<float>::max(),
+                        "{}: expected scaling within float32, got {}", kOp, lora.scaling);
   QUANTRAIN_CHECK_VALUE(lora.dropout >= 0 && lora.dropout < 1, "{}: expected dropout in [0, 1), got {}", kOp,
                         lora.dropout);
   return n;

@@ -359,7 +359,51 @@ def adamw(d):
     }
 
 
+def four_bit(d):
+    return {"input": floats(d, small(d, 1)), "block_size": 64, "format": "nf4", "scale_rule": "absmax"}
+
+
+def four_bit_weight(d):
+    n, k = d.randint(1, 8), d.choice((64, 128))
+    return {
+        "codes": d.integers([n, k // 2], 0, 255, torch.uint8),
+        "scale": d.scale([n, k // 64], -8, 7),
+        "size": [n, k],
+        "input": floats(d, [d.randint(1, 5), k]),
+        "grad_output": floats(d, [d.randint(1, 5), n]),
+        "in_features": k,
+        "lora_a": floats(d, [2, k]),
+        "lora_b": floats(d, [n, 2]),
+        "scaling": 0.5,
+        "dropout": d.choice((0.0, 0.5)),
+        "format": "nf4",
+        "method": "auto",
+        "dtype": d.choice(("float32", "bfloat16")),
+        "seed": 1,
+        "offset": 2,
+    }
+
+
+def scales(d):
+    return {"scale": d.scale(small(d, 1), -8, 7)}
+
+
+def compressed_scales(d):
+    codes = d.integers(small(d, 1), 0, 255, torch.uint8)
+    return {"codes": codes, "scale_scale": torch.ones(-(-codes.numel() // 256)), "scale_offset": torch.tensor(1.0)}
+
+
+def dropout(d):
+    x = floats(d, small(d))
+    return {"input": x, "like": x, "state": torch.tensor([1, 2]), "p": 0.5, "seed": 1, "offset": 2}
+
+
 ARGUMENTS = {
+    **dict.fromkeys(("quantize_4bit", "quantize_4bit_affine"), four_bit),
+    **dict.fromkeys(("dequantize_4bit", "linear_4bit", "_linear_4bit_grad_input", "linear_4bit_lora"), four_bit_weight),
+    "compress_scale": scales,
+    "decompress_scale": compressed_scales,
+    **dict.fromkeys(("_dropout", "_dropout_state"), dropout),
     "adamw_8bit_": adamw,
     "quantize_8bit_blockwise": blockwise,
     "dequantize_8bit_blockwise": blockwise_codes,

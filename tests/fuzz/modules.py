@@ -16,6 +16,7 @@ FAMILIES = (
     "int8_linear",
     "amp",
     "adamw_8bit",
+    "four_bit",
 )
 
 # Operators without a drawn and a hostile test, with the reason.
