@@ -97,7 +97,8 @@ at::Tensor grad_input_autograd(const at::Tensor& grad_output, const at::Tensor& 
                                const OptionalTensor& scale_offset, c10::SymInt in_features, std::string_view format,
                                const OptionalTensor& table, std::string_view method) {
   const PackedWeight weight{codes, scale, zero_point, scale_scale, scale_offset, format, table};
-  if (needs_grad(grad_output)) return Linear4bitGradInputFunction::apply(grad_output, weight, in_features, method);
+  if (needs_grad(grad_output) && grad_output.dim() > 0)
+    return Linear4bitGradInputFunction::apply(grad_output, weight, in_features, method);
   const at::AutoDispatchBelowADInplaceOrView below;
   return call_grad_input(grad_output, weight, in_features, method);
 }

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 from common.parts import run_parts
+from common.sections import SectionReport
 from common.timing import Captured, copy_rate, graph_seconds, kernel_seconds, sets_for, wall_seconds
-from int8.report import SectionReport
 from torch import Tensor
 
 import quantrain

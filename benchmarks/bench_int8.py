@@ -29,8 +29,8 @@ from pathlib import Path
 
 import torch
 from common.parts import run_parts
+from common.sections import SectionReport
 from int8 import cpu, gemm, gpt_step, inference, linear, quantize
-from int8.report import SectionReport
 
 from quantrain.finetune.memory import keep_freed_memory
 

@@ -76,6 +76,7 @@ at::Tensor grad_input_meta(const at::Tensor& grad_output, const at::Tensor& code
                         kGradInput);
   QUANTRAIN_CHECK_VALUE(TORCH_GUARD_OR_TRUE(in_features.sym_gt(0)), "{}: expected in_features of at least 1, got {}",
                         kGradInput, c10::str(in_features));
+  packed_rows(kGradInput, weight, in_features, grad_output.sym_size(-1));
   check_packed_size(kGradInput, weight, grad_output.sym_size(-1) * in_features, in_features);
   std::vector<c10::SymInt> sizes(grad_output.sym_sizes().begin(), grad_output.sym_sizes().end());
   sizes.back() = in_features;
@@ -132,7 +133,7 @@ bool fused(const at::Tensor& given_x, const PackedWeight& given, const OptionalT
   }
 #endif
   if (!wanted && args.m > kCpuRows) return false;
-  const at::Tensor wide = x.to(at::kFloat);
+  const at::Tensor wide = cast_to_type(x, at::kFloat);
   const at::Tensor result = x.scalar_type() == at::kFloat ? y : at::empty(y.sizes(), wide.options());
   args.x = wide.const_data_ptr();
   args.y = result.mutable_data_ptr();
@@ -162,7 +163,7 @@ at::Tensor linear_kernel(const at::Tensor& input, const at::Tensor& codes, const
                           kLinear, c10::toString(input.scalar_type()), detail::shape_text(input),
                           packed_block(kLinear, weight, rows * k, k));
   }
-  const OptionalTensor b = bias ? OptionalTensor(bias->to(input.scalar_type())) : std::nullopt;
+  const OptionalTensor b = bias ? OptionalTensor(cast_to_type(*bias, input.scalar_type())) : std::nullopt;
   return at::linear(input, dequantized(weight, rows, k, input.scalar_type()), b);
 }
 

@@ -67,10 +67,10 @@ LoraForward linear_4bit_lora_forward(const at::Tensor& input, const PackedWeight
   if (lora.dropout > 0)
     result.state =
         draw.seeded ? given.call(input, draw.seeded->first, draw.seeded->second) : drawn.call(input, draw.generator);
-  result.u = at::linear(dropped_out(rows(input), result.state, lora.dropout), lora.a.to(type));
+  result.u = at::linear(dropped_out(rows(input), result.state, lora.dropout), cast_to_type(lora.a, type));
   const at::Tensor y = linear.call(input, w.codes, w.scale, w.zero_point, bias, w.scale_scale, w.scale_offset, w.format,
                                    w.table, method, out_features);
-  rows(y).addmm_(result.u, lora.b.to(type).t(), 1, lora.scaling);
+  rows(y).addmm_(result.u, cast_to_type(lora.b, type).t(), 1, lora.scaling);
   result.output = y;
   return result;
 }

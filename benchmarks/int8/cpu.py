@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from common.operands import random_codes, random_scale
+from common.sections import SectionReport
 from common.timing import wall_seconds
 
 import quantrain
 
 from .checks import check_mm
-from .report import SectionReport
 
 SHAPES = (((1024, 1024, 1024), 6.0, 1.6), ((2048, 2048, 2048), None, None), ((512, 2048, 512), None, None))
 QUICK = (((128, 96, 64), None, None),)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 from common.operands import random_codes, random_scale
+from common.sections import SectionReport
 from common.timing import kernel_seconds, sets_for
 from torch import Tensor
 
 import quantrain
 
 from .checks import check_accumulate, check_mm
-from .report import SectionReport
 
 # (M, N, K), what the shape is, the ratio to reach over bfloat16
 NAMED = (

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 from common.recipes import int8_recipe
+from common.sections import SectionReport
 from common.timing import host_seconds, synchronize, turns
 from torch import Tensor, nn
 
 import quantrain.nn as qnn
 
 from .checks import require
-from .report import SectionReport
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "python"))
 from gpt import FLOAT_LAYERS, GPT, GPTConfig, init_weights, loss_of  # noqa: E402

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from common.sections import SectionReport
 from common.timing import kernel_seconds, sets_for
 from torch import Tensor
 
 import quantrain
 
 from . import checks
-from .report import SectionReport
 
 SHAPES = ((16384, 4096), (16384, 768), (16384, 1024), (16384, 3072), (8192, 8192), (8192, 14336))
 QUICK = ((300, 776),)

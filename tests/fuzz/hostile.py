@@ -128,6 +128,8 @@ ALIASES = {
         "int8_quantize_rows_and_columns",
         "int8_weight_transpose",
     ),
+    "_linear_4bit_grad_input": ("linear_4bit",),
+    "linear_4bit_lora": ("linear_4bit", "_linear_4bit_grad_input"),
     "fqt_linear": ("quantize_gradient",),
     "fqt_conv2d": ("quantize_gradient",),
     "fake_quantize_dynamic": ("choose_qparams", "fake_quantize"),

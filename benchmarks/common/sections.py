@@ -1,10 +1,10 @@
-"""Rows of bench_int8: a ratio, and the figure to reach beside it."""
+"""Rows of a benchmark in sections: a ratio, and the figure to reach beside it."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
-from common.report import Report
+from .report import Report
 
 
 @dataclass(frozen=True)
