@@ -17,8 +17,8 @@ pytest.importorskip("matplotlib")
 import bench_int8  # noqa: E402
 from common import operands, pages, timing  # noqa: E402
 from common.recipes import int8_recipe  # noqa: E402
-from int8 import checks, encoder  # noqa: E402
 from common.sections import Row  # noqa: E402
+from int8 import checks, encoder  # noqa: E402
 from studies.int8_training import curves, figures, finetune, results, study, tables  # noqa: E402
 
 from quantrain.finetune import job, minilm, text  # noqa: E402
