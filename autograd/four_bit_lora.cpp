@@ -56,20 +56,20 @@ struct Linear4bitLoraFunction : torch::autograd::Function<Linear4bitLoraFunction
       const at::ScalarType type = g.scalar_type();
       const bool needs_a = ctx->needs_input_grad(1), needs_input = ctx->needs_input_grad(0);
       at::Tensor t;
-      if (needs_a || needs_input) t = g.mm(cast_to_type(lora_b, type)).mul_(scaling);
+      if (needs_a || needs_input) t = g.mm(in_type(lora_b, type)).mul_(scaling);
       if (needs_input) {
         static const auto op = find_operator<Linear4bitGradInputSignature>("_linear_4bit_grad_input");
         const PackedWeight w = kept.weight();
         at::Tensor dx = op.call(grad_output, w.codes, w.scale, w.zero_point, w.scale_scale, w.scale_offset,
                                 ctx->saved_data["in_features"].toSymInt(), w.format, w.table, kept.method);
         if (state.defined())
-          matrix(dx).add_(dropped_out(t.mm(cast_to_type(lora_a, type)), state, p));
+          matrix(dx).add_(dropped_out(t.mm(in_type(lora_a, type)), state, p));
         else
-          matrix(dx).addmm_(t, cast_to_type(lora_a, type));
+          matrix(dx).addmm_(t, in_type(lora_a, type));
         gradients[0] = dx;
       }
-      if (needs_a) gradients[1] = cast_to_type(t.t().mm(dropped_out(matrix(input), state, p)), lora_a.scalar_type());
-      if (ctx->needs_input_grad(2)) gradients[2] = cast_to_type(g.t().mm(u).mul_(scaling), lora_b.scalar_type());
+      if (needs_a) gradients[1] = in_type(t.t().mm(dropped_out(matrix(input), state, p)), lora_a.scalar_type());
+      if (ctx->needs_input_grad(2)) gradients[2] = in_type(g.t().mm(u).mul_(scaling), lora_b.scalar_type());
       if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(3))
         gradients[3] = g.sum(0).to(ctx->saved_data["bias_type"].toScalarType());
     }

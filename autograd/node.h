@@ -8,6 +8,8 @@
 #include <functional>
 #include <initializer_list>
 
+#include "ops/common/matrix.h"
+
 namespace quantrain {
 
 inline bool needs_grad(const at::Tensor& tensor) { return at::GradMode::is_enabled() && tensor.requires_grad(); }
@@ -26,12 +28,6 @@ inline void refuse_transforms(const char* op, std::initializer_list<std::referen
     TORCH_CHECK_NOT_IMPLEMENTED(
         !tensor.defined() || !is_transformed(tensor), op,
         ": expected a derivative in reverse mode (backward, torch.autograd.grad), got forward mode or torch.func");
-}
-
-// [..., K] as [rows, K].
-inline at::Tensor matrix(const at::Tensor& tensor) {
-  if (tensor.dim() == 2) return tensor;
-  return tensor.dim() == 1 ? tensor.unsqueeze(0) : tensor.flatten(0, -2);
 }
 
 }  // namespace quantrain

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "csrc/common/four_bit.h"
+#include "ops/common/matrix.h"
 
 namespace quantrain {
 
@@ -37,11 +38,6 @@ int64_t packed_block(std::string_view op, const PackedWeight& weight, int64_t nu
 
 // The same as a check, where the sizes are numbers and not symbols.
 void check_packed_size(std::string_view op, const PackedWeight& weight, const c10::SymInt& numel, const c10::SymInt& k);
-
-// The tensor itself where it is of that type: below autograd `to` may not return its input.
-inline at::Tensor cast_to_type(const at::Tensor& tensor, at::ScalarType type) {
-  return tensor.scalar_type() == type ? tensor : tensor.to(type);
-}
 
 // Contiguous tensors and the pointers that kernels take; it keeps the tensors alive.
 struct PackedPointers {

@@ -133,7 +133,7 @@ bool fused(const at::Tensor& given_x, const PackedWeight& given, const OptionalT
   }
 #endif
   if (!wanted && args.m > kCpuRows) return false;
-  const at::Tensor wide = cast_to_type(x, at::kFloat);
+  const at::Tensor wide = in_type(x, at::kFloat);
   const at::Tensor result = x.scalar_type() == at::kFloat ? y : at::empty(y.sizes(), wide.options());
   args.x = wide.const_data_ptr();
   args.y = result.mutable_data_ptr();
@@ -163,7 +163,7 @@ at::Tensor linear_kernel(const at::Tensor& input, const at::Tensor& codes, const
                           kLinear, c10::toString(input.scalar_type()), detail::shape_text(input),
                           packed_block(kLinear, weight, rows * k, k));
   }
-  const OptionalTensor b = bias ? OptionalTensor(cast_to_type(*bias, input.scalar_type())) : std::nullopt;
+  const OptionalTensor b = bias ? OptionalTensor(in_type(*bias, input.scalar_type())) : std::nullopt;
   return at::linear(input, dequantized(weight, rows, k, input.scalar_type()), b);
 }
 

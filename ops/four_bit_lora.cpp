@@ -23,10 +23,6 @@ namespace {
 
 constexpr std::string_view kOp = "linear_4bit_lora";
 
-at::Tensor rows(const at::Tensor& tensor) {
-  return tensor.dim() == 2 ? tensor : tensor.dim() == 1 ? tensor.unsqueeze(0) : tensor.flatten(0, -2);
-}
-
 }  // namespace
 
 c10::SymInt check_linear_4bit_lora(const at::Tensor& input, const PackedWeight& weight, const OptionalTensor& bias,
@@ -67,10 +63,10 @@ LoraForward linear_4bit_lora_forward(const at::Tensor& input, const PackedWeight
   if (lora.dropout > 0)
     result.state =
         draw.seeded ? given.call(input, draw.seeded->first, draw.seeded->second) : drawn.call(input, draw.generator);
-  result.u = at::linear(dropped_out(rows(input), result.state, lora.dropout), cast_to_type(lora.a, type));
+  result.u = at::linear(dropped_out(matrix(input), result.state, lora.dropout), in_type(lora.a, type));
   const at::Tensor y = linear.call(input, w.codes, w.scale, w.zero_point, bias, w.scale_scale, w.scale_offset, w.format,
                                    w.table, method, out_features);
-  rows(y).addmm_(result.u, cast_to_type(lora.b, type).t(), 1, lora.scaling);
+  matrix(y).addmm_(result.u, in_type(lora.b, type).t(), 1, lora.scaling);
   result.output = y;
   return result;
 }

@@ -7,6 +7,7 @@
 #include <optional>
 #include <string_view>
 
+#include "ops/common/matrix.h"
 #include "ops/int8_auto.h"
 #include "quantrain/ops/int8_linear.h"
 
@@ -53,11 +54,6 @@ struct Int8LinearResult {
 };
 
 Int8LinearResult int8_linear_forward(const Int8LinearTensors& tensors, const Int8LinearPlan& plan);
-
-// The tensor itself where it has the type: `to` says so too, but at the cost of a call, and not below autograd.
-inline at::Tensor in_type(const at::Tensor& tensor, at::ScalarType type) {
-  return tensor.scalar_type() == type ? tensor : tensor.to(type);
-}
 
 // Codes a [..., K] times b [N, K], transposed: int8_mm, or that in float32 where simulated.
 at::Tensor int8_product(const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& a_scale,
