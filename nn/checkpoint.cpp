@@ -96,8 +96,10 @@ std::string layer_recipes_text(const torch::nn::Module& module) {
 }
 
 std::string format_of(const char* tensor, const QuantSpec& spec) {
-  return std::string(tensor) + (spec.symmetric ? " int" : " uint") + std::to_string(spec.bits) + " " +
-         name_of(spec.granularity) +
+  const std::string codes = spec.format != Format::kInt
+                                ? " " + name_of(spec.format)
+                                : (spec.symmetric ? " int" : " uint") + std::to_string(spec.bits);
+  return tensor + codes + " " + name_of(spec.granularity) +
          (spec.granularity == Granularity::kPerGroup ? " of " + std::to_string(spec.group_size) : "");
 }
 

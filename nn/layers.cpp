@@ -83,7 +83,8 @@ void QuantModule::make_fake_quants() {
     member->train(is_training());
     register_module(key, member);
   };
-  make("weight", recipe_.weight, weight_fake_quant);
+  const bool packed = recipe_.scheme && recipe_.scheme->packs_weight();
+  make("weight", packed ? std::nullopt : recipe_.weight, weight_fake_quant);
   make("input", recipe_.input, input_fake_quant);
   make("output", recipe_.output, output_fake_quant);
   set_label(label_);
@@ -236,6 +237,9 @@ void QuantModule::convert_(bool check_observed) {
   eval();
   const at::Tensor stored_bias = float_bias();
   store_codes(check_observed);
+  float_dtype_ = weight.scalar_type();
+  parameters_.erase("weight");
+  weight = at::Tensor();
   if (bias.defined()) {
     parameters_.erase("bias");
   }
@@ -243,7 +247,7 @@ void QuantModule::convert_(bool check_observed) {
   if (stored_bias.defined()) {
     bias = register_buffer("bias", stored_bias.detach().clone());
   }
-  unregister_module("weight_fake_quant");
+  if (weight_fake_quant) unregister_module("weight_fake_quant");
   weight_fake_quant = nullptr;
   if (input_fake_quant) input_fake_quant->freeze();
   if (output_fake_quant) output_fake_quant->freeze();
@@ -278,9 +282,6 @@ void QuantModule::store_codes(bool check_observed) {
   if (spec.bits <= kPackedBits) {
     codes = quantrain::pack_int4(codes.reshape({weight_shape_[0], -1}));
   }
-  float_dtype_ = weight.scalar_type();
-  parameters_.erase("weight");
-  weight = at::Tensor();
   weight_codes = register_buffer("weight_codes", codes);
   weight_scale = register_buffer("weight_scale", scale.detach().clone());
   if (!spec.symmetric) {

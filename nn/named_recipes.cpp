@@ -37,6 +37,12 @@ std::vector<Recipe> simulated_recipes() {
   recipes.push_back(named_recipe("ptq-w8a8", dynamic_weight(8, kChannel), affine_input(8, ObserverKind::kMse)));
   recipes.back().training = false;
 
+  Recipe weight_only;
+  weight_only.name = "w8a16";
+  weight_only.weight = dynamic_weight(8, kChannel);
+  weight_only.training = false;
+  recipes.push_back(weight_only);
+
   QuantSpec groups = dynamic_weight(4, kGroup);
   groups.observer = ObserverKind::kMse;
   recipes.push_back(named_recipe("ptq-w4a8", groups, affine_input(8, ObserverKind::kMse)));

@@ -51,6 +51,10 @@ void QuantSpec::validate() const {
     fail_field(kName, "averaging_constant in (0, 1]", number_text(averaging_constant));
   }
   if (!(percentile > 50 && percentile <= 100)) fail_field(kName, "percentile in (50, 100]", number_text(percentile));
+  if (format != Format::kInt && (bits != 4 || !symmetric)) {
+    fail_field(kName, "4 bits and symmetric with format '" + name_of(format) + "'",
+               std::to_string(bits) + " bits, " + (symmetric ? "symmetric" : "affine"));
+  }
   if (learnable && dynamic())
     fail_field(kName, "an observer that initializes the learnable scale", "observer 'dynamic'");
   if (granularity == Granularity::kPerToken && !dynamic()) {
@@ -80,11 +84,15 @@ void Recipe::validate() const {
     fail_field(kName, "a spec for at least one of weight, input and output, or a scheme", "none");
   }
   if (scheme) scheme->validate();
-  const auto check = [](const char* tensor, const std::optional<QuantSpec>& spec,
+  const auto check = [this](const char* tensor, const std::optional<QuantSpec>& spec,
                         const std::vector<std::string>& granularities) {
     if (!spec) return;
     spec->validate();
     check_one_of(kName, std::string(tensor) + " granularity", name_of(spec->granularity), granularities);
+    if (spec->format != Format::kInt && !(tensor == std::string("weight") && scheme && scheme->packs_weight())) {
+      fail_field(kName, std::string(tensor) + " format 'int', as others are for weights of a scheme that packs them",
+                 "'" + name_of(spec->format) + "'");
+    }
   };
   check("weight", weight, {"per_tensor", "per_channel", "per_group"});
   check("input", input, {"per_tensor", "per_token"});

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "quantrain/nn/four_bit.h"
 #include "quantrain/nn/four_bit_formats.h"
 #include "quantrain/nn/gguf.h"
 #include "quantrain/nn/lora_adapter.h"
@@ -101,6 +102,18 @@ void bind_formats(py::module_& module) {
   module.def("to_compressed_tensors", &to_compressed_tensors, py::arg("weight"), py::arg("prefix"),
              py::arg("group_size"), py::arg("round_scale"), release);
   module.def("from_hqq", &from_hqq, py::arg("tensors"), py::arg("prefix"), release);
+  module.def("pack_four_bit", &pack_four_bit, py::arg("weight"), py::arg("recipe"), release);
+  module.def("dequantized", &dequantized, py::arg("weight"), py::arg("dtype"), release);
+  module.def("recipe_of", &recipe_of, py::arg("weight"));
+  module.def(
+      "merged_weight",
+      [](const FourBitWeight& weight, const OptionalTensor& lora_a, const OptionalTensor& lora_b, double scaling,
+         at::ScalarType dtype) {
+        MergedWeight merged =
+            merged_weight(weight, lora_a.value_or(at::Tensor()), lora_b.value_or(at::Tensor()), scaling, dtype);
+        return std::make_tuple(merged.weight, merged.weight_error, merged.update_error);
+      },
+      py::arg("weight"), py::arg("lora_a"), py::arg("lora_b"), py::arg("scaling"), py::arg("dtype"), release);
   module.def("four_bit_layers", &four_bit_layers, py::arg("tensors"), release);
   py::class_<FourBitConfig>(module, "FourBitConfig",
                             "What a config.json says of a model's format: method, GPTQ's version, group_size.")

@@ -9,6 +9,7 @@
 
 #include "quantrain/nn/recipe.h"
 #include "quantrain/nn/schemes/fixed_point.h"
+#include "quantrain/nn/schemes/four_bit.h"
 #include "quantrain/nn/schemes/gradient_quant.h"
 #include "quantrain/nn/schemes/int8.h"
 
@@ -147,6 +148,8 @@ void bind_scheme(py::module_& module) {
       .def_property_readonly("integer_products", &Scheme::integer_products,
                              "Whether converted Linear layers multiply integers.")
       .def_property_readonly("quantizes_gradients", &Scheme::quantizes_gradients)
+      .def_property_readonly("packs_weight", &Scheme::packs_weight,
+                             "Whether layers hold the weight as packed codes of the scheme's own.")
       .def("to_json", &Scheme::to_json)
       .def_property_readonly("has_weight_rule", &Scheme::has_weight_rule,
                              "Whether weight_qparams, and not the recipe's QuantSpec, decides the codes of weights.")
@@ -265,5 +268,9 @@ void bind_recipe(py::module_& module) {
       module,
       "How a model trains in fixed point (F8Net): how fraction lengths are chosen, and whether activations are clipped "
       "at a learned level.");
+  bind_scheme_of<FourBitSpec>(
+      module,
+      "Weights packed in 4 bits, and LoRA: scale_rule, compress_scale, whether embedding and head are packed too, "
+      "storage ('uint8' or 'bfloat16' views for FSDP2), lora_rank, lora_alpha, lora_dropout.");
   bind_recipe_class(module);
 }

@@ -80,7 +80,7 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module, public HasRecipe, pu
 
   // Converted: (codes - zero_point) * scale in weight_shape(); without `dtype` in the type of the float weight, or that
   // of to() since. Computed at each call. ValueError before conversion, where `weight` is the float weight.
-  at::Tensor dequantized_weight(std::optional<at::ScalarType> dtype = std::nullopt) const;
+  virtual at::Tensor dequantized_weight(std::optional<at::ScalarType> dtype = std::nullopt) const;
 
   // As torch::nn::Module::to; codes, scales and a converted bias keep their dtypes.
   void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;
@@ -116,6 +116,9 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module, public HasRecipe, pu
   virtual at::Tensor float_bias() const { return bias; }
   virtual void drop_float_children() {}
 
+  // The part of conversion that registers what stands for the float weight.
+  virtual void store_codes(bool check_observed);
+
   void reset_weight_and_bias(bool has_bias);  // torch.nn.Linear's initial distribution
   at::Tensor quantized_weight(const at::Tensor& float_weight, const at::Tensor& zero = {});
   at::Tensor quantized_input(const at::Tensor& input);
@@ -141,7 +144,6 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module, public HasRecipe, pu
   }  // converted: the dtype it had, or that of to() since
 
  private:
-  void store_codes(bool check_observed);
   void make_fake_quants();
 
   Recipe recipe_;

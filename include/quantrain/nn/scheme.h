@@ -57,6 +57,9 @@ class QUANTRAIN_API Scheme {
   virtual bool has_weight_rule() const { return false; }
   virtual WeightQparams weight_qparams(const at::Tensor& weight) const;
 
+  // Whether layers hold the weight as packed codes of the scheme's own, which no fake-quantizer rounds.
+  virtual bool packs_weight() const { return false; }
+
   virtual bool linear_only() const { return false; }  // only Linear layers run so
 
   // Whether the backward pass of a prepared layer is not the float product's. Layers then call linear and conv2d for

@@ -14,6 +14,7 @@ from quantrain.finetune.trainer import TrainSettings
 
 IMAGE_RECIPES = ("qat-w8a8", "qat-w4a4", "ptq-w8a8")
 TEXT_RECIPES = ("qat-w8a8", "qat-w4a8")
+LM_RECIPES = ("qlora",)
 
 # What may differ between a run and the one that resumes it: where and how fast it runs, and which recipes it adds (a
 # recipe that is done is compared itself).
@@ -25,17 +26,19 @@ class JobConfig:
     """One fine-tuning job, as the command line states it.
 
     Attributes:
-        job: ``"images"`` or ``"sst2"``.
-        model: ``"resnet20"``, ``"mlp"``, ``"minilm"`` or ``"module:function"``.
-        data: ``"fashion-mnist"``, ``"digits"``, ``"sst2"``, a path, or ``"module:function"``.
+        job: ``"images"``, ``"sst2"`` or ``"lm"``.
+        model: ``"resnet20"``, ``"mlp"``, ``"minilm"`` or ``"module:function"``; for lm a folder, or a name that
+            ``lm.models`` knows.
+        data: ``"fashion-mnist"``, ``"digits"``, ``"sst2"``, ``"tinyshakespeare"``, ``"wikitext-2"``, a path, or
+            ``"module:function"``.
         recipes: Names of recipes or JSON files with one, run in this order.
         overrides: Settings that every recipe gets, such as ``"weight.bits=4"``.
         skip: Patterns of layers that stay in float32 under every recipe.
         name: The run's name; its files go to ``runs / name``.
         runs: The folder of all runs.
         baseline: A float32 checkpoint to start from; None trains one.
-        epochs: Of the float32 training.
-        lr: Its largest learning rate.
+        epochs: Of the float32 training; for lm, whose model is trained already, of the fine-tuning.
+        lr: Its largest learning rate; None, for lm alone, takes the recipe's default.
         qat_epochs: Of the fine-tuning of a recipe; None takes the recipe's default.
         qat_lr: Its largest learning rate; None takes the recipe's default.
         batch_size: Samples per training step.
@@ -45,12 +48,17 @@ class JobConfig:
         train_rows: Use only this many training samples; None uses all.
         test_rows: Use only this many test samples; None uses all.
         max_steps: Stop each training stage after this many steps of its schedule; None takes them all.
-        precision: ``"float32"`` or ``"bf16"`` (autocast in training; evaluation is always float32).
+        precision: ``"float32"`` or ``"bf16"``: autocast in training, and for lm everywhere, with a frozen base model
+            in bfloat16. The other jobs always evaluate in float32.
         device: ``"cpu"``, ``"cuda"``, ...
         threads: CPU threads; None leaves PyTorch's number.
         seed: Seeds the weights and the order of the data.
         quick: Whether the defaults are the short ones.
         tensorboard: Whether to write TensorBoard events too.
+        optimizer: A name of ``trainer.OPTIMIZERS``; None takes the job's.
+        accumulate: Parts that a step's samples are split into, for less memory. For lm alone, as are the next two.
+        sequence_length: Tokens of a training sequence; None takes the job's default.
+        checkpointing: Whether activations are computed again in the backward pass; None: on CUDA.
     """
 
     job: str
@@ -63,7 +71,7 @@ class JobConfig:
     runs: Path = Path("runs")
     baseline: Path | None = None
     epochs: float = 2.5
-    lr: float = 0.2
+    lr: float | None = 0.2
     qat_epochs: float | None = None
     qat_lr: float | None = None
     batch_size: int = 128
@@ -79,11 +87,29 @@ class JobConfig:
     seed: int = 0
     quick: bool = False
     tensorboard: bool = False
+    optimizer: str | None = None
+    accumulate: int = 1
+    sequence_length: int | None = None
+    checkpointing: bool | None = None
 
     def __post_init__(self) -> None:
         check_name(self.name, "--name")
+        self._check_options()
         if self.runs.exists() and not self.runs.is_dir():
             raise ValueError(f"--runs: expected a folder, got the file {self.runs}")
+
+    def _check_options(self) -> None:
+        """Refuse what the job would not look at."""
+        if self.job == "lm":
+            refused = {"image-size": self.image_size, "baseline": self.baseline}
+            others = "images or sst2"
+        else:
+            refused = {"sequence-length": self.sequence_length, "checkpointing": self.checkpointing}
+            refused["accumulate"] = None if self.accumulate == 1 else self.accumulate
+            others = "lm"
+        for option, value in refused.items():
+            if value is not None:
+                raise ValueError(f"--{option}: expected it with --job {others} alone, got --job {self.job}")
 
     @property
     def folder(self) -> Path:
@@ -96,6 +122,9 @@ class JobConfig:
 
     def recipe_settings(self, recipe) -> TrainSettings:
         """How a model prepared with ``recipe`` is fine-tuned: fewer bits get more steps and a larger learning rate."""
+        if self.job == "lm":
+            lr = _ADAPTER_LR if trains_adapter(recipe) else _MODEL_LR
+            return self._settings(self.qat_epochs or self.epochs, self.qat_lr or self.lr or lr)
         few_bits = min((spec.bits for spec in (recipe.weight, recipe.input) if spec is not None), default=32) <= 4
         epochs, lr = _RECIPE_DEFAULTS[self.job, few_bits]
         if self.quick:
@@ -103,17 +132,16 @@ class JobConfig:
         return self._settings(self.qat_epochs or epochs, self.qat_lr or lr)
 
     def _settings(self, epochs: float, lr: float) -> TrainSettings:
-        text = self.job == "sst2"
+        defaults = _TRAIN_DEFAULTS[self.job]
         return TrainSettings(
             epochs=epochs,
             lr=lr,
             batch_size=self.batch_size,
-            optimizer="adamw" if text else "sgd",
-            weight_decay=0.01 if text else 5e-4,
-            warmup=0.1 if text else 0.25,
             precision=self.precision,
             seed=self.seed,
             max_steps=self.max_steps,
+            accumulate=self.accumulate,
+            **{**defaults, "optimizer": self.optimizer or defaults["optimizer"]},
         )
 
     def to_json(self) -> dict:
@@ -130,6 +158,18 @@ _RECIPE_DEFAULTS = {
     ("sst2", True): (0.5, 3e-5),
 }
 _QUICK_FACTOR = {"images": 0.2, "sst2": 1.0}
+_ADAPTER_LR, _MODEL_LR = 2e-4, 2e-5  # of adapters: arXiv:2305.14314, table 9
+_TRAIN_DEFAULTS = {
+    "images": {"optimizer": "sgd", "weight_decay": 5e-4, "warmup": 0.25},
+    "sst2": {"optimizer": "adamw", "weight_decay": 0.01, "warmup": 0.1},
+    # norm of gradients and warm-up as in QLoRA's published scripts; adapters do not decay, having no parameter "weight"
+    "lm": {"optimizer": "adamw8bit", "weight_decay": 0.01, "warmup": 0.03, "max_norm": 0.3},
+}
+
+
+def trains_adapter(recipe: Recipe) -> bool:
+    """Whether a model under ``recipe`` keeps its weights and trains an adapter beside them."""
+    return getattr(recipe.scheme, "lora_rank", 0) > 0
 
 
 def check_config(config: JobConfig, recipes: Mapping[str, Recipe]) -> None:

@@ -22,6 +22,7 @@ RUN_FILES = (
 )
 LONGEST_NAME = 200  # file systems take 255, and endings are added
 SUBFOLDERS = ("plots", "state", "tensorboard")
+MODEL_FOLDERS = ("adapter", "merged")  # of a stage, in a folder of the stage's name
 
 
 def check_name(name: str, what: str) -> str:
@@ -47,6 +48,15 @@ def stage_files(stage: str) -> list[str]:
     names = [f"{stage}{form}.safetensors" for form in forms]
     names += [f"{stage}.converted.json", f"{stage}.error.txt", f"state/{stage}.pt"]
     return names + [f"plots/{stage}-{kind}.png" for kind in ("weights", "inputs")]
+
+
+def model_files(stage: str) -> list[str]:
+    """The files that a language model's run is known to write for ``stage`` in folders of the stage's own; a tokenizer
+    may have more."""
+    adapter = ("adapter_config.json", "adapter_model.safetensors")
+    merged = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    names = [f"{stage}/adapter/{name}" for name in adapter]
+    return names + [f"{stage}/merged/{name}" for name in (*merged, "chat_template.jinja", "special_tokens_map.json")]
 
 
 class RunFolder:
@@ -88,7 +98,8 @@ class RunFolder:
         for name in self.files:
             self._inside(name).unlink(missing_ok=True)
         (self.path / MANIFEST).unlink(missing_ok=True)
-        for name in SUBFOLDERS:
+        folders = {str(parent) for name in self.files for parent in PurePosixPath(name).parents if parent.parts}
+        for name in sorted({*folders, *SUBFOLDERS}, reverse=True):  # what lies in a folder comes before it
             folder = self.path / name
             if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
                 folder.rmdir()
@@ -98,6 +109,7 @@ class RunFolder:
         path = self.path / name
         parts = PurePosixPath(name).parts
         known = len(parts) == 1 or (len(parts) == 2 and parts[0] in SUBFOLDERS)
+        known |= len(parts) == 3 and parts[1] in MODEL_FOLDERS
         if not known or ".." in parts or parts[0] == "/":
             raise ValueError(f"{self.path / MANIFEST}: expected names of files in the run's folder, got {name!r}")
         if path.parent.resolve() != self.path.resolve() / path.parent.relative_to(self.path):

@@ -1,47 +1,33 @@
-"""The job: a float32 baseline, then each recipe prepared, calibrated, fine-tuned, converted and evaluated."""
+"""The job that classifies: a float32 baseline, then each recipe prepared, calibrated, fine-tuned, converted and
+evaluated."""
 
 from __future__ import annotations
 
 import copy
-import importlib
-import platform
 import time
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 
 import torch
 from torch import nn
 
-import quantrain
 from quantrain import nn as qnn
 from quantrain.finetune import memory, minilm, plots
-from quantrain.finetune.config import JobConfig, check_config, record_config
+from quantrain.finetune.base_job import BaseJob
+from quantrain.finetune.config import JobConfig
 from quantrain.finetune.data import Batch, calibration_batches, load_image_data
-from quantrain.finetune.folder import BASELINE, RUN_FILES, RunFolder, stage_files
+from quantrain.finetune.folder import BASELINE
 from quantrain.finetune.grids import input_grids, weight_grids
-from quantrain.finetune.metrics import Metrics
 from quantrain.finetune.models import load_model
-from quantrain.finetune.recipe_text import recipe_line, recipe_table
-from quantrain.finetune.recipes import raise_all, resolve_recipes
+from quantrain.finetune.recipe_text import recipe_table
+from quantrain.finetune.recipes import raise_all
 from quantrain.finetune.rehearsal import check_model, evaluation_seconds, reason_of, rehearse
-from quantrain.finetune.report import write_report
-from quantrain.finetune.results import AuditRow, FailedStage, LayerError, StageResult, read_results, write_results
-from quantrain.finetune.table import format_seconds, format_table
+from quantrain.finetune.report import COLUMNS, ReportTable, audit_tables, convert_note, write_report
+from quantrain.finetune.results import AuditRow, LayerError, StageResult
+from quantrain.finetune.table import HEADER, format_seconds, rows
 from quantrain.finetune.text import load_text_data
-from quantrain.finetune.trainer import (
-    EVAL_BATCH,
-    Interrupted,
-    StopRequest,
-    TrainResult,
-    evaluate,
-    latency_seconds,
-    to_device,
-    train,
-)
+from quantrain.finetune.trainer import EVAL_BATCH, TrainResult, evaluate, latency_seconds, to_device
 
 _TIMED_STEPS = 3  # of each stage of a quick run, before it starts: the first warms up
 
@@ -51,8 +37,10 @@ def load_data(config: JobConfig):
 
     Raises:
         FileNotFoundError: It is not there; the message says what was looked for.
-        ValueError: A file of it is damaged, or more is held out than there is.
+        ValueError: A file of it is damaged, or more is held out than there is, or the job is no classification.
     """
+    if config.job == "lm":
+        raise ValueError("job: expected images or sst2, which classify, got lm")
     if config.job == "sst2":
         data = load_text_data(config.data, minilm.load_tokenizer())
     else:
@@ -74,81 +62,16 @@ def _called_model(config: JobConfig, data) -> tuple[nn.Module, str]:
     return load_model(config.model, num_classes=data.num_classes, **data.model_arguments)
 
 
-def check_packages(config: JobConfig) -> None:
-    """Import what a run needs at its end, so that it fails now where that is not installed.
+class Job(BaseJob):
+    """A run that classifies images, rows of numbers or sentences; arguments, errors and attributes are BaseJob's."""
 
-    Raises:
-        ModuleNotFoundError: A package is missing.
-    """
-    packages = ["matplotlib", "safetensors", "tqdm", *(["tensorboard"] if config.tensorboard else [])]
-    for package in packages:
-        importlib.import_module(package)
-
-
-def find_device(name: str) -> torch.device:
-    """The device ``name``.
-
-    Raises:
-        ValueError: PyTorch knows no such device, or this machine has none.
-    """
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device: expected a device that this machine has, got {name!r} ({reason})") from error
-
-
-class Job:
-    """One run of a JobConfig, resumed from what its folder holds.
-
-    Args:
-        config: What to do.
-        stop: Asked between steps whether the user wants to stop.
-        restart: Whether to delete the files that an earlier run of this name recorded as its own.
-        command: The command line, for the report.
-
-    Raises:
-        ValueError: A recipe, a model or a device that does not exist, a model that does not fit the data, recipes that
-            do not fit the model (all are named), or a folder of another run. Nothing is written or deleted then.
-        FileNotFoundError: Data or a baseline that is not there.
-        ModuleNotFoundError: A package that is missing.
-
-    Attributes:
-        failures: After ``run``: the recipes that failed, by name.
-        problems: What else went wrong without ending the run, such as a plot.
-    """
-
-    def __init__(
-        self, config: JobConfig, stop: StopRequest | None = None, *, restart: bool = False, command: str = ""
-    ) -> None:
-        self.config, self.command = config, command
-        self.stop = stop or StopRequest()
-        self.folder = config.folder
-        self.recipes = resolve_recipes(config.recipes, config.overrides)
-        self.failures: dict[str, FailedStage] = {}
-        self.problems: list[str] = []
-        files = self._check_folder(restart)
-        self.results = {} if restart else read_results(self.folder)
-        check_packages(config)
-        self.device = find_device(config.device)
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
+    def _load(self) -> None:
+        config = self.config
         self.data = load_data(config)
         model, self.call = _called_model(config, self.data)
         self.baseline = model.to(self.device)
         self.calibration = calibration_batches(self.data, config.batch_size, config.calibration_batches, config.seed)
         self._check_models()
-        self.metrics = self._open_folder(files, restart)
-
-    def _file_names(self) -> list[str]:
-        return [*RUN_FILES, *(name for stage in (BASELINE, *self.recipes) for name in stage_files(stage))]
-
-    def _check_folder(self, restart: bool) -> RunFolder:
-        files = RunFolder(self.folder)
-        files.check(self._file_names())
-        if not restart:
-            check_config(self.config, self.recipes)
-        return files
 
     def _check_models(self) -> None:
         """Try the model on the data and every recipe that is not done on the model, and read the baseline's
@@ -190,78 +113,6 @@ class Job:
             )
         memory.give_back()
 
-    def _open_folder(self, files: RunFolder, restart: bool) -> Metrics:
-        """Take the run's folder, or go on in it."""
-        if restart:
-            files.delete()
-        files.claim(self._file_names())
-        record_config(self.config, self.recipes)
-        events = self.folder / "tensorboard"
-        before = set(events.glob("*"))
-        metrics = Metrics(self.folder / "metrics.jsonl", events if self.config.tensorboard else None)
-        files.claim(f"tensorboard/{path.name}" for path in set(events.glob("*")) - before)
-        return metrics
-
-    def run(self) -> list[StageResult]:
-        """Do what is not done yet, print and write the table and the report; the result is the table's rows.
-
-        Raises:
-            Interrupted: The user asked to stop; finished stages and the state of the current one are kept.
-        """
-        self._say(f"data: {self.data.name}, {self.data.train_size} training and {self.data.test_size} test samples")
-        self._run_baseline()
-        for name in self.recipes:
-            if name in self.results:
-                self._say(f"{name}: done by an earlier run")
-            else:
-                self._try_recipe(name)
-        return self._finish()
-
-    def _try_recipe(self, name: str) -> None:
-        """Run a recipe; where it fails, note why and let the others go on."""
-        started = time.perf_counter()
-        try:
-            self._run_recipe(name)
-        except Interrupted:
-            raise
-        except Exception as error:
-            failed = FailedStage(name, reason_of(error), time.perf_counter() - started)
-            self.failures[name] = failed
-            trace = self.folder / f"{name}.error.txt"
-            trace.write_text(traceback.format_exc(), encoding="utf-8")
-            self._say(f"{name}: failed after {format_seconds(failed.seconds)}: {failed.failed} (traceback: {trace})")
-            self._write_results()
-        else:
-            self.folder.joinpath(f"{name}.error.txt").unlink(missing_ok=True)
-
-    @contextmanager
-    def _not_fatal(self, what: str) -> Iterator[None]:
-        """Note an error in ``what`` and go on: results are kept already."""
-        try:
-            yield
-        except Exception as error:
-            self.problems.append(f"{what}: {reason_of(error)}")
-            self._say(f"{what}: not made: {reason_of(error)}")
-
-    def checkpoint(self, stage: str, form: str = "") -> Path:
-        """The path of a stage's checkpoint; ``form`` is prepared, trained or converted, or empty for the baseline."""
-        return self.folder / (f"{stage}.{form}.safetensors" if form else f"{stage}.safetensors")
-
-    def _say(self, text: str) -> None:
-        print(text, flush=True)
-
-    def _train(self, model: nn.Module, stage: str, settings) -> TrainResult:
-        return train(
-            model,
-            self.data,
-            settings,
-            stage=stage,
-            metrics=self.metrics,
-            state_path=self.folder / "state" / f"{stage}.pt",
-            device=self.device,
-            stop=self.stop,
-        )
-
     def _result(
         self, stage: str, accuracy: float, loss: float, path: Path, trained: TrainResult | None, started: float
     ) -> StageResult:
@@ -277,21 +128,9 @@ class Job:
             seconds=time.perf_counter() - started + (trained.earlier_seconds if trained else 0.0),
         )
 
-    def _keep(self, result: StageResult, epochs: float) -> None:
-        self.metrics.evaluation(result.stage, result.steps, epochs, result.accuracy, result.loss)
-        self.results[result.stage] = result
-        self._write_results()
-        (self.folder / "state" / f"{result.stage}.pt").unlink(missing_ok=True)
-        self._say(f"{result.stage}: accuracy {100 * result.accuracy:.2f} % in {format_seconds(result.seconds)}")
-
-    def _rows(self) -> list[StageResult | FailedStage]:
-        """What the table shows: the baseline and this run's recipes as far as they are done."""
-        known = {**self.failures, **self.results}
-        return [known[stage] for stage in (BASELINE, *self.recipes) if stage in known]
-
-    def _write_results(self) -> None:
-        write_results(self.folder, [*self.results.values(), *self.failures.values()])
-        (self.folder / "table.txt").write_text(f"{self._title()}\n{format_table(self._rows())}\n", encoding="utf-8")
+    def _keep_stage(self, result: StageResult, epochs: float) -> None:
+        summary = f"accuracy {100 * result.accuracy:.2f} %"
+        self._keep(result, epochs, summary, accuracy=result.accuracy, loss=result.loss)
 
     def _run_baseline(self) -> None:
         path = self.checkpoint(BASELINE)
@@ -308,7 +147,7 @@ class Job:
         accuracy, loss = evaluate(self.baseline, self.data, self.device, self.stop)
         qnn.save_checkpoint(path, self.baseline)
         result = self._result(BASELINE, accuracy, loss, path, trained, started)
-        self._keep(result, self.config.epochs if trained else 0)
+        self._keep_stage(result, self.config.epochs if trained else 0)
         with self._not_fatal(f"{BASELINE}: latency"):
             latency = latency_seconds(self.baseline, self.data, self.device)
             self.results[BASELINE] = replace(result, latency_seconds=latency)
@@ -332,7 +171,7 @@ class Job:
             converted.save(path)
         accuracy, loss = evaluate(converted, self.data, self.device, self.stop)
         result = self._result(name, accuracy, loss, path, trained, started)
-        self._keep(result, settings.epochs if trained else 0)
+        self._keep_stage(result, settings.epochs if trained else 0)
         with self._not_fatal(f"{name}: latency and errors by layer"):
             self.results[name] = replace(result, **self._details(recipe, model, converted))
             self._write_results()
@@ -387,17 +226,6 @@ class Job:
             if grids:
                 plots.plot_histograms(grids, name, color, self.folder / "plots" / f"{name}-{kind}.png")
 
-    def _finish(self) -> list[StageResult]:
-        results = [row for row in self._rows() if isinstance(row, StageResult)]
-        table = format_table(self._rows())
-        self._say("\n" + self._title() + "\n" + table + "\n")
-        lines = [*self._facts(results), *((f"recipe {name}", recipe_line(r)) for name, r in self.recipes.items())]
-        facts = "\n".join(f"{name}: {value}" for name, value in lines)
-        (self.folder / "table.txt").write_text(f"{self._title()}\n{table}\n\n{facts}\n", encoding="utf-8")
-        with self._not_fatal("report.html"):
-            self._write_report(results)
-        return results
-
     def _write_report(self, results: list[StageResult]) -> None:
         folder = self.folder / "plots"
         figures = [("Loss and accuracy", "", folder / "curves.png")]
@@ -419,8 +247,17 @@ class Job:
                     )
                     figures.append((f"{name}: what is rounded, and the grid it is rounded to", note, path))
         report = self.folder / "report.html"
-        recipes = recipe_table(self.recipes)
-        write_report(report, self._title(), self._lead(results), self._rows(), recipes, figures, self._facts(results))
+        write_report(
+            report,
+            self._title(),
+            self._lead(results),
+            ReportTable(*self._cells(), columns=COLUMNS),
+            recipe_table(self.recipes),
+            figures,
+            self._facts(results),
+            note=convert_note(results),
+            more=audit_tables(results),
+        )
         self._say(f"report: {report}")
 
     def _title(self) -> str:
@@ -435,36 +272,19 @@ class Job:
             f"{self.data.test_size} samples. The whole run took {total}."
         )
 
-    def _facts(self, results: list[StageResult]) -> list[tuple[str, str]]:
-        config = self.config
+    def _data_line(self) -> str:
+        return f"{self.data.name}, {self.data.train_size} training and {self.data.test_size} test samples"
+
+    def _cells(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+        return HEADER, rows(self._rows())
+
+    def _own_facts(self, results: Sequence[StageResult]) -> list[tuple[str, str]]:
+        config, data = self.config, self.data
         trained = [
             f"{result.stage}: {result.steps} steps of {config.batch_size}" for result in results if result.steps > 0
         ]
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _cpu_name()
-        facts = [
-            ("date", date.today().isoformat()),
-            (
-                "data",
-                f"{self.data.name} from {self.data.source}, {self.data.train_size} + {self.data.test_size} samples",
-            ),
+        return [
+            ("data", f"{data.name} from {data.source}, {data.train_size} + {data.test_size} samples"),
             ("training", "; ".join(trained) or "none"),
             ("calibration", f"{len(self.calibration)} batches of {config.batch_size}"),
-            ("precision of training", config.precision),
-            ("seed", str(config.seed)),
-            ("device", f"{device}, {torch.get_num_threads()} threads" if self.device.type == "cpu" else device),
-            ("torch", torch.__version__),
-            ("quantrain", quantrain.__version__),
-            ("whole run", format_seconds(sum(result.seconds for result in results))),
         ]
-        if self.command:
-            facts.append(("command", self.command))
-        return facts
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -14,7 +14,8 @@ class Metrics:
 
     ``{"stage": "qat-w8a8", "event": "step", "step": 0, "epoch": 0, "loss": 0.31, "lr": 0.0004, "seconds": 0.2}`` for
     each training step, counted from 0, with the loss before the update; and ``{"stage": "qat-w8a8", "event": "eval",
-    "step": 469, "epoch": 1, "accuracy": 0.912, "loss": 0.25}`` for an evaluation after that many steps.
+    "step": 469, "epoch": 1, "accuracy": 0.912, "loss": 0.25}`` for an evaluation after that many steps. Of a language
+    model a step also has ``tokens_per_second``, and an evaluation ``perplexity`` in place of the accuracy.
     """
 
     def __init__(self, path: Path, tensorboard: Path | None = None) -> None:
@@ -29,20 +30,20 @@ class Metrics:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def step(self, stage: str, step: int, epoch: int, loss: float, lr: float, seconds: float) -> None:
-        """Add a line for a training step."""
+    def step(self, stage: str, step: int, epoch: int, loss: float, lr: float, seconds: float, **more: float) -> None:
+        """Add a line for a training step; ``more`` is what else its task measures."""
         entry = {"stage": stage, "event": "step", "step": step, "epoch": epoch, "loss": loss, "lr": lr}
-        self._write({**entry, "seconds": round(seconds, 4)})
+        self._write({**entry, "seconds": round(seconds, 4), **more})
         if self.writer is not None:
             self.writer.add_scalar(f"{stage}/loss", loss, step)
             self.writer.add_scalar(f"{stage}/lr", lr, step)
 
-    def evaluation(self, stage: str, step: int, epoch: float, accuracy: float, loss: float) -> None:
-        """Add a line for an evaluation on the test set."""
-        entry = {"stage": stage, "event": "eval", "step": step, "epoch": epoch}
-        self._write({**entry, "accuracy": accuracy, "loss": loss})
+    def evaluation(self, stage: str, step: int, epoch: float, **values: float) -> None:
+        """Add a line for an evaluation on the test set: ``values`` are its accuracy or perplexity, and its loss."""
+        self._write({"stage": stage, "event": "eval", "step": step, "epoch": epoch, **values})
         if self.writer is not None:
-            self.writer.add_scalar(f"{stage}/test accuracy", accuracy, step)
+            for name, value in values.items():
+                self.writer.add_scalar(f"{stage}/test {name}", value, step)
             self.writer.flush()
 
     def read(self) -> list[dict]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,26 @@ import numpy as np
 from quantrain.finetune.grids import Grid
 from quantrain.finetune.results import StageResult
 from quantrain.plotting import BASELINE_COLOR, COLORS, FAINT, STYLE, pyplot_for_files
+
+
+@dataclass(frozen=True)
+class Measure:
+    """The number of an evaluation that stages are compared by.
+
+    Attributes:
+        name: Its name in metrics.jsonl and as a result's attribute.
+        title: Of its panel.
+        unit: Of its axis.
+        factor: Brings it to that unit.
+    """
+
+    name: str = "accuracy"
+    title: str = "Test accuracy (hollow: on the way)"
+    unit: str = "percent"
+    factor: float = 100.0
+
+
+ACCURACY = Measure()
 
 
 def stage_colors(stages: Sequence[str]) -> dict[str, str]:
@@ -27,8 +48,10 @@ def smooth(values: Sequence[float], window: int) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def plot_curves(entries: Sequence[dict], results: Sequence[StageResult], path: Path) -> None:
-    """Training loss by step, and the test accuracy each stage reached, from metrics.jsonl and the results."""
+def plot_curves(
+    entries: Sequence[dict], results: Sequence[StageResult], path: Path, measure: Measure = ACCURACY
+) -> None:
+    """Training loss by step, and what each stage reached on the test set, from metrics.jsonl and the results."""
     pyplot = pyplot_for_files()
     from matplotlib import ticker
 
@@ -50,23 +73,25 @@ def plot_curves(entries: Sequence[dict], results: Sequence[StageResult], path: P
         left.grid(axis="y", color=FAINT, linewidth=0.6)
         if left.lines:
             left.legend()
-        _accuracy_panel(right, entries, results, colors)
+        _final_panel(right, entries, results, colors, measure)
         figure.savefig(path)
         pyplot.close(figure)
 
 
-def _accuracy_panel(axes, entries: Sequence[dict], results: Sequence[StageResult], colors: dict[str, str]) -> None:
-    finals = [100 * result.accuracy for result in results]
+def _final_panel(
+    axes, entries: Sequence[dict], results: Sequence[StageResult], colors: dict[str, str], measure: Measure
+) -> None:
+    finals = [measure.factor * getattr(result, measure.name) for result in results]
     span = max(1.0, max(finals) - min(finals))
     low, high = min(finals) - span, max(finals) + 0.6 * span
     axes.axvline(finals[0], color=BASELINE_COLOR, linewidth=1, linestyle=(0, (4, 3)))
     for row, (result, final) in enumerate(zip(results, finals, strict=True)):
         earlier = [
-            100 * entry["accuracy"]
+            measure.factor * entry[measure.name]
             for entry in entries
             if entry["stage"] == result.stage and entry["event"] == "eval" and entry["step"] < result.steps
         ]
-        earlier = [accuracy for accuracy in earlier if accuracy > low]
+        earlier = [value for value in earlier if low < value < high]
         color = colors[result.stage]
         axes.plot(earlier, [row] * len(earlier), "o", color=color, fillstyle="none", markersize=5)
         axes.plot(final, row, "o", color=color, markersize=9)
@@ -77,7 +102,7 @@ def _accuracy_panel(axes, entries: Sequence[dict], results: Sequence[StageResult
     axes.locator_params(axis="x", nbins=6)
     axes.set_yticks(range(len(results)), [result.stage for result in results])
     axes.set_ylim(len(results) - 0.5, -0.7)
-    axes.set(title="Test accuracy (hollow: on the way)", xlabel="percent")
+    axes.set(title=measure.title, xlabel=measure.unit)
     axes.grid(axis="x", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
 

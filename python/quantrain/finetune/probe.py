@@ -12,10 +12,11 @@ from torch.nn import functional
 
 import quantrain
 from quantrain import nn as qnn
+from quantrain.finetune.base_job import find_device
 from quantrain.finetune.config import JobConfig
 from quantrain.finetune.data import calibration_batches
 from quantrain.finetune.folder import BASELINE
-from quantrain.finetune.job import find_device, load_data, new_model
+from quantrain.finetune.job import load_data, new_model
 from quantrain.finetune.models import names_code
 from quantrain.finetune.trainer import to_device
 from quantrain.nn.gradient_probe import DEFAULT_QUANTIZERS

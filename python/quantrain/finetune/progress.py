@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
+from quantrain.finetune.table import format_bytes
+
 LINE_SECONDS = 20.0
 
 
@@ -15,6 +17,7 @@ class Progress:
         self.stage, self.done, self.last = stage, first, last
         self.bar = None
         self.printed_at = time.monotonic()
+        self.tokens, self.seconds = 0, 0.0  # since the last line
         if first:
             print(f"{stage}: resuming at step {first} of {last}", flush=True)
 
@@ -31,12 +34,20 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
-    def update(self, loss: float, lr: float) -> None:
-        """Count one more step."""
+    def update(
+        self, loss: float, lr: float, tokens: int | None = None, seconds: float = 0.0, memory_bytes: int = 0
+    ) -> None:
+        """Count one more step. Where it has ``tokens``, the line has their number per second and the peak of memory."""
         self.done += 1
+        self.tokens += tokens or 0
+        self.seconds += seconds
+        speed = ""
+        if tokens is not None:
+            speed = f"  {self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s  {format_bytes(memory_bytes)}"
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.3f} lr {lr:.2g}", refresh=False)
+            self.bar.set_postfix_str(f"loss {loss:.3f} lr {lr:.2g}{speed}", refresh=False)
             self.bar.update()
         elif time.monotonic() - self.printed_at > LINE_SECONDS or self.done == self.last:
             self.printed_at = time.monotonic()
-            print(f"{self.stage:<12} step {self.done}/{self.last}  loss {loss:.3f}  lr {lr:.2g}", flush=True)
+            print(f"{self.stage:<12} step {self.done}/{self.last}  loss {loss:.3f}  lr {lr:.2g}{speed}", flush=True)
+            self.tokens, self.seconds = 0, 0.0

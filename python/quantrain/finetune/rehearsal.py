@@ -15,7 +15,15 @@ from torch import nn
 
 from quantrain import Recipe
 from quantrain import nn as qnn
-from quantrain.finetune.trainer import EVAL_BATCH, TrainSettings, make_optimizer, to_device, train_step
+from quantrain.finetune.trainer import (
+    CLASSIFICATION,
+    EVAL_BATCH,
+    Task,
+    TrainSettings,
+    make_optimizer,
+    to_device,
+    train_step,
+)
 
 ROWS = 8  # samples of a step that is tried and not timed
 
@@ -58,6 +66,7 @@ def rehearse(
     device: torch.device,
     *,
     steps: int,
+    task: Task = CLASSIFICATION,
 ) -> float:
     """Take training steps (forward only where the recipe does not train) on a prepared copy of ``baseline``.
 
@@ -76,17 +85,19 @@ def rehearse(
         model = model if recipe is None else qnn.prepare(model, recipe, skip=skip)
         rows = min(settings.batch_size if steps > 1 else ROWS, data.train_size)
         batch = to_device(data.train_batch(torch.arange(rows), None), device)
+        batch = batch if steps > 1 else task.trial(batch)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
-        optimizer = make_optimizer(model, settings)
+        trains = recipe is None or recipe.training
+        optimizer = make_optimizer(model, settings) if trains else None
         model.train()  # observers are on
         times = []
         for _ in range(steps):
             started = time.perf_counter()
-            if recipe is None or recipe.training:
-                float(train_step(model, optimizer, batch, autocast))
+            if trains:
+                float(train_step(model, optimizer, batch, autocast, task=task))
             else:
                 with torch.no_grad():
-                    float(model(*batch[0]).sum())
+                    float(task.loss(model, batch))
             times.append(time.perf_counter() - started)
         if recipe is not None:
             qnn.convert(model.eval(), check_observed=qnn.handler_of(recipe).rebuilds)

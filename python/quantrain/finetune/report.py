@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from quantrain.finetune.results import FailedStage, StageResult
-from quantrain.finetune.table import HEADER, rows
+from quantrain.finetune.results import StageResult
 
 _STYLE = """
 :root {
@@ -47,7 +47,7 @@ dl.columns { font-size: .92em; }
 }
 """
 
-_COLUMNS = (
+COLUMNS = (
     ("accuracy", "share of the test samples that the model gets right; of a quantized model, as it is stored"),
     ("change", "difference to float32 in percentage points"),
     ("size on disk", "size of the model's file"),
@@ -56,6 +56,25 @@ _COLUMNS = (
     ("training step", "time of one training step (median)"),
     ("total time", "time for making and testing this model"),
 )
+
+
+@dataclass(frozen=True)
+class ReportTable:
+    """A table of the report.
+
+    Attributes:
+        header: The columns' names.
+        lines: The cells; a line of two cells in a wider table is a failed stage and why.
+        heading: The heading that it stands under; the report's first table has none.
+        note: What stands above it.
+        columns: (name, explanation) pairs that stand below it.
+    """
+
+    header: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    heading: str = ""
+    note: str = ""
+    columns: Sequence[tuple[str, str]] = ()
 
 
 def data_uri(path: Path) -> str:
@@ -78,7 +97,8 @@ def _html_table(
     return f'<div class="wide"><table{kind}><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
-def _convert_note(results: Sequence[StageResult]) -> str:
+def convert_note(results: Sequence[StageResult]) -> str:
+    """How far the models as stored are from the models as trained; "" where nothing was converted."""
     measured = [result for result in results if result.convert_difference is not None]
     if not measured:
         return ""
@@ -93,9 +113,9 @@ def _integer(value: int | None) -> str:
     return "-" if value is None else f"{value:,}"
 
 
-def _audits(results: Sequence[StageResult]) -> str:
+def audit_tables(results: Sequence[StageResult]) -> list[ReportTable]:
     """Accuracy and operations of every integer-only network."""
-    parts = []
+    tables = []
     for result in results:
         if not result.audit:
             continue
@@ -103,13 +123,20 @@ def _audits(results: Sequence[StageResult]) -> str:
             (row.name, row.op, row.operations, row.operands, row.accumulator or "-", row.result, _integer(row.bound))
             for row in result.audit
         ]
-        parts.append(
-            f"<h2>{html.escape(result.stage)}: the integer-only network</h2>"
-            f'<p class="note">Accuracy {100 * result.accuracy:.2f} %, computed by 8-bit multiplies, adds, shifts and compares alone '
+        note = (
+            f"Accuracy {100 * result.accuracy:.2f} %, computed by 8-bit multiplies, adds, shifts and compares alone "
             f"({len(result.audit)} layers, each checked; no sum passes 2^31); floating point stands only before the input's codes and after "
-            f"the last sums.</p>{_html_table(_AUDIT_HEADER, lines)}"
+            "the last sums."
         )
-    return "".join(parts)
+        tables.append(ReportTable(_AUDIT_HEADER, lines, f"{result.stage}: the integer-only network", note))
+    return tables
+
+
+def _section(table: ReportTable) -> str:
+    heading = f"<h2>{html.escape(table.heading)}</h2>" if table.heading else ""
+    note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
+    columns = _definitions(table.columns, "columns") if table.columns else ""
+    return heading + note + _html_table(table.header, table.lines) + columns
 
 
 def _definitions(entries: Sequence[tuple[str, str]], kind: str = "facts") -> str:
@@ -121,10 +148,13 @@ def write_report(
     path: Path,
     title: str,
     lead: str,
-    stages: Sequence[StageResult | FailedStage],
+    table: ReportTable,
     recipes: tuple[Sequence[str], Sequence[Sequence[str]]],
     figures: Sequence[tuple[str, str, Path]],
     facts: Sequence[tuple[str, str]],
+    *,
+    note: str = "",
+    more: Sequence[ReportTable] = (),
 ) -> None:
     """Write the report.
 
@@ -132,27 +162,26 @@ def write_report(
         path: The file to write.
         title: Its heading.
         lead: One sentence under the heading.
-        stages: The table's rows, the float32 baseline first.
+        table: The stages, the baseline first.
         recipes: What each recipe does: a header and rows.
         figures: (heading, explanation, PNG file); figures with one heading stand under it together.
         facts: (name, value) pairs of how the run was made.
+        note: What stands under the recipes.
+        more: Tables after the figures.
     """
     parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="lead">{html.escape(lead)}</p>']
-    parts.append(_html_table(HEADER, rows(stages), first_is_base=True))
-    results = [stage for stage in stages if isinstance(stage, StageResult)]
-    parts.append(_definitions(_COLUMNS, "columns"))
+    parts.append(_html_table(table.header, table.lines, first_is_base=True))
+    parts.append(_definitions(table.columns, "columns"))
     parts.append(f"<h2>The recipes</h2>{_html_table(*recipes, words=True)}")
-    parts.append(
-        f'<p class="note">All settings are in config.json beside this file. {html.escape(_convert_note(results))}</p>'
-    )
+    parts.append(f'<p class="note">All settings are in config.json beside this file. {html.escape(note)}</p>')
     last_heading = None
-    for heading, note, figure in figures:
+    for heading, text, figure in figures:
         if heading != last_heading:
             parts.append(f"<h2>{html.escape(heading)}</h2>")
-            parts.append(f'<p class="note">{html.escape(note)}</p>' if note else "")
+            parts.append(f'<p class="note">{html.escape(text)}</p>' if text else "")
             last_heading = heading
         parts.append(f'<img src="{data_uri(figure)}" alt="{html.escape(f"{heading} ({figure.stem})")}">')
-    parts.append(_audits(results))
+    parts += [_section(section) for section in more]
     parts.append(f"<h2>How it was made</h2>{_definitions(facts)}")
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -7,8 +7,12 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from quantrain._C import replace_file
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,13 @@ class StageResult:
     audit: tuple[AuditRow, ...] = field(default=())
     latency_seconds: float | None = None
 
+    @classmethod
+    def from_entry(cls, entry: dict) -> Self:
+        """The result that ``asdict`` made ``entry`` of."""
+        errors = tuple(LayerError(**error) for error in entry["layer_errors"])
+        audit = tuple(AuditRow(**row) for row in entry.get("audit", []))
+        return cls(**{**entry, "layer_errors": errors, "audit": audit})
+
 
 @dataclass(frozen=True)
 class FailedStage:
@@ -100,35 +111,28 @@ class FailedStage:
     seconds: float
 
 
-def read_results(folder: Path) -> dict[str, StageResult]:
+Result = TypeVar("Result")  # StageResult, or what another job measures
+
+
+def read_results(folder: Path, kind: type[Result] = StageResult) -> dict[str, Result]:
     """The finished stages by name, in the order they finished; failed ones are left out.
 
     Raises:
-        ValueError: results.json is not what write_results writes.
+        ValueError: results.json is not what write_results writes of results of that kind.
     """
     path = folder / "results.json"
     if not path.is_file():
         return {}
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        results = [
-            StageResult(
-                **{
-                    **entry,
-                    "layer_errors": tuple(LayerError(**error) for error in entry["layer_errors"]),
-                    "audit": tuple(AuditRow(**row) for row in entry.get("audit", [])),
-                }
-            )
-            for entry in entries
-            if "failed" not in entry
-        ]
+        results = [kind.from_entry(entry) for entry in entries if "failed" not in entry]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: expected the results of an earlier run, got {error}") from error
     return {result.stage: result for result in results}
 
 
-def write_results(folder: Path, results: Iterable[StageResult | FailedStage]) -> None:
-    """Write results.json, whole or not at all."""
+def write_results(folder: Path, results: Iterable[object]) -> None:
+    """Write results.json, the results and FailedStages, whole or not at all."""
     write_json(folder / "results.json", [asdict(result) for result in results])
 
 

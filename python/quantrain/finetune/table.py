@@ -34,14 +34,20 @@ def _row(result: StageResult | FailedStage, baseline: StageResult) -> tuple[str,
 
 
 def format_table(results: Sequence[StageResult | FailedStage]) -> str:
-    """The table as text, in columns two spaces apart; numbers are aligned right, and a failed stage's reason follows
-    its name."""
-    cells = [HEADER, *rows(results)]
+    """The table as text; a failed stage's reason follows its name."""
+    return format_cells(HEADER, rows(results))
+
+
+def format_cells(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Rows as text, in columns two spaces apart; all but the first column are aligned right. A row of two cells in a
+    wider table is a name and what follows it."""
+    cells = [tuple(header), *body]
+    wide = [row for row in cells if len(row) == len(header)]
     widths = [max(len(row[0]) for row in cells)]
-    widths += [max(len(row[column]) for row in cells if len(row) > 2) for column in range(1, len(HEADER))]
+    widths += [max(len(row[column]) for row in wide) for column in range(1, len(header))]
     lines = [
         f"{row[0].ljust(widths[0])}  {row[1].splitlines()[0]}"
-        if len(row) == 2
+        if len(row) < len(header)
         else "  ".join(
             [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         )

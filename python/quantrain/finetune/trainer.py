@@ -25,9 +25,12 @@ from torch.nn import functional
 from quantrain import nn as qnn
 from quantrain._C import replace_file
 from quantrain.finetune.data import Batch
+from quantrain.finetune.memory import peak_bytes
 from quantrain.finetune.metrics import Metrics
 from quantrain.finetune.progress import Progress
+from quantrain.optim import AdamW8bit
 
+OPTIMIZERS = ("sgd", "adamw", "adamw8bit")
 SAVE_SECONDS = 30.0  # between saves of the training state; a save of MiniLM's 270 MB takes 0.3 s
 EVAL_BATCH = 256
 
@@ -72,13 +75,15 @@ class TrainSettings:
         epochs: Passes over the training set; 0.5 is half of one.
         lr: The schedule's largest learning rate.
         batch_size: Samples per step.
-        optimizer: ``"sgd"`` (Nesterov momentum 0.9) or ``"adamw"``.
+        optimizer: ``"sgd"`` (Nesterov momentum 0.9), ``"adamw"``, or ``"adamw8bit"`` (its moments in 8 bits a number).
         weight_decay: Applied to weights, not to biases, norms and quantizer scales.
         warmup: The part of the steps over which the learning rate rises.
         freeze: The part of the steps after which the ranges of a quantized model no longer follow its tensors.
         precision: ``"float32"``, or ``"bf16"`` for autocast.
         seed: Seeds the order of the data.
         max_steps: Stop after this many steps of the schedule; None takes them all.
+        accumulate: Parts that a step's samples are split into; their gradients are added, so the step is the same.
+        max_norm: A larger norm of all gradients together is brought down to this; None leaves them.
     """
 
     epochs: float
@@ -91,6 +96,8 @@ class TrainSettings:
     precision: str = "float32"
     seed: int = 0
     max_steps: int | None = None
+    accumulate: int = 1
+    max_norm: float | None = None
 
     def total_steps(self, train_size: int) -> int:
         """The length of the schedule in steps."""
@@ -114,11 +121,13 @@ class TrainResult:
         steps: Steps taken, those of earlier runs included.
         step_seconds: The median time of a step.
         earlier_seconds: Wall time that earlier, interrupted runs of the stage spent training.
+        optimizer_bytes: What the optimizer's state takes.
     """
 
     steps: int
     step_seconds: float
     earlier_seconds: float
+    optimizer_bytes: int = 0
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float = 0.25) -> float:
@@ -138,21 +147,27 @@ def learning_rate(step: int, total: int, peak: float, warmup: float = 0.25) -> f
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """The optimizer over two groups: weights of two or more dimensions, which decay, and everything else.
+    """The optimizer over two groups: weights of two or more dimensions, which decay, and everything else that trains.
 
     Raises:
-        ValueError: ``settings.optimizer`` is no known name.
+        ValueError: ``settings.optimizer`` is no known name, or nothing of the model trains.
     """
     decayed, other = [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         decays = name.endswith("weight") and parameter.dim() >= 2
         (decayed if decays else other).append(parameter)
+    if not decayed and not other:
+        raise ValueError("optimizer: expected a model with parameters that train, got none")
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": other, "weight_decay": 0.0}]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True)
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr)
-    raise ValueError(f"optimizer: expected sgd or adamw, got {settings.optimizer!r}")
+    if settings.optimizer == "adamw8bit":
+        return AdamW8bit(groups, lr=settings.lr)
+    raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {settings.optimizer!r}")
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -174,6 +189,35 @@ def evaluate(model: nn.Module, data, device: torch.device, stop: StopRequest | N
         if stop is not None:
             stop.check()
     return correct / data.test_size, loss / data.test_size
+
+
+class Task:
+    """What a training step and an evaluation compute; this one tells the classes of samples."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean cross-entropy of a batch, on the model's device."""
+        inputs, labels = batch
+        return functional.cross_entropy(model(*inputs).float(), labels)
+
+    def terms(self, batch: Batch) -> int:
+        """How many numbers ``loss`` is the mean of."""
+        return len(batch[1])
+
+    def evaluate(self, model: nn.Module, data, device: torch.device, stop: StopRequest | None = None) -> dict:
+        """What the test set says, by the names that metrics.jsonl has."""
+        accuracy, loss = evaluate(model, data, device, stop)
+        return {"accuracy": accuracy, "loss": loss}
+
+    def tokens(self, batch: Batch) -> int | None:
+        """Tokens of a batch, where the speed of training is told in tokens."""
+        return None
+
+    def trial(self, batch: Batch) -> Batch:
+        """What of a batch a step takes that only shows whether the model trains."""
+        return batch
+
+
+CLASSIFICATION = Task()
 
 
 @torch.inference_mode()
@@ -205,7 +249,7 @@ class _State:
             "step": step,
             "seconds": seconds,
             "durations": durations,
-            "model": self.model.state_dict(),
+            "model": _changing_tensors(self.model),
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
@@ -224,7 +268,7 @@ class _State:
             return 0, 0.0, []
         try:
             state = torch.load(self.path, map_location=device, weights_only=True)
-            self.model.load_state_dict(state["model"])
+            _load_changing_tensors(self.model, state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["rng"].cpu())
             if torch.cuda.is_available() and state.get("cuda_rng") is not None:
@@ -232,6 +276,36 @@ class _State:
             return state["step"], state["seconds"], state["durations"]
         except Exception as error:
             raise ValueError(f"{self.path}: expected the state of this training stage, got {error}") from error
+
+
+def _changing_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict; of a model with LoRA what trains alone, since packed weights stay what prepare made of them."""
+    if not _has_lora(model):
+        return model.state_dict()
+    return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def _has_lora(model: nn.Module) -> bool:
+    return any(isinstance(module, qnn.LoraLinear) for module in model.modules())
+
+
+@torch.no_grad()
+def _load_changing_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    if not _has_lora(model):
+        model.load_state_dict(tensors)
+        return
+    own = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    expected, found = ({name: list(value.shape) for name, value in named.items()} for named in (own, tensors))
+    if expected != found:
+        odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))[0]
+        raise ValueError(f"expected {odd} of shape {expected.get(odd)}, got {found.get(odd)}")
+    for name, value in own.items():
+        value.copy_(tensors[name])
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    tensors = (value for state in optimizer.state.values() for value in state.values())
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def _batches(data, settings: TrainSettings, first: int, last: int) -> Iterator[tuple[int, int, Batch]]:
@@ -250,15 +324,46 @@ def _batches(data, settings: TrainSettings, first: int, last: int) -> Iterator[t
                 yield step, epoch, data.train_batch(indices, generator)
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, autocast) -> Tensor:
-    """One step on the mean cross-entropy; the result is the loss before the update."""
+def _parts(batch: Batch, count: int) -> Iterator[Batch]:
+    """The batch's samples in ``count`` runs, or in as many as there are samples."""
     inputs, labels = batch
-    with autocast:
-        loss = functional.cross_entropy(model(*inputs).float(), labels)
+    for *part, answers in zip(*(tensor.chunk(count) for tensor in (*inputs, labels)), strict=True):
+        yield tuple(part), answers
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    autocast,
+    *,
+    task: Task = CLASSIFICATION,
+    parts: int = 1,
+    max_norm: float | None = None,
+) -> Tensor:
+    """One step on the task's mean loss; the result is the loss before the update.
+
+    Args:
+        parts: The gradients of so many parts of the batch are added, each by its share of the loss's terms.
+        max_norm: The gradients are scaled down where their norm, all together, is larger.
+    """
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    if parts == 1:
+        with autocast:
+            total = task.loss(model, batch)
+        total.backward()
+    else:
+        terms, total = task.terms(batch), torch.zeros((), device=batch[1].device)
+        for part in _parts(batch, parts):
+            with autocast:
+                loss = task.loss(model, part) * (task.terms(part) / terms)
+            loss.backward()
+            total += loss.detach()
+    if max_norm is not None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, max_norm)
     optimizer.step()
-    return loss.detach()
+    return total.detach()
 
 
 def train(
@@ -271,6 +376,7 @@ def train(
     state_path: Path,
     device: torch.device,
     stop: StopRequest,
+    task: Task = CLASSIFICATION,
 ) -> TrainResult:
     """Train ``model`` in place, from the state file where an earlier run left one.
 
@@ -313,18 +419,21 @@ def train(
             rate = learning_rate(step, total, settings.lr, settings.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss = float(train_step(model, optimizer, to_device(batch, device), autocast))
+            options = {"task": task, "parts": settings.accumulate, "max_norm": settings.max_norm}
+            loss = float(train_step(model, optimizer, to_device(batch, device), autocast, **options))
             durations.append(time.perf_counter() - begun)
             if not math.isfinite(loss):
                 raise ValueError(f"{stage}: expected a finite loss, got {loss} at step {step} (learning rate {rate:g})")
-            metrics.step(stage, step, epoch, loss, rate, seconds())
-            progress.update(loss, rate)
+            tokens = task.tokens(batch)
+            more = {} if tokens is None else {"tokens_per_second": round(tokens / durations[-1], 1)}
+            metrics.step(stage, step, epoch, loss, rate, seconds(), **more)
+            progress.update(loss, rate, tokens, durations[-1], 0 if tokens is None else peak_bytes(device))
             epoch_ends = (step + 1) % per_epoch == 0 and step + 1 < last
             if stop.requested or epoch_ends or state.due():
                 state.save(step + 1, seconds(), durations)
                 stop.check()
             if epoch_ends:
-                metrics.evaluation(stage, step + 1, epoch + 1, *evaluate(model, data, device))
+                metrics.evaluation(stage, step + 1, epoch + 1, **task.evaluate(model, data, device))
                 model.train()
     state.save(last, seconds(), durations)
-    return TrainResult(last, statistics.median(durations), before)
+    return TrainResult(last, statistics.median(durations), before, _state_bytes(optimizer))

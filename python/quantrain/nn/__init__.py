@@ -29,6 +29,7 @@ from .fixed_point.layers import FixedPointAvgPool2d, FixedPointConv2d, FixedPoin
 from .fixed_point.network import FixedPointNetwork
 from .fixed_point.onnx import export_onnx
 from .fixed_point.prepare import FixedPointGraph
+from .four_bit import Embedding4bit, FourBitLayer, Linear4bit, LoraLinear, load_packed_layers
 from .four_bit_formats import (
     EightBitWeight,
     FourBitConfig,
@@ -55,6 +56,7 @@ from .four_bit_formats import (
 from .gradient_probe import GradientProbe, ProbeTable
 from .int8_linear import Int8Linear, Int8TransposedLinear, enable_weight_cache
 from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear, QuantTransposedLinear
+from .lora import MergeTable, enable_lora, lora_adapter, lora_parameters, merge, set_lora_adapter
 from .observers import (
     MinMaxObserver,
     MovingAverageMinMaxObserver,
@@ -85,24 +87,29 @@ __all__ = [
     "CalibrationReport",
     "CheckpointInfo",
     "EightBitWeight",
+    "Embedding4bit",
     "ErrorTable",
     "FakeQuantize",
     "FixedPointActivation",
     "FixedPointAvgPool2d",
     "FixedPointConv2d",
+    "FixedPointGraph",
     "FixedPointLinear",
     "FixedPointNetwork",
-    "FixedPointGraph",
     "FoldedBatchNorm2d",
     "FourBitConfig",
+    "FourBitLayer",
     "FourBitWeight",
     "GgufFile",
     "GradientProbe",
     "Int8Linear",
     "Int8TransposedLinear",
+    "Linear4bit",
     "LoraAdapter",
+    "LoraLinear",
     "LoraWeight",
     "MSEObserver",
+    "MergeTable",
     "MinMaxObserver",
     "MovingAverageMinMaxObserver",
     "Observer",
@@ -135,6 +142,7 @@ __all__ = [
     "convert",
     "enable_fake_quant",
     "enable_gradient_quant",
+    "enable_lora",
     "enable_observer",
     "enable_weight_cache",
     "export_onnx",
@@ -152,7 +160,11 @@ __all__ = [
     "load_checkpoint",
     "load_four_bit_layers",
     "load_lora_adapter",
+    "load_packed_layers",
+    "lora_adapter",
+    "lora_parameters",
     "make_observer",
+    "merge",
     "model_size",
     "pact",
     "prepare",
@@ -163,11 +175,12 @@ __all__ = [
     "read_gguf",
     "save_checkpoint",
     "save_lora_adapter",
+    "set_lora_adapter",
+    "simulated_codes",
     "to_awq",
     "to_bitsandbytes",
     "to_compressed_tensors",
     "to_gptq",
-    "write_safetensors",
-    "simulated_codes",
     "weight_scale_shape",
+    "write_safetensors",
 ]

@@ -331,6 +331,8 @@ def _formats(recipe: Recipe, like: _Formats | None = None) -> _Formats:
         spec: QuantSpec | None = getattr(recipe, tensor)
         if spec is not None and not (tensor == "input" and like is not None and "input" not in like):
             result[tensor] = {"bits": spec.bits, "symmetric": spec.symmetric, "granularity": spec.granularity}
+            if spec.format != "int":
+                result[tensor]["format"] = spec.format
             if spec.granularity == "per_group":
                 result[tensor]["group_size"] = spec.group_size
     return result
@@ -340,7 +342,8 @@ def _text(formats: _Formats) -> str:
     parts = []
     for tensor, f in formats.items():
         group = f" of {f['group_size']}" if "group_size" in f else ""
-        parts.append(f"{tensor} {'int' if f['symmetric'] else 'uint'}{f['bits']} {f['granularity']}{group}")
+        codes = f.get("format", f"{'int' if f['symmetric'] else 'uint'}{f['bits']}")
+        parts.append(f"{tensor} {codes} {f['granularity']}{group}")
     return ", ".join(parts)
 
 

@@ -12,7 +12,7 @@ from .graph import copied
 from .layers import QuantEmbedding, QuantLayer
 from .prepare import PrepareSummary, check_model, check_patterns, matching, some, swapped
 from .quantized import QuantizedLayer, check_convertible, quantized_layer
-from .schemes import SchemeHandler, handlers
+from .schemes import SchemeHandler, handler_of, handlers
 
 __all__ = ["convert", "is_converted"]
 
@@ -35,7 +35,8 @@ def convert(
             outputs mean nothing until then.
 
     Returns:
-        The model (a new module where ``model`` is itself a prepared layer). For one in fixed point, a new
+        The model (a new module where ``model`` is itself a prepared layer). One whose layers ``prepare`` packed in 4 bits
+        is returned as it is. For one in fixed point, a new
         :class:`FixedPointNetwork`, whose ``network`` is integers throughout; ``model`` stays as it is.
 
     Raises:
@@ -62,6 +63,8 @@ def convert(
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
     if not layers:
         converted = is_converted(model)
+        if converted and not skip and all(handler_of(m.recipe).packs for m in model.modules() if isinstance(m, QuantizedLayer)):
+            return model if inplace else copied(model)
         state = (
             "one that is converted already" if converted else "one without quantized layers (use what prepare returned)"
         )

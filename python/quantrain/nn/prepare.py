@@ -23,7 +23,7 @@ from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear, QuantT
 from .new_parameters import new_parameters
 from .quantized import QuantizedLayer
 from .recipes import as_recipe, changed_recipe
-from .schemes import handler_of, handlers
+from .schemes import SchemeHandler, handler_of, handlers
 from .weight_hooks import unknown_weight
 
 __all__ = ["PrepareSummary", "matching", "prepare", "quantizable", "some", "swapped"]
@@ -82,6 +82,11 @@ def prepare(
     never called (``F.linear(x, self.fc.weight)``). Weights of ``torch.nn.utils``' weight_norm, spectral_norm and prune
     hooks are computed in training as before. Under a recipe of integer products (``int8-training``, ``int8-static``)
     only linear layers are swapped, in the first for :class:`Int8Linear`.
+
+    Under a recipe of 4-bit weights (``nf4``, ``int4-g128``, ...) linear layers become :class:`Linear4bit`, their weights
+    packed at once; under ``qlora`` :class:`LoraLinear`, and nothing else is trained (``requires_grad``). Embeddings, norms
+    and the head stay: the layer of the model's ``get_output_embeddings()``, layers tied to an embedding, else the last
+    linear layer, which is trained under ``qlora``, being a new classifier.
 
     Under a recipe of fixed-point arithmetic (``f8net``, ``f8net-tiny``) the whole network becomes integers, so it is
     traced with torch.fx and rebuilt: a NEW module (:class:`FixedPointGraph`) is returned, in the mode of ``model``,
@@ -156,8 +161,11 @@ def prepare(
         )
     unable = {name: reason for name in names if (reason := _unable(name, layers[name], graph))}
     names = [name for name in names if name not in unable]
-    recipes = _layer_recipes(base, names, _call_order(model, graph, names), overrides, matches)
+    order = _call_order(model, graph, names)
+    recipes = _layer_recipes(base, names, order, overrides, matches)
     without = {name: reason for name in names if (reason := _no_effect(layers[name], recipes[name]))}
+    for handler, mine in _by_handler(recipes, [name for name in names if name not in without]).items():
+        without |= handler.left_layers(model, {name: layers[name] for name in mine}, recipes, order)
     unable |= {name: reason for name in names if (reason := _no_twin(layers[name], recipes[name]))}
     without |= unable
     names = [name for name in names if name not in without]
@@ -184,6 +192,8 @@ def prepare(
     rows = [_summary_row(name, twins[id(layers[name])]) for name in names]
     model = swapped(model, twins)
     _leave_fast_path(model)
+    for handler, mine in _by_handler(recipes, names).items():
+        handler.prepared(model, {name: twins[id(layers[name])] for name in mine}, left)
     model.quantization_summary = PrepareSummary(rows, left, base)
     model.quantization_summary.new_parameters = new_parameters(model, parameters)
     logger.info("%s", model.quantization_summary)
@@ -285,6 +295,14 @@ def _layer_recipes(
     return recipes
 
 
+def _by_handler(recipes: Mapping[str, Recipe], names: Sequence[str]) -> dict[SchemeHandler, list[str]]:
+    """The scheme's handler -> which of ``names`` it is of."""
+    found: dict[SchemeHandler, list[str]] = {}
+    for name in names:
+        found.setdefault(handler_of(recipes[name]), []).append(name)
+    return found
+
+
 def _no_effect(layer: nn.Module, recipe: Recipe) -> str:
     """Why the recipe means nothing for the layer, or "". An embedding has no input to quantize."""
     if reason := handler_of(recipe).left_float(_twins()[type(layer)], recipe):
@@ -369,7 +387,7 @@ def _left_float(
 def _summary_row(name: str, layer: QuantLayer) -> dict[str, str | None]:
     row: dict[str, str | None] = {"layer": name, "type": type(layer).__name__}
     for tensor in ("weight", "input", "output"):
-        fake_quant = getattr(layer, f"{tensor}_fake_quant")
+        fake_quant = getattr(layer, f"{tensor}_fake_quant", None)
         row[tensor] = None
         if fake_quant is not None:
             spec = fake_quant.spec

@@ -402,10 +402,10 @@ def quantized_layer(layer: nn.Module, *, check_observed: bool = True) -> Quantiz
         twin = handler_of(layer.recipe).converted_class(layer, twin)
     if twin is None:
         raise TypeError(f"convert: expected a prepared layer, got {type(layer).__name__}")
-    return _with_hooks_of(layer, twin(layer, check_observed=check_observed))
+    return with_hooks_of(layer, twin(layer, check_observed=check_observed))
 
 
-def _with_hooks_of(layer: nn.Module, converted: QuantizedLayer) -> QuantizedLayer:
+def with_hooks_of(layer: nn.Module, converted: QuantizedLayer) -> QuantizedLayer:
     """Keeps the forward hooks that users put on the layer; those that computed its weight are done."""
     computing = {key for key, hook in layer._forward_pre_hooks.items() if computes_weight(hook)}
     for name in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):

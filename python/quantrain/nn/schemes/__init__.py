@@ -7,7 +7,7 @@ and knows none by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class SchemeHandler:
         kind: what the recipe's scheme calls itself; "" for recipes without one.
         rebuilds: whether ``prepare`` makes a new network of the whole model, and ``convert`` another, rather than swap
             layers.
+        packs: whether the layers of ``prepare`` store codes at once, so that ``convert`` leaves them as they are.
         summary_columns: key -> header of columns that the scheme adds to the summary, shown where a row has a value.
         network_format, network_reader: the format that the files of converted networks name, where they are no
             checkpoints of modules, and what reads them.
@@ -35,6 +36,7 @@ class SchemeHandler:
 
     kind: ClassVar[str] = ""
     rebuilds: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
     summary_columns: ClassVar[dict[str, str]] = {}
     network_format: ClassVar[str | None] = None
     network_reader: ClassVar[str] = ""
@@ -52,6 +54,24 @@ class SchemeHandler:
     def no_twin(self, twin: type[QuantLayer], recipe: Recipe) -> str:
         """Why layers of that kind stay in floating point, for want of a way to run them so, or ""."""
         return ""
+
+    def left_layers(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        recipes: Mapping[str, Recipe],
+        order: Sequence[str],
+    ) -> dict[str, str]:
+        """Float layers of this scheme's recipes that stay so for their place in the model -> why.
+
+        Args:
+            layers, recipes: by name.
+            order: the names of all layers in order of call, or of registration.
+        """
+        return {}
+
+    def prepared(self, model: nn.Module, layers: Mapping[str, nn.Module], left_float: Mapping[str, str]) -> None:
+        """Called with the model when its layers are swapped; ``layers``: those of this scheme's recipes."""
 
     def takes_float64(self, recipe: Recipe) -> bool:
         return True

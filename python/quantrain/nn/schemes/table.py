@@ -2,6 +2,7 @@
 
 from . import (  # noqa: F401
     fixed_point,
+    four_bit,
     gradient_quant,
     int8,
 )
