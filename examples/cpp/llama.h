@@ -1,0 +1,269 @@
+// A Llama model (Touvron et al., arXiv:2302.13971; grouped-query attention as in Llama 2 and 3), with the parameter
+// names and arithmetic of transformers' LlamaForCausalLM.
+#pragma once
+
+#include <quantrain/nn/four_bit.h>
+#include <quantrain/nn/layers.h>
+#include <torch/nn/init.h>
+#include <torch/nn/modules/container/modulelist.h>
+#include <torch/nn/modules/embedding.h>
+#include <torch/nn/modules/linear.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/cross_entropy_loss.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/outer.h>
+#include <ATen/ops/pow.h>
+#include <ATen/ops/rsqrt.h>
+#include <ATen/ops/scaled_dot_product_attention.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/where.h>
+
+#include "llama_config.h"
+#include "recompute.h"
+
+namespace example {
+
+using MaybeRecipe = std::optional<quantrain::nn::Recipe>;
+
+// torch::nn::Linear without a recipe; Linear4bit or LoraLinear under one that packs 4 bits, else QuantLinear.
+// Registered in its parent under `name`.
+class AnyLinear {
+ public:
+  AnyLinear(torch::nn::Module& parent, const std::string& name, int64_t in_features, int64_t out_features, bool bias,
+            const MaybeRecipe& recipe) {
+    const auto options = torch::nn::LinearOptions(in_features, out_features).bias(bias);
+    const auto* four_bit = recipe ? recipe->scheme_as<quantrain::nn::FourBitSpec>() : nullptr;
+    if (four_bit && four_bit->lora_rank > 0) {
+      four_bit_ = parent.register_module(name, quantrain::nn::LoraLinear(options, *recipe));
+    } else if (four_bit) {
+      four_bit_ = parent.register_module(name, quantrain::nn::Linear4bit(options, *recipe));
+    } else if (recipe) {
+      quantized_ = parent.register_module(name, quantrain::nn::QuantLinear(options, *recipe));
+    } else {
+      plain_ = parent.register_module(name, torch::nn::Linear(options));
+    }
+  }
+
+  // at::linear and not Linear::forward, which adds the bias in a kernel of its own, after rounding the product in 16
+  // bit.
+  at::Tensor operator()(const at::Tensor& x) {
+    if (four_bit_) return four_bit_->forward(x);
+    return quantized_ ? quantized_->forward(x) : at::linear(x, plain_->weight, plain_->bias);
+  }
+
+ private:
+  torch::nn::Linear plain_{nullptr};
+  quantrain::nn::QuantLinear quantized_{nullptr};
+  std::shared_ptr<quantrain::nn::Linear4bitImpl> four_bit_;
+};
+
+// y = weight * (x / rms(x)), the quotient in float32 and then in x's type.
+class RMSNormImpl : public torch::nn::Module {
+ public:
+  RMSNormImpl(int64_t width, double eps) : eps_(eps) { weight_ = register_parameter("weight", at::ones({width})); }
+
+  at::Tensor forward(const at::Tensor& x) {
+    const at::Tensor exact = x.to(at::kFloat);
+    const at::Tensor variance = exact.pow(2).mean(-1, /*keepdim=*/true);
+    return weight_ * (exact * at::rsqrt(variance + eps_)).to(x.scalar_type());
+  }
+
+ private:
+  double eps_;
+  at::Tensor weight_;
+};
+TORCH_MODULE(RMSNorm);
+
+// Angles' cosines and sines, each [T, head_dim]: the second half repeats the first.
+struct Rotation {
+  at::Tensor cos;
+  at::Tensor sin;
+
+  // x [B, H, T, head_dim], its pairs (i, i + head_dim / 2) turned.
+  at::Tensor turn(const at::Tensor& x) const {
+    const std::vector<at::Tensor> halves = x.chunk(2, -1);
+    return x * cos + at::cat({-halves[1], halves[0]}, -1) * sin;
+  }
+};
+
+// Frequencies [head_dim / 2], float32. llama3 divides those of wavelengths beyond the original context by the factor,
+// leaves short ones, and goes from one to the other in between.
+inline at::Tensor rope_frequencies(const Rope& rope, int64_t head_dim) {
+  constexpr double kPi = 3.14159265358979323846;
+  const at::Tensor exponent = at::arange(0, head_dim, 2, at::kFloat) / head_dim;
+  const at::Tensor plain = 1.0 / at::pow(rope.theta, exponent);
+  if (rope.kind == Rope::Kind::kDefault) return plain;
+  const at::Tensor slow = plain / rope.factor;
+  if (rope.kind == Rope::Kind::kLinear) return slow;
+  const at::Tensor turns = rope.original_context / (2 * kPi / plain);  // within the original context
+  const at::Tensor smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor);
+  const at::Tensor between = (1 - smooth) * plain / rope.factor + smooth * plain;
+  return at::where(turns < rope.low_freq_factor, slow, at::where(turns > rope.high_freq_factor, plain, between));
+}
+
+// Causal self-attention, x [B, T, width] -> the same shape; every heads / kv_heads query heads share a key and value.
+class LlamaAttentionImpl : public torch::nn::Module {
+ public:
+  LlamaAttentionImpl(const LlamaConfig& config, const MaybeRecipe& recipe)
+      : head_dim_(config.head_dim),
+        dropout_(config.attention_dropout),
+        shared_(config.kv_heads != config.heads),
+        q_proj_(*this, "q_proj", config.width, config.heads * config.head_dim, config.attention_bias, recipe),
+        k_proj_(*this, "k_proj", config.width, config.kv_heads * config.head_dim, config.attention_bias, recipe),
+        v_proj_(*this, "v_proj", config.width, config.kv_heads * config.head_dim, config.attention_bias, recipe),
+        o_proj_(*this, "o_proj", config.heads * config.head_dim, config.width, config.attention_bias, recipe) {}
+
+  at::Tensor forward(const at::Tensor& x, const Rotation& rotation) {
+    const auto heads = [&](const at::Tensor& y) {
+      return y.view({x.size(0), x.size(1), -1, head_dim_}).transpose(1, 2);
+    };
+    const at::Tensor q = rotation.turn(heads(q_proj_(x)));
+    const at::Tensor k = rotation.turn(heads(k_proj_(x)));
+    const at::Tensor y = at::scaled_dot_product_attention(q, k, heads(v_proj_(x)), /*attn_mask=*/{},
+                                                          is_training() ? dropout_ : 0.0, /*is_causal=*/true,
+                                                          /*scale=*/std::nullopt, /*enable_gqa=*/shared_);
+    return o_proj_(y.transpose(1, 2).flatten(2));
+  }
+
+ private:
+  int64_t head_dim_;
+  double dropout_;
+  bool shared_;
+  AnyLinear q_proj_, k_proj_, v_proj_, o_proj_;
+};
+TORCH_MODULE(LlamaAttention);
+
+// SwiGLU (Shazeer, arXiv:2002.05202): down(silu(gate(x)) * up(x)).
+class LlamaMLPImpl : public torch::nn::Module {
+ public:
+  LlamaMLPImpl(const LlamaConfig& config, const MaybeRecipe& recipe)
+      : gate_proj_(*this, "gate_proj", config.width, config.inner, config.mlp_bias, recipe),
+        up_proj_(*this, "up_proj", config.width, config.inner, config.mlp_bias, recipe),
+        down_proj_(*this, "down_proj", config.inner, config.width, config.mlp_bias, recipe) {}
+
+  at::Tensor forward(const at::Tensor& x) { return down_proj_(at::silu(gate_proj_(x)) * up_proj_(x)); }
+
+ private:
+  AnyLinear gate_proj_, up_proj_, down_proj_;
+};
+TORCH_MODULE(LlamaMLP);
+
+// x + attention(norm(x)), then x + mlp(norm(x)).
+class LlamaBlockImpl : public torch::nn::Module {
+ public:
+  LlamaBlockImpl(const LlamaConfig& config, const MaybeRecipe& recipe) {
+    self_attn_ = register_module("self_attn", LlamaAttention(config, recipe));
+    mlp_ = register_module("mlp", LlamaMLP(config, recipe));
+    input_layernorm_ = register_module("input_layernorm", RMSNorm(config.width, config.norm_eps));
+    post_attention_layernorm_ = register_module("post_attention_layernorm", RMSNorm(config.width, config.norm_eps));
+  }
+
+  at::Tensor forward(const at::Tensor& input, const Rotation& rotation) {
+    const at::Tensor x = input + self_attn_->forward(input_layernorm_->forward(input), rotation);
+    return x + mlp_->forward(post_attention_layernorm_->forward(x));
+  }
+
+ private:
+  LlamaAttention self_attn_{nullptr};
+  LlamaMLP mlp_{nullptr};
+  RMSNorm input_layernorm_{nullptr};
+  RMSNorm post_attention_layernorm_{nullptr};
+};
+TORCH_MODULE(LlamaBlock);
+
+// Called with the path and the module of each part (embedding, block, norm, head) as soon as it is built: whoever loads
+// and converts there never holds more than one block in float32.
+using PartReady = std::function<void(const std::string& path, torch::nn::Module& part)>;
+
+// Tokens int64 [B, T] to final states [B, T, width].
+class LlamaModelImpl : public torch::nn::Module {
+ public:
+  LlamaModelImpl(const LlamaConfig& config, const MaybeRecipe& recipe, const PartReady& ready)
+      : frequencies_(rope_frequencies(config.rope, config.head_dim)) {
+    embed_tokens_ = register_module("embed_tokens", torch::nn::Embedding(config.vocab, config.width));
+    ready("model.embed_tokens", *embed_tokens_);
+    layers_ = register_module("layers", torch::nn::ModuleList());
+    for (int64_t i = 0; i < config.layers; ++i) {
+      blocks_.emplace_back(config, recipe);
+      layers_->push_back(blocks_.back());
+      ready("model.layers." + std::to_string(i), *blocks_.back());
+    }
+    norm_ = register_module("norm", RMSNorm(config.width, config.norm_eps));
+    ready("model.norm", *norm_);
+  }
+
+  at::Tensor forward(const at::Tensor& tokens, bool checkpointing) {
+    at::Tensor x = embed_tokens_->forward(tokens);
+    const Rotation rotation = rotation_of(x);
+    // The embedding is frozen, and recompute() asks for an input that requires grad.
+    if (checkpointing && at::GradMode::is_enabled() && !x.requires_grad()) x.requires_grad_(true);
+    for (LlamaBlock& block : blocks_) {
+      const Part part = [block = block.get(), rotation](const at::Tensor& y) { return block->forward(y, rotation); };
+      x = checkpointing ? recompute(part, x) : part(x);
+    }
+    return norm_->forward(x);
+  }
+
+  const at::Tensor& embedding() const { return embed_tokens_->weight; }
+
+ private:
+  Rotation rotation_of(const at::Tensor& x) {
+    if (frequencies_.device() != x.device()) frequencies_ = frequencies_.to(x.device());
+    const at::Tensor half = at::outer(at::arange(x.size(1), frequencies_.options()), frequencies_);
+    const at::Tensor angles = at::cat({half, half}, -1);
+    return {angles.cos().to(x.scalar_type()), angles.sin().to(x.scalar_type())};
+  }
+
+  at::Tensor frequencies_;
+  torch::nn::Embedding embed_tokens_{nullptr};
+  torch::nn::ModuleList layers_{nullptr};
+  std::vector<LlamaBlock> blocks_;
+  RMSNorm norm_{nullptr};
+};
+TORCH_MODULE(LlamaModel);
+
+// Tokens int64 [B, T] to logits [B, T, vocab]. The recipe is for the linear layers of the blocks; embedding, norms and
+// head stay float.
+class LlamaImpl : public torch::nn::Module {
+ public:
+  LlamaImpl(const LlamaConfig& config, const MaybeRecipe& recipe, const PartReady& ready) : config_(config) {
+    model_ = register_module("model", LlamaModel(config, recipe, ready));
+    if (config.tied) return;
+    lm_head_ =
+        register_module("lm_head", torch::nn::Linear(torch::nn::LinearOptions(config.width, config.vocab).bias(false)));
+    ready("lm_head", *lm_head_);
+  }
+
+  at::Tensor forward(const at::Tensor& tokens) {
+    return at::linear(model_->forward(tokens, checkpointing_), lm_head_ ? lm_head_->weight : model_->embedding());
+  }
+
+  // Whether blocks are computed again in the backward pass, which then needs the memory of one.
+  void use_checkpointing(bool on) { checkpointing_ = on; }
+  const LlamaConfig& config() const { return config_; }
+
+ private:
+  LlamaConfig config_;
+  bool checkpointing_ = false;
+  LlamaModel model_{nullptr};
+  torch::nn::Linear lm_head_{nullptr};
+};
+TORCH_MODULE(Llama);
+
+// Mean cross-entropy in nats per token, computed in float32.
+inline at::Tensor loss_of(const at::Tensor& logits, const at::Tensor& targets) {
+  return at::cross_entropy_loss(logits.to(at::kFloat).flatten(0, 1), targets.flatten());
+}
+
+}  // namespace example
