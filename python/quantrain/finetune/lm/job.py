@@ -7,6 +7,7 @@ merged model as transformers reads it. Any other recipe trains all weights and i
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -59,7 +60,8 @@ class LmJob(BaseJob):
         if length < 2:
             raise ValueError(f"--sequence-length: expected at least 2 tokens, got {length}")
         self.task = CausalLM(config.precision, length)
-        half = config.precision == "bf16" and all(trains_adapter(recipe) for recipe in self.recipes.values())
+        frozen = all(qnn.handler_of(recipe).packs for recipe in self.recipes.values())
+        half = config.precision == "bf16" and frozen
         self.lm = load_language_model(config.model, torch.bfloat16 if half else torch.float32, config.seed)
         if self.lm.context is not None and length > self.lm.context:
             raise ValueError(
@@ -186,10 +188,12 @@ class LmJob(BaseJob):
         self._keep(result, settings.epochs if trained else 0, summary, **values)
 
     def _prepared(self, name: str, recipe: Recipe) -> nn.Module:
-        """A copy of the model prepared on the CPU, so that the device never holds the weights unpacked, then moved and
-        calibrated; an interrupted stage that was calibrated keeps its calibration."""
+        """The model prepared on the CPU, so that the device never holds the weights unpacked, then moved and calibrated;
+        an interrupted stage that was calibrated keeps its calibration."""
+        last = name == next(reversed(self.recipes))  # whose stage needs no copy
+        model = self.lm.model if last else copy.deepcopy(self.lm.model)
         torch.manual_seed(self.config.seed)  # of the adapter's first values
-        model = qnn.prepare(copy.deepcopy(self.lm.model), recipe, skip=self.config.skip).to(self.device)
+        model = qnn.prepare(model, recipe, skip=self.config.skip).to(self.device)
         if qnn.handler_of(recipe).packs:
             return model
         path = self.checkpoint(name, "prepared")
@@ -294,7 +298,7 @@ class LmJob(BaseJob):
 
     def _write_report(self, results: list[LmResult]) -> None:
         curves = self.folder / "plots" / "curves.png"
-        shown = [result for result in results if result.loss is not None]
+        shown = [result for result in results if math.isfinite(result.perplexity)]
         plots.plot_curves(self.metrics.read(), shown, curves, _PERPLEXITY)
         report = self.folder / "report.html"
         write_report(

@@ -106,16 +106,18 @@ def set_checkpointing(model: Any, on: bool) -> None:
         ValueError: The model cannot do that.
     """
     if not on:
-        if model.is_gradient_checkpointing:
-            getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+        if _newer(model, "is_activation_checkpointing", "is_gradient_checkpointing"):
+            _newer(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
         return
     if not model.supports_gradient_checkpointing:
         raise ValueError(f"--checkpointing: expected a model that supports it, got {type(model).__name__}")
-    options = {"use_reentrant": False}  # reentrant checkpoints need inputs with gradients, which frozen embeddings lack
-    if hasattr(model, "activation_checkpointing_enable"):  # since transformers 5
-        model.activation_checkpointing_enable(options)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    # reentrant checkpoints need inputs with gradients, which frozen embeddings do not give
+    _newer(model, "activation_checkpointing_enable", "gradient_checkpointing_enable")({"use_reentrant": False})
+
+
+def _newer(model: Any, name: str, before: str) -> Any:
+    """The attribute of the model, or, of an older transformers, the one that it has been renamed from."""
+    return getattr(model, name if hasattr(type(model), name) else before)
 
 
 def _smollm2(dtype: torch.dtype) -> LanguageModel:

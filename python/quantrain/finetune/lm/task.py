@@ -48,9 +48,10 @@ class CausalLM(Task):
 
     def trial(self, batch: Batch) -> Batch:
         (ids,), labels = batch
-        learned = (labels != IGNORED).any(0).nonzero()  # of a chat, what is learned may come late
-        last = max(_TRIAL_TOKENS, int(learned[1 if len(learned) > 1 else 0]) + 1)
-        return (ids[:_TRIAL_ROWS, :last],), labels[:_TRIAL_ROWS, :last]
+        ids, labels = ids[:_TRIAL_ROWS], labels[:_TRIAL_ROWS]
+        first = int((labels[:, 1:] != IGNORED).any(0).nonzero()[0])  # what is learned of a chat may come late
+        last = max(_TRIAL_TOKENS, first + 2)
+        return (ids[:, :last],), labels[:, :last]
 
     @torch.inference_mode()
     def evaluate(self, model: nn.Module, data, device: torch.device, stop: StopRequest | None = None) -> dict:
