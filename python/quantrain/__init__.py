@@ -16,7 +16,16 @@ built_with_cuda: bool = _C.built_with_cuda
 cmake_prefix_path: str = str(Path(_C.__file__).parent / "share" / "cmake")
 
 from quantrain import amp, nn, optim  # noqa: E402
-from quantrain._C import FixedPointSpec, FourBitSpec, GradientQuantSpec, GradientSpec, Int8Spec, QuantSpec, Recipe, Scheme  # noqa: E402
+from quantrain._C import (  # noqa: E402
+    FixedPointSpec,
+    FourBitSpec,
+    GradientQuantSpec,
+    GradientSpec,
+    Int8Spec,
+    QuantSpec,
+    Recipe,
+    Scheme,
+)
 from quantrain.adamw_8bit import adamw_8bit_, dequantize_8bit_blockwise, quantize_8bit_blockwise  # noqa: E402
 from quantrain.fake_quant import (  # noqa: E402
     choose_qparams,

@@ -30,8 +30,8 @@ inline constexpr const char* const kNames<NanPolicy>[] = {"raise", "skip"};
 
 // One quantized tensor: which codes, how many elements share a scale, and where the scale comes from.
 //
-// format       what a code is: "int", bits and symmetric say which integers; or "nf4", "fp4", "e2m1", the floats of 4 bits
-//              of <quantrain/ops/four_bit.h>, for weights under a scheme that packs them
+// format       what a code is: "int", bits and symmetric say which integers; or "nf4", "fp4", "e2m1", the floats of 4
+//              bits of <quantrain/ops/four_bit.h>, for weights under a scheme that packs them
 // granularity  per_tensor   one scale
 //              per_channel  one scale per output channel of a weight (dimension 0)
 //              per_group    one scale per `group_size` elements along the last dimension of a Linear or Embedding

@@ -18,7 +18,7 @@ from torch import nn
 from .calibrates import Calibrates
 from .fake_quantize import FakeQuantize
 from .layers import QuantLayer
-from .schemes import handlers
+from .schemes import handler_of, handlers
 
 __all__ = [
     "CalibrationReport",
@@ -222,7 +222,7 @@ def calibrate(
 ) -> nn.Module:
     """Sets the ranges of a prepared model from ``batches``; see :func:`calibration` for the state before and after.
 
-    Calibrate a network whose batch norms have seen data. A new one needs no calibration: its ranges follow training.
+    A model whose layers ``prepare`` packed in 4 bits has no ranges and is returned as it is. Calibrate a network whose batch norms have seen data. A new one needs no calibration: its ranges follow training.
 
     Args:
         model: a prepared model; its weights and batch-norm statistics stay as they are.
@@ -248,6 +248,9 @@ def calibrate(
     >>> print(calibrate(model, [torch.randn(8, 4) for _ in range(3)]).calibration_report)
     every range was seen
     """
+    if is_packed(model):
+        model.calibration_report = CalibrationReport((), ())
+        return model
     if not calibrating_modules(model) or _is_converted(model):
         raise ValueError(_not_prepared(model))
     if isinstance(batches, (torch.Tensor, Mapping, str)) or not isinstance(batches, Iterable):
@@ -270,6 +273,16 @@ def _is_converted(model: nn.Module) -> bool:
     from .convert import is_converted  # late: the converted layers import this module
 
     return is_converted(model) and not any(isinstance(module, QuantLayer) for module in model.modules())
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether all quantized layers of ``model`` were packed by ``prepare``."""
+    from .quantized import QuantizedLayer  # late, as above
+
+    if any(isinstance(module, QuantLayer) for module in model.modules()):
+        return False
+    recipes = [module.recipe for module in model.modules() if isinstance(module, QuantizedLayer)]
+    return bool(recipes) and all(handler_of(recipe).packs for recipe in recipes)
 
 
 def _not_prepared(model: nn.Module) -> str:

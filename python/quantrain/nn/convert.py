@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from .calibrate import is_packed
 from .conv_bn import FoldedBatchNorm2d, QuantConvBn2d
 from .graph import copied
 from .layers import QuantEmbedding, QuantLayer
 from .prepare import PrepareSummary, check_model, check_patterns, matching, some, swapped
 from .quantized import QuantizedLayer, check_convertible, quantized_layer
-from .schemes import SchemeHandler, handler_of, handlers
+from .schemes import SchemeHandler, handlers
 
 __all__ = ["convert", "is_converted"]
 
@@ -63,7 +64,7 @@ def convert(
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
     if not layers:
         converted = is_converted(model)
-        if converted and not skip and all(handler_of(m.recipe).packs for m in model.modules() if isinstance(m, QuantizedLayer)):
+        if not skip and is_packed(model):
             return model if inplace else copied(model)
         state = (
             "one that is converted already" if converted else "one without quantized layers (use what prepare returned)"

@@ -168,8 +168,10 @@ class FourBitLayer(QuantizedLayer):
 
     def _apply(self, fn, recurse=True):
         # Views of bytes follow the device; a cast would change the bytes.
+        probe = torch.empty(0, dtype=self.weight_dtype, device=self.weight_codes.device)
         views = {name: self._parameters.pop(name) for name in _STORED if self._parameters.get(name) is not None}
-        super()._apply(fn, recurse)
+        Float32State._apply(self, fn, recurse)
+        self.weight_dtype = fn(probe).dtype
         for name, parameter in views.items():
             moved = fn(parameter.data.view(torch.uint8))
             self._parameters[name] = nn.Parameter(moved.view(torch.bfloat16), requires_grad=False)

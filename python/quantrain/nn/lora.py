@@ -35,7 +35,9 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     >>> len(lora_parameters(LoraLinear(64, 8)))
     2
     """
-    return [parameter for layer in _layers("lora_parameters", model).values() for parameter in (layer.lora_a, layer.lora_b)]
+    return [
+        parameter for layer in _layers("lora_parameters", model).values() for parameter in (layer.lora_a, layer.lora_b)
+    ]
 
 
 def enable_lora(model: nn.Module, enabled: bool = True) -> None:
@@ -139,11 +141,14 @@ def set_lora_adapter(model: nn.Module, adapter: LoraAdapter) -> None:
 
 class MergeTable(Table):
     """What merging cost: per layer ``weight_error``, |round(W + s B A) - (W + s B A)| / |W + s B A|, and
-    ``update_error``, the same over |s B A| (None without LoRA). Norms are Frobenius norms. An update_error near 1 means
-    that rounding swallowed what was trained."""
+    ``update_error``, the same over |s B A| (None without LoRA). Norms are Frobenius norms; both are printed in percent.
+    An update_error near 1 means that rounding swallowed what was trained."""
 
     def __init__(self, rows: Sequence[dict]):
-        columns = {"layer": "layer", "weight_error": "weight error", "update_error": "update error"}
+        errors = {"weight_error": "weight error %", "update_error": "update error %"}
+        percent = [{f"{key}_pct": None if row[key] is None else 100 * row[key] for key in errors} for row in rows]
+        columns = {"layer": "layer", **{f"{key}_pct": header for key, header in errors.items()}}
+        rows = [{**row, **shown} for row, shown in zip(rows, percent, strict=True)]
         super().__init__(columns, rows, title=f"merged: {len(rows)} layers")
 
 

@@ -13,6 +13,7 @@ RECIPES = [
         name
         for name in Recipe.names()
         if not (name.startswith(("fqt-", "f8net")) or Recipe.from_name(name).linear_only)
+        and not Recipe.from_name(name).scheme_is("four_bit")  # test_four_bit_layers.py
     ),
     "fqt-bhq5",
     "fqt-psq4-paper",
