@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +23,14 @@ class Measure:
         title: Of its panel.
         unit: Of its axis.
         factor: Brings it to that unit.
+        cut: Whether what lies far from the final values is left out, as the accuracy of the first epochs is.
     """
 
     name: str = "accuracy"
     title: str = "Test accuracy (hollow: on the way)"
     unit: str = "percent"
     factor: float = 100.0
+    cut: bool = True
 
 
 ACCURACY = Measure()
@@ -49,9 +51,14 @@ def smooth(values: Sequence[float], window: int) -> np.ndarray:
 
 
 def plot_curves(
-    entries: Sequence[dict], results: Sequence[StageResult], path: Path, measure: Measure = ACCURACY
+    entries: Sequence[dict],
+    results: Sequence[StageResult],
+    path: Path,
+    measure: Measure = ACCURACY,
+    labels: Mapping[str, str] | None = None,
 ) -> None:
-    """Training loss by step, and what each stage reached on the test set, from metrics.jsonl and the results."""
+    """Training loss by step, and what each stage reached on the test set, from metrics.jsonl and the results; ``labels``
+    are names of stages other than their own."""
     pyplot = pyplot_for_files()
     from matplotlib import ticker
 
@@ -74,6 +81,7 @@ def plot_curves(
         if left.lines:
             left.legend()
         _final_panel(right, entries, results, colors, measure)
+        right.set_yticks(range(len(results)), [(labels or {}).get(result.stage, result.stage) for result in results])
         figure.savefig(path)
         pyplot.close(figure)
 
@@ -82,25 +90,29 @@ def _final_panel(
     axes, entries: Sequence[dict], results: Sequence[StageResult], colors: dict[str, str], measure: Measure
 ) -> None:
     finals = [measure.factor * getattr(result, measure.name) for result in results]
-    span = max(1.0, max(finals) - min(finals))
-    low, high = min(finals) - span, max(finals) + 0.6 * span
-    axes.axvline(finals[0], color=BASELINE_COLOR, linewidth=1, linestyle=(0, (4, 3)))
-    for row, (result, final) in enumerate(zip(results, finals, strict=True)):
-        earlier = [
+    earlier = {
+        result.stage: [
             measure.factor * entry[measure.name]
             for entry in entries
             if entry["stage"] == result.stage and entry["event"] == "eval" and entry["step"] < result.steps
         ]
-        earlier = [value for value in earlier if low < value < high]
+        for result in results
+    }
+    shown = finals if measure.cut else [*finals, *(value for values in earlier.values() for value in values)]
+    span = max(1.0, max(shown) - min(shown))
+    margin = span if measure.cut else 0.6 * span
+    low, high = min(shown) - margin, max(shown) + 0.6 * span
+    axes.axvline(finals[0], color=BASELINE_COLOR, linewidth=1, linestyle=(0, (4, 3)))
+    for row, (result, final) in enumerate(zip(results, finals, strict=True)):
+        places = [value for value in earlier[result.stage] if low < value < high]
         color = colors[result.stage]
-        axes.plot(earlier, [row] * len(earlier), "o", color=color, fillstyle="none", markersize=5)
+        axes.plot(places, [row] * len(places), "o", color=color, fillstyle="none", markersize=5)
         axes.plot(final, row, "o", color=color, markersize=9)
         text = f"{final:.2f}" if row == 0 else f"{final:.2f} ({final - finals[0]:+.2f})"
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.9}
         axes.annotate(text, (final, row), (0, 9), textcoords="offset points", ha="center", color=color, bbox=box)
     axes.set_xlim(low, high)
     axes.locator_params(axis="x", nbins=6)
-    axes.set_yticks(range(len(results)), [result.stage for result in results])
     axes.set_ylim(len(results) - 0.5, -0.7)
     axes.set(title=measure.title, xlabel=measure.unit)
     axes.grid(axis="x", color=FAINT, linewidth=0.6)

@@ -343,6 +343,11 @@ def test_another_run_of_the_name_is_refused(finished, text, capsys):
     assert "expected sequence_length = 32 as in the run that is resumed, got 16" in capsys.readouterr().err
 
 
+def test_probe_refuses_a_run_of_a_language_model(finished, capsys):
+    assert main(["probe", str(finished)]) == 2
+    assert "job: expected images or sst2, which classify, got lm" in capsys.readouterr().err
+
+
 # Defaults
 
 

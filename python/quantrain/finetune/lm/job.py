@@ -30,6 +30,7 @@ from quantrain.finetune.lm.results import (
     HEADER,
     LmResult,
     Memory,
+    base_name,
     memory_table,
     perplexity_text,
     rows,
@@ -45,7 +46,7 @@ from quantrain.finetune.trainer import TrainResult, to_device
 
 SEQUENCE_LENGTH = 512
 _TIMED_STEPS = 3  # of each recipe of a quick run, before it starts: the first warms up
-_PERPLEXITY = plots.Measure("perplexity", "Perplexity of held-out tokens (hollow: on the way)", "lower is better", 1.0)
+_PERPLEXITY = plots.Measure("perplexity", "Perplexity (hollow: on the way)", "lower is better", 1.0, cut=False)
 
 
 class LmJob(BaseJob):
@@ -299,7 +300,8 @@ class LmJob(BaseJob):
     def _write_report(self, results: list[LmResult]) -> None:
         curves = self.folder / "plots" / "curves.png"
         shown = [result for result in results if math.isfinite(result.perplexity)]
-        plots.plot_curves(self.metrics.read(), shown, curves, _PERPLEXITY)
+        labels = {BASELINE: base_name(self.config.precision)}
+        plots.plot_curves(self.metrics.read(), shown, curves, _PERPLEXITY, labels)
         report = self.folder / "report.html"
         write_report(
             report,

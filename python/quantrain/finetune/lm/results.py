@@ -138,8 +138,13 @@ def _row(result: LmResult | FailedStage, precision: str) -> tuple[str, ...]:
     )
 
 
+def base_name(precision: str) -> str:
+    """What the model before anything is quantized is called, in a run of that precision."""
+    return f"base ({precision})"
+
+
 def _name(stage: str, precision: str) -> str:
-    return f"base ({precision})" if stage == BASELINE else stage
+    return base_name(precision) if stage == BASELINE else stage
 
 
 def perplexity_text(loss: float | None, missing: str = "-") -> str:
