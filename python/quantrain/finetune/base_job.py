@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 import quantrain
+from quantrain import Recipe
+from quantrain import nn as qnn
 from quantrain.finetune.config import JobConfig, check_config, record_config
 from quantrain.finetune.folder import BASELINE, RUN_FILES, RunFolder, stage_files
 from quantrain.finetune.metrics import Metrics
@@ -24,7 +26,7 @@ from quantrain.finetune.recipes import resolve_recipes
 from quantrain.finetune.rehearsal import reason_of
 from quantrain.finetune.results import FailedStage, StageResult, read_results, write_results
 from quantrain.finetune.table import format_cells, format_seconds
-from quantrain.finetune.trainer import CLASSIFICATION, Interrupted, StopRequest, Task, TrainResult, train
+from quantrain.finetune.trainer import CLASSIFICATION, Interrupted, StopRequest, Task, TrainResult, to_device, train
 
 
 def check_packages(packages: Sequence[str]) -> None:
@@ -208,6 +210,20 @@ class BaseJob:
             stop=self.stop,
             task=self.task,
         )
+
+    def _calibrated(self, name: str, recipe: Recipe, model: nn.Module) -> nn.Module:
+        """A prepared model calibrated on ``self.calibration`` and saved so; an interrupted stage keeps its calibration.
+        Weights that prepare packed have nothing to calibrate."""
+        if qnn.handler_of(recipe).packs:
+            return model
+        path = self.checkpoint(name, "prepared")
+        if self._state_path(name).is_file():
+            qnn.load_checkpoint(path, model)
+            return model
+        batches = [to_device(batch, self.device) for batch in self.calibration]
+        qnn.calibrate(model, batches, forward=self.task.loss)
+        qnn.save_checkpoint(path, model, recipe)
+        return model
 
     def _state_path(self, stage: str) -> Path:
         return self.folder / "state" / f"{stage}.pt"

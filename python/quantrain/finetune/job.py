@@ -190,16 +190,9 @@ class Job(BaseJob):
         return {**details, "audit": tuple(AuditRow(**row) for row in converted.audit().rows)}
 
     def _prepared(self, name: str, recipe) -> nn.Module:
-        """The baseline prepared with the recipe and calibrated; an interrupted stage keeps its own calibration."""
-        path = self.checkpoint(name, "prepared")
+        """A copy of the baseline prepared with the recipe and calibrated."""
         model = qnn.prepare(copy.deepcopy(self.baseline), recipe, skip=self.config.skip)
-        if (self.folder / "state" / f"{name}.pt").is_file():
-            qnn.load_checkpoint(path, model)
-            return model
-        batches = [to_device(batch, self.device) for batch in self.calibration]
-        qnn.calibrate(model, batches, forward=lambda module, batch: module(*batch[0]))
-        qnn.save_checkpoint(path, model, recipe)
-        return model
+        return self._calibrated(name, recipe, model)
 
     def _probe(self) -> Batch:
         return to_device(next(self.data.test_batches(EVAL_BATCH)), self.device)

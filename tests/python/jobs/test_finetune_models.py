@@ -52,7 +52,7 @@ def test_optimizer_decays_weights_only():
     assert {names[id(parameter)].rpartition(".")[2] for parameter in decayed["params"]} == {"weight"}
     assert any(names[id(parameter)].endswith("scale") for parameter in other["params"])
     assert len(decayed["params"]) + len(other["params"]) == len(names)
-    with pytest.raises(ValueError, match="optimizer: expected sgd or adamw, got 'adam'"):
+    with pytest.raises(ValueError, match="optimizer: expected one of sgd, adamw, adamw8bit, got 'adam'"):
         trainer.make_optimizer(model, trainer.TrainSettings(epochs=1, lr=0.1, optimizer="adam"))
 
 

@@ -291,6 +291,17 @@ def test_own_data_from_the_shell(tmp_path, photos, importable, monkeypatch, caps
     assert json.loads((folder / "config.json").read_text())["data"] == words[1]
 
 
+def test_recipes_that_pack_weights_need_no_calibration(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra [train])")
+    monkeypatch.setattr(job.Job, "_write_report", lambda *_: None)
+    path = str(write_csv(tmp_path / "flowers.csv", 300))
+    words = f"finetune --data {path} --epochs 20 --lr 0.05 --batch-size 16 --recipes qlora nf4 --name t --runs {tmp_path / 'runs'}"
+    assert main(words.split()) == 0
+    results = read_results(tmp_path / "runs" / "t")
+    assert results["qlora"].accuracy > 0.9 and results["nf4"].accuracy > 0.9
+    assert results["nf4"].weight_bytes < results["float32"].weight_bytes / 2
+
+
 def test_a_csv_file_gets_a_model_for_numbers(tmp_path):
     write_csv(tmp_path / "train.csv")
     assert make_config(build_parser().parse_args(["finetune", "--data", str(tmp_path)])).model == "mlp"

@@ -42,7 +42,7 @@ from quantrain.finetune.recipes import raise_all
 from quantrain.finetune.rehearsal import reason_of, rehearse
 from quantrain.finetune.report import ReportTable, write_report
 from quantrain.finetune.table import format_seconds
-from quantrain.finetune.trainer import TrainResult, to_device
+from quantrain.finetune.trainer import TrainResult
 
 SEQUENCE_LENGTH = 512
 _TIMED_STEPS = 3  # of each recipe of a quick run, before it starts: the first warms up
@@ -189,22 +189,12 @@ class LmJob(BaseJob):
         self._keep(result, settings.epochs if trained else 0, summary, **values)
 
     def _prepared(self, name: str, recipe: Recipe) -> nn.Module:
-        """The model prepared on the CPU, so that the device never holds the weights unpacked, then moved and calibrated;
-        an interrupted stage that was calibrated keeps its calibration."""
+        """The model prepared on the CPU, so that the device never holds the weights unpacked, then moved and calibrated."""
         last = name == next(reversed(self.recipes))  # whose stage needs no copy
         model = self.lm.model if last else copy.deepcopy(self.lm.model)
         torch.manual_seed(self.config.seed)  # of the adapter's first values
         model = qnn.prepare(model, recipe, skip=self.config.skip).to(self.device)
-        if qnn.handler_of(recipe).packs:
-            return model
-        path = self.checkpoint(name, "prepared")
-        if self._state_path(name).is_file():
-            qnn.load_checkpoint(path, model)
-            return model
-        batches = [to_device(batch, self.device) for batch in self.calibration]
-        qnn.calibrate(model, batches, forward=lambda module, batch: self.task.loss(module, batch))
-        qnn.save_checkpoint(path, model, recipe)
-        return model
+        return self._calibrated(name, recipe, model)
 
     def _checkpoints(self) -> bool:
         """Whether activations are computed again in the backward pass."""
