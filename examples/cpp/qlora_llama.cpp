@@ -145,7 +145,7 @@ at::Tensor sequences_of(const at::Tensor& ids, int64_t step, const Options& opti
 std::unique_ptr<torch::optim::Optimizer> make_optimizer(const std::vector<at::Tensor>& parameters,
                                                         const Options& options) {
   if (options.optimizer == "adamw") {
-    return std::make_unique<quantrain::amp::FusedAdamW>(parameters,
+    return std::make_unique<quantrain::optim::FusedAdamW>(parameters,
                                                         torch::optim::AdamWOptions(options.lr).weight_decay(0));
   }
   return std::make_unique<quantrain::optim::AdamW8bit>(parameters,
@@ -208,7 +208,13 @@ int run(int argc, char** argv) {
     return 0;
   }
   std::optional<qnn::LoraAdapter> adapter;
-  if (!options.adapter.empty()) adapter = qnn::load_lora_adapter(options.adapter);
+  if (!options.adapter.empty()) {
+    adapter = qnn::load_lora_adapter(options.adapter);
+    if (!adapter->others.empty()) {  // frozen here, they would be missing from what is saved
+      throw std::invalid_argument(options.adapter + ": expected an adapter of low-rank updates alone, got '" +
+                                  adapter->others.begin()->first + "' too");
+    }
+  }
   const qnn::Recipe recipe = recipe_of(options, adapter);
   const example::LlamaConfig config = example::config_of(options.source.model);
   example::check_length(options.length, config);

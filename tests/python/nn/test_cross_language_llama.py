@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import time
 from functools import cache
 from pathlib import Path
 
@@ -218,6 +220,59 @@ def test_checkpointing_changes_no_loss(folders, ids, tmp_path):
     plain = cpp_losses(folders["tied"], ids[0], tmp_path / "plain", *flags)
     assert cpp_losses(folders["tied"], ids[0], tmp_path / "again", *flags, "--checkpointing") == plain
     assert cpp_losses(folders["tied"], ids[0], tmp_path / "dry", "--rank", RANK) != plain  # so the dropout was one
+
+
+def test_ctrl_c_saves_the_adapter(folders, ids, tmp_path):
+    if example("qlora_llama") is None:
+        pytest.skip("qlora_llama is not built")
+    flags = ["--model", folders["tied"], "--ids", ids[0], "--steps", 1000000, "--length", LENGTH, "--rank", RANK]
+    log, out = tmp_path / "log", tmp_path / "out"
+    command = [example("qlora_llama"), "--threads", 1, "--out", out, "--log", log, *flags]
+    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.is_file() and log.read_text()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert f"after {len(log.read_text().splitlines())} steps" in printed
+    assert len(qnn.load_lora_adapter(out).layers) == 14
+
+
+def test_an_adapter_that_trained_more_is_refused(folders, ids, tmp_path):
+    adapter = qnn.lora_adapter(load(folders["tied"], QLORA))
+    adapter.others = {"model.norm.weight": torch.ones(64)}
+    adapter.modules_to_save = ["norm"]
+    qnn.save_lora_adapter(tmp_path / "start", adapter)
+    flags = ["--model", folders["tied"], "--ids", ids[0], "--out", tmp_path / "out", "--length", LENGTH]
+    result = run_example("qlora_llama", *flags, "--adapter", tmp_path / "start", check=False)
+    assert result.returncode == 1
+    assert "expected an adapter of low-rank updates alone, got 'model.norm.weight' too" in result.stderr
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 1e-2)])
+def test_a_gpu_takes_the_same_steps(dtype, tolerance, folders, ids, tmp_path):
+    qnn.save_lora_adapter(tmp_path / "start", qnn.lora_adapter(load(folders["biases"], QLORA)))
+    flags = ["--adapter", tmp_path / "start"]
+    host = cpp_losses(folders["biases"], ids[0], tmp_path / "host", *flags)
+    flags += ["--device", "cuda", "--dtype", dtype]
+    device = cpp_losses(folders["biases"], ids[0], tmp_path / "device", *flags)
+    assert max(abs(a - b) / a for a, b in zip(host, device, strict=True)) <= tolerance
+    flags += ["--dropout", 0.2]
+    plain = cpp_losses(folders["biases"], ids[0], tmp_path / "plain", *flags)
+    again = cpp_losses(folders["biases"], ids[0], tmp_path / "again", *flags, "--checkpointing")
+    assert max(abs(a - b) / a for a, b in zip(plain, again, strict=True)) <= 1e-4  # products may be summed otherwise
+
+
+@pytest.mark.cuda
+def test_a_gpu_gives_the_same_perplexities(folders, ids, tmp_path):
+    flags = ["--recipe", ",".join(["float", *RECIPES]), "--against", "float", "--windows", 8]
+    host = evaluated(folders["llama3"], ids[0], tmp_path / "log", *flags)
+    device = evaluated(folders["llama3"], ids[0], tmp_path / "log", *flags, "--device", "cuda")
+    for recipe, line in host.items():
+        assert device[recipe]["perplexity"] == pytest.approx(line["perplexity"], rel=1e-4)
+        assert device[recipe]["megabytes"] == line["megabytes"]
 
 
 def test_binary_ids_are_the_text(folders, ids, tmp_path):
