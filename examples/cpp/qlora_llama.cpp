@@ -146,7 +146,7 @@ std::unique_ptr<torch::optim::Optimizer> make_optimizer(const std::vector<at::Te
                                                         const Options& options) {
   if (options.optimizer == "adamw") {
     return std::make_unique<quantrain::optim::FusedAdamW>(parameters,
-                                                        torch::optim::AdamWOptions(options.lr).weight_decay(0));
+                                                          torch::optim::AdamWOptions(options.lr).weight_decay(0));
   }
   return std::make_unique<quantrain::optim::AdamW8bit>(parameters,
                                                        quantrain::optim::AdamW8bitOptions(options.lr).weight_decay(0));
