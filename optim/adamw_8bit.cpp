@@ -12,6 +12,8 @@
 #include <limits>
 
 #include "ops/common/check.h"
+#include "optim/host_state.h"
+#include "optim/options.h"
 #include "quantrain/ops/adamw_8bit.h"
 
 namespace quantrain::optim {
@@ -27,13 +29,7 @@ const AdamW8bitOptions& options_of(const OptimizerParamGroup& group) {
 }
 
 void check_options(const AdamW8bitOptions& options) {
-  const auto [beta1, beta2] = options.betas();
-  QUANTRAIN_CHECK_VALUE(options.lr() >= 0, "AdamW8bit: expected lr >= 0, got {}", options.lr());
-  QUANTRAIN_CHECK_VALUE(options.eps() >= 0, "AdamW8bit: expected eps >= 0, got {}", options.eps());
-  QUANTRAIN_CHECK_VALUE(beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1,
-                        "AdamW8bit: expected betas in [0, 1), got {} and {}", beta1, beta2);
-  QUANTRAIN_CHECK_VALUE(options.weight_decay() >= 0, "AdamW8bit: expected weight_decay >= 0, got {}",
-                        options.weight_decay());
+  check_adamw_options("AdamW8bit", options);
   QUANTRAIN_CHECK_VALUE(options.bits() == 8 || options.bits() == 32, "AdamW8bit: expected bits of 8 or 32, got {}",
                         options.bits());
   QUANTRAIN_CHECK_VALUE(options.min_8bit_size() >= 0, "AdamW8bit: expected min_8bit_size >= 0, got {}",
@@ -91,6 +87,7 @@ void AdamW8bitOptions::serialize(torch::serialize::OutputArchive& archive) const
   archive.write("bits", c10::IValue(bits()));
   archive.write("min_8bit_size", c10::IValue(min_8bit_size()));
   archive.write("stochastic_rounding", c10::IValue(stochastic_rounding()));
+  archive.write("state_on_host", c10::IValue(state_on_host()));
 }
 
 void AdamW8bitOptions::serialize(torch::serialize::InputArchive& archive) {
@@ -106,78 +103,47 @@ void AdamW8bitOptions::serialize(torch::serialize::InputArchive& archive) {
   bits(read("bits").toInt());
   min_8bit_size(read("min_8bit_size").toInt());
   stochastic_rounding(read("stochastic_rounding").toBool());
+  c10::IValue on_host;  // files of earlier releases lack it
+  state_on_host(archive.try_read("state_on_host", on_host) && on_host.toBool());
 }
 
 // ---- construction ---------------------------------------------------------------------------------------------------
 
 AdamW8bit::AdamW8bit(const std::vector<OptimizerParamGroup>& param_groups, const AdamW8bitOptions& defaults)
-    : torch::optim::Optimizer(param_groups, std::make_unique<AdamW8bitOptions>(defaults)) {
+    : GroupedOptimizer(param_groups, std::make_unique<AdamW8bitOptions>(defaults)) {
   for (const auto& group : param_groups_) check_options(options_of(group));
-  const std::vector<at::Tensor> parameters = all_parameters();
-  QUANTRAIN_CHECK_VALUE(!parameters.empty(), "AdamW8bit: expected at least one parameter, got {}", "none");
-  for (const at::Tensor& parameter : parameters) {
+  check_parameters("AdamW8bit");
+  for (const at::Tensor& parameter : all_parameters()) {
     const auto type = parameter.scalar_type();
     QUANTRAIN_CHECK_VALUE(type == at::kFloat || type == at::kHalf || type == at::kBFloat16,
                           "AdamW8bit: expected parameters of float32, float16 or bfloat16, got {}",
                           c10::toString(type));
-    QUANTRAIN_CHECK_VALUE(parameter.device() == parameters[0].device(),
-                          "AdamW8bit: expected parameters on one device, got {} and {}", parameters[0].device().str(),
-                          parameter.device().str());
   }
 }
 
 AdamW8bit::AdamW8bit(std::vector<at::Tensor> parameters, const AdamW8bitOptions& defaults)
     : AdamW8bit(std::vector<OptimizerParamGroup>{OptimizerParamGroup(std::move(parameters))}, defaults) {}
 
-std::vector<at::Tensor> AdamW8bit::all_parameters() const {
-  std::vector<at::Tensor> parameters;
-  for (const auto& group : param_groups_)
-    parameters.insert(parameters.end(), group.params().begin(), group.params().end());
-  return parameters;
-}
+AdamW8bit::~AdamW8bit() = default;
 
 // ---- step -----------------------------------------------------------------------------------------------------------
-
-at::Tensor AdamW8bit::step(LossClosure closure) {
-  at::Tensor loss;
-  if (closure) {
-    const at::AutoGradMode with_grad(true);
-    loss = closure();
-  }
-  step_scaled({}, {});
-  return loss;
-}
-
-void AdamW8bit::step_scaled(const at::Tensor& grad_scale, const at::Tensor& found_inf) {
-  const at::NoGradGuard no_grad;
-  state_tensors();
-  size_t first_parameter = 0;
-  for (size_t group = 0; group < param_groups_.size(); ++group) {
-    step_group(group, first_parameter, grad_scale, found_inf);
-    first_parameter += param_groups_[group].params().size();
-  }
-}
 
 void AdamW8bit::step_group(size_t group, size_t first_parameter, const at::Tensor& grad_scale,
                            const at::Tensor& found_inf) {
   const auto& parameters = param_groups_[group].params();
   const AdamW8bitOptions& options = options_of(param_groups_[group]);
-  AdamW8bitTensors tensors;
+  std::vector<size_t> given;
+  std::vector<HostState::Tensors> states;
   for (size_t i = 0; i < parameters.size(); ++i) {
     const at::Tensor& grad = parameters[i].grad();
     if (!grad.defined()) continue;
     QUANTRAIN_CHECK_VALUE(grad.layout() == at::kStrided, "AdamW8bit: expected dense gradients, got layout {}",
                           c10::str(grad.layout()));
-    const State& state = states_[first_parameter + i];
-    tensors.params.push_back(parameters[i]);
-    tensors.grads.push_back(grad);
-    tensors.exp_avg.push_back(state.exp_avg);
-    tensors.exp_avg_scale.push_back(state.exp_avg_scale);
-    tensors.exp_avg_sq.push_back(state.exp_avg_sq);
-    tensors.exp_avg_sq_scale.push_back(state.exp_avg_sq_scale);
-    tensors.steps.push_back(state.step);
+    given.push_back(i);
+    HostState::Tensors& state = states.emplace_back();
+    for (const auto& field : fields_of(states_[first_parameter + i])) state.push_back(*field.second);
   }
-  if (tensors.params.empty()) return;
+  if (given.empty()) return;
   const auto optional = [](const at::Tensor& tensor) {
     return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
   };
@@ -189,7 +155,26 @@ void AdamW8bit::step_group(size_t group, size_t first_parameter, const at::Tenso
   arguments.grad_scale = optional(grad_scale);
   arguments.found_inf = optional(found_inf);
   arguments.stochastic = options.stochastic_rounding();
-  adamw_8bit_(tensors, arguments);
+  const auto update = [&](size_t first, const std::vector<HostState::Tensors>& page) {
+    AdamW8bitTensors tensors;
+    for (size_t i = 0; i < page.size(); ++i) {
+      const at::Tensor& parameter = parameters[given[first + i]];
+      tensors.params.push_back(parameter);
+      tensors.grads.push_back(parameter.grad());
+      tensors.exp_avg.push_back(page[i][0]);  // in the order of fields_of
+      tensors.exp_avg_scale.push_back(page[i][1]);
+      tensors.exp_avg_sq.push_back(page[i][2]);
+      tensors.exp_avg_sq_scale.push_back(page[i][3]);
+      tensors.steps.push_back(page[i][4]);
+    }
+    adamw_8bit_(tensors, arguments);
+  };
+  if (options.state_on_host() && !parameters[0].is_cpu()) {
+    if (!host_) host_ = std::make_unique<HostState>(parameters[0].device());
+    host_->update(states, update);
+  } else {
+    update(0, states);
+  }
 }
 
 // ---- learning rate --------------------------------------------------------------------------------------------------
@@ -219,11 +204,25 @@ void AdamW8bit::set_lr(double lr) {
 
 // ---- state ----------------------------------------------------------------------------------------------------------
 
-const std::vector<AdamW8bit::State>& AdamW8bit::state_tensors() {
-  if (!states_.empty()) return states_;
+void AdamW8bit::make_states() {
+  if (!states_.empty()) return;
   const at::NoGradGuard no_grad;
-  for (const auto& group : param_groups_)
-    for (const at::Tensor& parameter : group.params()) states_.push_back(fresh_state(parameter, options_of(group)));
+  for (const auto& group : param_groups_) {
+    for (const at::Tensor& parameter : group.params()) {
+      State state = fresh_state(parameter, options_of(group));
+      if (options_of(group).state_on_host() && !parameter.is_cpu()) {
+        for (const auto& field : fields_of(state)) {
+          if (field.second != &state.step) *field.second = pinned(*field.second);
+        }
+      }
+      states_.push_back(std::move(state));
+    }
+  }
+}
+
+const std::vector<AdamW8bit::State>& AdamW8bit::state_tensors() {
+  make_states();
+  if (host_) host_->synchronize();
   return states_;
 }
 
@@ -256,6 +255,7 @@ void AdamW8bit::load_state_(const std::vector<State>& states) {
 }
 
 void AdamW8bit::save(torch::serialize::OutputArchive& archive) const {
+  if (host_) host_->synchronize();
   for (size_t g = 0; g < param_groups_.size(); ++g) {
     torch::serialize::OutputArchive options(archive.compilation_unit());
     options_of(param_groups_[g]).serialize(options);

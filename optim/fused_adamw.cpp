@@ -12,8 +12,9 @@
 #include <map>
 
 #include "ops/common/check.h"
+#include "optim/options.h"
 
-namespace quantrain::amp {
+namespace quantrain::optim {
 namespace {
 
 using torch::optim::AdamWOptions;
@@ -21,16 +22,6 @@ using torch::optim::OptimizerParamGroup;
 
 const AdamWOptions& options_of(const OptimizerParamGroup& group) {
   return static_cast<const AdamWOptions&>(group.options());
-}
-
-void check_options(const AdamWOptions& options) {
-  const auto [beta1, beta2] = options.betas();
-  QUANTRAIN_CHECK_VALUE(options.lr() >= 0, "FusedAdamW: expected lr >= 0, got {}", options.lr());
-  QUANTRAIN_CHECK_VALUE(options.eps() >= 0, "FusedAdamW: expected eps >= 0, got {}", options.eps());
-  QUANTRAIN_CHECK_VALUE(beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1,
-                        "FusedAdamW: expected betas in [0, 1), got {} and {}", beta1, beta2);
-  QUANTRAIN_CHECK_VALUE(options.weight_decay() >= 0, "FusedAdamW: expected weight_decay >= 0, got {}",
-                        options.weight_decay());
 }
 
 void check_gradient(const at::Tensor& parameter, c10::Device device) {
@@ -49,51 +40,20 @@ struct Lists {
 }  // namespace
 
 FusedAdamW::FusedAdamW(const std::vector<OptimizerParamGroup>& param_groups, const AdamWOptions& defaults)
-    : torch::optim::Optimizer(param_groups, std::make_unique<AdamWOptions>(defaults)) {
-  for (const auto& group : param_groups_) check_options(options_of(group));
-  const std::vector<at::Tensor> parameters = all_parameters();
-  QUANTRAIN_CHECK_VALUE(!parameters.empty(), "FusedAdamW: expected at least one parameter, got {}", "none");
-  for (const at::Tensor& parameter : parameters) {
+    : GroupedOptimizer(param_groups, std::make_unique<AdamWOptions>(defaults)) {
+  for (const auto& group : param_groups_) check_adamw_options("FusedAdamW", options_of(group));
+  check_parameters("FusedAdamW");
+  for (const at::Tensor& parameter : all_parameters()) {
     QUANTRAIN_CHECK_VALUE(at::isFloatingType(parameter.scalar_type()),
                           "FusedAdamW: expected floating-point parameters, got {}",
                           c10::toString(parameter.scalar_type()));
-    QUANTRAIN_CHECK_VALUE(parameter.device() == parameters[0].device(),
-                          "FusedAdamW: expected parameters on one device, got {} and {}", parameters[0].device().str(),
-                          parameter.device().str());
   }
 }
 
 FusedAdamW::FusedAdamW(std::vector<at::Tensor> parameters, const AdamWOptions& defaults)
     : FusedAdamW(std::vector<OptimizerParamGroup>{OptimizerParamGroup(std::move(parameters))}, defaults) {}
 
-std::vector<at::Tensor> FusedAdamW::all_parameters() const {
-  std::vector<at::Tensor> parameters;
-  for (const auto& group : param_groups_)
-    parameters.insert(parameters.end(), group.params().begin(), group.params().end());
-  return parameters;
-}
-
 // ---- step -----------------------------------------------------------------------------------------------------------
-
-at::Tensor FusedAdamW::step(LossClosure closure) {
-  at::Tensor loss;
-  if (closure) {
-    const at::AutoGradMode with_grad(true);
-    loss = closure();
-  }
-  step_scaled({}, {});
-  return loss;
-}
-
-void FusedAdamW::step_scaled(const at::Tensor& grad_scale, const at::Tensor& found_inf) {
-  const at::NoGradGuard no_grad;
-  state_tensors();
-  size_t first_parameter = 0;
-  for (size_t group = 0; group < param_groups_.size(); ++group) {
-    step_group(group, first_parameter, grad_scale, found_inf);
-    first_parameter += param_groups_[group].params().size();
-  }
-}
 
 void FusedAdamW::step_group(size_t group, size_t first_parameter, const at::Tensor& grad_scale,
                             const at::Tensor& found_inf) {
@@ -232,4 +192,4 @@ void FusedAdamW::load(torch::serialize::InputArchive& archive) {
   if (lr_.defined()) set_lr(options_of(param_groups_[0]).lr());
 }
 
-}  // namespace quantrain::amp
+}  // namespace quantrain::optim

@@ -123,9 +123,9 @@ struct Checkpoint {
 };
 
 // The optimizer's state under the checkpoint's names; `names` are of its parameters, in its order.
-inline void add_optimizer(std::map<std::string, at::Tensor>& tensors, quantrain::amp::FusedAdamW& optimizer,
+inline void add_optimizer(std::map<std::string, at::Tensor>& tensors, quantrain::optim::FusedAdamW& optimizer,
                           const std::vector<std::string>& names) {
-  const std::vector<quantrain::amp::FusedAdamW::State>& states = optimizer.state_tensors();
+  const std::vector<quantrain::optim::FusedAdamW::State>& states = optimizer.state_tensors();
   for (size_t i = 0; i < names.size(); ++i) {
     tensors["optimizer.exp_avg." + names[i]] = states[i].exp_avg;
     tensors["optimizer.exp_avg_sq." + names[i]] = states[i].exp_avg_sq;
@@ -133,11 +133,11 @@ inline void add_optimizer(std::map<std::string, at::Tensor>& tensors, quantrain:
   }
 }
 
-inline void load_optimizer(const Checkpoint& stored, quantrain::amp::FusedAdamW& optimizer,
+inline void load_optimizer(const Checkpoint& stored, quantrain::optim::FusedAdamW& optimizer,
                            const std::vector<std::string>& names) {
-  std::vector<quantrain::amp::FusedAdamW::State> states;
+  std::vector<quantrain::optim::FusedAdamW::State> states;
   for (size_t i = 0; i < names.size(); ++i) {
-    quantrain::amp::FusedAdamW::State state;
+    quantrain::optim::FusedAdamW::State state;
     state.exp_avg = stored.tensor("optimizer.exp_avg." + names[i]);
     state.exp_avg_sq = stored.tensor("optimizer.exp_avg_sq." + names[i]);
     state.step = stored.tensor("optimizer.step." + names[i]).reshape({});

@@ -237,7 +237,7 @@ class Trainer {
   std::string path_;
   std::string recipe_;
   GPT model_{nullptr};
-  std::optional<quantrain::amp::FusedAdamW> optimizer_;
+  std::optional<quantrain::optim::FusedAdamW> optimizer_;
   std::vector<std::string> names_;  // of the parameters, in the optimizer's order
   quantrain::amp::GradScaler scaler_;
   int64_t step_ = 0;

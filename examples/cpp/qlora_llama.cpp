@@ -9,6 +9,7 @@
 #include <limits>
 #include <memory>
 #include <optional>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -43,7 +44,8 @@ adapter
                          int4-g64-affine
   --rank N, --alpha X    the update is alpha / rank B A (64, 16)
   --dropout X            share of the input that A does not see (0)
-  --adapter FOLDER       start from this adapter, whose rank and alpha count
+  --targets NAME,...     layers that get one, of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj (all)
+  --adapter FOLDER       start from this adapter, whose rank, alpha and layers count
 training
   --steps N, --batch N, --length N    steps, sequences per step, predictions per sequence (100, 4, 512)
   --lr X, --warmup N     constant after N steps of linear warm-up (2e-4, 0)
@@ -66,6 +68,7 @@ struct Options {
   int64_t rank = 0;  // 0: the recipe's, or the adapter's
   double alpha = 0;  // as rank
   double dropout = 0;
+  std::set<std::string> targets;  // empty: all
   std::string adapter;
   int64_t steps = 100;
   int64_t batch = 4;
@@ -93,8 +96,14 @@ Options parse(int argc, char** argv) {
   flags.take<double>("alpha", options.alpha, 0.0);
   flags.take<double>("dropout", options.dropout, 0.0);
   flags.take("adapter", options.adapter);
-  if (!options.adapter.empty() && (options.rank > 0 || options.alpha > 0)) {
-    fail("no --rank and --alpha with --adapter, which has its own", "one");
+  std::string targets;
+  flags.take("targets", targets);
+  for (const std::string& name : example::names_in(targets)) {
+    check_one_of("--targets", name, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"});
+    options.targets.insert(name);
+  }
+  if (!options.adapter.empty() && (options.rank > 0 || options.alpha > 0 || !targets.empty())) {
+    fail("no --rank, --alpha and --targets with --adapter, which has its own", "one");
   }
   flags.take<int64_t>("steps", options.steps, 1);
   flags.take<int64_t>("batch", options.batch, 1);
@@ -114,22 +123,22 @@ Options parse(int argc, char** argv) {
   return options;
 }
 
-// The named recipe with LoRA of the options' rank, alpha and dropout; with those of the adapter where there is one.
-qnn::Recipe recipe_of(const Options& options, const std::optional<qnn::LoraAdapter>& adapter) {
+// The named recipe with LoRA of the options' rank, alpha, dropout and layers; of those of the adapter where there is
+// one, but for the dropout.
+example::BlockRecipe recipe_of(const Options& options, const std::optional<qnn::LoraAdapter>& adapter) {
   qnn::Recipe recipe = qnn::Recipe::from_name(options.recipe);
+  const qnn::Recipe qlora = qnn::Recipe::from_name("qlora");
+  const auto& standard = *qlora.scheme_as<qnn::FourBitSpec>();
   auto* spec = recipe.scheme_as<qnn::FourBitSpec>();
   recipe.training = true;
+  spec->lora_rank = options.rank > 0 ? options.rank : standard.lora_rank;
+  spec->lora_alpha = options.alpha > 0 ? options.alpha : standard.lora_alpha;
   spec->lora_dropout = options.dropout;
-  if (adapter) {
-    example::use_lora_of(*adapter, recipe);
-  } else {
-    const qnn::Recipe named = qnn::Recipe::from_name("qlora");
-    const auto* standard = named.scheme_as<qnn::FourBitSpec>();
-    spec->lora_rank = options.rank > 0 ? options.rank : standard->lora_rank;
-    spec->lora_alpha = options.alpha > 0 ? options.alpha : standard->lora_alpha;
-  }
   recipe.validate();
-  return recipe;
+  if (adapter) return example::recipe_for(*adapter, recipe);
+  example::BlockRecipe result(recipe);
+  result.targets = options.targets;
+  return result;
 }
 
 // The sequences of a step, int64 [batch, length + 1]: they depend on the seed and the step alone. Inputs are all ids
@@ -215,7 +224,7 @@ int run(int argc, char** argv) {
                                   adapter->others.begin()->first + "' too");
     }
   }
-  const qnn::Recipe recipe = recipe_of(options, adapter);
+  const example::BlockRecipe recipe = recipe_of(options, adapter);
   const example::LlamaConfig config = example::config_of(options.source.model);
   example::check_length(options.length, config);
   const at::Tensor ids =
@@ -228,7 +237,7 @@ int run(int argc, char** argv) {
   int64_t trained = 0;
   for (const at::Tensor& parameter : qnn::lora_parameters(*model)) trained += parameter.numel();
   std::printf("%s: %.1f MB with %s weights, %lld parameters to train\n", options.source.model.c_str(),
-              1e-6 * static_cast<double>(example::bytes_of(*model)), recipe.name.c_str(),
+              1e-6 * static_cast<double>(example::bytes_of(*model)), recipe.recipe->name.c_str(),
               static_cast<long long>(trained));
   return train(model, ids, options);
 }

@@ -16,7 +16,7 @@
 #include "support.h"
 
 using quantrain::amp::AutocastGuard;
-using quantrain::amp::FusedAdamW;
+using quantrain::optim::FusedAdamW;
 using quantrain::amp::GradScaler;
 using quantrain::amp::GradScalerOptions;
 using quantrain::amp::MasterWeights;

@@ -225,7 +225,7 @@ TEST_CASE("a weight cache keeps codes while it lives, of the weight as it is", "
   torch::optim::SGD(linear->parameters(), 0.5).step();
   const qnn::WeightCache cache(*linear);
   check_current(linear, x, "a step");
-  quantrain::amp::FusedAdamW fused(linear->parameters(), torch::optim::AdamWOptions(0.5));
+  quantrain::optim::FusedAdamW fused(linear->parameters(), torch::optim::AdamWOptions(0.5));
   fused.step();
   check_current(linear, x, "a fused step");
   {

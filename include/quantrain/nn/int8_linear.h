@@ -65,7 +65,7 @@ TORCH_MODULE(Int8Linear);
 // While it lives, every Int8Linear in `module`, itself included, keeps its weight's codes from one forward pass to the
 // next: make one around the micro-batches of a step with gradient accumulation, and all but the first save the pass
 // over the weight. Costs 1 byte per parameter. The weights must not change meanwhile (the optimizers of torch::optim
-// write past a tensor's version, so that nothing would be noticed; in-place operators and quantrain::amp::FusedAdamW
+// write past a tensor's version, so that nothing would be noticed; in-place operators and quantrain::optim::FusedAdamW
 // are). Not used while gradients are off or a CUDA graph is captured.
 class QUANTRAIN_API WeightCache {
  public:

@@ -5,14 +5,17 @@
 
 #include <torch/optim/optimizer.h>
 
+#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "quantrain/amp/grad_scaler.h"
 #include "quantrain/ops/export.h"
+#include "quantrain/optim/grouped_optimizer.h"
 
 namespace quantrain::optim {
+
+class HostState;
 
 // Options of a group, those of torch::optim::AdamW and three more.
 struct QUANTRAIN_API AdamW8bitOptions : public torch::optim::OptimizerCloneableOptions<AdamW8bitOptions> {
@@ -28,6 +31,9 @@ struct QUANTRAIN_API AdamW8bitOptions : public torch::optim::OptimizerCloneableO
   TORCH_ARG(int64_t, min_8bit_size) = 4096;
   // bfloat16 parameters are rounded up or down at random, so that updates below half a step of theirs add up.
   TORCH_ARG(bool, stochastic_rounding) = false;
+  // The moments of parameters on a GPU stay in pinned host memory, for states larger than the GPU: a step copies them in
+  // and out page by page beside the update. The same numbers. No capture in CUDA graphs.
+  TORCH_ARG(bool, state_on_host) = false;
 
  public:
   void serialize(torch::serialize::InputArchive& archive) override;
@@ -41,19 +47,18 @@ struct QUANTRAIN_API AdamW8bitOptions : public torch::optim::OptimizerCloneableO
 // lr of every group is read at each step. Under CUDA graph capture it stays what it was: call set_lr() before each
 // replay.
 // Errors: ValueError for options outside their ranges, an empty list, sparse gradients, or several devices.
-class QUANTRAIN_API AdamW8bit : public torch::optim::Optimizer, public amp::ScaledOptimizer {
+class QUANTRAIN_API AdamW8bit : public GroupedOptimizer {
  public:
   explicit AdamW8bit(const std::vector<torch::optim::OptimizerParamGroup>& param_groups,
                      const AdamW8bitOptions& defaults = AdamW8bitOptions());
   explicit AdamW8bit(std::vector<at::Tensor> parameters, const AdamW8bitOptions& defaults = AdamW8bitOptions());
-
-  at::Tensor step(LossClosure closure = nullptr) override;
-  void step_scaled(const at::Tensor& grad_scale, const at::Tensor& found_inf) override;
+  ~AdamW8bit() override;
 
   // Of every group, also on the device.
   void set_lr(double lr);
 
-  // State by parameter, in the order of the groups; zeros before the first step.
+  // State by parameter, in the order of the groups; zeros before the first step. Waits for what is on its way to the
+  // host.
   struct State {
     at::Tensor exp_avg;           // of the parameter's shape: uint8 codes, or float32
     at::Tensor exp_avg_scale;     // float32, one per 256 elements of the parameter; of a float32 moment empty
@@ -70,13 +75,15 @@ class QUANTRAIN_API AdamW8bit : public torch::optim::Optimizer, public amp::Scal
   void load(torch::serialize::InputArchive& archive) override;
 
  private:
-  std::vector<at::Tensor> all_parameters() const;
+  void make_states() override;
   const at::Tensor& lr_of(size_t group, c10::Device device);
-  void step_group(size_t group, size_t first_parameter, const at::Tensor& grad_scale, const at::Tensor& found_inf);
+  void step_group(size_t group, size_t first_parameter, const at::Tensor& grad_scale,
+                  const at::Tensor& found_inf) override;
 
   std::vector<State> states_;    // empty before first use
   std::vector<at::Tensor> lrs_;  // of each group float32 without dimensions; undefined before first use
   std::vector<double> lr_values_;
+  std::unique_ptr<HostState> host_;  // where a group's state is on the host
 };
 
 }  // namespace quantrain::optim

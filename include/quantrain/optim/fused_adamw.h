@@ -6,10 +6,10 @@
 
 #include <vector>
 
-#include "quantrain/amp/grad_scaler.h"
 #include "quantrain/ops/export.h"
+#include "quantrain/optim/grouped_optimizer.h"
 
-namespace quantrain::amp {
+namespace quantrain::optim {
 
 // Parameters of float32, float16 or bfloat16 on one device (CPU or CUDA); dense gradients. The arithmetic is
 // torch::_fused_adamw_, as that of Python's torch.optim.AdamW(fused=True): from one state both take the same steps.
@@ -17,14 +17,11 @@ namespace quantrain::amp {
 // lr of every group is read at each step. Under CUDA graph capture a number would be frozen: call use_tensor_lr()
 // before the capture, and set_lr() before each replay.
 // Errors: ValueError for parameters or gradients of other types, sparse gradients, or several devices.
-class QUANTRAIN_API FusedAdamW : public torch::optim::Optimizer, public ScaledOptimizer {
+class QUANTRAIN_API FusedAdamW : public GroupedOptimizer {
  public:
   explicit FusedAdamW(const std::vector<torch::optim::OptimizerParamGroup>& param_groups,
                       const torch::optim::AdamWOptions& defaults = {});
   explicit FusedAdamW(std::vector<at::Tensor> parameters, const torch::optim::AdamWOptions& defaults = {});
-
-  at::Tensor step(LossClosure closure = nullptr) override;
-  void step_scaled(const at::Tensor& grad_scale, const at::Tensor& found_inf) override;
 
   // The learning rate of every group, also as a float32 tensor on the device where use_tensor_lr() was called.
   void set_lr(double lr);
@@ -47,11 +44,12 @@ class QUANTRAIN_API FusedAdamW : public torch::optim::Optimizer, public ScaledOp
   void load(torch::serialize::InputArchive& archive) override;
 
  private:
-  std::vector<at::Tensor> all_parameters() const;
-  void step_group(size_t group, size_t first_parameter, const at::Tensor& grad_scale, const at::Tensor& found_inf);
+  void make_states() override { state_tensors(); }
+  void step_group(size_t group, size_t first_parameter, const at::Tensor& grad_scale,
+                  const at::Tensor& found_inf) override;
 
   std::vector<State> states_;  // empty before first use
   at::Tensor lr_;              // float32 without dimensions; undefined: options().lr() is read
 };
 
-}  // namespace quantrain::amp
+}  // namespace quantrain::optim

@@ -512,3 +512,52 @@ def test_no_waiting():
 
 def test_the_package_names_it():
     assert quantrain.optim.AdamW8bit is AdamW8bit and quantrain.optim.__all__ == ["AdamW8bit"]
+
+
+@ON
+@pytest.mark.parametrize("page", [1, 9000, 1 << 30])
+def test_a_state_on_the_host_takes_the_same_steps(device, page, monkeypatch):
+    from quantrain.optim import host_state
+
+    monkeypatch.setattr(host_state, "PAGE_BYTES", page)
+    plain, paged = make_model(device), make_model(device)
+    first = AdamW8bit(plain.parameters(), lr=1e-2)
+    second = AdamW8bit(paged.parameters(), lr=1e-2, state_on_host=True)
+    train(plain, first, range(3))
+    train(paged, second, range(3))
+    assert equal(plain, paged)
+    saved = copy.deepcopy(second.state_dict())
+    assert same_state(first, second)
+    if device == "cuda":
+        held = [t for s in second.state.values() for name, t in s.items() if name != "step"]
+        assert held and all(t.is_pinned() for t in held)
+    resumed = make_model(device)
+    resumed.load_state_dict(paged.state_dict())
+    third = AdamW8bit(resumed.parameters(), lr=1e-2, state_on_host=True)
+    third.load_state_dict(saved)
+    fourth = pickle.loads(pickle.dumps(second))
+    assert fourth._state_on_host
+    train(plain, first, range(3, 6))
+    train(resumed, third, range(3, 6))
+    assert equal(plain, resumed) and len(third.state_dict()["state"]) == 4
+    assert same_state(first, third)
+
+
+@pytest.mark.cuda
+def test_a_state_on_the_host_takes_loss_scales_and_no_capture():
+    plain, paged = make_model("cuda"), make_model("cuda")
+    both = AdamW8bit(plain.parameters(), lr=1e-2), AdamW8bit(paged.parameters(), lr=1e-2, state_on_host=True)
+    for model, optimizer in zip((plain, paged), both, strict=True):
+        scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
+        for step, factor in enumerate((2.0**10, math.inf, 2.0**9)):
+            give_gradients(model, step, factor)
+            scaler.scale(torch.ones((), device="cuda"))
+            scaler.step(optimizer)
+            scaler.update()
+    assert equal(plain, paged)
+    give_gradients(paged, 0)
+    with (
+        pytest.raises(ValueError, match="no capture of a CUDA graph with state_on_host"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        both[1].step()
