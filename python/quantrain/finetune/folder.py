@@ -93,6 +93,21 @@ class RunFolder:
             (self.path / name).mkdir(parents=True, exist_ok=True)
         write_json(self.path / MANIFEST, sorted(self.files))
 
+    def take(self, source: Path, folder: str) -> None:
+        """Move the files in ``source`` to ``folder`` in the run's folder, as the run's own.
+
+        Raises:
+            FileExistsError: One is there that no run recorded; nothing is moved then.
+        """
+        paths = [path for path in source.rglob("*") if path.is_file()]
+        targets = {path: f"{folder}/{path.relative_to(source).as_posix()}" for path in paths}
+        self.check(targets.values())
+        self.claim(targets.values())
+        for path, name in targets.items():
+            target = self._inside(name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+
     def delete(self) -> None:
         """Delete the recorded files, then those of the run's folders that are empty; everything else stays."""
         for name in self.files:
@@ -109,7 +124,7 @@ class RunFolder:
         path = self.path / name
         parts = PurePosixPath(name).parts
         known = len(parts) == 1 or (len(parts) == 2 and parts[0] in SUBFOLDERS)
-        known |= len(parts) == 3 and parts[1] in MODEL_FOLDERS
+        known |= len(parts) >= 3 and parts[1] in MODEL_FOLDERS
         if not known or ".." in parts or parts[0] == "/":
             raise ValueError(f"{self.path / MANIFEST}: expected names of files in the run's folder, got {name!r}")
         if path.parent.resolve() != self.path.resolve() / path.parent.relative_to(self.path):

@@ -74,6 +74,7 @@ def rehearse(
     copy is then converted. Whatever does not fit raises here.
 
     Args:
+        baseline: On ``device``, or with a recipe elsewhere: the copy is moved when it is prepared.
         recipe: None tries the model as it is.
 
     Returns:
@@ -82,7 +83,7 @@ def rehearse(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself says them again
         model = copy.deepcopy(baseline)
-        model = model if recipe is None else qnn.prepare(model, recipe, skip=skip)
+        model = model if recipe is None else qnn.prepare(model, recipe, skip=skip).to(device)
         rows = min(settings.batch_size if steps > 1 else ROWS, data.train_size)
         batch = to_device(data.train_batch(torch.arange(rows), None), device)
         batch = batch if steps > 1 else task.trial(batch)

@@ -151,9 +151,12 @@ def test_a_finished_run_is_not_repeated_and_restart_deletes_it(finished, text, t
     assert "qlora: done by an earlier run" in capsys.readouterr().out
     assert (finished / "metrics.jsonl").read_text() == before
     assert main(arguments(tmp_path, text, "--epochs", "0.2")) == 0
-    (tmp_path / "t" / "qlora" / "merged" / "mine.txt").write_text("kept")
-    assert main(arguments(tmp_path, text, "--epochs", "0.2", "--restart")) == 0
-    assert (tmp_path / "t" / "qlora" / "merged" / "mine.txt").read_text() == "kept"
+    mine = tmp_path / "t" / "qlora" / "merged" / "mine.txt"
+    mine.write_text("kept")
+    for _ in range(2):
+        assert main(arguments(tmp_path, text, "--epochs", "0.2", "--restart")) == 0
+        assert mine.read_text() == "kept"
+    assert not list((tmp_path / "t" / "state").iterdir())
 
 
 def test_a_file_of_unknown_origin_is_not_replaced(text, tmp_path, capsys):

@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,30 +95,35 @@ class LmJob(BaseJob):
             )
 
     def _check_recipes(self) -> None:
-        """Try every recipe that is not done by a step on a copy of the model."""
+        """Try every recipe that is not done by a step on a copy of the model, prepared on the CPU as in its stage."""
         started, config, faults, seconds = time.perf_counter(), self.config, [], 0.0
         steps = _TIMED_STEPS if config.quick else 1
         trials = {name: recipe for name, recipe in self.recipes.items() if name not in self.results}
-        model = self.lm.model.to(self.device)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             for name, recipe in trials.items():
                 settings = config.recipe_settings(recipe)
                 try:
                     step = rehearse(
-                        model, recipe, config.skip, self.data, settings, self.device, steps=steps, task=self.task
+                        self.lm.model,
+                        recipe,
+                        config.skip,
+                        self.data,
+                        settings,
+                        self.device,
+                        steps=steps,
+                        task=self.task,
                     )
                 except Exception as error:
                     faults.append(f"{name}: {reason_of(error)}")
                     continue
                 if recipe.training:
                     seconds += step * settings.steps_to_take(self.data.train_size)
-        model.to("cpu")
         raise_all(faults)
         took = format_seconds(time.perf_counter() - started)
         self._say(f"model: {self.lm.title}, tried with {len(trials)} recipes in {took}")
         if config.quick:
             self._say(f"training will take about {format_seconds(seconds)} here (measured on {steps} steps of each)")
-        memory.give_back()
+        self._free()
 
     def _file_names(self) -> list[str]:
         adapters = [name for name, recipe in self.recipes.items() if trains_adapter(recipe)]
@@ -206,10 +213,10 @@ class LmJob(BaseJob):
         if recipe.training:
             set_checkpointing(model, False)
         if trains_adapter(recipe):
-            merged = self.folder / name / "merged"
             write_adapter(self.folder / name / "adapter", model, self.lm)
-            model, errors = write_merged(merged, model, self.lm)
-            self.files.claim(f"{name}/merged/{path.name}" for path in merged.iterdir() if path.is_file())
+            with tempfile.TemporaryDirectory(dir=self.folder / "state") as folder:
+                model, errors = write_merged(Path(folder), model, self.lm)
+                self.files.take(Path(folder), f"{name}/merged")
             if self.config.precision == "float32":
                 model = model.float()  # the same weights; a CPU is slow in 16 bits
             return model, statistics.fmean(errors)
