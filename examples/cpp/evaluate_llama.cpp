@@ -53,16 +53,6 @@ struct Options {
   std::string log;
 };
 
-std::vector<std::string> split(const std::string& text) {
-  std::vector<std::string> names;
-  for (size_t begin = 0; begin <= text.size();) {
-    const size_t end = std::min(text.find(',', begin), text.size());
-    names.push_back(text.substr(begin, end - begin));
-    begin = end + 1;
-  }
-  return names;
-}
-
 Options parse(int argc, char** argv) {
   using example::detail::check_one_of;
   example::detail::Flags flags(argc, argv, {"help"});
@@ -71,7 +61,7 @@ Options parse(int argc, char** argv) {
   example::detail::take_source(flags, options.source, {"float32", "bfloat16", "float16"});
   std::string recipes = "float,nf4";
   flags.take("recipe", recipes);
-  options.recipes = split(recipes);
+  options.recipes = example::names_in(recipes);
   for (const std::string& name : options.recipes) check_one_of("--recipe", name, kRecipes);
   flags.take("adapter", options.adapter);
   for (const std::string& name : options.recipes) {
@@ -90,12 +80,11 @@ Options parse(int argc, char** argv) {
   return options;
 }
 
-// The recipe of that name, with LoRA as the adapter needs it; none for "float".
-example::MaybeRecipe recipe_of(const std::string& name, const std::optional<qnn::LoraAdapter>& adapter) {
-  if (name == "float") return std::nullopt;
-  qnn::Recipe recipe = qnn::Recipe::from_name(name);
-  if (adapter) example::use_lora_of(*adapter, recipe);
-  return recipe;
+// The recipe of that name, with LoRA as the adapter needs it.
+example::BlockRecipe recipe_of(const std::string& name, const std::optional<qnn::LoraAdapter>& adapter) {
+  if (name == "float") return {};
+  const qnn::Recipe recipe = qnn::Recipe::from_name(name);
+  return adapter ? example::recipe_for(*adapter, recipe) : example::BlockRecipe(recipe);
 }
 
 example::Llama load(const std::string& name, const std::optional<qnn::LoraAdapter>& adapter, const Options& options) {

@@ -13,6 +13,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -34,14 +35,30 @@
 
 namespace example {
 
-using MaybeRecipe = std::optional<quantrain::nn::Recipe>;
+// How the linear layers of the blocks run.
+struct BlockRecipe {
+  BlockRecipe() = default;  // in floating point
+  BlockRecipe(quantrain::nn::Recipe recipe) : recipe(std::move(recipe)) {}
+
+  // Of the layer of that name: outside of the targets without LoRA.
+  std::optional<quantrain::nn::Recipe> of(const std::string& name) const {
+    std::optional<quantrain::nn::Recipe> result = recipe;
+    if (!result || targets.empty() || targets.contains(name)) return result;
+    if (auto* four_bit = result->scheme_as<quantrain::nn::FourBitSpec>()) four_bit->lora_rank = 0;
+    return result;
+  }
+
+  std::optional<quantrain::nn::Recipe> recipe;
+  std::set<std::string> targets;  // names of layers ("q_proj") that get the recipe's LoRA; empty: all
+};
 
 // torch::nn::Linear without a recipe; Linear4bit or LoraLinear under one that packs 4 bits, else QuantLinear.
 // Registered in its parent under `name`.
 class AnyLinear {
  public:
   AnyLinear(torch::nn::Module& parent, const std::string& name, int64_t in_features, int64_t out_features, bool bias,
-            const MaybeRecipe& recipe) {
+            const BlockRecipe& recipes) {
+    const std::optional<quantrain::nn::Recipe> recipe = recipes.of(name);
     const auto options = torch::nn::LinearOptions(in_features, out_features).bias(bias);
     const auto* four_bit = recipe ? recipe->scheme_as<quantrain::nn::FourBitSpec>() : nullptr;
     if (four_bit && four_bit->lora_rank > 0) {
@@ -115,7 +132,7 @@ inline at::Tensor rope_frequencies(const Rope& rope, int64_t head_dim) {
 // Causal self-attention, x [B, T, width] -> the same shape; every heads / kv_heads query heads share a key and value.
 class LlamaAttentionImpl : public torch::nn::Module {
  public:
-  LlamaAttentionImpl(const LlamaConfig& config, const MaybeRecipe& recipe)
+  LlamaAttentionImpl(const LlamaConfig& config, const BlockRecipe& recipe)
       : head_dim_(config.head_dim),
         dropout_(config.attention_dropout),
         shared_(config.kv_heads != config.heads),
@@ -147,7 +164,7 @@ TORCH_MODULE(LlamaAttention);
 // SwiGLU (Shazeer, arXiv:2002.05202): down(silu(gate(x)) * up(x)).
 class LlamaMLPImpl : public torch::nn::Module {
  public:
-  LlamaMLPImpl(const LlamaConfig& config, const MaybeRecipe& recipe)
+  LlamaMLPImpl(const LlamaConfig& config, const BlockRecipe& recipe)
       : gate_proj_(*this, "gate_proj", config.width, config.inner, config.mlp_bias, recipe),
         up_proj_(*this, "up_proj", config.width, config.inner, config.mlp_bias, recipe),
         down_proj_(*this, "down_proj", config.inner, config.width, config.mlp_bias, recipe) {}
@@ -162,7 +179,7 @@ TORCH_MODULE(LlamaMLP);
 // x + attention(norm(x)), then x + mlp(norm(x)).
 class LlamaBlockImpl : public torch::nn::Module {
  public:
-  LlamaBlockImpl(const LlamaConfig& config, const MaybeRecipe& recipe) {
+  LlamaBlockImpl(const LlamaConfig& config, const BlockRecipe& recipe) {
     self_attn_ = register_module("self_attn", LlamaAttention(config, recipe));
     mlp_ = register_module("mlp", LlamaMLP(config, recipe));
     input_layernorm_ = register_module("input_layernorm", RMSNorm(config.width, config.norm_eps));
@@ -189,7 +206,7 @@ using PartReady = std::function<void(const std::string& path, torch::nn::Module&
 // Tokens int64 [B, T] to final states [B, T, width].
 class LlamaModelImpl : public torch::nn::Module {
  public:
-  LlamaModelImpl(const LlamaConfig& config, const MaybeRecipe& recipe, const PartReady& ready)
+  LlamaModelImpl(const LlamaConfig& config, const BlockRecipe& recipe, const PartReady& ready)
       : frequencies_(rope_frequencies(config.rope, config.head_dim)) {
     embed_tokens_ = register_module("embed_tokens", torch::nn::Embedding(config.vocab, config.width));
     ready("model.embed_tokens", *embed_tokens_);
@@ -237,7 +254,7 @@ TORCH_MODULE(LlamaModel);
 // head stay float.
 class LlamaImpl : public torch::nn::Module {
  public:
-  LlamaImpl(const LlamaConfig& config, const MaybeRecipe& recipe, const PartReady& ready) : config_(config) {
+  LlamaImpl(const LlamaConfig& config, const BlockRecipe& recipe, const PartReady& ready) : config_(config) {
     model_ = register_module("model", LlamaModel(config, recipe, ready));
     if (config.tied) return;
     lm_head_ =

@@ -98,7 +98,7 @@ class WeightFolder {
 // The model of a folder. With a recipe, each block is converted as soon as its weights are there, so that the memory
 // needed beyond the packed model is that of one block and of the files being read. `dtype` is that of weights,
 // activations and what is packed; lora_a and lora_b are float32.
-inline Llama load_llama(const std::string& folder, const MaybeRecipe& recipe, at::ScalarType dtype, at::Device device) {
+inline Llama load_llama(const std::string& folder, const BlockRecipe& recipe, at::ScalarType dtype, at::Device device) {
   const LlamaConfig config = config_of(folder);
   WeightFolder weights(folder);
   const auto fill = [&](const std::string& path, torch::nn::Module& part) {
@@ -119,7 +119,7 @@ inline Llama load_llama(const std::string& folder, const MaybeRecipe& recipe, at
       parameter.requires_grad_(false);
     }
     part.to(device);
-    if (recipe && dynamic_cast<LlamaBlockImpl*>(&part)) quantrain::nn::convert(part);
+    if (recipe.recipe && dynamic_cast<LlamaBlockImpl*>(&part)) quantrain::nn::convert(part);
   };
   Llama model(config, recipe, fill);
   weights.finish(config.tied);
@@ -134,14 +134,17 @@ inline void check_length(int64_t length, const LlamaConfig& config) {
                               ", got " + std::to_string(length));
 }
 
-// Gives a recipe of scheme four_bit the rank and the alpha that a layer of the adapter has, with rslora the alpha that
-// scales alike.
-inline void use_lora_of(const quantrain::nn::LoraAdapter& adapter, quantrain::nn::Recipe& recipe) {
+// A recipe of scheme four_bit with the rank, the layers and the alpha of an adapter, with rslora the alpha that scales
+// alike.
+inline BlockRecipe recipe_for(const quantrain::nn::LoraAdapter& adapter, quantrain::nn::Recipe recipe) {
   if (adapter.layers.empty()) throw std::invalid_argument("expected --adapter with layers, got one without");
-  const auto& [name, first] = *adapter.layers.begin();
+  const auto& [first, weight] = *adapter.layers.begin();
   auto* spec = recipe.scheme_as<quantrain::nn::FourBitSpec>();
-  spec->lora_rank = first.a.size(0);
-  spec->lora_alpha = adapter.scaling(name) * static_cast<double>(spec->lora_rank);
+  spec->lora_rank = weight.a.size(0);
+  spec->lora_alpha = adapter.scaling(first) * static_cast<double>(spec->lora_rank);
+  BlockRecipe result(recipe);
+  for (const auto& item : adapter.layers) result.targets.insert(item.first.substr(item.first.rfind('.') + 1));
+  return result;
 }
 
 // What the parameters and buffers of a module take.

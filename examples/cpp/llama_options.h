@@ -1,12 +1,14 @@
 // What qlora_llama and evaluate_llama share: the flags that name a model, ids and a device, and how errors are told.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <exception>
 #include <fstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include <ATen/Parallel.h>
 #include <torch/cuda.h>
@@ -64,6 +66,17 @@ inline void check_source(const Source& source) {
 }
 
 }  // namespace detail
+
+// Of "a,b": a and b; of nothing none.
+inline std::vector<std::string> names_in(const std::string& text) {
+  std::vector<std::string> names;
+  for (size_t begin = 0; begin < text.size();) {
+    const size_t end = std::min(text.find(',', begin), text.size());
+    names.push_back(text.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return names;
+}
 
 // A JSON object per line, in a new file; nothing without a path.
 class JsonLines {

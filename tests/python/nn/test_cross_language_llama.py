@@ -215,6 +215,23 @@ def test_qlora_takes_the_same_steps_in_both_languages(name, optimizer, folders, 
     assert qnn.load_lora_adapter(tmp_path / "out").base_model == str(folders[name])
 
 
+def test_some_layers_alone_are_trained(folders, ids, tmp_path):
+    path, tokens = ids
+    targets = ["q_proj", "v_proj"]
+    overrides = {f"*.{name}": {"scheme": {"lora_rank": RANK}} for name in targets}
+    plain = qnn.changed_recipe(QLORA, {"scheme": {"lora_rank": 0}})
+    model = qnn.prepare(load(folders["tied"]), plain, overrides=overrides)
+    qnn.save_lora_adapter(tmp_path / "start", qnn.lora_adapter(model))
+    mine = python_losses(model, tokens, AdamW8bit(qnn.lora_parameters(model), lr=LR, weight_decay=0), seed=0)
+    theirs = cpp_losses(folders["tied"], path, tmp_path / "out", "--adapter", tmp_path / "start")
+    assert max(abs(a - b) / a for a, b in zip(mine, theirs, strict=True)) <= 1e-5
+    flags = ["--rank", RANK, "--targets", ",".join(targets)]
+    cpp_losses(folders["tied"], path, tmp_path / "named", *flags)
+    for out in ("out", "named"):
+        adapter = qnn.load_lora_adapter(tmp_path / out)
+        assert adapter.target_modules == targets and len(adapter.layers) == 4
+
+
 def test_checkpointing_changes_no_loss(folders, ids, tmp_path):
     flags = ["--rank", RANK, "--dropout", 0.2]
     plain = cpp_losses(folders["tied"], ids[0], tmp_path / "plain", *flags)
@@ -304,6 +321,8 @@ def test_16_bits_stay_close(dtype, folders, ids, tmp_path):
         ("qlora_llama", ["--dropout", "1"], "expected lora_dropout in [0, 1)"),
         ("qlora_llama", ["--rank", "0"], "expected --rank of at least 1, got 0"),
         ("qlora_llama", ["--adapter", "/nonexistent"], "/nonexistent"),
+        ("qlora_llama", ["--targets", "q_proj,lm_head"], "expected --targets q_proj or k_proj"),
+        ("qlora_llama", ["--adapter", "/x", "--targets", "q_proj"], "expected no --rank, --alpha and --targets with"),
         ("evaluate_llama", ["--recipe", "float,w1"], "expected --recipe float or nf4"),
         ("evaluate_llama", ["--against", "nf4"], "expected --against float, got 'nf4'"),
         ("evaluate_llama", ["--adapter", "/x"], "expected --recipe of weights of 4 bits with --adapter, got 'float'"),
