@@ -57,8 +57,8 @@ def plot_curves(
     measure: Measure = ACCURACY,
     labels: Mapping[str, str] | None = None,
 ) -> None:
-    """Training loss by step, and what each stage reached on the test set, from metrics.jsonl and the results; ``labels``
-    are names of stages other than their own."""
+    """Training loss by step, and what each stage reached on the test set, from metrics.jsonl and the results;
+    ``labels`` are names of stages other than their own."""
     pyplot = pyplot_for_files()
     from matplotlib import ticker
 

@@ -40,8 +40,8 @@ def text(tmp_path_factory) -> Path:
 
 def arguments(folder: Path, data: Path | str, *more: str) -> list[str]:
     """A command line for a run of a second or two."""
-    words = f"finetune --job lm --model tiny-llama --recipe qlora --sequence-length {LENGTH} --batch-size 8 --lr 0.01 --name t"
-    return [*words.split(), "--data", str(data), "--runs", str(folder), "--epochs", "4", *more]
+    words = f"finetune --job lm --model tiny-llama --recipe qlora --sequence-length {LENGTH} --batch-size 8 --lr 0.01"
+    return [*words.split(), "--name", "t", "--data", str(data), "--runs", str(folder), "--epochs", "4", *more]
 
 
 @pytest.fixture

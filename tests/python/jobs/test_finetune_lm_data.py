@@ -20,7 +20,10 @@ from quantrain.finetune.lm.data import IGNORED, load_lm_data  # noqa: E402
 from quantrain.finetune.lm.gguf import load_gguf  # noqa: E402
 from quantrain.finetune.lm.task import CausalLM, perplexity  # noqa: E402
 
-TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }};{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }};{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 FOX = "the quick brown fox jumps over the lazy dog\n"
 
 

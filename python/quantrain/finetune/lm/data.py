@@ -1,8 +1,8 @@
 """Texts of the language-model job: text and jsonl files, tokenized and cut into training and held-out sequences.
 
-A text becomes sequences of exactly the asked-for length, one after another. An example of a jsonl file (a prompt and its
-completion, or messages) is a sequence of its own, cut at that length, of which only the completion, or what the assistant
-says, is learned.
+A text becomes sequences of exactly the asked-for length, one after another. An example of a jsonl file (a prompt and
+its completion, or messages) is a sequence of its own, cut at that length, of which only the completion, or what the
+assistant says, is learned.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class LmData:
 
 
 def pad(sequences: Sequences) -> Batch:
-    """Ids ``[B, T]`` and labels ``[B, T]``, padded at the end, where a causal model does not look, with id 0 and IGNORED."""
+    """Ids and labels ``[B, T]``, padded with id 0 and IGNORED at the end, where a causal model does not look."""
     ids = torch.nn.utils.rnn.pad_sequence(list(sequences.ids), batch_first=True, padding_value=0)
     labels = torch.nn.utils.rnn.pad_sequence(list(sequences.labels), batch_first=True, padding_value=IGNORED)
     return (ids,), labels
@@ -127,8 +127,8 @@ def default_data() -> str:
 
 
 def load_lm_data(name: str, tokenizer: Any, length: int) -> LmData:
-    """``tinyshakespeare``, ``wikitext-2``, a .txt or .jsonl file, or a folder with ``train`` (or ``valid``) and ``test``
-    (or ``valid``) files.
+    """``tinyshakespeare``, ``wikitext-2``, a .txt or .jsonl file, or a folder with ``train`` (or ``valid``) and
+    ``test`` (or ``valid``) files.
 
     Of a single text the last tenth is held out, of the examples of a single jsonl file every tenth in the order of a
     fixed seed.
@@ -156,8 +156,8 @@ def load_lm_data(name: str, tokenizer: Any, length: int) -> LmData:
     for what, part in (("train on", train), ("hold out", test)):
         if not len(part):
             raise ValueError(
-                f"{path}: expected tokens for at least one sequence of {length} to {what}, got {(train + test).tokens} in "
-                f"all; --sequence-length takes fewer"
+                f"{path}: expected tokens for at least one sequence of {length} to {what}, "
+                f"got {(train + test).tokens} in all; --sequence-length takes fewer"
             )
     return LmData(name=_TITLES.get(name, path.stem), source=str(path), train=train, test=test)
 
@@ -168,8 +168,8 @@ def _path_of(name: str) -> Path:
         root = os.environ.get("QUANTRAIN_DATA")
         if not root:
             raise FileNotFoundError(
-                f"{name}: expected QUANTRAIN_DATA to name a folder with {_KNOWN[name]}, or --data with a .txt or .jsonl "
-                "file, got neither"
+                f"{name}: expected QUANTRAIN_DATA to name a folder with {_KNOWN[name]}, or --data with a .txt or "
+                ".jsonl file, got neither"
             )
         path = Path(root) / _KNOWN[name]
     if not path.exists():
@@ -190,11 +190,12 @@ def _parts(folder: Path) -> tuple[Path, Path]:
 
     train, test = first("train", "valid"), first("test", "valid")
     if train is None or test is None or train == test:
-        raise FileNotFoundError(
-            f"{folder}: expected train.txt (or valid.txt) and test.txt (or valid.txt), or the same as .jsonl, got neither"
+        wanted = (
+            "train.txt (or valid.txt) and test.txt (or valid.txt), or the same as .jsonl, got neither"
             if train is None
-            else f"{folder}: expected a file to hold out, test or valid, beside {train.name}, got none"
+            else f"a file to hold out, test or valid, beside {train.name}, got none"
         )
+        raise FileNotFoundError(f"{folder}: expected {wanted}")
     return train, test
 
 
@@ -249,8 +250,8 @@ def _read_jsonl(path: Path, text: str, tokenizer: Any, length: int) -> Sequences
         example_ids, example_labels = _encode_segments(tokenizer, segments, length)
         if (example_labels[1:] == IGNORED).all():
             raise ValueError(
-                f"{path}: expected tokens to learn among the first {length} in line {number}, got none: the prompt is too "
-                "long, or the answer empty"
+                f"{path}: expected tokens to learn among the first {length} in line {number}, got none: the prompt is "
+                "too long, or the answer empty"
             )
         ids.append(example_ids)
         labels.append(example_labels)

@@ -82,8 +82,8 @@ def _model(metadata: _Metadata, content: GgufFile, dtype: torch.dtype) -> Any:
     size = metadata.count("llama.rope.dimension_count", hidden // heads)
     if hidden % heads or size != hidden // heads or heads % kv_heads or size % 2:
         raise ValueError(
-            f"{metadata.path}: expected heads of one even size that rotate whole and share keys evenly, got width {hidden}, "
-            f"{heads} heads, {kv_heads} of keys, {size} rotating"
+            f"{metadata.path}: expected heads of one even size that rotate whole and share keys evenly, got width "
+            f"{hidden}, {heads} heads, {kv_heads} of keys, {size} rotating"
         )
     weights = {
         _name(metadata.path, name): _ordered(name, value, heads, kv_heads).to(dtype)
@@ -169,7 +169,8 @@ def _tokenizer(metadata: _Metadata) -> Any:
     split = metadata.get("tokenizer.ggml.pre", str, "default")
     if kind != "gpt2" or split not in _SPLITS_DIGITS:
         raise ValueError(
-            f"{path}: expected a tokenizer of the kind gpt2, split as {', '.join(_SPLITS_DIGITS)}, got {kind!r}, {split!r}"
+            f"{path}: expected a tokenizer of the kind gpt2, split as {', '.join(_SPLITS_DIGITS)}, "
+            f"got {kind!r}, {split!r}"
         )
     tokens = metadata.get("tokenizer.ggml.tokens", list)
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", list)]

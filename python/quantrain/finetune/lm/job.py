@@ -1,7 +1,7 @@
 """The job of language models: a model as it is, then each recipe prepared, fine-tuned, evaluated and written.
 
-A recipe with LoRA (``qlora``) trains an adapter beside weights of 4 bits, and writes the adapter in PEFT's format and the
-merged model as transformers reads it. Any other recipe trains all weights and is converted, as in the other jobs.
+A recipe with LoRA (``qlora``) trains an adapter beside weights of 4 bits, and writes the adapter in PEFT's format and
+the merged model as transformers reads it. Any other recipe trains all weights and is converted, as in the other jobs.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class LmJob(BaseJob):
         self.lm = load_language_model(config.model, torch.bfloat16 if half else torch.float32, config.seed)
         if self.lm.context is not None and length > self.lm.context:
             raise ValueError(
-                f"--sequence-length: expected at most the {self.lm.context} tokens that {config.model} has positions for, "
-                f"got {length}"
+                f"--sequence-length: expected at most the {self.lm.context} tokens that {config.model} has positions "
+                f"for, got {length}"
             )
         data = load_lm_data(config.data, self.lm.tokenizer, length)
         data = data if config.holdout is None else data.hold_out(config.holdout)
@@ -83,15 +83,15 @@ class LmJob(BaseJob):
         largest = max(int(ids.max()) for part in (self.data.train, self.data.test) for ids in part.ids)
         if largest >= self.lm.vocabulary:
             raise ValueError(
-                f"--model: expected a tokenizer whose ids are below the {self.lm.vocabulary} of the model's embedding, got "
-                f"{largest}: it is another model's"
+                f"--model: expected a tokenizer whose ids are below the {self.lm.vocabulary} of the model's embedding, "
+                f"got {largest}: it is another model's"
             )
         unknown = self.lm.tokenizer.unk_token_id
         ids = self.data.train.ids[0]
         if unknown is not None and 2 * int((ids == unknown).sum()) > len(ids):
             raise ValueError(
-                f"--model: expected a tokenizer that knows the text, got its token for the unknown ({unknown}) for more "
-                "than half of the first sequence"
+                f"--model: expected a tokenizer that knows the text, got its token for the unknown ({unknown}) for "
+                "more than half of the first sequence"
             )
 
     def _check_recipes(self) -> None:
@@ -196,7 +196,7 @@ class LmJob(BaseJob):
         self._keep(result, settings.epochs if trained else 0, summary, **values)
 
     def _prepared(self, name: str, recipe: Recipe) -> nn.Module:
-        """The model prepared on the CPU, so that the device never holds the weights unpacked, then moved and calibrated."""
+        """The model prepared on the CPU, so that the device never holds the weights unpacked, moved and calibrated."""
         last = name == next(reversed(self.recipes))  # whose stage needs no copy
         model = self.lm.model if last else copy.deepcopy(self.lm.model)
         torch.manual_seed(self.config.seed)  # of the adapter's first values
@@ -251,8 +251,8 @@ class LmJob(BaseJob):
     def _data_line(self) -> str:
         data = self.data
         return (
-            f"{data.name}, {data.train_size} sequences of {data.train.tokens:,} tokens to train on, {data.test_size} of "
-            f"{data.test.tokens:,} held out"
+            f"{data.name}, {data.train_size} sequences of {data.train.tokens:,} tokens to train on, "
+            f"{data.test_size} of {data.test.tokens:,} held out"
         )
 
     def _title(self) -> str:
@@ -265,12 +265,10 @@ class LmJob(BaseJob):
         import transformers
 
         config, data = self.config, self.data
-        trained = [
-            f"{result.stage}: {result.steps} steps of {config.batch_size} sequences of at most {self.task.length} tokens"
-            + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
-            for result in results
-            if result.steps > 0
-        ]
+        sequences = f"{config.batch_size} sequences of at most {self.task.length} tokens"
+        if config.accumulate > 1:
+            sequences += f" in {config.accumulate} parts"
+        trained = [f"{result.stage}: {result.steps} steps of {sequences}" for result in results if result.steps > 0]
         merged = [
             f"{result.stage} {100 * result.update_error:.2g} %" for result in results if result.update_error is not None
         ]

