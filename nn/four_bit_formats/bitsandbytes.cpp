@@ -1,16 +1,19 @@
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <charconv>
 #include <cmath>
 
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/tensor.h>
 #include <nlohmann/json.hpp>
 
 #include "nn/four_bit_formats/common.h"
 #include "nn/json.h"
+#include "quantrain/ops/adamw_8bit.h"
+#include "quantrain/ops/four_bit.h"
 
 // bitsandbytes: X.weight, the packed codes, high nibble first, [bytes, 1]; X.weight.absmax; X.weight.quant_map [16];
 // where absmax is compressed ("nested") X.weight.nested_absmax and X.weight.nested_quant_map [256]; and
@@ -23,40 +26,16 @@ using Json = nlohmann::ordered_json;
 
 constexpr int64_t kNestedBlock = 256;
 
-// float32 bits of the values of codes 0..15.
-constexpr std::array<uint32_t, 16> kNf4 = {0xbf800000, 0xbf3239b1, 0xbf066b30, 0xbeca32a0, 0xbe91a24d, 0xbe3d353f,
-                                           0xbdba7871, 0x00000000, 0x3da2faff, 0x3e24cae3, 0x3e7c04dd, 0x3ead033a,
-                                           0x3ee1a4b8, 0x3f1007ab, 0x3f3913b3, 0x3f800000};
-constexpr std::array<uint32_t, 16> kFp4 = {0x00000000, 0x3baaaaab, 0x3f2aaaab, 0x3f800000, 0x3eaaaaab, 0x3f000000,
-                                           0x3e2aaaab, 0x3e800000, 0x00000000, 0xbbaaaaab, 0xbf2aaaab, 0xbf800000,
-                                           0xbeaaaaab, 0xbf000000, 0xbe2aaaab, 0xbe800000};
-
-at::Tensor table_of(const std::array<uint32_t, 16>& bits) {
-  std::vector<float> values;
-  for (const uint32_t value : bits) values.push_back(std::bit_cast<float>(value));
-  return at::tensor(values, at::kFloat);
+// float32 [16]: the values of codes 0 to 15, which the operator has.
+at::Tensor table_of(const std::string& format) {
+  const at::Tensor every = at::arange(0, 16, at::kByte).view({8, 2});
+  const at::Tensor codes = every.select(1, 0) * 16 + every.select(1, 1);        // the first code in the high nibble
+  return quantrain::dequantize_4bit(codes, at::ones({1}), {16}, format) + 0.0;  // its 0 of code 8 has no sign
 }
 
-// The signed dynamic map: for i = 0..6 the 2^i midpoints of 2^i + 1 points from 0.1 to 1, times 10^(i-6), with both
-// signs; and 0 and 1. In float32 as torch.linspace has them: from the nearer end, product and sum rounded once.
+// float32 [256], the signed dynamic map.
 at::Tensor dynamic_map() {
-  std::vector<float> values = {0.0f, 1.0f};
-  const auto rounded = [](double value) { return static_cast<float>(value); };
-  for (int i = 0; i < 7; ++i) {
-    const int parts = 1 << i;
-    const float step = (1.0f - 0.1f) / static_cast<float>(parts);
-    const auto point = [&](int k) {
-      return k < (parts + 1) / 2 ? rounded(double{0.1f} + double{step} * k) : rounded(1.0 - double{step} * (parts - k));
-    };
-    const float power = rounded(std::pow(10.0, i - 6));
-    for (int k = 0; k < parts; ++k) {
-      const float value = (point(k) + point(k + 1)) / 2.0f * power;
-      values.push_back(value);
-      values.push_back(-value);
-    }
-  }
-  std::sort(values.begin(), values.end());
-  return at::tensor(values, at::kFloat);
+  return quantrain::dequantize_8bit_blockwise(at::arange(0, 256, at::kByte), at::ones({1}), /*is_signed=*/true);
 }
 
 struct TypeName {
@@ -155,9 +134,9 @@ class State {
 void read_table(const Parts& parts, FourBitWeight& weight) {
   const at::Tensor map = parts.get(parts.name("quant_map"), {at::kFloat}, {16});
   const at::Tensor values = map.cpu();
-  if (values.equal(table_of(kNf4))) {
+  if (values.equal(table_of("nf4"))) {
     weight.format = "nf4";
-  } else if (values.equal(table_of(kFp4))) {
+  } else if (values.equal(table_of("fp4"))) {
     weight.format = "fp4";
   } else {
     weight.format = "table";
@@ -245,7 +224,7 @@ FourBitTensors to_bitsandbytes(const FourBitWeight& weight, const std::string& p
   FourBitTensors tensors;
   tensors[key("weight")] = detail::bytes_as(weight.codes.detach().reshape({-1}), quant_storage).unsqueeze(-1);
   tensors[key("weight.absmax")] = weight.scale.detach().reshape({-1});
-  tensors[key("weight.quant_map")] = table_of(weight.format == "nf4" ? kNf4 : kFp4);
+  tensors[key("weight.quant_map")] = table_of(weight.format);
   // As Python's json writes it, for the same bytes.
   std::string state = R"({"quant_type": ")" + weight.format + R"(", "blocksize": )" +
                       std::to_string(weight.block_size) + R"(, "dtype": ")" + dtype + R"(", "shape": )" +

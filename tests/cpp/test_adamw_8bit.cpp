@@ -248,3 +248,21 @@ TEST_CASE("8-bit AdamW on CUDA is that of the CPU", "[adamw_8bit][cuda]") {
   train(b, second, 0, 4);
   for (size_t i = 0; i < a->parameters().size(); ++i) REQUIRE(b->parameters()[i].cpu().equal(a->parameters()[i]));
 }
+
+TEST_CASE("a state on the host takes the same steps", "[adamw_8bit][cuda]") {
+  for (const at::Device device : {at::Device(at::kCPU), at::Device(at::kCUDA, 0)}) {
+    if (device.is_cuda() && !support::has_cuda()) continue;
+    torch::nn::Sequential plain = make_model(device), paged = make_model(device);
+    AdamW8bit first(plain->parameters(), AdamW8bitOptions(1e-2));
+    AdamW8bit second(paged->parameters(), AdamW8bitOptions(1e-2).state_on_host(true));
+    train(plain, first, 0, 4);
+    train(paged, second, 0, 4);
+    REQUIRE(equal(plain, paged));
+    const auto& held = second.state_tensors();
+    for (size_t i = 0; i < held.size(); ++i) {
+      REQUIRE(support::same_bits(held[i].exp_avg.cpu(), first.state_tensors()[i].exp_avg.cpu()));
+      REQUIRE(support::same_bits(held[i].exp_avg_sq.cpu(), first.state_tensors()[i].exp_avg_sq.cpu()));
+      if (device.is_cuda()) REQUIRE(held[i].exp_avg.is_pinned());
+    }
+  }
+}
