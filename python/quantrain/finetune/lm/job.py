@@ -209,7 +209,7 @@ class LmJob(BaseJob):
         return self.device.type == "cuda" if wanted is None else wanted
 
     def _write(self, name: str, recipe: Recipe, model: Any) -> tuple[nn.Module, float | None]:
-        """Write what the stage leaves; the result is the model as stored, and what merging took of the updates."""
+        """Write what the stage leaves; the result is the model as stored, and how far merging rounds its updates."""
         if recipe.training:
             set_checkpointing(model, False)
         if trains_adapter(recipe):
@@ -269,9 +269,7 @@ class LmJob(BaseJob):
         if config.accumulate > 1:
             sequences += f" in {config.accumulate} parts"
         trained = [f"{result.stage}: {result.steps} steps of {sequences}" for result in results if result.steps > 0]
-        merged = [
-            f"{result.stage} {100 * result.update_error:.2g} %" for result in results if result.update_error is not None
-        ]
+        merged = [f"{result.stage} {result.update_error:.2g}" for result in results if result.update_error is not None]
         optimizers = {config.recipe_settings(recipe).optimizer for recipe in self.recipes.values()}
         facts = [
             ("model", f"{self.lm.title} from {self.lm.source}"),
@@ -281,14 +279,14 @@ class LmJob(BaseJob):
             ("transformers", transformers.__version__),
         ]
         if merged:
-            facts.append(("part of the update that rounding to bfloat16 took in merging", "; ".join(merged)))
+            facts.append(("rounding of the merged weights, over the update's norm", "; ".join(merged)))
         return facts
 
     def _lead(self, results: Sequence[LmResult]) -> str:
-        total = format_seconds(sum(result.seconds for result in results))
+        total, count = format_seconds(sum(result.seconds for result in results)), len(results) - 1
         return (
             "A language model as it was given, and what becomes of it when it is fine-tuned in few bits: "
-            f"{len(results) - 1} recipes, tested on the same {self.data.test.tokens:,} held-out tokens. "
+            f"{count} recipe{'' if count == 1 else 's'}, tested on the same {self.data.test.tokens:,} held-out tokens. "
             f"The whole run took {total}."
         )
 

@@ -88,8 +88,8 @@ class LmResult:
         step_seconds: Median time of one; None without training.
         tokens_per_second: Of a training step, the median; None without training.
         seconds: Wall time of the stage.
-        update_error: What rounding to 16 bits took of the adapter's updates when it was merged, the mean over layers of
-            a part of their norms; None where nothing was merged.
+        update_error: What rounding to 16 bits changed when the adapter was merged, over the norm of its update, the mean
+            of the layers: above 1 more than the training had. None where nothing was merged.
     """
 
     stage: str

@@ -26,8 +26,8 @@ def write_merged(folder: Path, model: Any, lm: LanguageModel) -> tuple[Any, list
     """Merge the adapter into weights of 16 bits, in place, and write model and tokenizer as transformers reads them.
 
     Returns:
-        The merged model, and of each merged layer what rounding to bfloat16 took of the adapter's update, as a part of
-        its Frobenius norm.
+        The merged model, and of each merged layer what rounding to bfloat16 changed, over the Frobenius norm of the
+        adapter's update.
     """
     from transformers.utils import logging
 
