@@ -4,6 +4,7 @@
 
 Sections, in this order:
     mm            int8_mm to bfloat16 over torch.mm in bfloat16
+    weight        int8_weight_mm over bfloat16, few rows of input
     quantize      passes by rows and columns, as a share of the rate of a copy
     fused         norms and activations that end in codes, over separate operators
     linear        int8_linear, forward and backward, over nn.Linear in bfloat16
@@ -31,10 +32,11 @@ import torch
 from common.parts import run_parts
 from common.sections import SectionReport
 from int8 import cpu, gemm, gpt_step, inference, linear, quantize
+from int8.weight import weight
 
 from quantrain.finetune.memory import keep_freed_memory
 
-SECTIONS = ("mm", "quantize", "fused", "linear", "inference", "cpu", "gpt")
+SECTIONS = ("mm", "weight", "quantize", "fused", "linear", "inference", "cpu", "gpt")
 LONGER = ("grid", "gpt_compiled", "torchao")
 
 
@@ -59,6 +61,7 @@ def run_section(name: str, report: SectionReport, options: argparse.Namespace) -
     device, quick = options.device, options.quick
     sections = {
         "mm": lambda: gemm.mm(report, device, quick),
+        "weight": lambda: weight(report, device, quick),
         "quantize": lambda: quantize.quantize(report, device, quick),
         "fused": lambda: quantize.fused(report, device, quick),
         "linear": lambda: linear.linear(report, device, quick),

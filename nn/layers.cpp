@@ -337,6 +337,10 @@ at::Tensor QuantLinearImpl::forward(const at::Tensor& input) {
   if (!converted()) {
     return quantized_output(watched(linear_product(x, quantized_weight(weight), bias)));
   }
+  // The input as it comes: no simulation has to be met bit for bit (recipe w8a16).
+  const bool per_row = weight_scale.numel() == 1 || weight_scale.numel() == weight_shape()[0];
+  if (!recipe().input && per_row && weight_codes.scalar_type() == at::kChar)
+    return quantized_output(quantrain::int8_weight_mm(x, weight_codes, weight_scale, defined_or_none(bias)));
   return quantized_output(
       at::linear(x, dequantized_weight(x.scalar_type()), bias.defined() ? bias.to(x.scalar_type()) : bias));
 }

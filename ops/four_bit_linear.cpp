@@ -23,6 +23,15 @@ namespace quantrain {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+namespace {
+
+void check_method(std::string_view op, std::string_view method) {
+  QUANTRAIN_CHECK_VALUE(method == "auto" || method == "fused" || method == "dequantize" || method == "int8",
+                        "{}: expected method to be one of auto, fused, dequantize, int8, got '{}'", op, method);
+}
+
+}  // namespace
+
 c10::SymInt check_linear_4bit(std::string_view op, const at::Tensor& input, const PackedWeight& weight,
                               const OptionalTensor& bias, std::string_view method,
                               const std::optional<c10::SymInt>& out_features) {
@@ -30,8 +39,7 @@ c10::SymInt check_linear_4bit(std::string_view op, const at::Tensor& input, cons
   detail::check_dense(op, "input", input);
   QUANTRAIN_CHECK_VALUE(input.dim() >= 1 && TORCH_GUARD_OR_TRUE(input.sym_size(-1).sym_gt(0)),
                         "{}: expected input with at least one column, got {}", op, detail::shape_text(input));
-  QUANTRAIN_CHECK_VALUE(method == "auto" || method == "fused" || method == "dequantize",
-                        "{}: expected method to be one of auto, fused, dequantize, got '{}'", op, method);
+  check_method(op, method);
   check_packed(op, weight);
   detail::check_device(op, "codes", weight.codes, input, "input's");
   const c10::SymInt rows = packed_rows(op, weight, input.sym_size(-1), out_features);
@@ -67,8 +75,7 @@ at::Tensor grad_input_meta(const at::Tensor& grad_output, const at::Tensor& code
                            const OptionalTensor& scale_offset, c10::SymInt in_features, std::string_view format,
                            const OptionalTensor& table, std::string_view method) {
   detail::check_float(kGradInput, "grad_output", grad_output.scalar_type());
-  QUANTRAIN_CHECK_VALUE(method == "auto" || method == "fused" || method == "dequantize",
-                        "{}: expected method to be one of auto, fused, dequantize, got '{}'", kGradInput, method);
+  check_method(kGradInput, method);
   const PackedWeight weight{codes, scale, zero_point, scale_scale, scale_offset, format, table};
   check_packed(kGradInput, weight);
   detail::check_device(kGradInput, "codes", codes, grad_output, "grad_output's");
@@ -92,38 +99,53 @@ at::Tensor dequantized(const PackedWeight& w, int64_t rows, int64_t k, at::Scala
 // Rows of x that the CPU's product serves before it pays to decode the weight once.
 constexpr int64_t kCpuRows = 8;
 
+// Dense and, as the CUDA kernels' copies want it, on 16 bytes.
+at::Tensor aligned(const at::Tensor& tensor) {
+  const at::Tensor dense = tensor.contiguous();
+  return !dense.is_cuda() || reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : dense.clone();
+}
+
+// The arguments of a kernel; the tensors that they point into live as long.
+struct FusedCall {
+  at::Tensor x, codes, bias;
+  PackedWeight weight;
+  PackedPointers packed;
+  FourBitLinearArgs args;
+
+  // x [M, K] and y [M, N], or for grad_input x [M, N] and y [M, K].
+  FusedCall(const at::Tensor& given_x, const PackedWeight& given, const OptionalTensor& given_bias, const at::Tensor& y,
+            int64_t n, int64_t k)
+      : x(aligned(given_x)),
+        codes(aligned(given.codes)),
+        bias(given_bias ? given_bias->contiguous() : at::Tensor()),
+        weight{codes, given.scale, given.zero_point, given.scale_scale, given.scale_offset, given.format, given.table},
+        packed(weight, parse_four_bit_format(kLinear, weight.format, weight.table)),
+        args{x.const_data_ptr(),
+             packed.codes,
+             packed.scales,
+             parse_four_bit_format(kLinear, weight.format, weight.table),
+             packed.table,
+             packed_block(kLinear, weight, n * k, k),
+             given_bias ? bias.const_data_ptr() : nullptr,
+             given_bias ? dtype_of(bias) : DType::kFloat32,
+             y.mutable_data_ptr(),
+             dtype_of(x),
+             x.size(0),
+             n,
+             k,
+             nullptr} {}
+};
+
 // Decoded inside the product; false where no kernel takes these arguments. x [M, K] contiguous, y [M, N].
 bool fused(const at::Tensor& given_x, const PackedWeight& given, const OptionalTensor& bias, const at::Tensor& y,
            bool wanted) {
-  // The CUDA kernel copies 16 bytes at a time.
-  const auto aligned = [](const at::Tensor& tensor) {
-    const at::Tensor dense = tensor.contiguous();
-    return !dense.is_cuda() || reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : dense.clone();
-  };
-  const at::Tensor x = aligned(given_x);
-  PackedWeight w = given;
-  w.codes = aligned(given.codes);
-  const FourBitFormat format = parse_four_bit_format(kLinear, w.format, w.table);
-  const PackedPointers packed(w, format);
-  const at::Tensor b = bias ? bias->contiguous() : at::Tensor();
-  FourBitLinearArgs args{x.const_data_ptr(),
-                         packed.codes,
-                         packed.scales,
-                         format,
-                         packed.table,
-                         packed_block(kLinear, w, y.size(1) * x.size(1), x.size(1)),
-                         bias ? b.const_data_ptr() : nullptr,
-                         bias ? dtype_of(b) : DType::kFloat32,
-                         y.mutable_data_ptr(),
-                         dtype_of(x),
-                         x.size(0),
-                         y.size(1),
-                         x.size(1),
-                         nullptr};
+  FusedCall call(given_x, given, bias, y, y.size(1), given_x.size(1));
+  const at::Tensor& x = call.x;
+  FourBitLinearArgs& args = call.args;
 #if defined(QUANTRAIN_WITH_CUDA)
   if (x.is_cuda()) {
     const c10::cuda::CUDAGuard guard(x.device());
-    if (!cuda::four_bit_linear_suits(args)) return false;
+    if (!cuda::four_bit_linear_suits(args) || !(wanted || cuda::four_bit_linear_pays(args))) return false;
     at::Tensor workspace;
     if (const size_t bytes = cuda::four_bit_linear_workspace(args)) {
       workspace = at::empty({static_cast<int64_t>(bytes)}, x.options().dtype(at::kByte));
@@ -154,12 +176,14 @@ at::Tensor linear_kernel(const at::Tensor& input, const at::Tensor& codes, const
   const int64_t k = input.size(-1), rows = y.size(-1);
   packed_block(kLinear, weight, rows * k, k);
   if (y.numel() == 0) return y;
+  if (method == "int8") return linear_4bit_int8(input, weight, bias, rows);
   if (method != "dequantize") {
     const at::Tensor x = input.reshape({-1, k}).contiguous();
     if (fused(x, weight, bias, y.view({-1, rows}), method == "fused")) return y;
     QUANTRAIN_CHECK_VALUE(method == "auto",
-                          "{}: expected for method 'fused' on CUDA float16 or bfloat16 input of at most 32 rows, K and "
-                          "blocks of whole 64 elements and no float zero point, got {} {}, blocks of {} elements",
+                          "{}: expected for method 'fused' on CUDA float16 or bfloat16 input (before Hopper of at most 32 "
+                          "rows), K and blocks of whole 64 elements and no float zero point, got {} {}, blocks of {} "
+                          "elements",
                           kLinear, c10::toString(input.scalar_type()), detail::shape_text(input),
                           packed_block(kLinear, weight, rows * k, k));
   }
@@ -178,6 +202,16 @@ at::Tensor grad_input_kernel(const at::Tensor& grad_output, const at::Tensor& co
   packed_block(kGradInput, weight, rows * k, k);
   if (grad_input.numel() == 0) return grad_input;
   if (rows == 0) return grad_input.zero_();
+#if defined(QUANTRAIN_WITH_CUDA)
+  if (grad_output.is_cuda() && (method == "auto" || method == "fused")) {
+    const c10::cuda::CUDAGuard guard(grad_output.device());
+    const FusedCall call(grad_output.reshape({-1, rows}), weight, std::nullopt, grad_input, rows, k);
+    if (cuda::four_bit_grad_input_suits(call.args) &&
+        (method == "fused" || cuda::four_bit_grad_input_pays(call.args)) &&
+        run_on_cuda(call.args, call.x, &cuda::four_bit_grad_input))
+      return grad_input;
+  }
+#endif
   return at::matmul(grad_output, dequantized(weight, rows, k, grad_output.scalar_type()));
 }
 

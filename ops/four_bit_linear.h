@@ -28,4 +28,8 @@ c10::SymInt check_linear_4bit(std::string_view op, const at::Tensor& input, cons
                               const std::optional<at::Tensor>& bias, std::string_view method,
                               const std::optional<c10::SymInt>& out_features);
 
+// Method "int8": rows of input, and of the weight anew, as int8 codes, and an integer product.
+at::Tensor linear_4bit_int8(const at::Tensor& input, const PackedWeight& weight, const std::optional<at::Tensor>& bias,
+                            int64_t rows);
+
 }  // namespace quantrain

@@ -118,6 +118,7 @@ FAMILIES = (
             ),
             "int8_mm": ("1.25x to 2.04x as fast as cuBLAS in bfloat16", INT8),
             "int8_mm_accumulate_": (NOT_MEASURED, ""),
+            "int8_weight_mm": (NOT_MEASURED, ""),
             "int8_quantize_rows": (
                 "94 to 100 % of the byte floor; stochastic 70 to 75 %, with a factor 48 to 61 %",
                 INT8,
@@ -218,6 +219,7 @@ GRADIENTS = {
     "fqt_conv2d": "unbiased, from the quantized gradient; no second derivative",
     "linear_4bit": "exact, through the packed weight; any number of times",
     "linear_4bit_lora": "exact, in input, lora_a, lora_b and bias; no second derivative",
+    "int8_weight_mm": "exact; any number of times",
     "int8_linear": "unbiased, at the rounded input and weight; no second derivative",
 }
 

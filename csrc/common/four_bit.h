@@ -174,6 +174,26 @@ struct FourBitDequantizeArgs {
   DType dtype;
 };
 
+// The rows of a weight as int8 codes with one scale each: a second rounding, for products of integers.
+struct FourBitToInt8Args {
+  const uint8_t* codes;
+  FourBitScales scales;
+  FourBitFormat format;
+  const float* table;      // [16], format kTable
+  int64_t block;           // divides k; a multiple of 8
+  const float* row_scale;  // [n]
+  int8_t* y;               // [n, k]
+  int64_t n;
+  int64_t k;
+};
+
+// NaN: 0, as its row's scale says so.
+QUANTRAIN_HOST_DEVICE int8_t four_bit_row_code(float value, float zero_point, float scale, float inverse) {
+  const float v = round_half_even((value - zero_point) * scale * inverse);
+  const float q = v > 127.0f ? 127.0f : v > -127.0f ? v : v <= -127.0f ? -127.0f : 0.0f;
+  return static_cast<int8_t>(static_cast<int32_t>(q));
+}
+
 // y[m, n] = sum over k of x[m, k] w[n, k], plus bias[n]. On the CPU x and y are float32.
 struct FourBitLinearArgs {
   const void* x;  // [m, k] of dtype

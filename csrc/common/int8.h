@@ -141,4 +141,18 @@ struct Int8MmArgs {
   void* workspace;  // of int8_mm_workspace bytes
 };
 
+// y = (x codes^T) * scale + bias, x of floating point: sums in float32.
+struct Int8WeightMmArgs {
+  const void* x;        // [m, k] of dtype; on the CPU float32
+  const int8_t* codes;  // [n, k]
+  const float* scale;   // [n] or, with scale_stride 0, [1]
+  int64_t scale_stride;
+  const float* bias;  // [n] or null
+  void* y;            // [m, n] of x's type
+  DType dtype;
+  int64_t m;
+  int64_t n;
+  int64_t k;
+};
+
 }  // namespace quantrain

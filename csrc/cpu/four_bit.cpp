@@ -234,6 +234,26 @@ void four_bit_dequantize(const FourBitDequantizeArgs& args, int64_t begin, int64
   });
 }
 
+void four_bit_to_int8(const FourBitToInt8Args& args, int64_t begin, int64_t end) {
+  const FourBitValues known = four_bit_values(args.format);
+  const float* values = args.table ? args.table : known.value;
+  vectorized([&]() QUANTRAIN_INLINE_LAMBDA {
+    alignas(64) float decoded[kPiece];
+    for (int64_t row = begin; row < end; ++row) {
+      const float inverse = 1.0f / args.row_scale[row];
+      for (int64_t at = 0; at < args.k;) {
+        const int64_t element = row * args.k + at, block = element / args.block;
+        const int count = static_cast<int>(std::min<int64_t>(kPiece, (block + 1) * args.block - element));
+        const BlockScale s = block_scale(args.scales, block);
+        decode(values, four_bit_high_first(args.format), args.codes, element, count, 0.0f, decoded);
+        for (int i = 0; i < count; ++i)
+          args.y[element + i] = four_bit_row_code(decoded[i], s.zero_point, s.scale, inverse);
+        at += count;
+      }
+    }
+  });
+}
+
 void four_bit_linear(const FourBitLinearArgs& args, int64_t begin, int64_t end) {
   const FourBitValues known = four_bit_values(args.format);
   const float* values = args.table ? args.table : known.value;

@@ -7,6 +7,7 @@ namespace quantrain::cpu {
 
 void four_bit_quantize(const FourBitQuantizeArgs& args, int64_t begin, int64_t end);      // blocks
 void four_bit_dequantize(const FourBitDequantizeArgs& args, int64_t begin, int64_t end);  // blocks
+void four_bit_to_int8(const FourBitToInt8Args& args, int64_t begin, int64_t end);         // rows
 void four_bit_linear(const FourBitLinearArgs& args, int64_t begin, int64_t end);          // rows of the weight
 
 }  // namespace quantrain::cpu

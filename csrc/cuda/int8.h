@@ -40,6 +40,12 @@ int int8_weight_transpose(const Int8WeightTransposeArgs& args, void* stream);
 int int8_norm(const Int8NormArgs& args, void* stream);
 int int8_activation(const Int8ActivationArgs& args, void* stream);
 
+// Whether int8_weight_mm takes these arguments: float16 or bfloat16, at most kInt8WeightRows rows of x, k a multiple of
+// 16, pointers on 16 bytes, compute capability 8.0.
+constexpr int64_t kInt8WeightRows = 32;
+bool int8_weight_mm_suits(const Int8WeightMmArgs& args);
+int int8_weight_mm(const Int8WeightMmArgs& args, void* stream);
+
 // 10 * major + minor of the current device.
 int compute_capability();
 

@@ -77,6 +77,7 @@ from quantrain.int8 import (  # noqa: E402
     int8_rms_norm,
     int8_silu_mul,
     int8_transpose,
+    int8_weight_mm,
     int8_weight_transpose,
 )
 from quantrain.nn import (  # noqa: E402
@@ -129,6 +130,7 @@ __all__ = [
     "int8_linear",
     "int8_mm",
     "int8_mm_accumulate_",
+    "int8_weight_mm",
     "int8_quantize_columns",
     "int8_quantize_rows",
     "int8_quantize_rows_and_columns",

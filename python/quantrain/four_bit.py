@@ -142,7 +142,9 @@ def linear_4bit(
         bias: ``[N]`` of a floating type.
         method: "fused" decodes inside the product: on the CPU always, on CUDA for float16 and bfloat16 input of at most
             32 rows, K and blocks of whole 64 elements and integer zero points (ValueError otherwise); "dequantize"
-            decodes first and takes the float product; "auto" takes the faster one.
+            decodes first and takes the float product; "auto" takes the faster one. "int8" (W4A8) computes something else,
+            for many rows: input is rounded to int8 codes with one scale per row, so are the weight's rows, from their 4
+            bits, and :func:`quantrain.int8_mm` multiplies. Its gradient is that of the unrounded product.
         out_features: N, where a flat weight does not say (K of 1, N odd).
 
     Returns:

@@ -165,6 +165,29 @@ def int8_mm(
     )
 
 
+def int8_weight_mm(input: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Product of a floating-point input with an int8 weight, y = (x codes^T) * scale + bias: inference with 8-bit
+    weights and 16-bit activations.
+
+    Sums are float32, of a fixed order. On CUDA float16 and bfloat16 input of at most 32 rows with K a multiple of 16 is
+    multiplied without decoding the weight first, at the rate at which its bytes are read; on the CPU input of at most 8
+    rows. Otherwise the weight is decoded once. Under autocast the input is cast.
+
+    Shapes: input ``[..., K]`` of float32, float16 or bfloat16, codes int8 ``[N, K]``, scale float32 of N elements or of
+    one, bias ``[N]`` of a floating type -> ``[..., N]`` of input's type.
+    Gradient: to input and bias, any number of times.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        TypeError: other element types; tensors on different devices.
+
+    >>> x, w = torch.randn(3, 64), torch.randn(5, 64)
+    >>> bool((int8_weight_mm(x, *int8_quantize_rows(w)) - x @ w.T).abs().max() < 0.3)
+    True
+    """
+    return _ops.int8_weight_mm(_arguments.tensor("int8_weight_mm", "input", input), codes, scale, bias)
+
+
 def int8_mm_accumulate_(
     accumulator: Tensor, a: Tensor, b: Tensor, a_scale: Tensor | None = None, b_scale: Tensor | None = None
 ) -> None:

@@ -95,6 +95,29 @@ def int8_transpose(d: Draw):
             same_bits(one, cpu, "int8_weight_transpose on CPU and CUDA")
 
 
+@drawn("int8_weight_mm")
+def int8_weight_mm(d: Draw):
+    k, n = d.choice((0, 1, 15, 16, 48, 63, 64, 80, 128, 400, d.size())), d.size()
+    dtype = d.dtype()
+    x = d.tensor([*d.shape(high=3, cap=d.choice((1, 8, 33, 150))), k], dtype, "normal")
+    codes = d.integers([n, k], -128, 127, torch.int8)
+    scale = d.scale(d.choice(([n], [n, 1], [1])), -8, 7)
+    bias = d.tensor([n], d.choice(FLOATS), "normal") if d.chance(0.5) else None
+    d.notes |= {"input": x, "codes": codes, "scale": scale, "bias": bias}
+    factor = scale.double().flatten()
+    exact = (x.double() @ codes.double().t()) * factor + (0 if bias is None else bias.double())
+    size = (x.double().abs() @ codes.double().abs().t()) * factor
+    part = {torch.float32: 1e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[dtype]
+    room = part * (exact.abs() + size) + 1e-6 * size + 6e-8
+    for device in d.devices:
+        y = ops.int8_weight_mm(*(None if t is None else d.on(device, t) for t in (x, codes, scale, bias)))
+        check(y.dtype == dtype and y.shape == exact.shape, f"expected {list(exact.shape)} of {dtype}")
+        # float16 may overflow where the exact sum does not fit.
+        fits = exact.abs() < torch.finfo(dtype).max
+        off = (y.cpu().double() - exact).abs()
+        check(bool((off <= room)[fits].all()), f"int8_weight_mm on {device}: {float(off[fits].max())} off")
+
+
 @drawn("int8_mm", "int8_mm.typed", "int8_mm_accumulate_")
 def int8_mm(d: Draw):
     rows = d.shape(high=3, cap=d.choice((1, 20, 150)))

@@ -106,6 +106,7 @@ BY_MEMORY = {
     "fixed_point_fraction_length": "sums, at a threshold",
     "linear_4bit": "products of floating point",
     "_linear_4bit_grad_input": "likewise",
+    "int8_weight_mm": "likewise",
     "linear_4bit_lora": "likewise",
     "linear_4bit_lora.seeded": "likewise",
     "_dropout_state": "a draw",

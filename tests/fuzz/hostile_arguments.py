@@ -398,6 +398,16 @@ def dropout(d):
     return {"input": x, "like": x, "state": torch.tensor([1, 2]), "p": 0.5, "seed": 1, "offset": 2}
 
 
+def float_with_codes(d):
+    k, n = d.choice((16, 33)), d.randint(1, 9)
+    return {
+        "input": floats(d, [d.randint(1, 5), k]),
+        "codes": d.integers([n, k], -128, 127, torch.int8),
+        "scale": d.scale([n], -8, 7),
+        "bias": None,
+    }
+
+
 ARGUMENTS = {
     **dict.fromkeys(("quantize_4bit", "quantize_4bit_affine"), four_bit),
     **dict.fromkeys(("dequantize_4bit", "linear_4bit", "_linear_4bit_grad_input", "linear_4bit_lora"), four_bit_weight),
@@ -437,6 +447,7 @@ ARGUMENTS = {
     "int8_transpose": codes,
     "int8_weight_transpose": weight_transpose,
     **dict.fromkeys(("int8_mm", "int8_mm_accumulate_"), product),
+    "int8_weight_mm": float_with_codes,
     "int8_linear": int8_linear,
     **dict.fromkeys(("int8_layer_norm", "int8_rms_norm", "int8_add_layer_norm", "int8_add_rms_norm"), norm),
     **dict.fromkeys(("int8_gelu", "int8_silu_mul"), activation),

@@ -67,7 +67,7 @@ def compared(found: list[Tensor], exact: list[Tensor], ids: Tensor) -> dict[str,
     return {"perplexity": math.exp(loss / count), "kl": kl / count, "top1": same / count}
 
 
-def packed(name: str, model: nn.Module) -> int:
+def packed(model: nn.Module) -> int:
     """Bytes of the packed layers."""
     kinds = (qnn.FourBitLayer, qnn.QuantizedLayer)
     return sum(t.numel() * t.element_size() for m in model.modules() if isinstance(m, kinds) for t in m.buffers())
@@ -79,24 +79,26 @@ def run(settings: Settings, options, save: Callable[[dict], None]) -> int:
     ids = ids_of(name, "wikitext-2", "test.txt", characters=40 * settings.windows * settings.length)
     ids = ids[: settings.windows * settings.length].view(settings.windows, settings.length).to(device)
     exact = log_probabilities(moved_model(name).to(device), ids)
-    rows = [{"weights": "float32", **compared(exact, exact, ids)}]
-    for title, recipe in recipes().items():
-        model = moved_model(name)
-        head = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding) or n == "lm_head"]
-        qnn.prepare(model, recipe, skip=head if recipe.scheme is None else ())
-        qnn.convert(model).to(device)
-        size = packed(title, model)
-        elements = sum(math.prod(m.weight_shape) for m in model.modules() if isinstance(m, qnn.QuantizedLayer))
-        rows.append(
-            {"weights": title, "bits": 8 * size / elements, **compared(log_probabilities(model, ids), exact, ids)}
-        )
-    for row in rows:
+    rows: list[dict] = []
+
+    def add(row: dict) -> None:
+        rows.append(row)
         save(row)
         bits = f"{row['bits']:.3f}" if "bits" in row else "-"
         print(
             f"{row['weights']:<22} {bits:>6} bits  perplexity {row['perplexity']:8.4f}  KL {row['kl']:.5f}  top-1 {row['top1']:.4f}",
             flush=True,
         )
+
+    add({"weights": "float32", **compared(exact, exact, ids)})
+    for title, recipe in recipes().items():
+        model = moved_model(name)
+        head = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding) or n == "lm_head"]
+        qnn.prepare(model, recipe, skip=head if recipe.scheme is None else ())
+        qnn.convert(model).to(device)
+        size = packed(model)
+        elements = sum(math.prod(m.weight_shape) for m in model.modules() if isinstance(m, qnn.QuantizedLayer))
+        add({"weights": title, "bits": 8 * size / elements, **compared(log_probabilities(model, ids), exact, ids)})
     return compare_languages(name, options, ids.cpu(), rows, save) if options.cpp else 0
 
 

@@ -98,7 +98,8 @@ class QUANTRAIN_API Linear4bitImpl : public Copied<Linear4bitImpl, FourBitModule
 TORCH_MODULE(Linear4bit);
 
 // y = x W^T + scaling D(x) A^T B^T + b by linear_4bit_lora, scaling = lora_alpha / r, D dropout in training. A [r, K]
-// is drawn as torch::nn::Linear's weight, B [N, r] is 0, both float32. Only A and B have gradients after conversion.
+// is drawn as torch::nn::Linear's weight, B [N, r] is 0, both float32 until to(dtype) casts them. Only A and B have
+// gradients after conversion.
 class QUANTRAIN_API LoraLinearImpl : public Copied<LoraLinearImpl, Linear4bitImpl> {
  public:
   LoraLinearImpl(int64_t in_features, int64_t out_features, const Recipe& recipe = Recipe::from_name("qlora"))

@@ -83,6 +83,14 @@ QUANTRAIN_API at::Tensor int8_mm(const at::Tensor& a, const at::Tensor& b, const
                                  const std::optional<at::Tensor>& bias = std::nullopt,
                                  at::ScalarType out_dtype = at::kFloat);
 
+// y = (x codes^T) * scale + bias, for inference with weights of 8 bits and activations of floating point (W8A16). input
+// [..., K] of float32, float16 or bfloat16; codes int8 [N, K]; scale float32 of N elements or of one; bias of any
+// floating type [N]. Result [..., N] of input's type; sums in float32, of a fixed order. On CUDA float16 and bfloat16
+// input of at most 32 rows with K a multiple of 16 is multiplied without decoding the weight first; on the CPU input of
+// at most 8 rows. Under autocast the input is cast. Differentiable in input and bias, any number of times.
+QUANTRAIN_API at::Tensor int8_weight_mm(const at::Tensor& input, const at::Tensor& codes, const at::Tensor& scale,
+                                        const std::optional<at::Tensor>& bias = std::nullopt);
+
 // accumulator [M, N] += the product, added in float32 and rounded once to accumulator's type.
 QUANTRAIN_API void int8_mm_accumulate_(at::Tensor& accumulator, const at::Tensor& a, const at::Tensor& b,
                                        const std::optional<at::Tensor>& a_scale,

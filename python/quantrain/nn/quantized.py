@@ -219,7 +219,17 @@ class QuantizedLinear(QuantizedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         x = self._quantized_input(input)
+        if self._multiplies_codes:
+            return self._quantized_output(
+                torch.ops.quantrain.int8_weight_mm(x, self.weight_codes, self.weight_scale, self.bias)
+            )
         return self._quantized_output(F.linear(x, self.dequantized_weight(x.dtype), self._cast_bias(x)))
+
+    @property
+    def _multiplies_codes(self) -> bool:
+        """Whether the input is as it comes, so that no simulation has to be met bit for bit: recipe w8a16."""
+        per_row = self.weight_scale.numel() in (1, self.out_features)
+        return self.input_fake_quant is None and self.signed and not self.packed and per_row
 
 
 class QuantizedInt8Linear(QuantizedLinear):

@@ -1064,3 +1064,45 @@ def test_a_rule_of_scales_is_the_writers_alone():
         y = quantrain.linear_4bit(torch.eye(128), codes, scale, format=rule.format)
         decoded = quantrain.dequantize_4bit(codes, scale, size=(16, 128), format=rule.format)
         torch.testing.assert_close(y.t(), decoded, rtol=1e-6, atol=1e-7)
+
+
+@on_each_device
+@in_each_dtype
+@pytest.mark.parametrize("form", ["nf4", "fp4", "e2m1", "int4", "uint4", "table", "nf4-dq"])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 5, 64), (9, 33, 192), (70, 40, 63), (3, 7, 128)])
+def test_int8_products(device, dtype, form, m, n, k):
+    """W4A8: against the product of what both operands are rounded to, and near the unrounded one."""
+    x, w = draw(device, (m, k), (n, k), dtype=dtype)
+    w = w.float()
+    table = reference.AF4.to(device) if form == "table" else None
+    if form == "uint4":
+        codes, scale, zero_point = ops.quantize_4bit_affine(w)
+    else:
+        codes, scale = ops.quantize_4bit(w, format=form.removesuffix("-dq"), table=table)
+        zero_point = None
+    nested = (None, None)
+    if form == "nf4-dq":
+        scale, *nested = ops.compress_scale(scale)
+    more = {"format": form.removesuffix("-dq"), "table": table}
+    exact = ops.dequantize_4bit(codes, scale, zero_point, *nested, size=(n, k), dtype="float32", **more).double()
+    y = ops.linear_4bit(x, codes, scale, zero_point, None, *nested, method="int8", out_features=n, **more)
+    want = x.double() @ exact.t()
+    assert y.dtype == dtype and y.shape == want.shape
+    assert (y.double() - want).norm() <= 0.03 * want.norm() + 1e-3 * (x.double().norm() * exact.norm()) / n**0.5
+    again = ops.linear_4bit(x, codes, scale, zero_point, None, *nested, method="int8", out_features=n, **more)
+    assert torch.equal(y, again)
+
+
+def test_the_gradient_of_int8_products_is_that_of_the_unrounded_one():
+    x, w = draw("cpu", (5, 64), (8, 64))
+    x = x.requires_grad_()
+    codes, scale = ops.quantize_4bit(w)
+    y = ops.linear_4bit(x, codes, scale, method="int8")
+    seed = torch.randn_like(y)
+    (found,) = torch.autograd.grad(y, x, seed)
+    (want,) = torch.autograd.grad(ops.linear_4bit(x, codes, scale), x, seed)
+    assert torch.equal(found, want)
+    x = x.detach().clone()
+    x[2, 3] = NAN
+    y = ops.linear_4bit(x, codes, scale, method="int8")
+    assert y[2].isnan().all() and y[:2].isfinite().all()
