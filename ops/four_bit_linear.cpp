@@ -181,8 +181,8 @@ at::Tensor linear_kernel(const at::Tensor& input, const at::Tensor& codes, const
     const at::Tensor x = input.reshape({-1, k}).contiguous();
     if (fused(x, weight, bias, y.view({-1, rows}), method == "fused")) return y;
     QUANTRAIN_CHECK_VALUE(method == "auto",
-                          "{}: expected for method 'fused' on CUDA float16 or bfloat16 input (before Hopper of at most 32 "
-                          "rows), K and blocks of whole 64 elements and no float zero point, got {} {}, blocks of {} "
+                          "{}: expected for method 'fused' on CUDA float16 or bfloat16 input, before Hopper of at most "
+                          "32 rows, K and blocks of whole 64 elements and no float zero point, got {} {}, blocks of {} "
                           "elements",
                           kLinear, c10::toString(input.scalar_type()), detail::shape_text(input),
                           packed_block(kLinear, weight, rows * k, k));

@@ -102,10 +102,135 @@ __device__ __forceinline__ void mma_m16n8k16_f16(float (&c)[4], const uint32_t (
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// What a kernel that was launched to overlap the one before it reads or writes comes after the first: that one has
+// ended, and its writes are seen. The second lets the next kernel of that kind start.
+__device__ __forceinline__ void griddepcontrol_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void griddepcontrol_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Where `valid`, through the cache of constant data. Written so that nothing waits for the value before it is used,
+// which a branch around the load may do.
+__device__ __forceinline__ void ld_global_nc(uint32_t& value, const void* from, bool valid) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %2, 0;\n"
+      "@p ld.global.nc.b32 %0, [%1]; }"
+      : "+r"(value)
+      : "l"(from), "r"(static_cast<int>(valid)));
+}
+
+__device__ __forceinline__ void ld_global_nc(uint32_t (&value)[4], const void* from, bool valid) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %5, 0;\n"
+      "@p ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+      : "+r"(value[0]), "+r"(value[1]), "+r"(value[2]), "+r"(value[3])
+      : "l"(from), "r"(static_cast<int>(valid)));
+}
+
+// The rest of this kind is Hopper's.
+
+// The place of this thread block's shared memory address in that of a thread block of its cluster.
+__device__ __forceinline__ uint32_t mapa(SharedAddress address, int rank) {
+  uint32_t result;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
+  return result;
+}
+
+// Writes to the shared memory of a thread block of the cluster, and counts the bytes on a barrier of that thread block.
+__device__ __forceinline__ void st_async(uint32_t to, float value, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to), "f"(value),
+               "r"(barrier)
+               : "memory");
+}
+
+__device__ __forceinline__ void st_async_4(uint32_t to, float a, float b, float c, float d, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+               "f"(a), "f"(b), "f"(c), "f"(d), "r"(barrier)
+               : "memory");
+}
+
+// An 8 x 8 matrix of 16-bit elements, a fragment, is stored transposed: lane i of the first eight has the address of
+// row i.
+__device__ __forceinline__ void stmatrix_trans(SharedAddress to, uint32_t value) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(to), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_init(SharedAddress barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Initialized barriers are seen by other thread blocks and by asynchronous copies, after the next barrier.
+__device__ __forceinline__ void fence_mbarrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(SharedAddress barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives, and that many bytes more are to come in this phase.
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(SharedAddress barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Until the phase of that parity is over.
+__device__ __forceinline__ void mbarrier_wait(SharedAddress barrier, uint32_t parity) {
+  asm volatile(
+      "{ .reg .pred done;\n"
+      "QUANTRAIN_AGAIN_%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra QUANTRAIN_AGAIN_%=; }" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// A box of the matrix that `map` describes, from that column and row on; its bytes count on the barrier.
+__device__ __forceinline__ void cp_async_bulk_tensor_2d(SharedAddress to, const void* map, int column, int row,
+                                                        SharedAddress barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          to),
+      "l"(map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+// Bytes, a multiple of 16, from and to places on 16 bytes.
+__device__ __forceinline__ void cp_async_bulk(SharedAddress to, const void* from, uint32_t bytes,
+                                              SharedAddress barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
+__device__ __forceinline__ void prefetch_tensormap(const void* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Writes before the first are seen after the second, by all threads of the cluster.
+__device__ __forceinline__ void barrier_cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // The value, of which the compiler knows nothing: what follows from it is computed again instead of kept in registers.
 __device__ __forceinline__ int opaque(int value) {
   asm volatile("" : "+r"(value));
   return value;
+}
+
+template <typename T>
+__device__ __forceinline__ T* opaque(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
 }
 
 }  // namespace quantrain::cuda::ptx
