@@ -1,10 +1,13 @@
 #include "csrc/cpu/four_bit.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "csrc/common/dynamic_map.h"
+#include "csrc/cpu/four_bit_avx2.h"
 #include "csrc/cpu/lanes.h"
 #include "csrc/cpu/simd.h"
 
@@ -160,10 +163,10 @@ QUANTRAIN_INLINE void decode(const float* values, bool high_first, const uint8_t
   }
 }
 
+// n elements from `first` on, which is even, all of one block.
 template <typename T>
-QUANTRAIN_INLINE void dequantize_block(const FourBitDequantizeArgs& a, const float* values, int64_t block) {
-  const int64_t first = block * a.block, n = std::min(a.block, a.numel - first);
-  const BlockScale s = block_scale(a.scales, block);
+QUANTRAIN_INLINE void dequantize_run(const FourBitDequantizeArgs& a, const float* values, int64_t first, int64_t n) {
+  const BlockScale s = block_scale(a.scales, first / a.block);
   T* y = static_cast<T*>(a.y) + first;
   alignas(64) float decoded[kPiece];
   for (int64_t at = 0; at < n; at += kPiece) {
@@ -172,6 +175,55 @@ QUANTRAIN_INLINE void dequantize_block(const FourBitDequantizeArgs& a, const flo
     for (int i = 0; i < count; ++i) y[at + i] = from_float<T>(decoded[i] * s.scale);
   }
 }
+
+template <typename T>
+QUANTRAIN_INLINE void dequantize_block(const FourBitDequantizeArgs& a, const float* values, int64_t block) {
+  const int64_t first = block * a.block;
+  dequantize_run<T>(a, values, first, std::min(a.block, a.numel - first));
+}
+
+#if defined(QUANTRAIN_AVX2)
+
+// Which block an element is of: a division a chunk would take as long as the chunk.
+struct BlockIndex {
+  explicit BlockIndex(int64_t size) : block(size) {
+    const auto bits = static_cast<uint64_t>(size);
+    shift = std::has_single_bit(bits) ? std::countr_zero(bits) : -1;
+  }
+  QUANTRAIN_INLINE int64_t operator()(int64_t element) const { return shift >= 0 ? element >> shift : element / block; }
+
+  int64_t block;
+  int shift;
+};
+
+// Whether chunks of 64 elements have a block for each half or one for both.
+bool has_chunks(int64_t block) { return best_isa() != Isa::kBaseline && (block == 32 || block % avx2::kChunk == 0); }
+
+// Whole chunks of the elements from `first` to `last`; where it ended.
+template <typename T>
+QUANTRAIN_AVX2 int64_t dequantize_chunks(const FourBitDequantizeArgs& a, const float* values, int64_t first,
+                                         int64_t last) {
+  const avx2::Table table = avx2::table_of(values);
+  const bool high_first = four_bit_high_first(a.format);
+  const BlockIndex block_of(a.block);
+  T* y = static_cast<T*>(a.y);
+  for (; first + avx2::kChunk <= last; first += avx2::kChunk) {
+    const BlockScale low = block_scale(a.scales, block_of(first));
+    const BlockScale high = a.block == 32 ? block_scale(a.scales, block_of(first + 32)) : low;
+    if (low.scale != low.scale || high.scale != high.scale) {  // NaN: what bfloat16 makes of it is not rounding
+      dequantize_run<T>(a, values, first, 32);
+      dequantize_run<T>(a, values, first + 32, 32);
+      continue;
+    }
+    __m256 value[2][4];
+    avx2::decode(table, high_first, a.codes + first / 2, value);
+    avx2::store_chunk(value, avx2::halves(low.zero_point, high.zero_point), avx2::halves(low.scale, high.scale),
+                      y + first);
+  }
+  return first;
+}
+
+#endif
 
 // ---- product --------------------------------------------------------------------------------------------------------
 
@@ -211,6 +263,74 @@ QUANTRAIN_INLINE void linear_rows(const FourBitLinearArgs& a, const float* value
   for (int m = 0; m < rows; ++m) y[(first_m + m) * a.n + row] = sum[m] + bias;
 }
 
+#if defined(QUANTRAIN_AVX2)
+
+// kRows rows of x, arranged as decode() gives the elements, against a row of the weight of whole chunks.
+template <int kRows>
+QUANTRAIN_AVX2 void linear_chunks(const FourBitLinearArgs& a, const avx2::Table& table, const float* x, int64_t first_m,
+                                  int64_t row) {
+  const bool high_first = four_bit_high_first(a.format), has_zero = a.scales.zero_point || a.scales.float_zero_point;
+  const BlockIndex block_of(a.block);
+  __m256 total[kRows];
+  for (int m = 0; m < kRows; ++m) total[m] = _mm256_setzero_ps();
+  for (int64_t at = 0; at < a.k; at += avx2::kChunk) {
+    const int64_t element = row * a.k + at;
+    const BlockScale low = block_scale(a.scales, block_of(element));
+    const BlockScale high = a.block == 32 ? block_scale(a.scales, block_of(element + 32)) : low;
+    __m256 value[2][4];
+    avx2::decode(table, high_first, a.codes + element / 2, value);
+    if (has_zero) {
+      const __m256 zero_point = avx2::halves(low.zero_point, high.zero_point);
+      for (auto& set : value)
+        for (__m256& v : set) v = _mm256_sub_ps(v, zero_point);
+    }
+    const __m256 scale = avx2::halves(low.scale, high.scale);
+    for (int m = 0; m < kRows; ++m) {
+      const float* xs = x + m * a.k + at;
+      __m256 even = _mm256_mul_ps(value[0][0], _mm256_loadu_ps(xs));  // two sums: one would wait for each addition
+      __m256 odd = _mm256_mul_ps(value[1][0], _mm256_loadu_ps(xs + 32));
+      for (int i = 1; i < 4; ++i) {
+        even = _mm256_fmadd_ps(value[0][i], _mm256_loadu_ps(xs + 8 * i), even);
+        odd = _mm256_fmadd_ps(value[1][i], _mm256_loadu_ps(xs + 32 + 8 * i), odd);
+      }
+      total[m] = _mm256_fmadd_ps(_mm256_add_ps(even, odd), scale, total[m]);
+    }
+  }
+  const float bias = four_bit_bias(a, row);
+  auto* y = static_cast<float*>(a.y);
+  for (int m = 0; m < kRows; ++m) y[(first_m + m) * a.n + row] = avx2::total(total[m]) + bias;
+}
+
+QUANTRAIN_AVX2 void linear_in_chunks(const FourBitLinearArgs& a, const float* values, int64_t begin, int64_t end) {
+  const avx2::Table table = avx2::table_of(values);
+  int place[avx2::kChunk];
+  for (int i = 0; i < avx2::kChunk; ++i) place[i] = avx2::place_of(i);
+  constexpr int64_t kRows = 4;  // whose sums stay in registers beside a chunk
+  std::vector<float> arranged(static_cast<size_t>(std::min(a.m, kRows) * a.k));
+  for (int64_t m = 0; m < a.m; m += kRows) {
+    const int64_t rows = std::min(kRows, a.m - m);
+    const auto* x = static_cast<const float*>(a.x) + m * a.k;
+    for (int64_t i = 0; i < rows * a.k; ++i) arranged[i / avx2::kChunk * avx2::kChunk + place[i % avx2::kChunk]] = x[i];
+    for (int64_t row = begin; row < end; ++row) {
+      switch (rows) {
+        case 1:
+          linear_chunks<1>(a, table, arranged.data(), m, row);
+          break;
+        case 2:
+          linear_chunks<2>(a, table, arranged.data(), m, row);
+          break;
+        case 3:
+          linear_chunks<3>(a, table, arranged.data(), m, row);
+          break;
+        default:
+          linear_chunks<4>(a, table, arranged.data(), m, row);
+      }
+    }
+  }
+}
+
+#endif
+
 }  // namespace
 
 void four_bit_quantize(const FourBitQuantizeArgs& args, int64_t begin, int64_t end) {
@@ -228,6 +348,15 @@ void four_bit_dequantize(const FourBitDequantizeArgs& args, int64_t begin, int64
   const float* values = args.table ? args.table : known.value;
   dispatch_float(args.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
+#if defined(QUANTRAIN_AVX2)
+    if (has_chunks(args.block)) {
+      const int64_t last = std::min(end * args.block, args.numel);
+      int64_t at = dequantize_chunks<T>(args, values, begin * args.block, last);
+      for (; at < last; at += std::min<int64_t>(args.block, last - at))  // less than a chunk
+        dequantize_run<T>(args, values, at, std::min<int64_t>(args.block, last - at));
+      return;
+    }
+#endif
     vectorized([&]() QUANTRAIN_INLINE_LAMBDA {
       for (int64_t block = begin; block < end; ++block) dequantize_block<T>(args, values, block);
     });
@@ -257,6 +386,9 @@ void four_bit_to_int8(const FourBitToInt8Args& args, int64_t begin, int64_t end)
 void four_bit_linear(const FourBitLinearArgs& args, int64_t begin, int64_t end) {
   const FourBitValues known = four_bit_values(args.format);
   const float* values = args.table ? args.table : known.value;
+#if defined(QUANTRAIN_AVX2)
+  if (has_chunks(args.block) && args.k % avx2::kChunk == 0) return linear_in_chunks(args, values, begin, end);
+#endif
   vectorized([&]() QUANTRAIN_INLINE_LAMBDA {
     for (int64_t m = 0; m < args.m; m += kMaxRows)
       for (int64_t row = begin; row < end; ++row)
