@@ -54,12 +54,12 @@ double dequantized_time(const FourBitLinearArgs& a) {
 
 // ---- wgmma ----------------------------------------------------------------------------------------------------------
 
-bool wgmma_suits(const FourBitLinearArgs& a, bool transposed) {
+bool wgmma_suits([[maybe_unused]] const FourBitLinearArgs& a, [[maybe_unused]] bool transposed) {
 #if defined(QUANTRAIN_WITH_SM90)
   return suits(a) && device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
          (!transposed || (a.n % 8 == 0 && !a.bias)) && a.m < (int64_t{1} << 30);
 #else
-  return a.m < 0 && transposed;
+  return false;
 #endif
 }
 
@@ -87,7 +87,8 @@ sm90::WgmmaPlan plan_of(const FourBitLinearArgs& a, bool transposed) {
   return best;
 }
 
-int wgmma(const FourBitLinearArgs& a, bool transposed, void* stream) {
+int wgmma([[maybe_unused]] const FourBitLinearArgs& a, [[maybe_unused]] bool transposed,
+          [[maybe_unused]] void* stream) {
 #if defined(QUANTRAIN_WITH_SM90)
   const sm90::WgmmaPlan plan = plan_of(a, transposed);
   const int64_t outputs = transposed ? a.k : a.n, contraction = transposed ? a.n : a.k;
@@ -103,7 +104,7 @@ int wgmma(const FourBitLinearArgs& a, bool transposed, void* stream) {
   return a.dtype == DType::kBFloat16 ? sm90::wgmma_bfloat16(params, transposed, plan, stream)
                                      : sm90::wgmma_float16(params, transposed, plan, stream);
 #else
-  return a.m < 0 && transposed && stream == nullptr ? cudaSuccess : cudaErrorNotSupported;
+  return cudaErrorNotSupported;
 #endif
 }
 
