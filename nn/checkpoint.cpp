@@ -112,6 +112,7 @@ std::string formats(const Recipe& recipe, bool with_input) {
   add("weight", recipe.weight);
   if (with_input) add("input", recipe.input);
   add("output", recipe.output);
+  if (const std::string form = recipe.scheme ? recipe.scheme->stored_form() : ""; !form.empty()) text += ", " + form;
   return text;
 }
 

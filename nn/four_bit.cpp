@@ -74,6 +74,25 @@ std::map<std::string, at::Tensor> others_trained(const torch::nn::Module& module
   return others;
 }
 
+// How PEFT names modules: by the last part of their paths, or by the paths where another module has such a part.
+std::vector<std::string> suffixes(const torch::nn::Module& module, const std::set<std::string>& names) {
+  const auto last_of = [](const std::string& name) { return name.substr(name.rfind('.') + 1); };
+  std::set<std::string> last;
+  for (const std::string& name : names) last.insert(last_of(name));
+  bool alone = true;
+  for (const auto& item : module.named_modules("", /*include_self=*/false))
+    alone = alone && (names.contains(item.key()) || !last.contains(last_of(item.key())));
+  const std::set<std::string>& used = alone ? last : names;
+  return {used.begin(), used.end()};
+}
+
+// Whether modules lie below others.
+bool has_paths(const torch::nn::Module& module) {
+  for (const auto& item : module.named_modules("", /*include_self=*/false))
+    if (item.key().find('.') != std::string::npos) return true;
+  return false;
+}
+
 }  // namespace
 
 FourBitWeight pack_four_bit(const at::Tensor& weight, const Recipe& recipe) {
@@ -206,7 +225,10 @@ void FourBitModule::store_codes(bool /*check_observed*/) {
   const FourBitWeight packed = given_ ? *std::exchange(given_, std::nullopt) : pack_four_bit(float_weight(), recipe());
   const auto keep = [this](const char* name, const at::Tensor& tensor, at::Tensor& member, bool shardable) {
     if (!tensor.defined()) return;
-    member = shardable && spec().storage == PackedStorage::kBfloat16
+    // Bytes of a row of scales that are no whole bfloat16 numbers stay a buffer.
+    const bool whole = tensor.dim() == 2 && tensor.size(1) * tensor.element_size() % 2 == 0;
+    const bool as_parameter = shardable && (whole || std::string_view(name) == "weight_codes");
+    member = as_parameter && spec().storage == PackedStorage::kBfloat16
                  ? register_parameter(name, as_bfloat16(tensor, name), /*requires_grad=*/false)
                  : register_buffer(name, tensor);
   };
@@ -363,16 +385,24 @@ LoraAdapter lora_adapter(const torch::nn::Module& module) {
     TORCH_CHECK_VALUE(spec.lora_alpha == adapter.lora_alpha, "lora_adapter: expected one lora_alpha, got ",
                       adapter.lora_alpha, " and, of '", name, "', ", spec.lora_alpha);
     adapter.layers[name] = {copy(layer->lora_a), copy(layer->lora_b)};
-    targets.insert(name.substr(name.rfind('.') + 1));
+    targets.insert(name);
   }
-  adapter.target_modules.assign(targets.begin(), targets.end());
+  const std::vector<std::string> names(targets.begin(), targets.end());
+  adapter.target_modules = suffixes(module, targets);
+  if (adapter.target_modules == names && has_paths(module)) {
+    // A name in PEFT's list also means the modules whose paths end so; a pattern means what it says.
+    adapter.target_modules.clear();
+    for (const std::string& name : names) {
+      if (!adapter.target_pattern.empty()) adapter.target_pattern += "|";
+      for (const char c : name) adapter.target_pattern += c == '.' ? "\\." : std::string(1, c);
+    }
+  }
   std::set<std::string> saved;
   for (const auto& [name, tensor] : others_trained(module)) {
     adapter.others[name] = copy(tensor);
-    const std::string path = name.substr(0, std::min(name.rfind('.'), name.size()));
-    saved.insert(path.substr(path.rfind('.') + 1));
+    if (const size_t dot = name.rfind('.'); dot != std::string::npos) saved.insert(name.substr(0, dot));
   }
-  adapter.modules_to_save.assign(saved.begin(), saved.end());
+  adapter.modules_to_save = suffixes(module, saved);
   return adapter;
 }
 

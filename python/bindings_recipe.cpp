@@ -148,6 +148,8 @@ void bind_scheme(py::module_& module) {
       .def_property_readonly("integer_products", &Scheme::integer_products,
                              "Whether converted Linear layers multiply integers.")
       .def_property_readonly("quantizes_gradients", &Scheme::quantizes_gradients)
+      .def_property_readonly("stored_form", &Scheme::stored_form,
+                             "What a file's tensors mean beyond the specs: a file and a model must agree on it.")
       .def_property_readonly("packs_weight", &Scheme::packs_weight,
                              "Whether layers hold the weight as packed codes of the scheme's own.")
       .def("to_json", &Scheme::to_json)

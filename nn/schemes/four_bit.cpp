@@ -17,7 +17,7 @@ using detail::number_text;
 void FourBitSpec::validate() const {
   static const std::string kName = kTypeName;
   detail::check_one_of(kName, "scale_rule", scale_rule, {"absmax", "signed", "search"});
-  if (lora_rank < 0) fail_field(kName, "lora_rank of at least 0", std::to_string(lora_rank));
+  if (lora_rank < 0 || lora_rank > 65536) fail_field(kName, "lora_rank in 0 to 65536", std::to_string(lora_rank));
   if (!std::isfinite(lora_alpha)) fail_field(kName, "a finite lora_alpha", number_text(lora_alpha));
   if (!(lora_dropout >= 0 && lora_dropout < 1)) fail_field(kName, "lora_dropout in [0, 1)", number_text(lora_dropout));
 }
@@ -62,6 +62,10 @@ void FourBitSpec::check_layer(const std::string& layer, const Recipe& recipe) co
       recipe.name, "'");
   TORCH_CHECK_VALUE(!lora || lora_rank > 0, "LoraLinear: expected a recipe with lora_rank of at least 1, got '",
                     recipe.name, "'");
+}
+
+std::string FourBitSpec::stored_form() const {
+  return lora_rank == 0 ? "" : "lora_rank " + std::to_string(lora_rank) + ", lora_alpha " + number_text(lora_alpha);
 }
 
 std::string four_bit_format(const QuantSpec& weight) {

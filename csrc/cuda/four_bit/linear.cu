@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 
 #include "csrc/cuda/common.cuh"
 #include "csrc/cuda/device.h"
@@ -37,11 +38,18 @@ constexpr double kDequantizeLaunch = 1.0, kProductLaunch = 4.0;  // the second w
 constexpr double kReadShare = 0.85, kDequantizeShare = 0.7;      // of the memory's rate
 constexpr int64_t kFewRows = 8;                                  // that the kernel for few rows serves on Hopper too
 
-// Of the device's memory, bytes a microsecond.
+// Of the device's memory, bytes a microsecond. Asked once per device: the driver reads the clock from the board, which
+// takes half a millisecond.
 double memory_rate() {
+  static std::atomic<double> known[64];
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= 64) device = 0;
+  if (const double rate = known[device].load(std::memory_order_relaxed); rate > 0.0) return rate;
   const double kilohertz = device_attribute(cudaDevAttrMemoryClockRate);
   const double bits = device_attribute(cudaDevAttrGlobalMemoryBusWidth);
-  return std::max(kilohertz * bits * 2 / 8 / 1e3, 1e5);
+  const double rate = std::max(kilohertz * bits * 2 / 8 / 1e3, 1e5);
+  known[device].store(rate, std::memory_order_relaxed);
+  return rate;
 }
 
 // Decoding the weight, and a product by cuBLAS.

@@ -428,18 +428,20 @@ int launch(const WgmmaParams& p, void* stream) {
   constexpr auto kSwizzle = kInner == 32   ? CU_TENSOR_MAP_SWIZZLE_32B
                             : kInner == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                            : CU_TENSOR_MAP_SWIZZLE_128B;
-  CUtensorMap codes{}, x{};
-  if (!encode_tensor_map(&codes, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.codes, a.n, a.k / 2,
-                         kTransposed ? Tile::kChunks * kChunk : Tile::kRows, kInner, kSwizzle) ||
-      !encode_tensor_map(&x, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, a.x, a.m, p.contraction, Tile::kColumns, kChunk,
-                         CU_TENSOR_MAP_SWIZZLE_128B))
-    return cudaErrorInvalidValue;
+  // First: it makes the device's context that of this thread, which a backward pass may have begun, and which the
+  // driver's function below needs.
   const auto kernel = wgmma_kernel<T, Tile, kExtra, kTransposed>;
   const size_t shared = Tile::shared_bytes(p.split);
   if (const cudaError_t error =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
       error != cudaSuccess)
     return error;
+  CUtensorMap codes{}, x{};
+  if (!encode_tensor_map(&codes, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a.codes, a.n, a.k / 2,
+                         kTransposed ? Tile::kChunks * kChunk : Tile::kRows, kInner, kSwizzle) ||
+      !encode_tensor_map(&x, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, a.x, a.m, p.contraction, Tile::kColumns, kChunk,
+                         CU_TENSOR_MAP_SWIZZLE_128B))
+    return cudaErrorInvalidValue;
   const int tiles = p.tiles_m * p.tiles_n, processors = multiprocessors();
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;

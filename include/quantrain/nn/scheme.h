@@ -60,6 +60,9 @@ class QUANTRAIN_API Scheme {
   // Whether layers hold the weight as packed codes of the scheme's own, which no fake-quantizer rounds.
   virtual bool packs_weight() const { return false; }
 
+  // What a file's tensors mean beyond the specs, in words that a file and a module must agree on.
+  virtual std::string stored_form() const { return ""; }
+
   virtual bool linear_only() const { return false; }  // only Linear layers run so
 
   // Whether the backward pass of a prepared layer is not the float product's. Layers then call linear and conv2d for

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from quantrain._C import QuantSpec, Recipe, write_safetensors
 
 from .convert import convert, is_converted
+from .four_bit import FORMS, FourBitLayer, skeletons
 from .layers import QuantEmbedding, QuantLayer
 from .prepare import prepare, quantizable
 from .quantized import QuantizedEmbedding, QuantizedLayer, name_codes
@@ -114,6 +115,8 @@ def load_checkpoint(path: str | os.PathLike, model: nn.Module) -> dict[str, str]
     path = Path(path)
     metadata, tensors = _read(path)
     _check_metadata(path, metadata, model)
+    if nowhere := [name for name, value in model.state_dict().items() if value.is_meta]:
+        _fail(path, "a model whose tensors have memory (model.to_empty(device=...))", f"{nowhere[0]!r} on meta")
     name_codes(model, tensors)
     state = model.state_dict()
     _check_names(path, state, tensors)
@@ -201,11 +204,23 @@ def from_checkpoint(path: str | os.PathLike, model: nn.Module, *, example_inputs
             known = quantizable(model)
             skip = [name for name in known if name not in info.layers]
             kept = {name: value for name, value in info.layers.items() if name in known}
-            model = prepare(model, recipe, overrides=kept, skip=skip, example_inputs=example_inputs)
+            with skeletons():
+                model = prepare(model, recipe, overrides=kept, skip=skip, example_inputs=example_inputs)
         if info.converted:
             model = convert(model, check_observed=False)
+        _take_forms(path, model)
     load_checkpoint(path, model)
     return model.eval()
+
+
+def _take_forms(path: Path, model: nn.Module) -> None:
+    """Gives packed layers the buffers that only imported weights have, where the file says so."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FourBitLayer)}
+    if layers:
+        _, tensors = _read(Path(path))
+        for name, layer in layers.items():
+            prefix = f"{name}." if name else ""
+            layer.take_form({part: tensors[prefix + part] for part in FORMS if prefix + part in tensors})
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -296,9 +311,15 @@ def _stored_layer_recipes(path: Path, metadata: Mapping[str, str]) -> dict[str, 
     try:
         content = json.loads(metadata["layer_recipes"])
         recipes = [Recipe.from_json(json.dumps(recipe)) for recipe in content["recipes"]]
-        return {name: recipes[index] for name, index in content["of"].items()}
+        return {name: recipes[_index(index)] for name, index in content["of"].items()}
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         _fail(path, "recipes and the layers they are of in metadata 'layer_recipes'", error)
+
+
+def _index(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"expected the index of a recipe, got {value!r}")
+    return value
 
 
 def _layer_recipes(model: nn.Module) -> dict[str, Recipe]:
@@ -335,12 +356,17 @@ def _formats(recipe: Recipe, like: _Formats | None = None) -> _Formats:
                 result[tensor]["format"] = spec.format
             if spec.granularity == "per_group":
                 result[tensor]["group_size"] = spec.group_size
+    if recipe.scheme is not None and recipe.scheme.stored_form:
+        result["scheme"] = {"form": recipe.scheme.stored_form}
     return result
 
 
 def _text(formats: _Formats) -> str:
     parts = []
     for tensor, f in formats.items():
+        if tensor == "scheme":
+            parts.append(f["form"])
+            continue
         group = f" of {f['group_size']}" if "group_size" in f else ""
         codes = f.get("format", f"{'int' if f['symmetric'] else 'uint'}{f['bits']}")
         parts.append(f"{tensor} {codes} {f['granularity']}{group}")

@@ -13,7 +13,7 @@ from .graph import copied
 from .layers import QuantEmbedding, QuantLayer
 from .prepare import PrepareSummary, check_model, check_patterns, matching, some, swapped
 from .quantized import QuantizedLayer, check_convertible, quantized_layer
-from .schemes import SchemeHandler, handlers
+from .schemes import SchemeHandler, handler_of, handlers
 
 __all__ = ["convert", "is_converted"]
 
@@ -107,9 +107,11 @@ def convert(
 
 
 def is_converted(model: nn.Module) -> bool:
-    """Whether ``model`` holds converted layers."""
+    """Whether ``model`` holds converted layers. Layers that ``prepare`` packed count where none is left to convert."""
     modules = list(model.modules())
-    return any(isinstance(module, QuantizedLayer) for module in modules) or any(
+    stored = [module for module in modules if isinstance(module, QuantizedLayer)]
+    prepared = any(isinstance(module, QuantLayer) for module in modules)
+    return any(not (handler_of(layer.recipe).packs and prepared) for layer in stored) or any(
         handler.is_converted(module) for handler in handlers() for module in modules
     )
 

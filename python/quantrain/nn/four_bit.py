@@ -16,16 +16,20 @@ Reading ``weight`` decodes it. ``.to(dtype)`` says what type that is; codes and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantrain import _C
 from quantrain._C import FourBitWeight, Recipe
 
+from .layers import QuantLayer
 from .observers import Float32State
-from .prepare import swapped
+from .prepare import linear_layers, swapped
 from .quantized import QuantizedLayer, with_hooks_of
 from .recipes import as_recipe
 from .schemes import handler_of
@@ -35,6 +39,20 @@ __all__ = ["Embedding4bit", "FourBitLayer", "Linear4bit", "LoraLinear", "load_pa
 
 # What storage "bfloat16" keeps as parameters, and the element type below the view where scales are not compressed.
 _STORED = {"weight_codes": torch.uint8, "weight_scale": torch.float32, "weight_zero_point": torch.int32}
+
+
+FORMS = ("weight_zero_point", "weight_table", "weight_permutation")  # what imported weights may have otherwise
+_SKELETON: ContextVar[bool] = ContextVar("skeleton", default=False)
+
+
+@contextmanager
+def skeletons() -> Iterator[None]:
+    """In it ``from_float`` packs zeros, whatever the float weight holds: a file's codes take their place."""
+    token = _SKELETON.set(True)
+    try:
+        yield
+    finally:
+        _SKELETON.reset(token)
 
 
 class FourBitLayer(QuantizedLayer):
@@ -63,7 +81,7 @@ class FourBitLayer(QuantizedLayer):
         sharded = self.recipe.scheme.storage == "bfloat16"
         for name in _STORED:
             tensor = getattr(packed, name.removeprefix("weight_"))
-            if sharded and tensor is not None:
+            if sharded and tensor is not None and (name == "weight_codes" or _shardable(tensor)):
                 self.register_parameter(name, nn.Parameter(_as_bfloat16(tensor, name), requires_grad=False))
             else:
                 self.register_buffer(name, tensor)
@@ -90,14 +108,20 @@ class FourBitLayer(QuantizedLayer):
         transposed = isinstance(module, nn.Module) and not isinstance(module, (nn.Linear, nn.Embedding))
         if transposed:
             rows = rows.t()
-        if not rows.is_meta and not bool(torch.isfinite(rows).all()):
+        if _SKELETON.get():
+            rows = torch.zeros_like(rows)
+        elif not rows.is_meta and not bool(torch.isfinite(rows).all()):
             raise ValueError(f"prepare: layer {name!r}: expected finite weights to pack, got NaN or Inf")
         packed = _C.pack_four_bit(rows, recipe)
         bias = getattr(module, "bias", None)
         packed.bias = None if bias is None else bias.detach()
-        layer = cls.from_packed(packed, recipe)
+        try:
+            layer = cls.from_packed(packed, recipe)
+        except ValueError as error:
+            raise ValueError(f"prepare: layer {name!r}: {error}" if name else str(error)) from error
         if transposed:
             layer.kept_class = type(module)
+        layer.padding_idx = getattr(module, "padding_idx", None)
         return with_hooks_of(module, layer).train(module.training)
 
     @classmethod
@@ -106,15 +130,16 @@ class FourBitLayer(QuantizedLayer):
 
         Args:
             packed: parts that fit each other; they are not copied.
-            recipe: by default one that says the weight's format and block size, without LoRA.
+            recipe: what it says of LoRA and of storage counts; format and block size are the weight's.
 
         Raises:
             ValueError: parts that do not fit; a format or block size that no recipe can say.
         """
         if not packed.codes.is_meta:  # what the parts must be to each other, decode checks
+            _check_permutation(packed)
             _C.dequantized(packed, torch.float16)
         layer = cls.__new__(cls)
-        FourBitLayer.__init__(layer, packed, _C.recipe_of(packed) if recipe is None else recipe)
+        FourBitLayer.__init__(layer, packed, _recipe_for(packed, recipe))
         layer._finish()
         return layer
 
@@ -124,6 +149,16 @@ class FourBitLayer(QuantizedLayer):
 
     def _finish(self) -> None:
         """What a layer has beyond the packed weight."""
+
+    def take_form(self, tensors: Mapping[str, Tensor]) -> None:
+        """Registers, of a new layer, the buffers of FORMS that a file has and recipes do not say: a table, a permutation,
+        zero points of another type."""
+        for name, tensor in tensors.items():
+            held = getattr(self, name, None)
+            if held is None or (name in self._buffers and held.dtype != tensor.dtype):
+                self.register_buffer(name, torch.empty_like(tensor, device=self.weight_codes.device))
+        if self.weight_table is not None:
+            self.format = "table"
 
     def packed_weight(self) -> FourBitWeight:
         """The packed weight; its tensors share memory with the layer's."""
@@ -183,8 +218,40 @@ class FourBitLayer(QuantizedLayer):
         return f"{shape}, bias={self.bias is not None}"
 
 
+def _recipe_for(packed: FourBitWeight, recipe: Recipe | str | None) -> Recipe:
+    """The recipe where it says the weight's format, else one that does, with its LoRA and storage."""
+    own = _C.recipe_of(packed)
+    if recipe is None:
+        return own
+    recipe = as_recipe(recipe)
+    if recipe.scheme is None or recipe.scheme.kind != own.scheme.kind:
+        return recipe  # for the layer to refuse
+    same = recipe.weight == own.weight and recipe.scheme.compress_scale == own.scheme.compress_scale
+    if same:
+        return recipe
+    scheme = recipe.scheme
+    scheme.compress_scale, scheme.scale_rule = own.scheme.compress_scale, "absmax"
+    own.scheme, own.training = scheme, recipe.training
+    return own
+
+
+def _check_permutation(packed: FourBitWeight) -> None:
+    order = packed.permutation
+    if order is None:
+        return
+    k = packed.size[-1]
+    whole = order.dtype == torch.int64 and order.shape == (k,)
+    if not whole or not torch.equal(order.sort().values, torch.arange(k, device=order.device)):
+        raise ValueError(f"Linear4bit: expected permutation int64 [{k}] with every column once, got another")
+
+
+def _shardable(tensor: Tensor) -> bool:
+    """Whether the bytes of a row are whole bfloat16 numbers: those of scales that are not stay a buffer."""
+    return tensor.dim() == 2 and tensor.shape[1] * tensor.element_size() % 2 == 0
+
+
 def _as_bfloat16(tensor: Tensor, name: str) -> Tensor:
-    if tensor.dim() != 2 or tensor.shape[1] * tensor.element_size() % 2:
+    if not _shardable(tensor):
         raise ValueError(
             f"FourBitSpec: expected {name} of a matrix whose rows are whole blocks and an even number of bytes with "
             f"storage 'bfloat16', got {list(tensor.shape)}"
@@ -367,7 +434,7 @@ class Embedding4bit(FourBitLayer):
         return self.weight_shape[1]
 
     def forward(self, input: Tensor) -> Tensor:
-        codes, scale, zero_point = (None if part is None else part[input] for part in self._packed())
+        codes, scale, zero_point = (None if part is None else F.embedding(input, part) for part in self._packed())
         return torch.ops.quantrain.dequantize_4bit(
             codes,
             scale,
@@ -379,40 +446,62 @@ class Embedding4bit(FourBitLayer):
         )
 
 
-def load_packed_layers(model: nn.Module, weights: Mapping[str, FourBitWeight]) -> nn.Module:
-    """Swaps linear layers of a float model for :class:`Linear4bit` layers with weights of another library's file.
+def load_packed_layers(
+    model: nn.Module, weights: Mapping[str, FourBitWeight], recipe: Recipe | str | None = None
+) -> nn.Module:
+    """Swaps linear layers of a float model for packed layers with weights of another library's file.
 
     Args:
         model: its layers' own values do not matter; changed in place.
         weights: by path, as :func:`quantrain.nn.load_four_bit_layers` gives them.
+        recipe: of scheme ``four_bit``: with ``lora_rank``, as "qlora", layers are :class:`LoraLinear`, and nothing else
+            is trained; else, and by default, :class:`Linear4bit`. Format and block size are the weights'.
 
     Returns:
         The model (a new module where it is itself such a layer).
 
     Raises:
-        ValueError: a path without a linear layer, another shape, a bias that one of the two lacks. The model is then
-            unchanged.
+        ValueError: a path without a float linear layer, another shape, a bias that one of the two lacks. The model is
+            then unchanged.
 
     >>> model = nn.Sequential(nn.Linear(64, 8))
     >>> load_packed_layers(model, {"0": Linear4bit.from_float(model[0], "fp4").packed_weight()})[0].format
     'fp4'
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
+    linear = {id(modules[name]) for name in linear_layers(model) if not isinstance(modules[name], QuantLayer)}
+    lora = recipe is not None and getattr(as_recipe(recipe).scheme, "lora_rank", 0) > 0
     twins = {}
     for name, packed in weights.items():
         layer = modules.get(name)
-        if layer is None or getattr(getattr(layer, "weight", None), "ndim", 0) != 2:
+        if layer is None or id(layer) not in linear:
             got = "nothing" if layer is None else type(layer).__name__
-            raise ValueError(f"load_packed_layers: expected a linear layer at {name!r}, got {got}")
+            raise ValueError(f"load_packed_layers: expected a float linear layer at {name!r}, got {got}")
         transposed = not isinstance(layer, nn.Linear)
         shape = list(layer.weight.shape)
         if (shape[::-1] if transposed else shape) != list(packed.size):
             raise ValueError(f"load_packed_layers: expected {name!r} of shape {shape}, got {list(packed.size)}")
-        has_bias = getattr(layer, "bias", None) is not None
-        if has_bias != (packed.bias is not None):
-            rule = "with" if has_bias else "without"
+        bias = getattr(layer, "bias", None)
+        if (bias is not None) != (packed.bias is not None):
+            rule = "without" if bias is None else "with"
             raise ValueError(f"load_packed_layers: expected {name!r} {rule} bias, got the other")
-        twin = Linear4bit.from_packed(packed).to(layer.weight.device)
+        if bias is not None and bias.shape != packed.bias.shape:
+            raise ValueError(
+                f"load_packed_layers: expected the bias of {name!r} of shape {list(bias.shape)}, got "
+                f"{list(packed.bias.shape)}"
+            )
+        if id(layer) in twins:
+            continue
+        try:
+            twin = (LoraLinear if lora else Linear4bit).from_packed(packed, recipe)
+        except ValueError as error:
+            raise ValueError(f"load_packed_layers: {name!r}: {error}") from error
+        twin = twin if layer.weight.is_meta else twin.to(layer.weight.device)
         twin.kept_class = type(layer) if transposed else None
         twins[id(layer)] = with_hooks_of(layer, twin).train(layer.training)
-    return swapped(model, twins)
+    model = swapped(model, twins)
+    if lora:
+        own = {id(p) for twin in twins.values() for p in twin.parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in own)
+    return model

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -69,11 +70,23 @@ def lora_adapter(model: nn.Module) -> LoraAdapter:
         r=first.lora_rank,
         lora_alpha=first.lora_alpha,
         lora_dropout=first.lora_dropout,
-        target_modules=sorted({name.rpartition(".")[2] for name in layers}),
     )
+    targets = _suffixes(model, list(layers))
+    if targets == sorted(layers) and any("." in name for name, _ in model.named_modules()):
+        # A name in PEFT's list also means the modules whose paths end so; a pattern means what it says.
+        adapter.target_pattern = "|".join(map(re.escape, targets))
+    else:
+        adapter.target_modules = targets
     adapter.others = {name: _copy(parameter) for name, parameter in others.items()}
-    adapter.modules_to_save = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in others})
+    adapter.modules_to_save = _suffixes(model, {name.rpartition(".")[0] for name in others} - {""})
     return adapter
+
+
+def _suffixes(model: nn.Module, names: Collection[str]) -> list[str]:
+    """How PEFT names modules: by the last part of their paths, or by the paths where another module has such a part."""
+    last = {name.rpartition(".")[2] for name in names}
+    known = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
+    return sorted(last if known <= set(names) else names)
 
 
 def _others(model: nn.Module, layers: dict[str, LoraLinear]) -> dict[str, nn.Parameter]:
@@ -163,8 +176,8 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
     Returns:
         The model (a new module where it is itself such a layer), whose float layers are of the classes that ``prepare``
-        found; its attribute ``merge_report`` (:class:`MergeTable`) says what rounding cost. A model that shares tensors
-        with others is best copied before.
+        found, frozen; its attribute ``merge_report`` (:class:`MergeTable`) says what rounding cost. Another dtype than the
+        model's is for all of it: ``merge(model, torch.bfloat16).to(torch.bfloat16)``. Adapters that are off are left out.
 
     Raises:
         ValueError: no such layer, or another dtype.
@@ -190,7 +203,7 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
 @torch.no_grad()
 def _merged(layer: FourBitLayer, dtype: torch.dtype) -> tuple[nn.Module, dict]:
-    lora = isinstance(layer, LoraLinear)
+    lora = isinstance(layer, LoraLinear) and layer.lora_enabled
     weight, weight_error, update_error = _C.merged_weight(
         layer.packed_weight(),
         layer.lora_a.detach() if lora else None,
@@ -200,14 +213,14 @@ def _merged(layer: FourBitLayer, dtype: torch.dtype) -> tuple[nn.Module, dict]:
     )
     bias = None if layer.bias is None else layer.bias.to(dtype)
     if not isinstance(layer, Linear4bit):
-        twin = nn.Embedding(*weight.shape, device="meta")
+        twin = nn.Embedding(*weight.shape, padding_idx=layer.padding_idx, device="meta")
     elif layer.transposed:
         twin = layer.kept_class(layer.out_features, layer.in_features)
         weight = weight.t().contiguous()
     else:
         twin = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
-    twin.weight = nn.Parameter(weight)
+    twin.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
-        twin.bias = nn.Parameter(bias)
+        twin.bias = nn.Parameter(bias, requires_grad=False)
     row = {"weight_error": weight_error, "update_error": update_error if lora else None}
     return with_hooks_of(layer, twin).train(layer.training), row

@@ -26,7 +26,7 @@ from .recipes import as_recipe, changed_recipe
 from .schemes import SchemeHandler, handler_of, handlers
 from .weight_hooks import unknown_weight
 
-__all__ = ["PrepareSummary", "matching", "prepare", "quantizable", "some", "swapped"]
+__all__ = ["PrepareSummary", "linear_layers", "matching", "prepare", "quantizable", "some", "swapped"]
 
 logger = logging.getLogger("quantrain")
 
@@ -86,7 +86,8 @@ def prepare(
     Under a recipe of 4-bit weights (``nf4``, ``int4-g128``, ...) linear layers become :class:`Linear4bit`, their weights
     packed at once; under ``qlora`` :class:`LoraLinear`, and nothing else is trained (``requires_grad``). Embeddings, norms
     and the head stay: the layer of the model's ``get_output_embeddings()``, layers tied to an embedding, else the last
-    linear layer, which is trained under ``qlora``, being a new classifier.
+    linear layer. Of transformers' classifiers the layers beside the backbone stay, which are new and trained under
+    ``qlora``; so is the last layer of any other model, but for a language model's.
 
     Under a recipe of fixed-point arithmetic (``f8net``, ``f8net-tiny``) the whole network becomes integers, so it is
     traced with torch.fx and rebuilt: a NEW module (:class:`FixedPointGraph`) is returned, in the mode of ``model``,
@@ -165,7 +166,8 @@ def prepare(
     recipes = _layer_recipes(base, names, order, overrides, matches)
     without = {name: reason for name in names if (reason := _no_effect(layers[name], recipes[name]))}
     for handler, mine in _by_handler(recipes, [name for name in names if name not in without]).items():
-        without |= handler.left_layers(model, {name: layers[name] for name in mine}, recipes, order)
+        every = _call_order(model, graph, linear_layers(model))
+        without |= handler.left_layers(model, {name: layers[name] for name in mine}, recipes, every)
     unable |= {name: reason for name in names if (reason := _no_twin(layers[name], recipes[name]))}
     without |= unable
     names = [name for name in names if name not in without]
@@ -174,6 +176,7 @@ def prepare(
     if not names:
         raise ValueError(
             f"prepare: expected at least one layer to quantize under {base.name!r}, got none after skip={list(skip)}"
+            + "".join(f"; {name!r} stays float ({reason})" for name, reason in list(without.items())[:3])
         )
 
     twins: dict[int, nn.Module] = {}
@@ -293,6 +296,12 @@ def _layer_recipes(
                 start = base.edge() if name in edges else base
                 recipes[name] = changed_recipe(start, change)
     return recipes
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    """Names of all linear layers of a float model, subclasses too."""
+    kinds = tuple(kind for kind, twin in _twins().items() if twin in (QuantLinear, QuantTransposedLinear))
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
 def _by_handler(recipes: Mapping[str, Recipe], names: Sequence[str]) -> dict[SchemeHandler, list[str]]:

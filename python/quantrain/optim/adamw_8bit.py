@@ -15,6 +15,7 @@ from quantrain.optim.host_state import HostState, pinned
 __all__ = ["AdamW8bit"]
 
 _BLOCK = 256  # elements of a scale
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _SIGNED_ZERO = 127  # the code of 0 in exp_avg's map
 _MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # name -> whether its map has a sign
 # bitsandbytes' names of a moment, of its scale and of its map.
@@ -118,6 +119,7 @@ class AdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_gradients()
         for index, group in enumerate(self.param_groups):
             by_device: dict[torch.device, list[Tensor]] = {}
             for parameter in group["params"]:
@@ -127,11 +129,22 @@ class AdamW8bit(torch.optim.Optimizer):
                 self._step_group(group, parameters, self._lr_on(index, device))
         return loss
 
+    def _check_gradients(self) -> None:
+        """Before anything is changed, of every group."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if parameter.grad.layout != torch.strided:
+                    raise ValueError(f"AdamW8bit: expected dense gradients, got layout {parameter.grad.layout}")
+                for name, tensor in (("parameters", parameter), ("gradients", parameter.grad)):
+                    if tensor.dtype not in _TYPES:
+                        raise TypeError(
+                            f"AdamW8bit: expected {name} of float32, float16 or bfloat16, got {tensor.dtype}"
+                        )
+
     def _step_group(self, group: dict[str, Any], parameters: list[Tensor], lr: Tensor) -> None:
         grads = [parameter.grad for parameter in parameters]
-        for grad in grads:
-            if grad.layout != torch.strided:
-                raise ValueError(f"AdamW8bit: expected dense gradients, got layout {grad.layout}")
         states = [self._state_of(parameter, group) for parameter in parameters]
         if self._state_on_host and lr.is_cuda:
             host = self._hosts.setdefault(lr.device, HostState(lr.device))
@@ -223,11 +236,26 @@ class AdamW8bit(torch.optim.Optimizer):
         Raises:
             ValueError: Groups or shapes differ.
         """
-        super().load_state_dict(state_dict)  # casts what it loads to the parameter's type: not the state, below
-        for parameter, saved in self._by_parameter(state_dict):
-            group = self._group_of(parameter)
-            moments = {name: _moment_of(saved, name) for name in _MOMENTS if name in saved}
-            state = _state_from(parameter, group, saved.get("step", 0.0), moments)
+        groups = []
+        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for option in ("maximize", "amsgrad"):
+                if saved.get(option):
+                    raise ValueError(f"AdamW8bit.load_state_dict: expected a state without {option}, got one with it")
+            given = {name: saved.get(name, value) for name, value in own.items() if name != "params"}
+            _check(given)
+            groups.append(given | {"params": saved["params"]})
+        states = {
+            parameter: _state_from(
+                parameter,
+                groups[self._group_index(parameter)],
+                saved.get("step", 0.0),
+                {name: _moment_of(saved, name) for name in _MOMENTS},
+            )
+            for parameter, saved in self._by_parameter(state_dict)
+        }
+        # Casts what it loads to the parameter's type: the state below takes its place.
+        super().load_state_dict({**state_dict, "param_groups": groups, "state": {}})
+        for parameter, state in states.items():
             self.state[parameter] = self._placed(parameter, state)
 
     @torch.no_grad()
@@ -245,6 +273,8 @@ class AdamW8bit(torch.optim.Optimizer):
                 f"AdamW8bit.load_bitsandbytes_state: expected {len(self.param_groups)} parameter groups, got "
                 f"{len(state_dict['param_groups'])}"
             )
+        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            _check(own | {name: saved[name] for name in _SHARED_OPTIONS if name in saved})
         states = {}
         for parameter, saved in self._by_parameter(state_dict):
             flat = saved | saved.get(_BITSANDBYTES_WRAPPED, {})
@@ -282,8 +312,11 @@ class AdamW8bit(torch.optim.Optimizer):
         ]
         return {"state": states, "param_groups": groups}
 
+    def _group_index(self, parameter: Tensor) -> int:
+        return next(i for i, group in enumerate(self.param_groups) if any(parameter is p for p in group["params"]))
+
     def _group_of(self, parameter: Tensor) -> dict[str, Any]:
-        return next(group for group in self.param_groups if any(parameter is p for p in group["params"]))
+        return self.param_groups[self._group_index(parameter)]
 
     def _keys(self, groups: list[dict[str, Any]]) -> Iterable[tuple[Tensor, Any]]:
         """Each parameter with its key in a state of these groups; ValueError where their sizes differ."""
@@ -361,6 +394,10 @@ def _arranged(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 def _moment_of(saved: dict[str, Tensor], name: str) -> _Moment:
     """Of a state of AdamW8bit, or of torch.optim.AdamW."""
+    if name not in saved:
+        raise ValueError(f"AdamW8bit.load_state_dict: expected a state with {name}, got {sorted(map(str, saved))}")
+    if saved[name].dtype == torch.uint8 and f"{name}_scale" not in saved:
+        raise ValueError(f"AdamW8bit.load_state_dict: expected {name}_scale beside codes of {name}, got none")
     return _Moment(_MOMENTS[name], saved[name], saved.get(f"{name}_scale"))
 
 
@@ -373,6 +410,11 @@ def _moment_from_bitsandbytes(saved: dict[str, Any], name: str) -> _Moment:
         )
     if data.dtype != torch.uint8:
         return _Moment(signed, data)
+    if absmax is None or qmap is None or qmap.numel() != 256:
+        raise ValueError(
+            f"AdamW8bit.load_bitsandbytes_state: expected {_BITSANDBYTES[name][1]} and a map of 256 values beside codes, got "
+            f"{sorted(map(str, saved))}"
+        )
     blocks = -(-data.numel() // _BLOCK)
     size = next((n for n in (_BLOCK << i for i in range(8)) if -(-data.numel() // n) == absmax.numel()), 0)
     if not size:
@@ -412,7 +454,10 @@ def _map(signed: bool, device: torch.device) -> Tensor:
 
 def _check(options: dict[str, Any]) -> None:
     """Numbers in their ranges; a tensor's value is not looked at, since that would wait for the device."""
-    lr, (beta1, beta2) = options["lr"], options["betas"]
+    lr, betas = options["lr"], tuple(options["betas"])
+    if len(betas) != 2:
+        raise ValueError(f"AdamW8bit: expected two betas, got {betas}")
+    beta1, beta2 = betas
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"AdamW8bit: expected lr with one element, got shape {list(lr.shape)}")

@@ -279,10 +279,8 @@ def test_the_state_of_adamw_is_taken_over():
     train(model, plain, range(3))
     twin = copy.deepcopy(model)
     optimizer = AdamW8bit(twin.parameters())
-    saved = plain.state_dict()
-    for group in saved["param_groups"]:
-        group.update({"bits": 8, "min_8bit_size": 4096, "stochastic_rounding": False})
-    optimizer.load_state_dict(saved)
+    optimizer.load_state_dict(plain.state_dict())
+    assert optimizer.param_groups[0]["bits"] == 8 and optimizer.param_groups[0]["lr"] == 1e-2
     state = optimizer.state[twin[0].weight]
     assert state["exp_avg"].dtype == torch.uint8 and float(state["step"]) == 3.0
     before = values(model)
@@ -561,3 +559,40 @@ def test_a_state_on_the_host_takes_loss_scales_and_no_capture():
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         both[1].step()
+
+
+def test_states_that_do_not_fit_change_nothing():
+    model = make_model()
+    optimizer = AdamW8bit(model.parameters(), lr=1e-2)
+    train(model, optimizer, range(2))
+    before = copy.deepcopy(optimizer.state_dict())
+
+    def refused(rule, change, kind=ValueError):
+        saved = copy.deepcopy(before)
+        change(saved)
+        with pytest.raises(kind, match=rule):
+            optimizer.load_state_dict(saved)
+        now = optimizer.state_dict()
+        assert now["param_groups"] == before["param_groups"]
+        for key, state in before["state"].items():
+            assert all(torch.equal(now["state"][key][name], value) for name, value in state.items())
+
+    refused("exp_avg_scale beside codes", lambda s: s["state"][0].pop("exp_avg_scale"))
+    refused("a state with exp_avg_sq", lambda s: s["state"][2].pop("exp_avg_sq"))
+    refused("exp_avg of shape", lambda s: s["state"][2].update(exp_avg=torch.zeros(3)))
+    refused("betas in", lambda s: s["param_groups"][0].update(betas=(2.0, 0.9)))
+    refused("two betas", lambda s: s["param_groups"][0].update(betas=(0.9, 0.9, 0.9)))
+    refused("a state without maximize", lambda s: s["param_groups"][0].update(maximize=True))
+    theirs = optimizer.to_bitsandbytes_state()
+    theirs["state"][0].pop("qmap1")
+    with pytest.raises(ValueError, match="absmax1 and a map of 256 values"):
+        optimizer.load_bitsandbytes_state(theirs)
+
+
+def test_a_gradient_that_cannot_be_taken_stops_every_group():
+    first, second = nn.Parameter(torch.ones(5000)), nn.Parameter(torch.ones(10, 4))
+    optimizer = AdamW8bit([{"params": [first]}, {"params": [second]}], lr=0.1)
+    first.grad, second.grad = torch.ones(5000), torch.ones(10, 4).to_sparse()
+    with pytest.raises(ValueError, match="dense gradients"):
+        optimizer.step()
+    assert torch.equal(first, torch.ones(5000))

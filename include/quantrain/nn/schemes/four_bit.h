@@ -22,7 +22,7 @@ inline constexpr const char* const kNames<PackedStorage>[] = {"uint8", "bfloat16
 // head            whether the layer that gives a model's output is packed too
 // storage         how a layer holds its codes and scales: "uint8", buffers of their own types; or "bfloat16", frozen
 //                 parameters that are byte views of them, which is what FSDP2 can shard ([N, K / 4] and [N, 2 K / B];
-//                 K must be a multiple of 4 and of group_size, compressed also of 2 group_size)
+//                 K must be a multiple of group_size; compressed scales of an odd number per row stay a buffer)
 // lora_rank       r > 0: layers are LoraLinear, y = x W^T + (lora_alpha / r) D(x) A^T B^T, and only A and B are trained
 // lora_dropout    share of x that A does not see while the layer trains, in [0, 1)
 struct QUANTRAIN_API FourBitSpec : SchemeOf<FourBitSpec> {
@@ -55,6 +55,7 @@ struct QUANTRAIN_API FourBitSpec : SchemeOf<FourBitSpec> {
   void check_recipe(const Recipe& recipe) const override;
   void check_layer(const std::string& layer, const Recipe& recipe) const override;
   bool packs_weight() const override { return true; }
+  std::string stored_form() const override;  // of LoRA
 };
 
 // What quantize_4bit calls the format of a weight spec under this scheme: "nf4", "fp4", "e2m1", "int4" or "uint4".

@@ -66,7 +66,7 @@ class SchemeHandler:
 
         Args:
             layers, recipes: by name.
-            order: the names of all layers in order of call, or of registration.
+            order: the names of all linear layers of the model, these or not, in order of call or of registration.
         """
         return {}
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from ..four_bit import Embedding4bit, FourBitLayer, Linear4bit, LoraLinear
 from ..layers import QuantEmbedding, QuantLinear, QuantTransposedLinear
 from . import SchemeHandler, register
 
-HEAD = "gives the model's output"  # why a layer stays float; FourBitSpec.head packs it
+# Why a layer stays float; FourBitSpec.head packs it.
+HEAD, NEW_HEAD = "gives the model's output", "gives the model's output, trained where LoRA is"
 
 
 class FourBit(SchemeHandler):
@@ -34,10 +37,9 @@ class FourBit(SchemeHandler):
                     left[name] = f"its rows are no whole blocks of {recipes[name].weight.group_size}"
                 elif layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
                     left[name] = "max_norm, scale_grad_by_freq or sparse"
-        linear = [name for name in order if name in layers and not isinstance(layers[name], nn.Embedding)]
-        for name in _heads(model, layers, linear):
-            if not recipes[name].scheme.head:
-                left[name] = HEAD
+        for name, new in _heads(model, order).items():
+            if name in layers and not recipes[name].scheme.head:
+                left[name] = NEW_HEAD if new else HEAD
         return left
 
     def takes_float64(self, recipe):
@@ -57,17 +59,11 @@ class FourBit(SchemeHandler):
         if not any(isinstance(layer, LoraLinear) for layer in layers.values()):
             return
         lora = {id(p) for layer in layers.values() if isinstance(layer, LoraLinear) for p in layer.parameters()}
-        output = _output_layer(model)
         modules = dict(model.named_modules())
-        heads = {
-            id(p)
-            for name, reason in left_float.items()
-            if reason == HEAD and modules[name] is not output
-            for p in modules[name].parameters()
-        }
+        heads = {id(p) for name, why in left_float.items() if why == NEW_HEAD for p in modules[name].parameters()}
         for parameter in model.parameters():
-            if id(parameter) not in lora:
-                parameter.requires_grad_(id(parameter) in heads)
+            if id(parameter) not in lora | heads:
+                parameter.requires_grad_(False)
 
     def summary_cells(self, layer):
         scheme, name = layer.recipe.scheme, layer.format
@@ -81,23 +77,45 @@ class FourBit(SchemeHandler):
         return "weights decoded inside the product, activations in floating point"
 
 
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    """The layer that a transformers model names as its head."""
-    get = getattr(model, "get_output_embeddings", None)
-    try:
-        return get() if callable(get) else None
-    except NotImplementedError:  # of models without one, some raise
-        return None
+def _output_layers(model: nn.Module) -> set[int]:
+    """The layers that the transformers models in ``model``, itself or wrapped, name as their heads."""
+    found = set()
+    for module in model.modules():
+        get = getattr(module, "get_output_embeddings", None)
+        try:
+            layer = get() if callable(get) else None
+        except (NotImplementedError, AttributeError):  # of models without one, some raise
+            layer = None
+        if isinstance(layer, nn.Module):
+            found.add(id(layer))
+    return found
 
 
-def _heads(model: nn.Module, layers: dict[str, nn.Module], linear: list[str]) -> list[str]:
-    """Layers that give the model's output: what the model says, and what is tied to an embedding; else the last one."""
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    output = _output_layer(model)
-    heads = [name for name in linear if layers[name] is output or id(layers[name].weight) in tables]
-    if heads or output is not None:
+def _heads(model: nn.Module, order: Sequence[str]) -> dict[str, bool]:
+    """Layers that give the model's output -> whether they are new, and so trained with LoRA.
+
+    What the model says or ties to an embedding; of another transformers model what stands beside the backbone; of any
+    other the last of its linear layers, whatever becomes of that.
+    """
+    modules = dict(model.named_modules())
+    linear = [name for name in order if name in modules]
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    tied, outputs = {id(table.weight) for table in tables}, _output_layers(model)
+    heads = {
+        name: False
+        for name in linear
+        if id(modules[name]) in outputs or id(getattr(modules[name], "weight", None)) in tied
+    }
+    if heads:
         return heads
-    return linear[-1:] if len(linear) > 1 else []
+    backbones = [m.base_model for m in model.modules() if hasattr(m, "base_model_prefix") and hasattr(m, "base_model")]
+    if backbones:
+        inside = {id(m) for backbone in backbones for m in backbone.modules()}
+        return {name: True for name in linear if id(modules[name]) not in inside}
+    if len(linear) < 2:
+        return {}
+    vocabularies = {table.num_embeddings for table in tables}  # a language model's own head
+    return {linear[-1]: getattr(modules[linear[-1]], "out_features", None) not in vocabularies}
 
 
 register(FourBit())
