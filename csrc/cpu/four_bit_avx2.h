@@ -39,8 +39,8 @@ QUANTRAIN_AVX2_INLINE Table table_of(const float* values) {
   return table;
 }
 
-// The values of 32 codes, one in the low nibble of each byte: register j has those of bytes 4 j to 4 j + 3, and of bytes
-// 16 + 4 j to 16 + 4 j + 3.
+// The values of 32 codes, one in the low nibble of each byte: register j has those of bytes 4 j to 4 j + 3, and of
+// bytes 16 + 4 j to 16 + 4 j + 3.
 QUANTRAIN_AVX2_INLINE void values_of(const Table& table, __m256i codes, __m256 (&value)[4]) {
   const __m256i b0 = _mm256_shuffle_epi8(table.byte[0], codes), b1 = _mm256_shuffle_epi8(table.byte[1], codes);
   const __m256i b2 = _mm256_shuffle_epi8(table.byte[2], codes), b3 = _mm256_shuffle_epi8(table.byte[3], codes);

@@ -79,9 +79,9 @@ QUANTRAIN_API at::Tensor decompress_scale(const at::Tensor& codes, const at::Ten
 // input is cast. Differentiable in input and bias, once and again: grad_input = grad_output W, by the packed weight,
 // which is all that is saved. method: "fused" (decoded inside the product; on CUDA float16 or bfloat16 input of at most
 // 32 rows, K and blocks of whole 64 elements, no float zero point, else ValueError), "dequantize" (decoded first, then
-// the float product), or "auto", the faster of the two. Sums are float32 and of a fixed order. "int8" computes something
-// else (W4A8): input is rounded to 8 bits per row, the weight's rows to 8 bits from their 4, and int8_mm multiplies;
-// its gradient is that of the unrounded product.
+// the float product), or "auto", the faster of the two. Sums are float32 and of a fixed order. "int8" computes
+// something else (W4A8): input is rounded to 8 bits per row, the weight's rows to 8 bits from their 4, and int8_mm
+// multiplies; its gradient is that of the unrounded product.
 QUANTRAIN_API at::Tensor linear_4bit(const at::Tensor& input, const at::Tensor& codes, const at::Tensor& scale,
                                      const std::optional<at::Tensor>& bias = std::nullopt,
                                      std::string_view format = "nf4", const FourBitExtras& extras = {},

@@ -31,8 +31,8 @@ struct QUANTRAIN_API AdamW8bitOptions : public torch::optim::OptimizerCloneableO
   TORCH_ARG(int64_t, min_8bit_size) = 4096;
   // bfloat16 parameters are rounded up or down at random, so that updates below half a step of theirs add up.
   TORCH_ARG(bool, stochastic_rounding) = false;
-  // The moments of parameters on a GPU stay in pinned host memory, for states larger than the GPU: a step copies them in
-  // and out page by page beside the update. The same numbers. No capture in CUDA graphs.
+  // The moments of parameters on a GPU stay in pinned host memory, for states larger than the GPU: a step copies them
+  // in and out page by page beside the update. The same numbers. No capture in CUDA graphs.
   TORCH_ARG(bool, state_on_host) = false;
 
  public:

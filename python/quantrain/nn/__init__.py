@@ -56,7 +56,7 @@ from .four_bit_formats import (
 from .gradient_probe import GradientProbe, ProbeTable
 from .int8_linear import Int8Linear, Int8TransposedLinear, enable_weight_cache
 from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear, QuantTransposedLinear
-from .lora import MergeTable, enable_lora, lora_adapter, lora_parameters, merge, set_lora_adapter
+from .lora import MergeTable, adapter_recipe, enable_lora, lora_adapter, lora_parameters, merge, set_lora_adapter
 from .observers import (
     MinMaxObserver,
     MovingAverageMinMaxObserver,
@@ -134,6 +134,7 @@ __all__ = [
     "SchemeHandler",
     "SizeTable",
     "Table",
+    "adapter_recipe",
     "as_recipe",
     "audit",
     "calibrate",

@@ -9,14 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from quantrain import _C
-from quantrain._C import LoraAdapter, LoraWeight
+from quantrain._C import LoraAdapter, LoraWeight, Recipe
 from quantrain.tables import Table
 
 from .four_bit import FourBitLayer, Linear4bit, LoraLinear
 from .prepare import check_model, swapped
 from .quantized import with_hooks_of
+from .recipes import changed_recipe
 
-__all__ = ["MergeTable", "enable_lora", "lora_adapter", "lora_parameters", "merge", "set_lora_adapter"]
+__all__ = [
+    "MergeTable",
+    "adapter_recipe",
+    "enable_lora",
+    "lora_adapter",
+    "lora_parameters",
+    "merge",
+    "set_lora_adapter",
+]
 
 
 def _layers(op: str, model: nn.Module) -> dict[str, LoraLinear]:
@@ -98,13 +107,32 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
+def adapter_recipe(adapter: LoraAdapter, base: Recipe | str = "qlora") -> Recipe:
+    """The recipe whose layers take an adapter of another's training: ``base`` with its rank, scaling and dropout.
+
+    Layers that the adapter lacks are for ``overrides``: ``{"*.mlp.*": "nf4-dq"}`` packs them without LoRA.
+
+    Raises:
+        ValueError: layers of different ranks or scalings, which ``overrides`` would have to say.
+
+    >>> adapter = LoraAdapter({"up": LoraWeight(torch.ones(2, 8), torch.zeros(4, 2))}, r=2, lora_alpha=4)
+    >>> adapter_recipe(adapter).scheme.lora_rank, adapter_recipe(adapter).scheme.lora_alpha
+    (2, 4.0)
+    """
+    kinds = {(weight.a.shape[0], adapter.scaling(name)) for name, weight in adapter.layers.items()}
+    if len(kinds) != 1:
+        raise ValueError(f"adapter_recipe: expected layers of one rank and scaling, got {sorted(kinds)}")
+    ((rank, scaling),) = kinds
+    change = {"lora_rank": rank, "lora_alpha": scaling * rank, "lora_dropout": adapter.lora_dropout}
+    return changed_recipe(base, {"scheme": change})
+
+
 @torch.no_grad()
 def set_lora_adapter(model: nn.Module, adapter: LoraAdapter) -> None:
     """Copies an adapter's matrices, and what else it trained, into the model: all or nothing.
 
     Args:
-        model: prepared with the adapter's rank and scaling, such as
-            ``prepare(model, changed_recipe(as_recipe("qlora"), {"scheme": {"lora_rank": r, "lora_alpha": alpha}}))``.
+        model: prepared with the adapter's rank and scaling: ``prepare(model, adapter_recipe(adapter))``.
         adapter: of :func:`quantrain.nn.load_lora_adapter`.
 
     Raises:
@@ -115,6 +143,10 @@ def set_lora_adapter(model: nn.Module, adapter: LoraAdapter) -> None:
     >>> set_lora_adapter(model, lora_adapter(model))
     """
     layers = _layers("set_lora_adapter", model)
+    if not isinstance(adapter, LoraAdapter):
+        raise TypeError(
+            f"set_lora_adapter: expected a LoraAdapter (load_lora_adapter reads a folder), got {type(adapter).__name__}"
+        )
     copies: list[tuple[Tensor, Tensor]] = []
 
     def add(name: str, to: Tensor, given: Tensor) -> None:

@@ -42,10 +42,11 @@ def as_recipe(recipe: Recipe | str) -> Recipe:
     return recipe
 
 
-def changed_recipe(base: Recipe, change: Recipe | str | Mapping) -> Recipe:
+def changed_recipe(base: Recipe | str, change: Recipe | str | Mapping) -> Recipe:
     """A copy of ``base`` with ``change`` applied; ``base`` stays as it is.
 
     Args:
+        base: a Recipe or the name of one.
         change: a Recipe or a name replaces everything; a mapping changes single fields. The values of ``weight``,
             ``input`` and ``output`` (QuantSpec) and of ``scheme`` are a spec, None (leave that tensor in floating
             point; no scheme), or a mapping of its fields, applied to the base's or, where it has none, to the default
@@ -61,11 +62,13 @@ def changed_recipe(base: Recipe, change: Recipe | str | Mapping) -> Recipe:
     """
     if not isinstance(change, Mapping):
         return as_recipe(change)
-    result = Recipe.from_json(base.to_json())
+    result = Recipe.from_json(as_recipe(base).to_json())
     for field, value in change.items():
         if not hasattr(result, field) or callable(getattr(result, field)):
             hint = f' (which is now in "scheme": {_BEFORE[field]})' if field in _BEFORE else ""
-            raise ValueError(f"recipe: expected a field of Recipe (weight, input, output, ...), got {field!r}{hint}")
+            raise ValueError(
+                f"recipe: expected a field of Recipe (weight, input, output, training, edge_bits, scheme, name), got {field!r}{hint}"
+            )
         if isinstance(value, Mapping):
             if field in _TENSORS:
                 value = _changed_spec(getattr(result, field) or QuantSpec(), value)

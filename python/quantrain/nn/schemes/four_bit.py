@@ -73,6 +73,17 @@ class FourBit(SchemeHandler):
             cells["lora"] = f"r {scheme.lora_rank}, alpha {scheme.lora_alpha:g}, dropout {scheme.lora_dropout:g}"
         return cells
 
+    def spec_text(self, recipe, text):
+        scheme, weight = recipe.scheme, recipe.weight
+        kind = weight.format if weight.format != "int" else "int4" if weight.symmetric else "uint4"
+        parts = [f"{kind}, a scale per {weight.group_size} weights"]
+        parts += ["compressed scales"] if scheme.compress_scale else []
+        if scheme.lora_rank:
+            parts.append(
+                f"LoRA of rank {scheme.lora_rank}, alpha {scheme.lora_alpha:g}, dropout {scheme.lora_dropout:g}"
+            )
+        return ", ".join(parts)
+
     def arithmetic_text(self, recipe):
         return "weights decoded inside the product, activations in floating point"
 
