@@ -85,7 +85,7 @@ void Recipe::validate() const {
   }
   if (scheme) scheme->validate();
   const auto check = [this](const char* tensor, const std::optional<QuantSpec>& spec,
-                        const std::vector<std::string>& granularities) {
+                            const std::vector<std::string>& granularities) {
     if (!spec) return;
     spec->validate();
     check_one_of(kName, std::string(tensor) + " granularity", name_of(spec->granularity), granularities);

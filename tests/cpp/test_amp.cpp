@@ -16,10 +16,10 @@
 #include "support.h"
 
 using quantrain::amp::AutocastGuard;
-using quantrain::optim::FusedAdamW;
 using quantrain::amp::GradScaler;
 using quantrain::amp::GradScalerOptions;
 using quantrain::amp::MasterWeights;
+using quantrain::optim::FusedAdamW;
 
 namespace {
 
