@@ -77,6 +77,7 @@ TEST_CASE("a prepared model comes back from its checkpoint bit for bit", "[check
     INFO(name);
     const Recipe recipe = Recipe::from_name(name);
     if (recipe.linear_only() || recipe.scheme_as<quantrain::nn::FixedPointSpec>()) continue;
+    if (recipe.scheme && recipe.scheme->packs_weight()) continue;  // test_four_bit_layers
     Net net = trained_net(recipe);
     save_checkpoint(folder.file("a.safetensors"), *net, recipe);
     Net other(recipe);
@@ -97,6 +98,7 @@ TEST_CASE("a converted model comes back into a skeleton bit for bit", "[checkpoi
     INFO(name);
     const Recipe recipe = Recipe::from_name(name);
     if (recipe.linear_only() || recipe.scheme_as<quantrain::nn::FixedPointSpec>()) continue;
+    if (recipe.scheme && recipe.scheme->packs_weight()) continue;  // test_four_bit_layers
     Net net = trained_net(recipe);
     convert(*net);
     save_checkpoint(path, *net, recipe);

@@ -229,6 +229,20 @@ TEST_CASE("what four bits are not for is refused", "[four_bit_layers]") {
   REQUIRE_FALSE(layer->converted());
 }
 
+TEST_CASE("weights of 8 bits with inputs as they come", "[four_bit_layers]") {
+  torch::manual_seed(5);
+  QuantLinear layer(70, 9, Recipe::from_name("w8a16"));
+  for (const int64_t rows : {1, 40}) {
+    const at::Tensor x = at::randn({rows, 70});
+    if (!layer->converted()) {
+      const at::Tensor simulated = layer->forward(x);
+      convert(*layer);
+      REQUIRE(at::allclose(layer->forward(x), simulated, 1e-5, 1e-6));
+    }
+    REQUIRE(at::allclose(layer->forward(x), at::linear(x, layer->dequantized_weight(), layer->bias), 1e-5, 1e-6));
+  }
+}
+
 TEST_CASE("packed layers run on a GPU as on the CPU", "[four_bit_layers][cuda]") {
   if (!support::has_cuda()) return;
   Net net;
