@@ -75,9 +75,9 @@ def _cells(recipe: Recipe) -> tuple[str, ...]:
     ]
     return (
         *tensors,
-        f"{recipe.edge_bits} bits" if recipe.edge_bits else _SAME,
+        handler.edge_text(recipe) or _SAME,
         gradient_text(recipe) or _FLOAT,
-        "fine-tuned" if recipe.training else "calibrated only",
+        handler.training_text(recipe),
         handler.arithmetic_text(recipe),
     )
 

@@ -162,7 +162,7 @@ def test_a_model_that_does_not_fit_the_data_is_refused(tmp_path, capsys, model, 
 def test_a_function_with_keywords_is_told_the_classes(tmp_path, capsys, no_plots):
     assert run(tmp_path, "--recipes", "ptq-w8a8", model="hidden_behind_keywords") == 0
     assert (
-        "model: test_finetune_checks:hidden_behind_keywords(num_classes=10), tried with 1 recipes"
+        "model: test_finetune_checks:hidden_behind_keywords(num_classes=10), tried with 1 recipe"
         in capsys.readouterr().out
     )
 

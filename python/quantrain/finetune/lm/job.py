@@ -97,6 +97,7 @@ class LmJob(BaseJob):
     def _check_recipes(self) -> None:
         """Try every recipe that is not done by a step on a copy of the model, prepared on the CPU as in its stage."""
         started, config, faults, seconds = time.perf_counter(), self.config, [], 0.0
+        self._say(f"model: {self.lm.title}; a step of each recipe is tried first, which may take a minute on a CPU")
         steps = _TIMED_STEPS if config.quick else 1
         trials = {name: recipe for name, recipe in self.recipes.items() if name not in self.results}
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
@@ -120,7 +121,7 @@ class LmJob(BaseJob):
                     seconds += step * settings.steps_to_take(self.data.train_size)
         raise_all(faults)
         took = format_seconds(time.perf_counter() - started)
-        self._say(f"model: {self.lm.title}, tried with {len(trials)} recipes in {took}")
+        self._say(f"model: {self.lm.title}, tried with {len(trials)} recipe{'' if len(trials) == 1 else 's'} in {took}")
         if config.quick:
             self._say(f"training will take about {format_seconds(seconds)} here (measured on {steps} steps of each)")
         self._free()

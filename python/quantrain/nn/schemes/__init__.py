@@ -132,6 +132,13 @@ class SchemeHandler:
     def gradient_text(self, recipe: Recipe) -> str:
         return ""
 
+    def edge_text(self, recipe: Recipe) -> str:
+        """What becomes of the first and the last layer, where that is not what becomes of the others."""
+        return f"{recipe.edge_bits} bits" if recipe.edge_bits else ""
+
+    def training_text(self, recipe: Recipe) -> str:
+        return "fine-tuned" if recipe.training else "calibrated only"
+
     def arithmetic_text(self, recipe: Recipe) -> str:
         return "rounded, computed in floating point"
 

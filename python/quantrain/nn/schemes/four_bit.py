@@ -84,6 +84,12 @@ class FourBit(SchemeHandler):
             )
         return ", ".join(parts)
 
+    def edge_text(self, recipe):
+        return "" if recipe.scheme.head else "the head stays float"
+
+    def training_text(self, recipe):
+        return "LoRA alone" if recipe.scheme.lora_rank else "none"
+
     def arithmetic_text(self, recipe):
         return "weights decoded inside the product, activations in floating point"
 
