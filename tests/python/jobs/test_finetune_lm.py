@@ -105,7 +105,7 @@ def test_report_and_table(finished):
     assert "<h2>Memory</h2>" in page and "packed weights" in page and "adamw8bit" in page
     assert page.count("data:image/png;base64,") == 1
     table = (finished / "table.txt").read_text()
-    assert "base (float32)" in table and "tokens/s" in table and "recipe qlora: weights: 4 bits" in table
+    assert "base (float32)" in table and "tokens/s" in table and "recipe qlora: weights: nf4, a scale per 64" in table
 
 
 def test_the_adapter_gives_the_trained_model(finished, text):
