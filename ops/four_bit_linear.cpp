@@ -96,9 +96,6 @@ at::Tensor dequantized(const PackedWeight& w, int64_t rows, int64_t k, at::Scala
                          type);
 }
 
-// Rows of x that the CPU's product serves before it pays to decode the weight once.
-constexpr int64_t kCpuRows = 8;
-
 // Dense and, as the CUDA kernels' copies want it, on 16 bytes.
 at::Tensor aligned(const at::Tensor& tensor) {
   const at::Tensor dense = tensor.contiguous();
@@ -154,7 +151,7 @@ bool fused(const at::Tensor& given_x, const PackedWeight& given, const OptionalT
     return run_on_cuda(args, x, &cuda::four_bit_linear);
   }
 #endif
-  if (!wanted && args.m > kCpuRows) return false;
+  if (!wanted && args.m > cpu::four_bit_linear_rows(args)) return false;
   const at::Tensor wide = in_type(x, at::kFloat);
   const at::Tensor result = x.scalar_type() == at::kFloat ? y : at::empty(y.sizes(), wide.options());
   args.x = wide.const_data_ptr();

@@ -24,7 +24,6 @@ using OptionalTensor = std::optional<at::Tensor>;
 using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&);
 
 constexpr std::string_view kName = "int8_weight_mm";
-constexpr int64_t kCpuRows = 8;  // of x that the CPU's product serves before it pays to decode the weight once
 
 at::Tensor int8_weight_mm_meta(const at::Tensor& input, const at::Tensor& codes, const at::Tensor& scale,
                                const OptionalTensor& bias) {
@@ -84,7 +83,7 @@ at::Tensor int8_weight_mm_kernel(const at::Tensor& input, const at::Tensor& code
     }
   }
 #endif
-  if (x.is_cpu() && args.m <= kCpuRows) {
+  if (x.is_cpu() && args.m <= cpu::int8_weight_mm_rows()) {
     const at::Tensor wide = in_type(x, at::kFloat);
     const at::Tensor result = y.scalar_type() == at::kFloat ? y : at::empty(y.sizes(), wide.options());
     args.x = wide.const_data_ptr();

@@ -18,6 +18,7 @@ void int8_weight_transpose(const Int8WeightTransposeArgs& args, int64_t begin, i
 void int8_norm(const Int8NormArgs& args, int64_t begin, int64_t end);                         // rows
 void int8_activation(const Int8ActivationArgs& args, int64_t begin, int64_t end);             // rows
 
+int64_t int8_weight_mm_rows();  // of x, up to which int8_weight_mm takes less time than decoding the weight first
 void int8_weight_mm(const Int8WeightMmArgs& args, int64_t begin, int64_t end);  // rows of the weight
 
 }  // namespace quantrain::cpu

@@ -83,6 +83,13 @@ void weight_rows_avx2(const Int8WeightMmArgs& a, int64_t row) {
 
 }  // namespace
 
+int64_t int8_weight_mm_rows() {
+#if defined(QUANTRAIN_AVX2)
+  if (best_isa() != Isa::kBaseline) return 64;  // as four_bit_linear_rows
+#endif
+  return 8;
+}
+
 void int8_weight_mm(const Int8WeightMmArgs& args, int64_t begin, int64_t end) {
 #if defined(QUANTRAIN_AVX2)
   if (best_isa() != Isa::kBaseline) {

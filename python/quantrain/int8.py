@@ -170,7 +170,7 @@ def int8_weight_mm(input: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | N
     weights and 16-bit activations.
 
     Sums are float32, of a fixed order. On CUDA float16 and bfloat16 input of at most 32 rows with K a multiple of 16 is
-    multiplied without decoding the weight first, at the rate at which its bytes are read; on the CPU input of at most 8
+    multiplied without decoding the weight first, at the rate at which its bytes are read; on the CPU input of at most 64
     rows. Otherwise the weight is decoded once. Under autocast the input is cast.
 
     Shapes: input ``[..., K]`` of float32, float16 or bfloat16, codes int8 ``[N, K]``, scale float32 of N elements or of

@@ -87,7 +87,8 @@ QUANTRAIN_API at::Tensor int8_mm(const at::Tensor& a, const at::Tensor& b, const
 // [..., K] of float32, float16 or bfloat16; codes int8 [N, K]; scale float32 of N elements or of one; bias of any
 // floating type [N]. Result [..., N] of input's type; sums in float32, of a fixed order. On CUDA float16 and bfloat16
 // input of at most 32 rows with K a multiple of 16 is multiplied without decoding the weight first; on the CPU input of
-// at most 8 rows. Under autocast the input is cast. Differentiable in input and bias, any number of times.
+// at most 64 rows (8 without AVX2). Under autocast the input is cast. Differentiable in input and bias, any number of
+// times.
 QUANTRAIN_API at::Tensor int8_weight_mm(const at::Tensor& input, const at::Tensor& codes, const at::Tensor& scale,
                                         const std::optional<at::Tensor>& bias = std::nullopt);
 
