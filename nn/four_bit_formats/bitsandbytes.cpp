@@ -3,6 +3,7 @@
 #include <charconv>
 #include <cmath>
 
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
