@@ -16,9 +16,10 @@ Reading ``weight`` decodes it. ``.to(dtype)`` says what type that is; codes and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -308,9 +309,9 @@ class Linear4bit(FourBitLayer):
     def _in_order(self, input: Tensor) -> Tensor:
         return input if self.weight_permutation is None else input.index_select(-1, self.weight_permutation)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _product(self, op: Callable[..., Tensor], input: Tensor, **adapter: Any) -> Tensor:
         codes, scale, zero_point = self._packed()
-        return torch.ops.quantrain.linear_4bit(
+        return op(
             self._in_order(input),
             codes,
             scale,
@@ -322,7 +323,11 @@ class Linear4bit(FourBitLayer):
             table=self.weight_table,
             method="auto",
             out_features=self.out_features,
+            **adapter,
         )
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._product(torch.ops.quantrain.linear_4bit, input)
 
 
 class LoraLinear(Linear4bit):
@@ -371,25 +376,15 @@ class LoraLinear(Linear4bit):
     def forward(self, input: Tensor) -> Tensor:
         if not self.lora_enabled:
             return super().forward(input)
-        codes, scale, zero_point = self._packed()
         # The columns of A are in the order of the input's, those of the codes in that of the permutation.
         lora_a = self.lora_a if self.weight_permutation is None else self.lora_a[:, self.weight_permutation]
-        return torch.ops.quantrain.linear_4bit_lora(
-            self._in_order(input),
-            codes,
-            scale,
-            zero_point,
-            self.bias,
-            self.weight_scale_scale,
-            self.weight_scale_offset,
+        return self._product(
+            torch.ops.quantrain.linear_4bit_lora,
+            input,
             lora_a=lora_a,
             lora_b=self.lora_b,
             scaling=self.scaling,
             dropout=self.lora_dropout if self.training else 0.0,
-            format=self.format,
-            table=self.weight_table,
-            method="auto",
-            out_features=self.out_features,
         )
 
     def extra_repr(self) -> str:
