@@ -3,6 +3,7 @@
 #include "csrc/cuda/common.cuh"
 #include "csrc/cuda/device.h"
 #include "csrc/cuda/int8.h"
+#include "csrc/cuda/pair.cuh"
 #include "csrc/cuda/ptx.cuh"
 
 // y^T = W x^T on tensor cores for few rows of x, W read once: it is the left operand, and lane t of a group of four
@@ -26,23 +27,7 @@ __device__ __forceinline__ uint32_t value_pair(uint32_t word, int h) {
   constexpr uint32_t kBase = kBf16 ? 0x43004300u : 0x64006400u;
   const uint32_t bytes = __byte_perm(word, 0, h == 0 ? 0x4140 : 0x4342);
   const uint32_t low = (bytes & 0x007f007fu) | kBase, sign = (bytes & 0x00800080u) | kBase;
-  if constexpr (kBf16) {
-    const __nv_bfloat162 d =
-        __hsub2(reinterpret_cast<const __nv_bfloat162&>(low), reinterpret_cast<const __nv_bfloat162&>(sign));
-    return reinterpret_cast<const uint32_t&>(d);
-  } else {
-    const __half2 d = __hsub2(reinterpret_cast<const __half2&>(low), reinterpret_cast<const __half2&>(sign));
-    return reinterpret_cast<const uint32_t&>(d);
-  }
-}
-
-// c += a b: a [16, 16], b [16, 8], row by column, float32 sums.
-template <typename T>
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<T, BFloat16>)
-    ptx::mma_m16n8k16_bf16(c, a, b0, b1);
-  else
-    ptx::mma_m16n8k16_f16(c, a, b0, b1);
+  return subtracted<T>(low, sign);
 }
 
 // kFragments: sixteens of rows of W that a thread block has. kTiles: eights of rows of x.
