@@ -6,7 +6,6 @@ The C++ side is the built example ``train_gpt``, looked for in $QUANTRAIN_EXAMPL
 from __future__ import annotations
 
 import json
-import os
 import random
 import shlex
 import shutil
@@ -14,11 +13,11 @@ import signal
 import subprocess
 import sys
 import time
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from samples.examples import example, why_missing
 
 pytest.importorskip("quantrain._C", reason="the compiled library is not installed")
 pytest.importorskip("quantrain.amp", reason="the compiled library has no loss scaler")
@@ -43,20 +42,12 @@ PRECISIONS = {"fp32": ["--precision", "fp32"], "bf16": ["--precision", "bf16"], 
 BROKEN_AT, RESUMED_TO = 20, 45
 
 
-@cache
-def example() -> Path | None:
-    """The C++ example, the newest where there are several builds."""
-    named = os.environ.get("QUANTRAIN_EXAMPLES_DIR")
-    found = [Path(named, "train_gpt")] if named else list((ROOT / "build").glob("*/**/train_gpt"))
-    return max((p for p in found if p.is_file()), key=lambda p: p.stat().st_mtime, default=None)
-
-
 def command(language: str) -> list[str]:
     if language == "python":
         return [sys.executable, str(SCRIPTS / "train_gpt.py")]
-    if example() is None:
-        pytest.skip("train_gpt is not built: configure with QUANTRAIN_BUILD_EXAMPLES=ON, or set QUANTRAIN_EXAMPLES_DIR")
-    return [str(example())]
+    if example("train_gpt") is None:
+        pytest.skip(why_missing("train_gpt"))
+    return [str(example("train_gpt"))]
 
 
 both = pytest.mark.parametrize("language", ["python", "c++"])

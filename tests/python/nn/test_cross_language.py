@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import gzip
 import json
-import os
 import signal
 import struct
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from samples.examples import example, why_missing
 from torch import Tensor, nn
 
 pytest.importorskip("quantrain._C", reason="the compiled library is not installed")
@@ -31,7 +31,6 @@ from quantrain.finetune.metrics import Metrics  # noqa: E402
 from quantrain.finetune.models import resnet20  # noqa: E402
 from quantrain.finetune.trainer import StopRequest, TrainSettings, train  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[3]
 NAME = "finetune_fashion_mnist"
 CPU = torch.device("cpu")
 STEPS = {
@@ -45,18 +44,8 @@ STEPS = {
 }
 
 
-def _example() -> Path | None:
-    named = os.environ.get("QUANTRAIN_EXAMPLES_DIR")
-    found = [Path(named, NAME)] if named else list((ROOT / "build").glob(f"*/**/{NAME}"))
-    found = [path for path in found if path.is_file()]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
-
-
-EXAMPLE = _example()
-pytestmark = pytest.mark.skipif(
-    EXAMPLE is None,
-    reason=f"{NAME} is not built: configure with QUANTRAIN_BUILD_EXAMPLES=ON, or set QUANTRAIN_EXAMPLES_DIR",
-)
+EXAMPLE = example(NAME)
+pytestmark = pytest.mark.skipif(EXAMPLE is None, reason=why_missing(NAME))
 
 
 def run_example(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:

@@ -7,15 +7,14 @@ The C++ side is the built examples, looked for in $QUANTRAIN_EXAMPLES_DIR and in
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import time
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from samples.examples import example, why_missing
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
@@ -28,7 +27,6 @@ from quantrain import Recipe  # noqa: E402
 from quantrain import nn as qnn  # noqa: E402
 from quantrain.optim import AdamW8bit  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[3]
 SIZES = {
     "vocab_size": 256,
     "hidden_size": 64,
@@ -59,17 +57,9 @@ STEPS, BATCH, RANK, LR = 20, 2, 8, 5e-3
 QLORA = qnn.changed_recipe(qnn.as_recipe("qlora"), {"scheme": {"lora_rank": RANK}})
 
 
-@cache
-def example(name: str) -> Path | None:
-    """The C++ example, the newest where there are several builds."""
-    named = os.environ.get("QUANTRAIN_EXAMPLES_DIR")
-    found = [Path(named, name)] if named else list((ROOT / "build").glob(f"*/**/{name}"))
-    return max((p for p in found if p.is_file()), key=lambda p: p.stat().st_mtime, default=None)
-
-
 def run_example(name: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
     if example(name) is None:
-        pytest.skip(f"{name} is not built: configure with QUANTRAIN_BUILD_EXAMPLES=ON, or set QUANTRAIN_EXAMPLES_DIR")
+        pytest.skip(why_missing(name))
     command = [str(part) for part in (example(name), "--threads", 1, *arguments)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert not check or result.returncode == 0, result.stderr
@@ -241,7 +231,7 @@ def test_checkpointing_changes_no_loss(folders, ids, tmp_path):
 
 def test_ctrl_c_saves_the_adapter(folders, ids, tmp_path):
     if example("qlora_llama") is None:
-        pytest.skip("qlora_llama is not built")
+        pytest.skip(why_missing("qlora_llama"))
     flags = ["--model", folders["tied"], "--ids", ids[0], "--steps", 1000000, "--length", LENGTH, "--rank", RANK]
     log, out = tmp_path / "log", tmp_path / "out"
     command = [example("qlora_llama"), "--threads", 1, "--out", out, "--log", log, *flags]
