@@ -6,6 +6,7 @@ Sections, in this order:
     passes    quantize_4bit and dequantize_4bit, as a share of the rate of a copy
     products  linear_4bit over torch.mm in bfloat16 and over bitsandbytes, by rows of the input; the share of the copy's rate that
               codes and scales are read at
+    int8      linear_4bit with method "int8" (rows rounded to 8 bits at each call) over the product in bfloat16
     backward  the gradient of the input over the product in bfloat16
 
 Every operator is checked first against float64, with fresh random operands. On CUDA, calls are captured in graphs, and weights rotate
@@ -27,7 +28,7 @@ from torch import Tensor
 
 import quantrain
 
-SECTIONS = ("passes", "products", "backward")
+SECTIONS = ("passes", "products", "int8", "backward")
 ROTATED_BYTES = 250 << 20  # of packed weights: more than a cache holds
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
 SHAPES = ((4096, 4096), (14336, 4096), (8192, 8192), (28672, 8192))  # N, K
@@ -158,6 +159,29 @@ def bitsandbytes_product(weight: Tensor):
     return lambda x: matmul_4bit(x, codes.t(), quant_state=state)
 
 
+def int8(report: SectionReport, device: str, quick: bool) -> None:
+    """int4 in blocks of 128 columns, by 8-bit products; the error is against float64 and holds the rounding of the rows."""
+    for n, k in QUICK if quick else ((4096, 4096), (8192, 8192)):
+        count = 2 if quick or device == "cpu" else max(3, -(-ROTATED_BYTES // (n * k // 2)))
+        form = {"format": "int4", "block_size": 128}
+        weights = [torch.randn(n, k, device=device, dtype=torch.bfloat16) * 0.05 for _ in range(count)]
+        packed = [quantrain.quantize_4bit(w, **form) for w in weights]
+        exact = quantrain.dequantize_4bit(*packed[0], size=(n, k), format="int4").double()
+        for m in (1, 3) if quick else (128, 512, 2048, 8192):
+            x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
+            ours = lambda i, x=x: quantrain.linear_4bit(  # noqa: E731
+                x, *packed[i % count], format="int4", method="int8"
+            )
+            expected = x.double() @ exact.t()
+            error = ((ours(0).double() - expected).norm() / expected.norm()).item()
+            if not error < 2e-2:
+                raise AssertionError(f"linear_4bit: expected an error of 8-bit rows below 2 %, got {error}")
+            bf16 = lambda i, x=x: torch.nn.functional.linear(x, weights[i % count])  # noqa: E731
+            found = seconds_of({"bf16": (bf16, count), "ours": (ours, count)}, device)
+            target = 1.3 if device == "cuda" and (n, k) == (8192, 8192) and m >= 512 else None
+            report.row("int8", f"{m} rows {n}x{k}", found["bf16"] / found["ours"], target, error=error)
+
+
 def backward(report: SectionReport, device: str, quick: bool) -> None:
     """grad_input by the packed weight over grad_output times the bfloat16 weight."""
     op = torch.ops.quantrain._linear_4bit_grad_input
@@ -204,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cpu":
         torch.set_num_threads(1 if options.quick else 2)
     report = SectionReport("bench_four_bit", options.device, options.json, quick=options.quick)
-    sections = {"passes": passes, "products": products, "backward": backward}
+    sections = {"passes": passes, "products": products, "int8": int8, "backward": backward}
     parts = {name: lambda name=name: sections[name](report, options.device, options.quick) for name in options.only}
     failed = run_parts("bench_four_bit", parts, report.note)
     report.summary()
