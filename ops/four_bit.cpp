@@ -196,9 +196,15 @@ at::Tensor dequantize_kernel(const at::Tensor& codes, const at::Tensor& scale, c
 }
 
 at::Tensor signed_map(const at::Tensor& like) {
-  const at::Tensor map = at::empty({kDynamicCodes}, at::TensorOptions().dtype(at::kFloat));
-  std::copy(std::begin(kSignedMap.value), std::end(kSignedMap.value), map.mutable_data_ptr<float>());
-  return map.to(like.device());
+  static const at::Tensor map = [] {
+    at::Tensor values = at::empty({kDynamicCodes}, at::TensorOptions().dtype(at::kFloat));
+    std::copy(std::begin(kSignedMap.value), std::end(kSignedMap.value), values.mutable_data_ptr<float>());
+    return values;
+  }();
+  if (like.is_cpu()) return map;
+  // Pinned and never freed, so that a captured graph may copy it at each replay.
+  static const auto* pinned = new at::Tensor(map.pin_memory());
+  return pinned->to(like.device(), /*non_blocking=*/true);
 }
 
 // The sum in float64 by halves, each an addition of two vectors: the same bits wherever it is computed.

@@ -32,7 +32,6 @@ RESNET50 = "fixed-point-resnet50-h100-2026-11-25.txt"
 GRADIENT = "gradient-quant-gpu-check-h200-2026-11-22.txt"
 BUILDS = "compare-builds-h100-2026-11-27.txt"
 FOUR_BIT = "four-bit-h200-2026-11-28.txt"
-FOUR_BIT_KERNELS = "four-bit-kernels-h200-2026-11-28.txt"
 ADAMW_8BIT = "adamw-8bit-h200-2026-11-28.txt"
 INT8_WEIGHT = "int8-weight-h200-2026-11-28.txt"
 INT8 = "int8-bench-h200-2026-11-23.txt"
@@ -143,14 +142,14 @@ FAMILIES = (
         "in bfloat16, passes by the bytes of a copy in the same run, products in CUDA graphs with weights that rotate "
         "past the cache.",
         {
-            "quantize_4bit": ("65 to 70 % of the byte floor in nf4", FOUR_BIT_KERNELS),
-            "quantize_4bit_affine": ("48 to 49 % of the byte floor", FOUR_BIT),
-            "dequantize_4bit": ("84 to 89 % of the byte floor in nf4", FOUR_BIT_KERNELS),
+            "quantize_4bit": ("57 to 70 % of the byte floor in nf4", FOUR_BIT),
+            "quantize_4bit_affine": ("48 to 50 % of the byte floor", FOUR_BIT),
+            "dequantize_4bit": ("86 to 89 % of the byte floor in nf4", FOUR_BIT),
             "compress_scale": (NOT_MEASURED, ""),
             "decompress_scale": (NOT_MEASURED, ""),
             "linear_4bit": (
-                "1.7x to 2.1x the speed of bfloat16 at one row, 1.1x to 1.6x at 32, 0.8x to 1.4x at 64, 0.8x to 0.9x at 256",
-                FOUR_BIT_KERNELS,
+                "1.7x to 1.9x the speed of bfloat16 at one row, 1.1x to 1.5x at 32, 0.8x to 1.3x at 64, 0.8x to 1.0x at 256",
+                FOUR_BIT,
             ),
             "linear_4bit_lora": (NOT_MEASURED, ""),
         },

@@ -339,7 +339,7 @@ def test_32_bits_are_fused_adamw(device):
 @ON
 def test_moments_of_8_bits_stay_near_those_of_32(device):
     torch.manual_seed(0)
-    start = torch.randn(1 << 14, device=device)
+    start = torch.randn(1 << 14).to(device)
     runs = [Lists([start.clone()], [torch.zeros_like(start)], bits) for bits in (8, 32)]
     for step in range(50):
         grad = torch.randn(start.shape, generator=torch.Generator().manual_seed(step)).to(device)
@@ -347,7 +347,8 @@ def test_moments_of_8_bits_stay_near_those_of_32(device):
             run.grads = [grad]
             run.step(lr=1e-2)
     moved = (runs[1].params[0] - start).square().mean().sqrt()
-    assert float((runs[0].params[0] - runs[1].params[0]).square().mean().sqrt() / moved) < 0.02
+    # 0.0196 to 0.0202 in eight draws; moments of 7 bits would double it.
+    assert float((runs[0].params[0] - runs[1].params[0]).square().mean().sqrt() / moved) < 0.025
 
 
 def many(dtype: torch.dtype) -> Lists:
