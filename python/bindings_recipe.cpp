@@ -12,6 +12,7 @@
 #include "quantrain/nn/schemes/four_bit.h"
 #include "quantrain/nn/schemes/gradient_quant.h"
 #include "quantrain/nn/schemes/int8.h"
+#include "quantrain/nn/schemes/ptq.h"
 
 namespace py = pybind11;
 using namespace quantrain::nn;
@@ -274,5 +275,9 @@ void bind_recipe(py::module_& module) {
       module,
       "Weights packed in 4 bits, and LoRA: scale_rule, compress_scale, whether embedding and head are packed too, "
       "storage ('uint8' or 'bfloat16' views for FSDP2), lora_rank, lora_alpha, lora_dropout.");
+  bind_scheme_of<PtqSpec>(
+      module,
+      "Post-training quantization of linear layers: smooth_alpha, outlier_columns, outlier_threshold, rounding, "
+      "damping, scale_search, attention_bits, few_rows, head.");
   bind_recipe_class(module);
 }

@@ -136,6 +136,28 @@ FAMILIES = (
         "; products on CUDA need compute capability 8.0 (Ampere) or later",
     ),
     Family(
+        "Int8 products with outlier columns",
+        "llm_int8.md",
+        "Products of int8 rows some of whose columns are far larger than the others (LLM.int8(), Dettmers et al., "
+        "2022), as integers throughout.",
+        {
+            "int8_quantize_rows_outliers": (NOT_MEASURED, ""),
+            "int8_mm_outliers": (NOT_MEASURED, ""),
+            "int8_outlier_columns": (NOT_MEASURED, ""),
+        },
+    ),
+    Family(
+        "Post-training quantization",
+        "transformers.md",
+        "Statistics of a layer's input by column, and what is chosen from them: SmoothQuant, GPTQ, AWQ.",
+        {
+            "column_statistics_": (NOT_MEASURED, ""),
+            "smooth_factor": (NOT_MEASURED, ""),
+            "gptq_round": (NOT_MEASURED, ""),
+            "awq_scale": (NOT_MEASURED, ""),
+        },
+    ),
+    Family(
         "Weights of 4 bits",
         "four_bit.md",
         "Codes in blocks that share a scale, and products whose weight is decoded inside. Measured on one NVIDIA H200 "

@@ -29,17 +29,19 @@ constexpr const char* kEvaluationHelp =
     R"(  --dtype NAME           of activations and what is not packed: float32 (default), bfloat16 or float16
 evaluation
   --recipe NAME,...      of the blocks' linear layers: float, nf4, nf4-dq, fp4, int4-g128, int4-g64-affine, w8a16
-                         (default: float,nf4)
+                         (default: float,nf4); or of scheme ptq without calibration: zeroquant-w8a8. A folder that
+                         `quantrain quantize` wrote has its own: --recipe as-is (the default there)
   --adapter FOLDER       add this adapter to weights of 4 bits
   --against float        also the mean KL divergence from the float model's predictions, in nats, and the share of places
-                         where the likeliest id is the same
+                         where the likeliest id is the same; or the folder of that float model, where --model is none
   --length N             ids of a window (512)
   --windows N            use the first N; 0: all (0)
   --batch N              windows per forward pass (1)
   --log FILE             a JSON object per recipe
 )";
 
-const std::vector<std::string> kRecipes = {"float", "nf4", "nf4-dq", "fp4", "int4-g128", "int4-g64-affine", "w8a16"};
+const std::vector<std::string> kRecipes = {"float",           "nf4",   "nf4-dq",         "fp4",  "int4-g128",
+                                           "int4-g64-affine", "w8a16", "zeroquant-w8a8", "as-is"};
 
 struct Options {
   bool help = false;
@@ -59,18 +61,19 @@ Options parse(int argc, char** argv) {
   Options options;
   options.help = flags.take("help");
   example::detail::take_source(flags, options.source, {"float32", "bfloat16", "float16"});
-  std::string recipes = "float,nf4";
+  std::string recipes;
   flags.take("recipe", recipes);
+  if (recipes.empty()) recipes = example::is_quantized(options.source.model) ? "as-is" : "float,nf4";
   options.recipes = example::names_in(recipes);
   for (const std::string& name : options.recipes) check_one_of("--recipe", name, kRecipes);
   flags.take("adapter", options.adapter);
   for (const std::string& name : options.recipes) {
-    if (!options.adapter.empty() && (name == "float" || name == "w8a16")) {
+    if (!options.adapter.empty() &&
+        (name == "float" || name == "w8a16" || name == "zeroquant-w8a8" || name == "as-is")) {
       example::detail::fail("--recipe of weights of 4 bits with --adapter", "'" + name + "'");
     }
   }
   flags.take("against", options.against);
-  if (!options.against.empty()) check_one_of("--against", options.against, {"float"});
   flags.take<int64_t>("length", options.length, 2);
   flags.take<int64_t>("windows", options.windows, 0);
   flags.take<int64_t>("batch", options.batch, 1);
@@ -89,6 +92,7 @@ example::BlockRecipe recipe_of(const std::string& name, const std::optional<qnn:
 
 example::Llama load(const std::string& name, const std::optional<qnn::LoraAdapter>& adapter, const Options& options) {
   const example::Source& source = options.source;
+  if (name == "as-is") return example::load_quantized_llama(source.model, source.type(), source.place());
   example::Llama model = example::load_llama(source.model, recipe_of(name, adapter), source.type(), source.place());
   if (adapter && name != "float") qnn::set_lora_adapter(*model, *adapter);
   return model;
@@ -136,7 +140,11 @@ int run(int argc, char** argv) {
   const at::Tensor windows = ids.slice(0, 0, used * options.length).view({used, -1}).to(at::kLong);
   example::JsonLines log(options.log);
   example::Llama exact{nullptr};
-  if (!options.against.empty()) exact = load("float", std::nullopt, options);
+  if (!options.against.empty()) {
+    Options other = options;
+    if (options.against != "float") other.source.model = options.against;
+    exact = load("float", std::nullopt, other);
+  }
   for (const std::string& name : options.recipes) {
     example::Llama model = load(name, adapter, options);
     const Sums sums = evaluate(model, exact, windows, options);

@@ -4,6 +4,7 @@
 
 #include <quantrain/nn/four_bit.h>
 #include <quantrain/nn/layers.h>
+#include <quantrain/nn/ptq.h>
 #include <torch/nn/init.h>
 #include <torch/nn/modules/container/modulelist.h>
 #include <torch/nn/modules/embedding.h>
@@ -11,6 +12,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <set>
@@ -42,6 +44,7 @@ struct BlockRecipe {
 
   // Of the layer of that name: outside of the targets without LoRA.
   std::optional<quantrain::nn::Recipe> of(const std::string& name) const {
+    if (!own.empty()) return own.contains(name) ? std::optional(own.at(name)) : std::nullopt;
     std::optional<quantrain::nn::Recipe> result = recipe;
     if (!result || targets.empty() || targets.contains(name)) return result;
     if (auto* four_bit = result->scheme_as<quantrain::nn::FourBitSpec>()) four_bit->lora_rank = 0;
@@ -50,10 +53,14 @@ struct BlockRecipe {
 
   std::optional<quantrain::nn::Recipe> recipe;
   std::set<std::string> targets;  // names of layers ("q_proj") that get the recipe's LoRA; empty: all
+  std::map<std::string, quantrain::nn::Recipe> own;  // of this block's layers alone, by name, in place of `recipe`
 };
 
-// torch::nn::Linear without a recipe; Linear4bit or LoraLinear under one that packs 4 bits, else QuantLinear.
-// Registered in its parent under `name`.
+// The recipes of each block where a file says them by layer ("model.layers.0.mlp.up_proj"): block i gets blocks[i].
+using BlockRecipes = std::map<int64_t, BlockRecipe>;
+
+// torch::nn::Linear without a recipe; Linear4bit or LoraLinear under one that packs 4 bits, PtqLinear under one of
+// scheme ptq, else QuantLinear. Registered in its parent under `name`.
 class AnyLinear {
  public:
   AnyLinear(torch::nn::Module& parent, const std::string& name, int64_t in_features, int64_t out_features, bool bias,
@@ -65,6 +72,8 @@ class AnyLinear {
       four_bit_ = parent.register_module(name, quantrain::nn::LoraLinear(options, *recipe));
     } else if (four_bit) {
       four_bit_ = parent.register_module(name, quantrain::nn::Linear4bit(options, *recipe));
+    } else if (recipe && recipe->scheme_as<quantrain::nn::PtqSpec>()) {
+      ptq_ = parent.register_module(name, quantrain::nn::PtqLinear(options, *recipe));
     } else if (recipe) {
       quantized_ = parent.register_module(name, quantrain::nn::QuantLinear(options, *recipe));
     } else {
@@ -76,12 +85,14 @@ class AnyLinear {
   // bit.
   at::Tensor operator()(const at::Tensor& x) {
     if (four_bit_) return four_bit_->forward(x);
+    if (ptq_) return ptq_->forward(x);
     return quantized_ ? quantized_->forward(x) : at::linear(x, plain_->weight, plain_->bias);
   }
 
  private:
   torch::nn::Linear plain_{nullptr};
   quantrain::nn::QuantLinear quantized_{nullptr};
+  quantrain::nn::PtqLinear ptq_{nullptr};
   std::shared_ptr<quantrain::nn::Linear4bitImpl> four_bit_;
 };
 
@@ -206,13 +217,15 @@ using PartReady = std::function<void(const std::string& path, torch::nn::Module&
 // Tokens int64 [B, T] to final states [B, T, width].
 class LlamaModelImpl : public torch::nn::Module {
  public:
-  LlamaModelImpl(const LlamaConfig& config, const BlockRecipe& recipe, const PartReady& ready)
+  LlamaModelImpl(const LlamaConfig& config, const BlockRecipe& recipe, const PartReady& ready,
+                 const BlockRecipes& blocks = {})
       : frequencies_(rope_frequencies(config.rope, config.head_dim)) {
     embed_tokens_ = register_module("embed_tokens", torch::nn::Embedding(config.vocab, config.width));
     ready("model.embed_tokens", *embed_tokens_);
     layers_ = register_module("layers", torch::nn::ModuleList());
     for (int64_t i = 0; i < config.layers; ++i) {
-      blocks_.emplace_back(config, recipe);
+      const auto own = blocks.find(i);
+      blocks_.emplace_back(config, own == blocks.end() ? recipe : own->second);
       layers_->push_back(blocks_.back());
       ready("model.layers." + std::to_string(i), *blocks_.back());
     }
@@ -254,8 +267,10 @@ TORCH_MODULE(LlamaModel);
 // head stay float.
 class LlamaImpl : public torch::nn::Module {
  public:
-  LlamaImpl(const LlamaConfig& config, const BlockRecipe& recipe, const PartReady& ready) : config_(config) {
-    model_ = register_module("model", LlamaModel(config, recipe, ready));
+  LlamaImpl(const LlamaConfig& config, const BlockRecipe& recipe, const PartReady& ready,
+            const BlockRecipes& blocks = {})
+      : config_(config) {
+    model_ = register_module("model", LlamaModel(config, recipe, ready, blocks));
     if (config.tied) return;
     lm_head_ =
         register_module("lm_head", torch::nn::Linear(torch::nn::LinearOptions(config.width, config.vocab).bias(false)));

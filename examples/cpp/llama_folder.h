@@ -127,6 +127,40 @@ inline Llama load_llama(const std::string& folder, const BlockRecipe& recipe, at
   return model;
 }
 
+// Whether the folder's model.safetensors is a checkpoint of converted layers, as `quantrain quantize` writes it.
+inline bool is_quantized(const std::string& folder) {
+  const std::string path = (std::filesystem::path(folder) / "model.safetensors").string();
+  if (!std::filesystem::is_regular_file(path)) return false;
+  const auto metadata = quantrain::nn::read_safetensors(path).metadata;
+  const auto format = metadata.find("format");
+  return format != metadata.end() && format->second == "quantrain";
+}
+
+// The model of such a folder: its layers by the recipes that the file has of them.
+inline Llama load_quantized_llama(const std::string& folder, at::ScalarType dtype, at::Device device) {
+  const LlamaConfig config = config_of(folder);
+  const std::string path = (std::filesystem::path(folder) / "model.safetensors").string();
+  const quantrain::nn::CheckpointInfo info = quantrain::nn::read_checkpoint_info(path);
+  if (!info.converted) throw std::invalid_argument(path + ": expected a checkpoint of converted layers, got another");
+  BlockRecipes blocks;
+  for (const auto& [layer, recipe] : info.layers) {
+    const std::string prefix = "model.layers.";
+    if (!layer.starts_with(prefix)) {
+      throw std::invalid_argument(path + ": expected quantized layers in the blocks alone, got '" + layer + "'");
+    }
+    blocks[std::stoll(layer.substr(prefix.size()))].own.emplace(layer.substr(layer.rfind('.') + 1), recipe);
+  }
+  Llama model(config, BlockRecipe(), [](const std::string&, torch::nn::Module&) {}, blocks);
+  if (!info.layers.empty()) quantrain::nn::convert(*model, /*check_observed=*/false);
+  std::map<std::string, at::Tensor> tensors = quantrain::nn::read_safetensors(path).tensors;
+  if (config.tied) tensors.erase("lm_head.weight");
+  quantrain::nn::load_tensors(tensors, *model, path);
+  model->to(device, dtype);
+  for (at::Tensor& parameter : model->parameters()) parameter.requires_grad_(false);
+  model->eval();
+  return model;
+}
+
 // Windows of that length fit into the model's context, or std::invalid_argument.
 inline void check_length(int64_t length, const LlamaConfig& config) {
   if (length <= config.context) return;

@@ -17,7 +17,8 @@ namespace {
 struct Table {
   std::mutex mutex;
   std::vector<SchemeEntry> entries = {detail::int8_entry(), detail::gradient_quant_entry(), detail::fixed_point_entry(),
-                                      detail::four_bit_entry()};  // a scheme of the library's own: one line here
+                                      detail::four_bit_entry(),
+                                      detail::ptq_entry()};  // a scheme of the library's own: one line here
 };
 
 Table& table() {

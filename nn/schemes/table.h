@@ -11,6 +11,7 @@ SchemeEntry int8_entry();
 SchemeEntry gradient_quant_entry();
 SchemeEntry fixed_point_entry();
 SchemeEntry four_bit_entry();
+SchemeEntry ptq_entry();
 
 // The library's in the order of the table, then those that were registered.
 std::vector<SchemeEntry> scheme_entries();

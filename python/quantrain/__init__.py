@@ -15,13 +15,14 @@ built_with_cuda: bool = _C.built_with_cuda
 # For CMake: -DCMAKE_PREFIX_PATH=$(python -c "import quantrain; print(quantrain.cmake_prefix_path)")
 cmake_prefix_path: str = str(Path(_C.__file__).parent / "share" / "cmake")
 
-from quantrain import amp, nn, optim  # noqa: E402
+from quantrain import amp, nn, optim, ptq  # noqa: E402
 from quantrain._C import (  # noqa: E402
     FixedPointSpec,
     FourBitSpec,
     GradientQuantSpec,
     GradientSpec,
     Int8Spec,
+    PtqSpec,
     QuantSpec,
     Recipe,
     Scheme,
@@ -80,6 +81,11 @@ from quantrain.int8 import (  # noqa: E402
     int8_weight_mm,
     int8_weight_transpose,
 )
+from quantrain.int8_outliers import (  # noqa: E402
+    int8_mm_outliers,
+    int8_outlier_columns,
+    int8_quantize_rows_outliers,
+)
 from quantrain.nn import (  # noqa: E402
     calibrate,
     convert,
@@ -90,21 +96,26 @@ from quantrain.nn import (  # noqa: E402
     save_checkpoint,
 )
 
+from quantrain.ptq.operators import awq_scale, column_statistics_, gptq_round, smooth_factor  # noqa: E402
+
 __all__ = [
     "FixedPointSpec",
     "GradientQuantSpec",
     "GradientSpec",
     "FourBitSpec",
     "Int8Spec",
+    "PtqSpec",
     "QuantSpec",
     "QuantizedGradient",
     "Recipe",
     "Scheme",
     "adamw_8bit_",
     "amp",
+    "awq_scale",
     "built_with_cuda",
     "calibrate",
     "choose_qparams",
+    "column_statistics_",
     "cmake_prefix_path",
     "convert",
     "dequantize",
@@ -123,6 +134,7 @@ __all__ = [
     "fixed_point_sum_pool2d",
     "fqt_conv2d",
     "fqt_linear",
+    "gptq_round",
     "int8_add_layer_norm",
     "int8_add_rms_norm",
     "int8_gelu",
@@ -130,9 +142,12 @@ __all__ = [
     "int8_linear",
     "int8_mm",
     "int8_mm_accumulate_",
+    "int8_mm_outliers",
+    "int8_outlier_columns",
     "int8_weight_mm",
     "int8_quantize_columns",
     "int8_quantize_rows",
+    "int8_quantize_rows_outliers",
     "int8_quantize_rows_and_columns",
     "int8_rms_norm",
     "int8_silu_mul",
@@ -144,12 +159,14 @@ __all__ = [
     "optim",
     "pack_int4",
     "prepare",
+    "ptq",
     "quantization_error",
     "quantize",
     "quantize_8bit_blockwise",
     "quantize_gradient",
     "quantize_gradient_codes",
     "save_checkpoint",
+    "smooth_factor",
     "unpack_int4",
     "compress_scale",
     "decompress_scale",

@@ -262,13 +262,12 @@ class BaseJob:
         return results
 
     def _facts(self, results: Sequence[Any]) -> list[tuple[str, str]]:
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _cpu_name()
         facts = [
             ("date", date.today().isoformat()),
             *self._own_facts(results),
             ("precision of training", self.config.precision),
             ("seed", str(self.config.seed)),
-            ("device", f"{device}, {torch.get_num_threads()} threads" if self.device.type == "cpu" else device),
+            ("device", device_text(self.device)),
             ("torch", torch.__version__),
             ("quantrain", quantrain.__version__),
             ("whole run", format_seconds(sum(result.seconds for result in results))),
@@ -276,6 +275,13 @@ class BaseJob:
         if self.command:
             facts.append(("command", self.command))
         return facts
+
+
+def device_text(device: torch.device) -> str:
+    """What the device is, and of a CPU how many threads compute."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def _cpu_name() -> str:

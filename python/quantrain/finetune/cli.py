@@ -1,22 +1,22 @@
-"""The console script ``quantrain``: ``finetune`` compares a model under recipes, ``probe`` looks at its gradients."""
+"""The console script ``quantrain``: ``finetune`` compares a model under recipes, ``probe`` looks at its gradients,
+``quantize`` calibrates a language model and converts it without training, ``evaluate`` measures one."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from quantrain.finetune.arguments import EXIT_FAILED, EXIT_INTERRUPTED, failed, missing, positive
 from quantrain.finetune.config import IMAGE_RECIPES, LM_RECIPES, TEXT_RECIPES, JobConfig
 from quantrain.finetune.data import is_csv
 from quantrain.finetune.lm.data import default_data
 from quantrain.finetune.lm.models import default_model
 from quantrain.finetune.models import names_code
+from quantrain.finetune.quantize.command import add_evaluate, add_quantize, evaluate, quantize
 from quantrain.finetune.trainer import OPTIMIZERS, Interrupted, StopRequest
-
-EXIT_FAILED, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130  # failed: a recipe, or a plot or the report
 
 EXAMPLES = """\
 examples:
@@ -72,21 +72,6 @@ _DEFAULTS = {
 }
 
 
-def _positive(kind: type):
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(
-                f"expected a positive {'whole ' if kind is int else ''}number, got {text!r}"
-            )
-        return value
-
-    return parse
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     parser = argparse.ArgumentParser(prog="quantrain", description="Train and run neural networks in few bits.")
@@ -100,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    whole, number = _positive(int), _positive(float)
+    whole, number = positive(int), positive(float)
     what = finetune.add_argument_group("what to run")
     what.add_argument(
         "--job",
@@ -204,6 +189,8 @@ def build_parser() -> argparse.ArgumentParser:
     machine.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     machine.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's)")
     _add_probe(commands)
+    add_quantize(commands)
+    add_evaluate(commands)
     return parser
 
 
@@ -217,7 +204,7 @@ def _add_probe(commands) -> None:
         epilog=PROBE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    whole, number = _positive(int), _positive(float)
+    whole, number = positive(int), positive(float)
     probe.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run's folder, or a checkpoint in it")
     probe.add_argument("--recipe", help="whose checkpoint; where there is none, float32 prepared with it")
     for what in ("model", "data"):
@@ -287,7 +274,7 @@ def finetune(arguments: argparse.Namespace, command: str) -> int:
     try:
         config = make_config(arguments)
     except ValueError as error:
-        return _failed("finetune", error)
+        return failed("finetune", error)
     try:
         from quantrain.finetune.memory import keep_freed_memory
 
@@ -304,9 +291,9 @@ def finetune(arguments: argparse.Namespace, command: str) -> int:
         print(f"\nstopped at once; the same command goes on from the last save in {config.folder}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except ModuleNotFoundError as error:
-        return _missing("finetune", error)
+        return missing("finetune", error)
     except (ValueError, OSError) as error:
-        return _failed("finetune", error)
+        return failed("finetune", error)
     return EXIT_FAILED if job.failures or job.problems else 0
 
 
@@ -329,20 +316,10 @@ def probe(arguments: argparse.Namespace) -> int:
 
         run_probe(ProbeSettings(**values))
     except ModuleNotFoundError as error:
-        return _missing("probe", error)
+        return missing("probe", error)
     except (ValueError, OSError) as error:
-        return _failed("probe", error)
+        return failed("probe", error)
     return 0
-
-
-def _missing(command: str, error: ModuleNotFoundError) -> int:
-    extra = "hf" if error.name in ("transformers", "tokenizers") else "train"
-    return _failed(command, f"expected the package {error.name}, got none (pip install 'quantrain[{extra}]')")
-
-
-def _failed(command: str, error: Exception | str) -> int:
-    print(f"quantrain {command}: error: {error}", file=sys.stderr)
-    return EXIT_ERROR
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -351,7 +328,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(words)
     if arguments.command == "probe":
         return probe(arguments)
-    return finetune(arguments, shlex.join(["quantrain", *words]))
+    if arguments.command == "evaluate":
+        return evaluate(arguments)
+    run = quantize if arguments.command == "quantize" else finetune
+    return run(arguments, shlex.join(["quantrain", *words]))
 
 
 if __name__ == "__main__":

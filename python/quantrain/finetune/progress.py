@@ -1,4 +1,4 @@
-"""Progress of a training stage: a tqdm bar on a terminal, a line now and then where output goes to a file."""
+"""Progress of a stage: a tqdm bar on a terminal, a line now and then where output goes to a file."""
 
 from __future__ import annotations
 
@@ -51,3 +51,40 @@ class Progress:
             self.printed_at = time.monotonic()
             print(f"{self.stage:<12} step {self.done}/{self.last}  loss {loss:.3f}  lr {lr:.2g}{speed}", flush=True)
             self.tokens, self.seconds = 0, 0.0
+
+
+class Count:
+    """Shows how many of a stage's parts are done, as a context manager; called as ``count(done, total, name)``.
+
+    Args:
+        stage: What the bar or the line begins with.
+        unit: What is counted.
+    """
+
+    def __init__(self, stage: str, unit: str) -> None:
+        self.stage, self.unit = stage, unit
+        self.bar = None
+        self.printed_at = time.monotonic()
+
+    def __enter__(self) -> Count:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def __call__(self, done: int, total: int, name: str = "") -> None:
+        """``done`` of ``total`` parts are done, and ``name`` is at work."""
+        if sys.stderr.isatty():
+            self._draw(done, total, name)
+        elif time.monotonic() - self.printed_at > LINE_SECONDS:
+            self.printed_at = time.monotonic()
+            print(f"{self.stage:<12} {self.unit} {done}/{total}  {name}".rstrip(), file=sys.stderr, flush=True)
+
+    def _draw(self, done: int, total: int, name: str) -> None:
+        from tqdm import tqdm
+
+        if self.bar is None:
+            self.bar = tqdm(desc=f"{self.stage:<12}", total=total, unit=self.unit, dynamic_ncols=True)
+        self.bar.set_postfix_str(name, refresh=False)
+        self.bar.update(done - self.bar.n)

@@ -82,9 +82,10 @@ def data_uri(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
 
-def _html_table(
+def html_table(
     header: Sequence[str], lines: Sequence[Sequence[str]], *, first_is_base: bool = False, words: bool = False
 ) -> str:
+    """A table; ``words``: its cells are texts rather than numbers."""
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
     body = []
     for number, line in enumerate(lines):
@@ -132,14 +133,26 @@ def audit_tables(results: Sequence[StageResult]) -> list[ReportTable]:
     return tables
 
 
-def _section(table: ReportTable) -> str:
+def html_title(title: str, lead: str) -> list[str]:
+    """A page's heading and the sentence under it."""
+    return [f"<h1>{html.escape(title)}</h1>", f'<p class="lead">{html.escape(lead)}</p>']
+
+
+def html_image(path: Path, text: str) -> str:
+    """A PNG file, within the page; ``text`` says what it shows."""
+    return f'<img src="{data_uri(path)}" alt="{html.escape(text)}">'
+
+
+def html_section(table: ReportTable) -> str:
+    """A table with its heading, note and explanations."""
     heading = f"<h2>{html.escape(table.heading)}</h2>" if table.heading else ""
     note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
-    columns = _definitions(table.columns, "columns") if table.columns else ""
-    return heading + note + _html_table(table.header, table.lines) + columns
+    columns = html_definitions(table.columns, "columns") if table.columns else ""
+    return heading + note + html_table(table.header, table.lines) + columns
 
 
-def _definitions(entries: Sequence[tuple[str, str]], kind: str = "facts") -> str:
+def html_definitions(entries: Sequence[tuple[str, str]], kind: str = "facts") -> str:
+    """A list of names and what they mean."""
     items = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in entries)
     return f'<dl class="{kind}">{items}</dl>'
 
@@ -169,10 +182,10 @@ def write_report(
         note: What stands under the recipes.
         more: Tables after the figures.
     """
-    parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="lead">{html.escape(lead)}</p>']
-    parts.append(_html_table(table.header, table.lines, first_is_base=True))
-    parts.append(_definitions(table.columns, "columns"))
-    parts.append(f"<h2>The recipes</h2>{_html_table(*recipes, words=True)}")
+    parts = html_title(title, lead)
+    parts.append(html_table(table.header, table.lines, first_is_base=True))
+    parts.append(html_definitions(table.columns, "columns"))
+    parts.append(f"<h2>The recipes</h2>{html_table(*recipes, words=True)}")
     parts.append(f'<p class="note">All settings are in config.json beside this file. {html.escape(note)}</p>')
     last_heading = None
     for heading, text, figure in figures:
@@ -180,9 +193,14 @@ def write_report(
             parts.append(f"<h2>{html.escape(heading)}</h2>")
             parts.append(f'<p class="note">{html.escape(text)}</p>' if text else "")
             last_heading = heading
-        parts.append(f'<img src="{data_uri(figure)}" alt="{html.escape(f"{heading} ({figure.stem})")}">')
-    parts += [_section(section) for section in more]
-    parts.append(f"<h2>How it was made</h2>{_definitions(facts)}")
+        parts.append(html_image(figure, f"{heading} ({figure.stem})"))
+    parts += [html_section(section) for section in more]
+    parts.append(f"<h2>How it was made</h2>{html_definitions(facts)}")
+    write_page(path, title, parts)
+
+
+def write_page(path: Path, title: str, parts: Sequence[str]) -> None:
+    """Write a page of a report: ``parts`` are HTML."""
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -67,6 +67,7 @@ from .observers import (
 )
 from .pact import PACT, pact
 from .prepare import PrepareSummary, prepare
+from .ptq import ColumnObserver, PtqLinear, PtqTransposedLinear, QuantizedPtqLinear
 from .quantized import (
     QuantizedConv1d,
     QuantizedConv2d,
@@ -85,6 +86,7 @@ from .schemes.gradient_quant import gradient_arguments
 __all__ = [
     "PACT",
     "CalibrationReport",
+    "ColumnObserver",
     "CheckpointInfo",
     "EightBitWeight",
     "Embedding4bit",
@@ -116,6 +118,8 @@ __all__ = [
     "PercentileObserver",
     "PrepareSummary",
     "ProbeTable",
+    "PtqLinear",
+    "PtqTransposedLinear",
     "QuantConv1d",
     "QuantConv2d",
     "QuantConvBn2d",
@@ -131,6 +135,7 @@ __all__ = [
     "QuantizedInt8Linear",
     "QuantizedLayer",
     "QuantizedLinear",
+    "QuantizedPtqLinear",
     "SchemeHandler",
     "SizeTable",
     "Table",

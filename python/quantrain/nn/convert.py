@@ -131,13 +131,10 @@ def _unseen(layers: Mapping[str, QuantLayer], skipped: set[str]) -> dict[str, st
     """Layers with a range never observed -> the range's name; an error where no layer that needs one has it."""
     unseen, seen = {}, False
     for name, layer in layers.items():
-        quants = [
-            fq for fq in (layer.weight_fake_quant, layer.input_fake_quant, layer.output_fake_quant) if fq is not None
-        ]
-        missing = [fq for fq in quants if not fq.ready]
-        if missing and name not in skipped:
-            unseen[name] = missing[0].name or name
-        elif any(not fq.dynamic for fq in quants):
+        missing = layer.missing_range()
+        if missing is not None and name not in skipped:
+            unseen[name] = missing or name
+        elif layer.needs_range:
             seen = True
     if unseen and not seen:
         raise ValueError(

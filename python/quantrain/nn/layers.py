@@ -100,6 +100,19 @@ class QuantLayer(nn.Module):
                 fake_quant.requires_grad_(False)
             self.add_module(child, fake_quant)
 
+    def _fake_quants(self) -> list[FakeQuantize]:
+        quants = (self.weight_fake_quant, self.input_fake_quant, self.output_fake_quant)
+        return [fake_quant for fake_quant in quants if fake_quant is not None]
+
+    def missing_range(self) -> str | None:
+        """The name of what calibration or training had to show the layer and did not, or None."""
+        return next((fq.name for fq in self._fake_quants() if not fq.ready), None)
+
+    @property
+    def needs_range(self) -> bool:
+        """Whether it has to be shown tensors before it can convert."""
+        return any(not fq.dynamic for fq in self._fake_quants())
+
     def enable_gradient_quant(self, enabled: bool = True) -> None:
         """Off: gradients are the float product's, whatever the recipe's ``grad_input`` and ``grad_weight`` say."""
         self.gradient_quant_enabled = enabled

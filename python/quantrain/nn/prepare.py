@@ -289,7 +289,8 @@ def _layer_recipes(
     matches: Mapping[str, Sequence[str]],
 ) -> dict[str, Recipe]:
     edges = {order[0], order[-1]} if order else set()
-    recipes = {name: base.edge() if name in edges else base for name in names}
+    handler = handler_of(base)
+    recipes = {name: handler.layer_recipe(name, base.edge() if name in edges else base) for name in names}
     for pattern, change in overrides.items():
         for name in matches[pattern]:
             if name in recipes:

@@ -26,6 +26,7 @@ _KNOWN = {"tinyshakespeare": "tinyshakespeare/input.txt", "wikitext-2": "wikitex
 _TITLES = {"tinyshakespeare": "tiny Shakespeare", "wikitext-2": "WikiText-2"}
 _HELD_OUT = 0.1  # of a single text, its end
 _PIECE = 1 << 22  # characters that are tokenized at once
+_CUT_TOKENS = 64  # at the end of a text that is cut, which may differ from those of the whole text
 
 Segment = tuple[str, bool]  # a piece of text, and whether it is learned
 
@@ -162,6 +163,61 @@ def load_lm_data(name: str, tokenizer: Any, length: int) -> LmData:
     return LmData(name=_TITLES.get(name, path.stem), source=str(path), train=train, test=test)
 
 
+def check_text_file(path: Path) -> None:
+    """Make sure that ``path`` is a file that read_tokens takes.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no .txt or .jsonl file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: expected a .txt or .jsonl file, got {'a folder' if path.is_dir() else 'none'}"
+        )
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: expected a .txt or .jsonl file, got one that ends in {path.suffix or 'neither'!r}")
+
+
+def read_tokens(path: Path, tokenizer: Any, count: int | None = None) -> Tensor:
+    """The token ids int64 ``[N]`` of a .txt or .jsonl file in its order, without a token for its beginning.
+
+    Examples of a jsonl file follow one another whole, each with its end.
+
+    Args:
+        path: The file.
+        tokenizer: Of transformers.
+        count: Read no more than the first so many tokens; None reads all.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is neither of these, is not UTF-8, is empty, or has a line that is no example.
+    """
+    check_text_file(path)
+    text = _read_text(path)
+    if path.suffix == ".txt":
+        return torch.tensor(_text_tokens(text, tokenizer, count)[:count], dtype=torch.long)
+    ids: list[int] = []
+    end = tokenizer.eos_token or ""
+    for number, row in _rows(path, text):
+        if "text" in row:
+            ids += _encode(tokenizer, [_string(path, number, row, "text") + end])
+        else:
+            ids += _encode(tokenizer, [piece for piece, _ in _segments(path, number, row, tokenizer, end)])
+        if count is not None and len(ids) >= count:
+            break
+    return torch.tensor(ids[:count], dtype=torch.long)
+
+
+def _text_tokens(text: str, tokenizer: Any, count: int | None) -> list[int]:
+    """At least the first ``count`` tokens, where the text has so many; of its beginning, where that has enough."""
+    size = len(text) if count is None else 8 * count
+    while True:
+        ids = _encode(tokenizer, _pieces(text[:size]))
+        if size >= len(text) or len(ids) >= count + _CUT_TOKENS:
+            return ids
+        size *= 2
+
+
 def _path_of(name: str) -> Path:
     path = Path(name)
     if name in _KNOWN and not path.exists():
@@ -200,15 +256,20 @@ def _parts(folder: Path) -> tuple[Path, Path]:
 
 
 def _sequences(path: Path, tokenizer: Any, length: int) -> Sequences:
+    text = _read_text(path)
+    if path.suffix == ".jsonl":
+        return _read_jsonl(path, text, tokenizer, length)
+    return _windows(_encode(tokenizer, _pieces(text)), length)
+
+
+def _read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected text in UTF-8, got {error}") from error
     if not text.strip():
         raise ValueError(f"{path}: expected text, got an empty file")
-    if path.suffix == ".jsonl":
-        return _read_jsonl(path, text, tokenizer, length)
-    return _windows(_encode(tokenizer, _pieces(text)), length)
+    return text
 
 
 def _pieces(text: str) -> list[str]:
@@ -239,10 +300,7 @@ def _read_jsonl(path: Path, text: str, tokenizer: Any, length: int) -> Sequences
     texts: list[str] = []
     ids, labels = [], []
     end = tokenizer.eos_token or ""
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        row = _row(path, number, line)
+    for number, row in _rows(path, text):
         if "text" in row:
             texts.append(_string(path, number, row, "text") + end)
             continue
@@ -257,6 +315,13 @@ def _read_jsonl(path: Path, text: str, tokenizer: Any, length: int) -> Sequences
         labels.append(example_labels)
     windows = _windows(_encode(tokenizer, texts), length) if texts else Sequences([], [])
     return windows + Sequences(ids, labels)
+
+
+def _rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
+    """The lines of a jsonl file that are not empty, with their numbers."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, _row(path, number, line)
 
 
 def _row(path: Path, number: int, line: str) -> dict:

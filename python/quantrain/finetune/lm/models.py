@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,22 +153,45 @@ def _of_folder(path: Path, dtype: torch.dtype) -> LanguageModel:
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ValueError(f"--model: expected {path} to hold weights in floating point, got them quantized ({method})")
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # of weights that do not fit, what is raised says enough
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True, **options
+            path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except Exception as error:
         raise _unreadable(path, "a causal language model", error) from error
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(
-            f"--model: expected {path} to hold every weight of {type(model).__name__}, got none for {missing[0]}"
-            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-        )
+    finally:
+        logging.set_verbosity(before)
+    _check_weights(path, model, info)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:
         raise _unreadable(path, "a tokenizer (tokenizer.json)", error) from error
     return LanguageModel(model.eval(), tokenizer, path.resolve().name, str(path))
+
+
+def _check_weights(path: Path, model: Any, info: Mapping[str, Any]) -> None:
+    """The weights that transformers read are all of the model's, in its shapes, and those of no further block."""
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"--model: expected {path} to hold every weight of {type(model).__name__}, got none for {_some(missing)}"
+        )
+    if mismatched := sorted((name, list(found), list(wanted)) for name, found, wanted in info["mismatched_keys"]):
+        name, found, wanted = mismatched[0]
+        raise ValueError(f"--model: expected {path} to hold {name} of shape {wanted}, as config.json says, got {found}")
+    kinds = {_kind(name) for name in model.state_dict()}
+    if more := sorted(name for name in info["unexpected_keys"] if _kind(name) in kinds):
+        raise ValueError(f"--model: expected {path} to hold no block beyond config.json's, got {_some(more)}")
+
+
+def _kind(name: str) -> str:
+    """A weight's name, the numbers of its blocks left out."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _unreadable(path: Path, what: str, error: Exception) -> ValueError:

@@ -55,6 +55,10 @@ class SchemeHandler:
         """Why layers of that kind stay in floating point, for want of a way to run them so, or ""."""
         return ""
 
+    def layer_recipe(self, name: str, recipe: Recipe) -> Recipe:
+        """The recipe of the layer at that path, where its place in the model decides."""
+        return recipe
+
     def left_layers(
         self,
         model: nn.Module,

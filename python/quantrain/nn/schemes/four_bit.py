@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import nn
 
 from ..four_bit import Embedding4bit, FourBitLayer, Linear4bit, LoraLinear
+from ..heads import output_layers
 from ..layers import QuantEmbedding, QuantLinear, QuantTransposedLinear
 from . import SchemeHandler, register
 
@@ -37,7 +36,7 @@ class FourBit(SchemeHandler):
                     left[name] = f"its rows are no whole blocks of {recipes[name].weight.group_size}"
                 elif layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
                     left[name] = "max_norm, scale_grad_by_freq or sparse"
-        for name, new in _heads(model, order).items():
+        for name, new in output_layers(model, order).items():
             if name in layers and not recipes[name].scheme.head:
                 left[name] = NEW_HEAD if new else HEAD
         return left
@@ -92,47 +91,6 @@ class FourBit(SchemeHandler):
 
     def arithmetic_text(self, recipe):
         return "weights decoded inside the product, activations in floating point"
-
-
-def _output_layers(model: nn.Module) -> set[int]:
-    """The layers that the transformers models in ``model``, itself or wrapped, name as their heads."""
-    found = set()
-    for module in model.modules():
-        get = getattr(module, "get_output_embeddings", None)
-        try:
-            layer = get() if callable(get) else None
-        except (NotImplementedError, AttributeError):  # of models without one, some raise
-            layer = None
-        if isinstance(layer, nn.Module):
-            found.add(id(layer))
-    return found
-
-
-def _heads(model: nn.Module, order: Sequence[str]) -> dict[str, bool]:
-    """Layers that give the model's output -> whether they are new, and so trained with LoRA.
-
-    What the model says or ties to an embedding; of another transformers model what stands beside the backbone; of any
-    other the last of its linear layers, whatever becomes of that.
-    """
-    modules = dict(model.named_modules())
-    linear = [name for name in order if name in modules]
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    tied, outputs = {id(table.weight) for table in tables}, _output_layers(model)
-    heads = {
-        name: False
-        for name in linear
-        if id(modules[name]) in outputs or id(getattr(modules[name], "weight", None)) in tied
-    }
-    if heads:
-        return heads
-    backbones = [m.base_model for m in model.modules() if hasattr(m, "base_model_prefix") and hasattr(m, "base_model")]
-    if backbones:
-        inside = {id(m) for backbone in backbones for m in backbone.modules()}
-        return {name: True for name in linear if id(modules[name]) not in inside}
-    if len(linear) < 2:
-        return {}
-    vocabularies = {table.num_embeddings for table in tables}  # a language model's own head
-    return {linear[-1]: getattr(modules[linear[-1]], "out_features", None) not in vocabularies}
 
 
 register(FourBit())

@@ -5,4 +5,5 @@ from . import (  # noqa: F401
     four_bit,
     gradient_quant,
     int8,
+    ptq,
 )

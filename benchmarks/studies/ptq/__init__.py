@@ -1,0 +1,1 @@
+"""Post-training quantization of transformers: what it costs, and what repairs it."""

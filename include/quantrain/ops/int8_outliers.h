@@ -1,0 +1,45 @@
+// Products of int8 rows some of whose columns are far larger than the others (LLM.int8(), Dettmers et al.,
+// arXiv:2208.07339). Those columns enter as two int8 planes of 15 bits together, so that the whole product is integer,
+// of fixed shapes, and waits for nothing:
+//
+//   main      codes of the row with its outlier columns as 0, scale s1 = absmax of the others / 127
+//   planes    q = rint(x / s2), s2 = absmax of the outlier columns / 16256; hi = floor((q + 64) / 128), lo = q - 128 hi
+//   product   ((main b^T) s1 + (hi bo^T) 128 s2 + (lo bo^T) s2) b_scale + bias
+//
+// b holds all columns of the weight, bo its outlier columns again. A row of zeros has scale 1; a NaN or Inf in a row
+// makes the row NaN. float32, float16 and bfloat16 input; the bits are the same on CPU and CUDA. No gradients.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "quantrain/ops/export.h"
+
+namespace quantrain {
+
+struct Int8OutlierCodes {
+  at::Tensor codes;   // int8 [..., K], 0 in the outlier columns
+  at::Tensor planes;  // int8 [..., 2 Ko]: hi, then lo
+  at::Tensor scale;   // float32 [..., 2]: s1, s2
+};
+
+// Rows of input * column_factor. outlier_columns: int32 or int64 [Ko], none twice; a negative one stands for a column
+// of zeros.
+QUANTRAIN_API Int8OutlierCodes
+int8_quantize_rows_outliers(const at::Tensor& input, const at::Tensor& outlier_columns,
+                            const std::optional<at::Tensor>& column_factor = std::nullopt);
+
+// a, a_planes, a_scale: of int8_quantize_rows_outliers; b int8 [N, K], b_outlier int8 [N, Ko]; b_scale float32 of N
+// elements or of one; bias [N] of any floating type. Result [..., N] in out_dtype (float32, float16, bfloat16).
+QUANTRAIN_API at::Tensor int8_mm_outliers(const at::Tensor& a, const at::Tensor& a_planes, const at::Tensor& a_scale,
+                                          const at::Tensor& b, const at::Tensor& b_outlier, const at::Tensor& b_scale,
+                                          const std::optional<at::Tensor>& bias = std::nullopt,
+                                          at::ScalarType out_dtype = at::kFloat);
+
+// The columns of input [..., K] that hold an element of magnitude at least threshold, at most `capacity` of them, the
+// largest first; int64 [capacity], -1 where there are fewer. Of the rows of this call together, as LLM.int8() chooses
+// them.
+QUANTRAIN_API at::Tensor int8_outlier_columns(const at::Tensor& input, double threshold, int64_t capacity);
+
+}  // namespace quantrain

@@ -1,0 +1,216 @@
+#include "quantrain/ops/int8_outliers.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/amax.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/floor_divide.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/full_like.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/round.h>
+#include <ATen/ops/topk.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "ops/common/check.h"
+#include "ops/common/dispatch.h"
+#include "quantrain/ops/int8.h"
+
+// Composed of the int8 family's operators; only the outlier columns, which are few, take passes of their own.
+
+namespace quantrain {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using Triple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+constexpr std::string_view kRows = "int8_quantize_rows_outliers";
+constexpr std::string_view kMm = "int8_mm_outliers";
+constexpr std::string_view kColumns = "int8_outlier_columns";
+constexpr int64_t kPlane = 128;              // what hi counts
+constexpr float kLargest = 127.0f * kPlane;  // of q: hi at most 127
+
+void check_columns(const at::Tensor& columns, const at::Tensor& input) {
+  QUANTRAIN_CHECK_TYPE(columns.scalar_type() == at::kInt || columns.scalar_type() == at::kLong,
+                       "{}: expected outlier_columns of int32 or int64, got {}", kRows,
+                       c10::toString(columns.scalar_type()));
+  QUANTRAIN_CHECK_VALUE(columns.dim() == 1, "{}: expected outlier_columns [Ko], got {}", kRows,
+                        detail::shape_text(columns));
+  detail::check_device(kRows, "outlier_columns", columns, input, "input's");
+}
+
+Triple rows_meta(const at::Tensor& input, const at::Tensor& columns, const OptionalTensor& column_factor) {
+  detail::check_float(kRows, "input", input.scalar_type());
+  detail::check_dense(kRows, "input", input);
+  QUANTRAIN_CHECK_VALUE(input.dim() >= 1, "{}: expected input of at least one dimension, got a scalar", kRows);
+  check_columns(columns, input);
+  if (column_factor) {
+    detail::check_type(kRows, "column_factor", *column_factor, at::kFloat, "float32");
+    detail::check_device(kRows, "column_factor", *column_factor, input, "input's");
+    QUANTRAIN_CHECK_VALUE(
+        column_factor->dim() == 1 && TORCH_GUARD_OR_TRUE(column_factor->sym_size(0).sym_eq(input.sym_size(-1))),
+        "{}: expected column_factor of {} elements, the columns of input, got {}", kRows, c10::str(input.sym_size(-1)),
+        detail::shape_text(*column_factor));
+  }
+  std::vector<c10::SymInt> sizes(input.sym_sizes().begin(), input.sym_sizes().end());
+  const auto codes = at::empty_symint(sizes, input.options().dtype(at::kChar));
+  sizes.back() = columns.sym_size(0) * 2;
+  const auto planes = at::empty_symint(sizes, input.options().dtype(at::kChar));
+  sizes.back() = 2;
+  return {codes, planes, at::empty_symint(sizes, input.options().dtype(at::kFloat))};
+}
+
+// 1 in all columns but the outliers, times the factor. Padding writes to a place of its own.
+at::Tensor masked_factor(const at::Tensor& columns, const OptionalTensor& column_factor, int64_t k) {
+  const at::Tensor room = at::ones({k + 1}, columns.options().dtype(at::kFloat));
+  room.index_fill_(0, at::where(columns < 0, at::full_like(columns, k), columns), 0);
+  const at::Tensor mask = room.narrow(0, 0, k);
+  return column_factor ? at::where(mask == 0, mask, *column_factor) : mask.contiguous();
+}
+
+Triple rows_kernel(const at::Tensor& input, const at::Tensor& given, const OptionalTensor& column_factor) {
+  rows_meta(input, given, column_factor);
+  const int64_t k = input.size(-1);
+  const at::Tensor columns = given.to(at::kLong);
+  Int8QuantizeOptions options;
+  options.column_factor = masked_factor(columns, column_factor, k);
+  const Int8Codes main = int8_quantize_rows(input, options);
+  const at::Tensor real = columns.clamp_min(0);
+  at::Tensor x = input.index_select(-1, real).to(at::kFloat);
+  if (column_factor) x = x * column_factor->index_select(0, real);
+  x = x.masked_fill(columns < 0, 0);
+  if (x.size(-1) == 0) {
+    return {main.codes, at::empty(x.sizes(), main.codes.options()),
+            at::cat({main.scale, at::ones_like(main.scale)}, -1)};
+  }
+  const at::Tensor absmax = at::amax(x.abs(), {-1}, /*keepdim=*/true);
+  const at::Tensor bad = absmax.isfinite().logical_not().logical_or(main.scale.isnan());
+  const at::Tensor s2 = at::where(absmax == 0, at::ones_like(absmax), absmax / kLargest);
+  const at::Tensor q = at::round(x * s2.reciprocal()).masked_fill(bad, 0).clamp(-kLargest, kLargest);
+  const at::Tensor hi = at::floor((q + kPlane / 2) / kPlane);
+  const at::Tensor planes = at::cat({hi, q - hi * kPlane}, -1).to(at::kChar);
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  return {main.codes.masked_fill(bad, 0), planes, at::cat({main.scale, s2}, -1).masked_fill(bad, nan)};
+}
+
+at::Tensor mm_meta(const at::Tensor& a, const at::Tensor& a_planes, const at::Tensor& a_scale, const at::Tensor& b,
+                   const at::Tensor& b_outlier, const at::Tensor& b_scale, const OptionalTensor& bias,
+                   c10::string_view out_dtype) {
+  const at::ScalarType type = detail::named_type(kMm, "out_dtype", out_dtype);
+  detail::check_float(kMm, "out_dtype", type);
+  for (const auto& [name, tensor] : {std::pair{"a", a}, {"a_planes", a_planes}, {"b", b}, {"b_outlier", b_outlier}}) {
+    detail::check_type(kMm, name, tensor, at::kChar, "int8");
+    detail::check_device(kMm, name, tensor, a, "a's");
+  }
+  detail::check_type(kMm, "a_scale", a_scale, at::kFloat, "float32");
+  detail::check_type(kMm, "b_scale", b_scale, at::kFloat, "float32");
+  QUANTRAIN_CHECK_VALUE(a.dim() >= 1 && b.dim() == 2 && TORCH_GUARD_OR_TRUE(a.sym_size(-1).sym_eq(b.sym_size(1))),
+                        "{}: expected a [..., K] and b [N, K], got {} and {}", kMm, detail::shape_text(a),
+                        detail::shape_text(b));
+  QUANTRAIN_CHECK_VALUE(b_outlier.dim() == 2 && TORCH_GUARD_OR_TRUE(b_outlier.sym_size(0).sym_eq(b.sym_size(0))) &&
+                            a_planes.dim() == a.dim() &&
+                            TORCH_GUARD_OR_TRUE(a_planes.sym_size(-1).sym_eq(b_outlier.sym_size(1) * 2)),
+                        "{}: expected a_planes [..., 2 Ko] and b_outlier [N, Ko], got {} and {}", kMm,
+                        detail::shape_text(a_planes), detail::shape_text(b_outlier));
+  QUANTRAIN_CHECK_VALUE(a_scale.dim() == a.dim() && TORCH_GUARD_OR_TRUE(a_scale.sym_size(-1).sym_eq(2)),
+                        "{}: expected a_scale [..., 2], got {}", kMm, detail::shape_text(a_scale));
+  if (bias) {
+    QUANTRAIN_CHECK_VALUE(bias->dim() == 1 && TORCH_GUARD_OR_TRUE(bias->sym_size(0).sym_eq(b.sym_size(0))),
+                          "{}: expected bias of {} elements, the rows of b, got {}", kMm, c10::str(b.sym_size(0)),
+                          detail::shape_text(*bias));
+  }
+  std::vector<c10::SymInt> sizes(a.sym_sizes().begin(), a.sym_sizes().end());
+  sizes.back() = b.sym_size(0);
+  return at::empty_symint(sizes, a.options().dtype(type));
+}
+
+at::Tensor mm_kernel(const at::Tensor& a, const at::Tensor& a_planes, const at::Tensor& a_scale, const at::Tensor& b,
+                     const at::Tensor& b_outlier, const at::Tensor& b_scale, const OptionalTensor& bias,
+                     c10::string_view out_dtype) {
+  const at::Tensor result = mm_meta(a, a_planes, a_scale, b, b_outlier, b_scale, bias, out_dtype);
+  if (result.numel() == 0) return result;
+  const int64_t outliers = b_outlier.size(1);
+  const at::Tensor scale = a_scale.reshape({-1, 2});
+  if (outliers == 0) return int8_mm(a, b, scale.select(1, 0), b_scale, bias, result.scalar_type());
+  at::Tensor sum = int8_mm(a.reshape({-1, b.size(1)}), b, scale.select(1, 0), b_scale);
+  const at::Tensor planes = a_planes.reshape({-1, 2 * outliers});
+  const at::Tensor s2 = scale.select(1, 1);
+  int8_mm_accumulate_(sum, planes.narrow(1, 0, outliers), b_outlier, s2 * static_cast<double>(kPlane), b_scale);
+  int8_mm_accumulate_(sum, planes.narrow(1, outliers, outliers), b_outlier, s2, b_scale);
+  if (bias) sum.add_(bias->to(at::kFloat));
+  return sum.to(result.scalar_type()).view(result.sizes());
+}
+
+at::Tensor columns_meta(const at::Tensor& input, double threshold, int64_t capacity) {
+  detail::check_float(kColumns, "input", input.scalar_type());
+  QUANTRAIN_CHECK_VALUE(input.dim() >= 1, "{}: expected input of at least one dimension, got a scalar", kColumns);
+  QUANTRAIN_CHECK_VALUE(threshold > 0, "{}: expected threshold above 0, got {}", kColumns, threshold);
+  QUANTRAIN_CHECK_VALUE(capacity >= 1, "{}: expected capacity of at least 1, got {}", kColumns, capacity);
+  return at::empty({capacity}, input.options().dtype(at::kLong));
+}
+
+at::Tensor columns_kernel(const at::Tensor& input, double threshold, int64_t capacity) {
+  const at::Tensor result = columns_meta(input, threshold, capacity);
+  const int64_t k = input.size(-1), most = std::min(capacity, k);
+  result.fill_(-1);
+  if (input.numel() == 0) return result;
+  const at::Tensor absmax = at::amax(input.abs().reshape({-1, k}), {0}).to(at::kFloat);
+  const auto [value, index] = at::topk(absmax, most);
+  result.narrow(0, 0, most).copy_(at::where(value >= threshold, index, at::full_like(index, -1)));
+  return result;
+}
+
+}  // namespace
+
+// ---- public functions -----------------------------------------------------------------------------------------------
+
+Int8OutlierCodes int8_quantize_rows_outliers(const at::Tensor& input, const at::Tensor& outlier_columns,
+                                             const OptionalTensor& column_factor) {
+  static const auto op = find_operator<decltype(rows_kernel)>(kRows);
+  auto [codes, planes, scale] = op.call(input, outlier_columns, column_factor);
+  return {std::move(codes), std::move(planes), std::move(scale)};
+}
+
+at::Tensor int8_mm_outliers(const at::Tensor& a, const at::Tensor& a_planes, const at::Tensor& a_scale,
+                            const at::Tensor& b, const at::Tensor& b_outlier, const at::Tensor& b_scale,
+                            const OptionalTensor& bias, at::ScalarType out_dtype) {
+  static const auto op = find_operator<decltype(mm_kernel)>(kMm);
+  detail::check_float(kMm, "out_dtype", out_dtype);
+  const c10::string_view name = out_dtype == at::kFloat ? "float32" : out_dtype == at::kHalf ? "float16" : "bfloat16";
+  return op.call(a, a_planes, a_scale, b, b_outlier, b_scale, bias, name);
+}
+
+at::Tensor int8_outlier_columns(const at::Tensor& input, double threshold, int64_t capacity) {
+  static const auto op = find_operator<decltype(columns_kernel)>(kColumns);
+  return op.call(input, threshold, capacity);
+}
+
+}  // namespace quantrain
+
+// ---- registration ---------------------------------------------------------------------------------------------------
+
+TORCH_LIBRARY_FRAGMENT(quantrain, m) {
+  const std::vector<at::Tag> fixed{at::Tag::needs_exact_strides};
+  m.def(
+      "int8_quantize_rows_outliers(Tensor input, Tensor outlier_columns, *, Tensor? column_factor=None) -> (Tensor "
+      "codes, Tensor planes, Tensor scale)",
+      fixed);
+  m.def(
+      "int8_mm_outliers(Tensor a, Tensor a_planes, Tensor a_scale, Tensor b, Tensor b_outlier, Tensor b_scale, Tensor? "
+      "bias=None, *, str out_dtype=\"float32\") -> Tensor",
+      fixed);
+  m.def("int8_outlier_columns(Tensor input, *, float threshold, int capacity) -> Tensor", fixed);
+}
+
+#define QUANTRAIN_REGISTER_INT8_OUTLIERS(kind)                    \
+  m.impl("int8_quantize_rows_outliers", &quantrain::rows_##kind); \
+  m.impl("int8_mm_outliers", &quantrain::mm_##kind);              \
+  m.impl("int8_outlier_columns", &quantrain::columns_##kind)
+
+TORCH_LIBRARY_IMPL(quantrain, CPU, m) { QUANTRAIN_REGISTER_INT8_OUTLIERS(kernel); }
+TORCH_LIBRARY_IMPL(quantrain, CUDA, m) { QUANTRAIN_REGISTER_INT8_OUTLIERS(kernel); }
+TORCH_LIBRARY_IMPL(quantrain, Meta, m) { QUANTRAIN_REGISTER_INT8_OUTLIERS(meta); }

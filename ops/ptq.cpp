@@ -1,0 +1,396 @@
+#include "quantrain/ops/ptq.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/amax.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/argsort.h>
+#include <ATen/ops/cholesky_inverse.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/linalg_cholesky_ex.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/pow.h>
+#include <ATen/ops/round.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "ops/common/check.h"
+#include "ops/common/dispatch.h"
+
+namespace quantrain {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+constexpr std::string_view kStatistics = "column_statistics_";
+constexpr std::string_view kSmooth = "smooth_factor";
+constexpr std::string_view kGptq = "gptq_round";
+constexpr std::string_view kAwq = "awq_scale";
+constexpr int64_t kLazyColumns = 128;  // whose effect on the columns behind is one product
+constexpr int kDampings = 11;
+
+void check_matrix(std::string_view op, std::string_view name, const at::Tensor& tensor, int64_t rows, int64_t columns) {
+  QUANTRAIN_CHECK_VALUE(tensor.dim() == 2 && (rows < 0 || tensor.size(0) == rows) && tensor.size(1) == columns,
+                        "{}: expected {} [{}, {}], got {}", op, name,
+                        rows < 0 ? std::string("O") : std::to_string(rows), columns, detail::shape_text(tensor));
+}
+
+void check_vector(std::string_view op, std::string_view name, const at::Tensor& tensor, int64_t k) {
+  detail::check_type(op, name, tensor, at::kFloat, "float32");
+  QUANTRAIN_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == k, "{}: expected {} of {} elements, got {}", op, name, k,
+                        detail::shape_text(tensor));
+}
+
+void check_grid(std::string_view op, const at::Tensor& weight, const ColumnGrid& grid) {
+  QUANTRAIN_CHECK_VALUE(weight.dim() == 2, "{}: expected weight [O, K], got {}", op, detail::shape_text(weight));
+  QUANTRAIN_CHECK_VALUE(grid.group_size >= 1, "{}: expected group_size of at least 1, got {}", op, grid.group_size);
+  QUANTRAIN_CHECK_VALUE(grid.quant_min < grid.quant_max && grid.quant_min >= -128 && grid.quant_max <= 127,
+                        "{}: expected quant_min below quant_max in -128 to 127, got {} and {}", op, grid.quant_min,
+                        grid.quant_max);
+  const int64_t groups = (weight.size(1) + grid.group_size - 1) / grid.group_size;
+  detail::check_type(op, "scale", grid.scale, at::kFloat, "float32");
+  check_matrix(op, "scale", grid.scale, weight.size(0), groups);
+  if (grid.zero_point) check_matrix(op, "zero_point", *grid.zero_point, weight.size(0), groups);
+}
+
+// One column per column of the weight.
+at::Tensor spread(const at::Tensor& per_group, int64_t group_size, int64_t k) {
+  return per_group.repeat_interleave(group_size, 1).narrow(1, 0, k);
+}
+
+// What a column is multiplied by, divided by and shifted by: float64 [O, K] each.
+struct Spread {
+  at::Tensor inverse, scale, zero_point;
+  double low, high;
+};
+
+Spread spread_grid(const ColumnGrid& grid, int64_t k) {
+  const at::Tensor scale = spread(grid.scale, grid.group_size, k).to(at::kDouble);
+  const at::Tensor inverse = at::where(scale == 0, at::zeros_like(scale), scale.reciprocal());
+  const at::Tensor zero_point =
+      grid.zero_point ? spread(*grid.zero_point, grid.group_size, k).to(at::kDouble) : at::Tensor();
+  return {inverse, scale, zero_point, static_cast<double>(grid.quant_min), static_cast<double>(grid.quant_max)};
+}
+
+double weighted(const at::Tensor& difference, const at::Tensor& hessian) {
+  return (at::mm(difference, hessian) * difference).sum(at::kDouble).item<double>();
+}
+
+double relative(double error, double whole) { return whole > 0 ? error / whole : 0.0; }
+
+// U with U^T U = (H + damping)^-1, columns in their order; empty where H has no Cholesky factor.
+at::Tensor inverse_factor(const at::Tensor& hessian, double damping) {
+  at::Tensor damped = hessian.clone();
+  damped.diagonal().add_(damping);
+  const auto [factor, info] = at::linalg_cholesky_ex(damped);
+  if (info.item<int>() != 0) return {};
+  const auto [upper, again] = at::linalg_cholesky_ex(at::cholesky_inverse(factor), /*upper=*/true);
+  return again.item<int>() != 0 || !upper.isfinite().all().item<bool>() ? at::Tensor() : upper;
+}
+
+void statistics_check(const at::Tensor& absmax, const at::Tensor& mean_abs, const OptionalTensor& hessian,
+                      const at::Tensor& rows, const at::Tensor& input) {
+  detail::check_float(kStatistics, "input", input.scalar_type());
+  QUANTRAIN_CHECK_VALUE(input.dim() >= 1, "{}: expected input of at least one dimension, got a scalar", kStatistics);
+  const int64_t k = input.size(-1);
+  check_vector(kStatistics, "absmax", absmax, k);
+  check_vector(kStatistics, "mean_abs", mean_abs, k);
+  detail::check_type(kStatistics, "rows", rows, at::kLong, "int64");
+  QUANTRAIN_CHECK_VALUE(rows.numel() == 1, "{}: expected rows of one element, got {}", kStatistics,
+                        detail::shape_text(rows));
+  if (hessian) {
+    detail::check_type(kStatistics, "hessian", *hessian, at::kFloat, "float32");
+    check_matrix(kStatistics, "hessian", *hessian, k, k);
+  }
+  for (const at::Tensor& tensor : {absmax, mean_abs, rows}) {
+    detail::check_device(kStatistics, "statistics", tensor, input, "input's");
+  }
+}
+
+void statistics_meta(at::Tensor& absmax, at::Tensor& mean_abs, const OptionalTensor& hessian, at::Tensor& rows,
+                     const at::Tensor& input) {
+  statistics_check(absmax, mean_abs, hessian, rows, input);
+}
+
+void statistics_kernel(at::Tensor& absmax, at::Tensor& mean_abs, const OptionalTensor& hessian, at::Tensor& rows,
+                       const at::Tensor& input) {
+  statistics_check(absmax, mean_abs, hessian, rows, input);
+  const at::NoGradGuard no_grad;
+  const at::Tensor x = input.reshape({-1, input.size(-1)}).to(at::kFloat);
+  if (x.numel() == 0) return;
+  rows.add_(x.size(0));
+  const at::Tensor share = rows.to(at::kFloat).reciprocal() * static_cast<double>(x.size(0));  // of these rows in all
+  const at::Tensor magnitude = x.abs();
+  absmax.copy_(at::maximum(absmax, at::amax(magnitude, {0})));
+  mean_abs.add_((magnitude.mean(0) - mean_abs) * share);
+  if (!hessian) return;
+  at::Tensor sum = *hessian;
+  sum.add_((at::mm(x.t(), x) * (2.0 / static_cast<double>(x.size(0))) - sum) * share);
+}
+
+at::Tensor smooth_meta(const at::Tensor& input_absmax, const at::Tensor& weight_absmax, double alpha) {
+  QUANTRAIN_CHECK_VALUE(input_absmax.dim() == 1, "{}: expected input_absmax [K], got {}", kSmooth,
+                        detail::shape_text(input_absmax));
+  check_vector(kSmooth, "input_absmax", input_absmax, input_absmax.size(0));
+  check_vector(kSmooth, "weight_absmax", weight_absmax, input_absmax.size(0));
+  detail::check_device(kSmooth, "weight_absmax", weight_absmax, input_absmax, "input_absmax's");
+  QUANTRAIN_CHECK_VALUE(alpha >= 0 && alpha <= 1, "{}: expected alpha in [0, 1], got {}", kSmooth, alpha);
+  return at::empty_like(input_absmax);
+}
+
+at::Tensor smooth_kernel(const at::Tensor& input_absmax, const at::Tensor& weight_absmax, double alpha) {
+  smooth_meta(input_absmax, weight_absmax, alpha);
+  const at::Tensor s = (input_absmax.pow(alpha) / weight_absmax.pow(1 - alpha)).clamp_min(1e-5);
+  return at::where((input_absmax == 0).logical_or(weight_absmax == 0), at::ones_like(s), s);
+}
+
+}  // namespace
+
+// ---- public functions -----------------------------------------------------------------------------------------------
+
+void column_statistics_(at::Tensor& absmax, at::Tensor& mean_abs, const OptionalTensor& hessian, at::Tensor& rows,
+                        const at::Tensor& input) {
+  static const auto op = find_operator<decltype(statistics_kernel)>(kStatistics);
+  op.call(absmax, mean_abs, hessian, rows, input);
+}
+
+at::Tensor smooth_factor(const at::Tensor& input_absmax, const at::Tensor& weight_absmax, double alpha) {
+  static const auto op = find_operator<decltype(smooth_kernel)>(kSmooth);
+  return op.call(input_absmax, weight_absmax, alpha);
+}
+
+ColumnGrid absmax_grid(const at::Tensor& weight, int64_t bits, int64_t group_size) {
+  QUANTRAIN_CHECK_VALUE(weight.dim() == 2, "absmax_grid: expected weight [O, K], got {}", detail::shape_text(weight));
+  QUANTRAIN_CHECK_VALUE(bits >= 2 && bits <= 8, "absmax_grid: expected bits in 2 to 8, got {}", bits);
+  const at::NoGradGuard no_grad;
+  const int64_t most = (int64_t{1} << (bits - 1)) - 1, k = weight.size(1);
+  const int64_t groups = (k + group_size - 1) / group_size;
+  const at::Tensor padded = at::constant_pad_nd(weight.to(at::kFloat).abs(), {0, groups * group_size - k});
+  const at::Tensor absmax = at::amax(padded.reshape({weight.size(0), groups, group_size}), {2});
+  const at::Tensor scale = absmax / static_cast<double>(most);
+  // 8 bits as int8_quantize_rows, whose rows of zeros have scale 1; -128 is no code of theirs.
+  ColumnGrid grid;
+  grid.scale = bits == 8 ? at::where(absmax == 0, at::ones_like(scale), scale) : scale;
+  grid.group_size = group_size;
+  grid.quant_max = most;
+  grid.quant_min = bits == 8 ? -most : -most - 1;
+  return grid;
+}
+
+at::Tensor round_columns(const at::Tensor& weight, const ColumnGrid& grid) {
+  check_grid("round_columns", weight, grid);
+  const at::NoGradGuard no_grad;
+  const at::Tensor scale = spread(grid.scale, grid.group_size, weight.size(1));
+  const at::Tensor inverse = at::where(scale == 0, at::zeros_like(scale), scale.reciprocal());
+  at::Tensor q = at::round(weight.to(at::kFloat) * inverse);
+  if (grid.zero_point) q.add_(spread(*grid.zero_point, grid.group_size, weight.size(1)));
+  return q.clamp(grid.quant_min, grid.quant_max).to(at::kChar);
+}
+
+at::Tensor decode_columns(const at::Tensor& codes, const ColumnGrid& grid) {
+  check_grid("decode_columns", codes, grid);
+  at::Tensor q = codes.to(at::kFloat);
+  if (grid.zero_point) q = q - spread(*grid.zero_point, grid.group_size, codes.size(1));
+  return q * spread(grid.scale, grid.group_size, codes.size(1));
+}
+
+GptqCodes gptq_round(const at::Tensor& weight, const at::Tensor& hessian, const ColumnGrid& grid,
+                     const GptqOptions& options) {
+  check_grid(kGptq, weight, grid);
+  const int64_t k = weight.size(1);
+  check_matrix(kGptq, "hessian", hessian, k, k);
+  detail::check_device(kGptq, "hessian", hessian, weight, "weight's");
+  QUANTRAIN_CHECK_VALUE(options.order == "activation" || options.order == "natural",
+                        "{}: expected order to be 'activation' or 'natural', got '{}'", kGptq, options.order);
+  QUANTRAIN_CHECK_VALUE(options.damping > 0 && std::isfinite(options.damping), "{}: expected damping above 0, got {}",
+                        kGptq, options.damping);
+  QUANTRAIN_CHECK_VALUE(options.keep.has_value() == options.keep_scale.has_value(),
+                        "{}: expected keep and keep_scale together, got one", kGptq);
+  const at::NoGradGuard no_grad;
+  const at::Tensor exact = weight.to(at::kDouble), given = hessian.to(at::kDouble);
+  QUANTRAIN_CHECK_VALUE(given.isfinite().all().item<bool>() && exact.isfinite().all().item<bool>(),
+                        "{}: expected a finite weight and hessian, got NaN or Inf", kGptq);
+  Spread by = spread_grid(grid, k);
+  at::Tensor low = at::full({k}, by.low, exact.options()), high = at::full({k}, by.high, exact.options());
+  at::Tensor w = exact.clone(), h = given.clone();
+  const at::Tensor dead = h.diagonal() == 0;
+  w.masked_fill_(dead, 0);
+  h.diagonal().masked_fill_(dead, 1);
+  at::Tensor damped = dead.logical_not();
+  if (options.keep) {
+    const at::Tensor keep = options.keep->to(at::kLong), scale = options.keep_scale->to(at::kDouble);
+    by.scale.index_copy_(1, keep, scale.expand({-1, keep.numel()}));
+    by.inverse.index_copy_(1, keep, scale.reciprocal().expand({-1, keep.numel()}));
+    if (by.zero_point.defined()) by.zero_point.index_fill_(1, keep, 0);
+    low.index_fill_(0, keep, -127);
+    high.index_fill_(0, keep, 127);
+    damped.index_fill_(0, keep, false);
+  }
+  if (!damped.any().item<bool>()) damped = at::ones_like(damped);
+  double damping = options.damping * h.diagonal().masked_select(damped).mean().item<double>();
+
+  const at::Tensor order = options.order == "activation"
+                               ? at::argsort(h.diagonal(), /*stable=*/true, /*dim=*/0, /*descending=*/true)
+                               : at::arange(k, h.options().dtype(at::kLong));
+  const auto in_order = [&](const at::Tensor& tensor) { return tensor.index_select(1, order); };
+  w = in_order(w);
+  h = in_order(h.index_select(0, order));
+  at::Tensor upper;
+  for (int i = 0; i < kDampings && !upper.defined(); ++i, damping *= 2) upper = inverse_factor(h, damping);
+  QUANTRAIN_CHECK_VALUE(upper.defined(),
+                        "{}: expected a hessian that is positive definite after damping, got none up to a damping of "
+                        "{} times the mean of its diagonal (more calibration data helps)",
+                        kGptq, options.damping * (1 << (kDampings - 1)));
+  const at::Tensor inverse = in_order(by.inverse), scale = in_order(by.scale);
+  const at::Tensor zero_point = by.zero_point.defined() ? in_order(by.zero_point) : at::Tensor();
+  low = low.index_select(0, order);
+  high = high.index_select(0, order);
+  at::Tensor codes = at::zeros_like(w);
+  for (int64_t begin = 0; begin < k; begin += kLazyColumns) {
+    const int64_t count = std::min(kLazyColumns, k - begin), end = begin + count;
+    // Columns as rows, so that each is contiguous.
+    at::Tensor block = w.narrow(1, begin, count).t().contiguous(), errors = at::empty_like(block);
+    const at::Tensor u = upper.narrow(0, begin, count).narrow(1, begin, count).contiguous();
+    const at::Tensor by_row = inverse.narrow(1, begin, count).t().contiguous();
+    const at::Tensor scales = scale.narrow(1, begin, count).t().contiguous();
+    const at::Tensor zeros = zero_point.defined() ? zero_point.narrow(1, begin, count).t().contiguous() : zero_point;
+    const at::Tensor lows = low.narrow(0, begin, count), highs = high.narrow(0, begin, count);
+    at::Tensor rounded = at::empty_like(block);
+    for (int64_t i = 0; i < count; ++i) {
+      const at::Tensor column = block.select(0, i);
+      at::Tensor q = at::round(column * by_row.select(0, i));
+      if (zeros.defined()) q.add_(zeros.select(0, i));
+      q = at::minimum(at::maximum(q, lows.select(0, i)), highs.select(0, i));
+      rounded.select(0, i).copy_(q);
+      const at::Tensor value = (zeros.defined() ? q - zeros.select(0, i) : q) * scales.select(0, i);
+      at::Tensor error = errors.select(0, i);
+      at::sub_out(error, column, value);
+      error.div_(u.select(0, i).select(0, i));
+      if (i + 1 < count) {
+        block.narrow(0, i + 1, count - i - 1)
+            .addmm_(u.select(0, i).narrow(0, i + 1, count - i - 1).unsqueeze(1), error.unsqueeze(0), 1, -1);
+      }
+    }
+    codes.narrow(1, begin, count).copy_(rounded.t());
+    if (end < k) {
+      w.narrow(1, end, k - end).addmm_(errors.t(), upper.narrow(0, begin, count).narrow(1, end, k - end), 1, -1);
+    }
+  }
+  GptqCodes result;
+  const at::Tensor back = at::argsort(order);
+  codes = codes.index_select(1, back);
+  result.codes = codes.to(at::kChar);
+  const at::Tensor value = (by.zero_point.defined() ? codes - by.zero_point : codes) * by.scale;
+  result.error = relative(weighted(exact - value, given), weighted(exact, given));
+  return result;
+}
+
+AwqScale awq_scale(const at::Tensor& weight, const at::Tensor& hessian, const at::Tensor& mean_abs, int64_t bits,
+                   int64_t group_size, int64_t steps) {
+  QUANTRAIN_CHECK_VALUE(weight.dim() == 2, "{}: expected weight [O, K], got {}", kAwq, detail::shape_text(weight));
+  const int64_t k = weight.size(1);
+  check_matrix(kAwq, "hessian", hessian, k, k);
+  check_vector(kAwq, "mean_abs", mean_abs, k);
+  QUANTRAIN_CHECK_VALUE(steps >= 1, "{}: expected steps of at least 1, got {}", kAwq, steps);
+  const at::NoGradGuard no_grad;
+  const at::Tensor w = weight.to(at::kFloat), h = hessian.to(at::kFloat);
+  QUANTRAIN_CHECK_VALUE(h.isfinite().all().item<bool>() && w.isfinite().all().item<bool>(),
+                        "{}: expected a finite weight and hessian, got NaN or Inf", kAwq);
+  const double whole = weighted(w, h);
+  const auto error_of = [&](const at::Tensor& factor) {
+    const at::Tensor scaled = w * factor;
+    const ColumnGrid grid = absmax_grid(scaled, bits, group_size);
+    return weighted(w - decode_columns(round_columns(scaled, grid), grid) / factor, h);
+  };
+  AwqScale best{at::ones_like(mean_abs), 0};
+  double least = error_of(best.factor);
+  const ColumnGrid grid = absmax_grid(w, bits, group_size);
+  const at::Tensor largest = spread(grid.scale, group_size, k) * static_cast<double>(grid.quant_max);
+  const at::Tensor share = (w.abs() / largest.clamp_min(1e-12)).mean(0).clamp_min(1e-4);
+  const at::Tensor magnitude = mean_abs.clamp_min(1e-4);
+  for (int64_t i = 1; i <= steps; ++i) {
+    const double r = static_cast<double>(i) / static_cast<double>(steps);
+    for (const bool both : {false, true}) {
+      if (both && i == steps) continue;  // the same
+      at::Tensor factor = magnitude.pow(r);
+      if (both) factor = factor / share.pow(1 - r);
+      factor = factor / (factor.max() * factor.min()).sqrt();
+      const double error = error_of(factor);
+      if (error < least) {
+        least = error;
+        best.factor = factor;
+      }
+    }
+  }
+  best.error = relative(least, whole);
+  return best;
+}
+
+}  // namespace quantrain
+
+// ---- registration ---------------------------------------------------------------------------------------------------
+
+namespace quantrain {
+namespace {
+
+// As operators, so that Python calls them: the struct's fields one by one.
+
+ColumnGrid grid_of(const at::Tensor& scale, const OptionalTensor& zero_point, int64_t group_size, int64_t quant_min,
+                   int64_t quant_max) {
+  return {scale, zero_point, group_size, quant_min, quant_max};
+}
+
+std::tuple<at::Tensor, double> gptq_operator(const at::Tensor& weight, const at::Tensor& hessian,
+                                             const at::Tensor& scale, const OptionalTensor& zero_point,
+                                             int64_t group_size, int64_t quant_min, int64_t quant_max,
+                                             c10::string_view order, double damping, const OptionalTensor& keep,
+                                             const OptionalTensor& keep_scale) {
+  GptqCodes result = gptq_round(weight, hessian, grid_of(scale, zero_point, group_size, quant_min, quant_max),
+                                {order, damping, keep, keep_scale});
+  return {std::move(result.codes), result.error};
+}
+
+std::tuple<at::Tensor, double> awq_operator(const at::Tensor& weight, const at::Tensor& hessian,
+                                            const at::Tensor& mean_abs, int64_t bits, int64_t group_size,
+                                            int64_t steps) {
+  AwqScale result = awq_scale(weight, hessian, mean_abs, bits, group_size, steps);
+  return {std::move(result.factor), result.error};
+}
+
+}  // namespace
+}  // namespace quantrain
+
+TORCH_LIBRARY_FRAGMENT(quantrain, m) {
+  m.def(
+      "column_statistics_(Tensor(a!) absmax, Tensor(b!) mean_abs, Tensor(c!)? hessian, Tensor(d!) rows, Tensor input) "
+      "-> ()");
+  m.def("smooth_factor(Tensor input_absmax, Tensor weight_absmax, *, float alpha) -> Tensor");
+  m.def(
+      "gptq_round(Tensor weight, Tensor hessian, Tensor scale, Tensor? zero_point=None, *, int group_size, int "
+      "quant_min=-8, int quant_max=7, str order=\"activation\", float damping=0.01, Tensor? keep=None, Tensor? "
+      "keep_scale=None) -> (Tensor codes, float error)");
+  m.def(
+      "awq_scale(Tensor weight, Tensor hessian, Tensor mean_abs, *, int bits, int group_size, int steps=20) -> (Tensor "
+      "factor, float error)");
+}
+
+#define QUANTRAIN_REGISTER_PTQ(kind)                           \
+  m.impl("column_statistics_", &quantrain::statistics_##kind); \
+  m.impl("smooth_factor", &quantrain::smooth_##kind)
+
+TORCH_LIBRARY_IMPL(quantrain, CPU, m) { QUANTRAIN_REGISTER_PTQ(kernel); }
+TORCH_LIBRARY_IMPL(quantrain, CUDA, m) { QUANTRAIN_REGISTER_PTQ(kernel); }
+TORCH_LIBRARY_IMPL(quantrain, Meta, m) { QUANTRAIN_REGISTER_PTQ(meta); }
+TORCH_LIBRARY_IMPL(quantrain, CompositeExplicitAutograd, m) {
+  m.impl("gptq_round", &quantrain::gptq_operator);
+  m.impl("awq_scale", &quantrain::awq_operator);
+}

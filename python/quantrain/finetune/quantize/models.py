@@ -1,0 +1,124 @@
+"""The models of the commands: those of the language-model job, and the folders that ``quantrain quantize`` writes."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantrain import nn as qnn
+from quantrain.finetune.lm.models import LanguageModel, load_language_model
+from quantrain.finetune.rehearsal import reason_of
+
+FACTS, WEIGHTS = "quantrain.json", "model.safetensors"
+TARGET = "quantrain"  # of the folders that this package itself reads
+
+
+def load_float(name: str, what: str = "MODEL") -> LanguageModel:
+    """The floating-point model that ``name`` means, in float32 on the CPU.
+
+    Args:
+        name: As load_language_model takes it.
+        what: The argument of the command line that errors name.
+
+    Raises:
+        FileNotFoundError, ValueError: As load_language_model; also a folder of quantized weights.
+    """
+    if (Path(name) / FACTS).is_file():
+        raise ValueError(f"{what}: expected a model in floating point, got {name}, which quantrain quantize wrote")
+    try:
+        return load_language_model(name)
+    except (ValueError, OSError, RuntimeError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(str(error).replace("--model", what, 1)) from error
+
+
+def load_any(name: str, what: str = "MODEL") -> LanguageModel:
+    """The model that ``name`` means, in floating point or quantized, on the CPU; arguments and errors as load_float."""
+    return load_quantized(Path(name)) if (Path(name) / FACTS).is_file() else load_float(name, what)
+
+
+def load_quantized(folder: Path) -> LanguageModel:
+    """The model in a folder that ``quantrain quantize --target quantrain`` wrote, on the CPU.
+
+    Raises:
+        FileNotFoundError: A file of the folder is missing.
+        ValueError: The folder was written for another program, or its files do not fit each other.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    facts = read_facts(folder)
+    if facts["target"] != TARGET:
+        raise ValueError(
+            f"{folder}: expected a folder written with --target {TARGET}, got one for {facts['target']}, which that "
+            "program reads"
+        )
+    if not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(f"{folder}: expected a file {WEIGHTS}, got none")
+    logging.disable_progress_bar()
+    options = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(folder, **options)
+        with _without_initialization():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:  # transformers raises many types for a folder that it cannot read
+        reason = next((line for line in reason_of(error).splitlines() if line.strip()), "no message")
+        raise ValueError(
+            f"{folder}: expected config.json and tokenizer.json of the model, got {reason[:300]}"
+        ) from error
+    model.tie_weights()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()  # they are read next, and prepare may look at them before
+    model = qnn.from_checkpoint(folder / WEIGHTS, model.eval())
+    return LanguageModel(model, tokenizer, facts["title"], str(folder))
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What quantrain.json of ``folder`` says.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    path = folder / FACTS
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(facts[key], str) for key in ("title", "target")):
+            raise ValueError("a title or a target that is no text")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: expected what quantrain quantize writes, got {reason_of(error)}") from error
+    return facts
+
+
+def check_tokens(lm: LanguageModel, ids: Tensor, what: str = "MODEL") -> None:
+    """Make sure that the model has embeddings and positions for windows of token ids ``[W, T]``.
+
+    Raises:
+        ValueError: It has not.
+    """
+    if lm.context is not None and ids.shape[1] > lm.context:
+        raise ValueError(
+            f"--length: expected at most the {lm.context} tokens that {lm.title} has positions for, got {ids.shape[1]}"
+        )
+    if (largest := int(ids.max())) >= lm.vocabulary:
+        raise ValueError(
+            f"{what}: expected a tokenizer whose ids are below the {lm.vocabulary} of the model's embedding, got "
+            f"{largest}: it is another model's"
+        )
+
+
+def _without_initialization() -> AbstractContextManager[None]:
+    """Where transformers does not draw weights; nothing changes where this release of it has no such place."""
+    for module in ("initialization", "modeling_utils"):  # of release 5, of release 4
+        try:
+            found = __import__(f"transformers.{module}", fromlist=["no_init_weights"])
+            return found.no_init_weights()
+        except (ImportError, AttributeError):
+            continue
+    return nullcontext()

@@ -1,0 +1,77 @@
+"""Post-training quantization of linear layers: recipes zeroquant-*, llm-int8*, smoothquant-*, gptq-*, awq-*."""
+
+from __future__ import annotations
+
+import re
+
+from ..heads import output_layers
+from ..layers import QuantLinear, QuantTransposedLinear
+from ..ptq import PtqLinear, PtqTransposedLinear, QuantizedPtqLinear, _PtqLayer
+from ..recipes import changed_recipe
+from . import SchemeHandler, register
+
+_LAYERS = {QuantLinear: PtqLinear, QuantTransposedLinear: PtqTransposedLinear}
+# A part of the path that names attention: self_attn, attention, attn, SelfAttention.
+_ATTENTION = re.compile(r"(^|[._])(\w*attn\w*|\w*attention\w*)([._]|$)", re.IGNORECASE)
+HEAD = "gives the model's output"
+
+
+class Ptq(SchemeHandler):
+    kind = "ptq"
+
+    def layer_class(self, twin, recipe):
+        return _LAYERS[twin]
+
+    def left_float(self, twin, recipe):
+        return "" if twin in _LAYERS else f"recipe {recipe.name or '(unnamed)'} is for Linear layers"
+
+    def layer_recipe(self, name, recipe):
+        bits = recipe.scheme.attention_bits
+        if not bits or not _ATTENTION.search(name):
+            return recipe
+        return changed_recipe(recipe, {"weight": {"bits": bits, "granularity": "per_channel"}})
+
+    def left_layers(self, model, layers, recipes, order):
+        return {
+            name: HEAD
+            for name in output_layers(model, order)
+            if name in layers and not recipes[name].scheme.head
+        }
+
+    def takes_float64(self, recipe):
+        return False
+
+    def check_layer(self, layer):
+        if not isinstance(layer, _PtqLayer):
+            raise ValueError(
+                f"{type(layer).__name__}: expected a recipe of another scheme than ptq, which PtqLinear runs, got "
+                f"{layer.recipe.name!r}"
+            )
+
+    def converted_class(self, layer, twin):
+        return QuantizedPtqLinear
+
+    def spec_text(self, recipe, text):
+        scheme = recipe.scheme
+        parts = [text]
+        parts += [f"smoothed (alpha {scheme.smooth_alpha:g})"] if scheme.smooth_alpha else []
+        parts += ["AWQ"] if scheme.scale_search == "awq" else []
+        parts += ["GPTQ"] if scheme.rounding == "gptq" else []
+        if scheme.outlier_columns:
+            chosen = f"above {scheme.outlier_threshold:g}" if scheme.outlier_threshold else "largest"
+            parts.append(f"{scheme.outlier_columns} {chosen} columns apart")
+        return ", ".join(parts)
+
+    def edge_text(self, recipe):
+        return "" if recipe.scheme.head else "the head stays float"
+
+    def training_text(self, recipe):
+        return "none"
+
+    def arithmetic_text(self, recipe):
+        if recipe.input is None:
+            return "weights decoded inside the product, activations in floating point"
+        return "int8 products"
+
+
+register(Ptq())

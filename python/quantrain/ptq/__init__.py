@@ -1,0 +1,36 @@
+"""Post-training quantization of whole models: passes that need data and no labels.
+
+:func:`quantize` does all in a call; the steps between (:func:`quantrain.nn.prepare`, ``calibrate``, ``convert``) are
+those of every recipe.
+"""
+
+from .distill import LayerDistillation, distill_layers
+from .export import check_target, export_model
+from .operators import awq_scale, column_statistics_, gptq_round, smooth_factor
+from .quantize import quantize
+from .report import QuantizationReport, divergence, log_probabilities, quantization_report
+
+__all__ = [
+    "Int8Cache",
+    "LayerDistillation",
+    "QuantizationReport",
+    "awq_scale",
+    "check_target",
+    "column_statistics_",
+    "distill_layers",
+    "divergence",
+    "export_model",
+    "gptq_round",
+    "log_probabilities",
+    "quantization_report",
+    "quantize",
+    "smooth_factor",
+]
+
+
+def __getattr__(name: str):
+    if name == "Int8Cache":  # needs transformers
+        from .kv_cache import Int8Cache
+
+        return Int8Cache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,162 @@
+"""Keys and values in int8: exactly one scale per token and KV head, and generation as with transformers' own cache."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from quantrain.ptq.kv_cache import Int8Cache  # noqa: E402
+
+
+def llama(dtype=torch.float32, **changes):
+    torch.manual_seed(0)
+    sizes = dict(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    special = dict(bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    config = transformers.LlamaConfig(vocab_size=97, initializer_range=0.2, **sizes, **special, **changes)
+    return transformers.LlamaForCausalLM(config).to(dtype).eval()
+
+
+def rounded(x):
+    """The definition, in float64: rows of D, absmax / 127, half to even."""
+    x = x.double()
+    scale = (x.abs().amax(-1, keepdim=True) / 127).float()
+    scale[scale == 0] = 1
+    codes = torch.round(x.float() * (1 / scale)).clamp(-127, 127)
+    return codes.to(torch.int8), scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_holds_codes_and_a_scale_per_token_and_head(dtype):
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 3, 7, 16).to(dtype), torch.randn(2, 3, 7, 24).to(dtype)
+    keys[0, 1, 2] *= 1000  # one token of one head leaves all others as they are
+    values[1, 0, 4] = 0
+    cache = Int8Cache()
+    got = cache.update(keys[:, :, :5], values[:, :, :5], 0)
+    assert [t.shape[-2] for t in got] == [5, 5]
+    got = cache.update(keys[:, :, 5:], values[:, :, 5:], 0)
+    for read, whole in zip(got, (keys, values), strict=True):
+        codes, scale = rounded(whole)
+        assert read.dtype == dtype and torch.equal(read, (codes * scale).to(dtype))
+    layer = cache.layers[0]
+    assert torch.equal(layer.keys, got[0]) and torch.equal(layer.values, got[1])
+    assert cache.get_seq_length() == 7
+    assert cache.nbytes == 2 * 3 * 7 * (16 + 24 + 4 + 4)
+
+
+def test_nan_is_read_back():
+    keys = torch.randn(1, 2, 3, 8)
+    keys[0, 1, 2, 3] = float("nan")
+    got, _ = Int8Cache().update(keys, torch.randn(1, 2, 3, 8), 0)
+    assert got[0, 1, 2].isnan().all() and got.isnan().sum() == 8
+
+
+def filled():
+    torch.manual_seed(1)
+    cache = Int8Cache()
+    for layer in range(2):
+        cache.update(torch.randn(3, 2, 6, 8), torch.randn(3, 2, 6, 8), layer)
+    return cache, [(layer.keys, layer.values) for layer in cache.layers]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda cache: cache.crop(-2), lambda t: t[:, :, :4]),
+        (lambda cache: cache.crop(0), lambda t: t),
+        (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), lambda t: t[[2, 0, 0]]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1])), lambda t: t[[1]]),
+        (lambda cache: cache.batch_repeat_interleave(2), lambda t: t.repeat_interleave(2, 0)),
+    ],
+)
+def test_moves_rows_without_rounding_again(change, expected):
+    cache, before = filled()
+    change(cache)
+    for layer, tensors in zip(cache.layers, before, strict=True):
+        for got, whole in zip((layer.keys, layer.values), tensors, strict=True):
+            assert torch.equal(got, expected(whole))
+    assert cache.get_seq_length() == expected(before[0][0]).shape[2]
+
+
+def test_crop_takes_negative_numbers_alone():
+    with pytest.raises(ValueError, match="Int8Cache: expected crop of a negative number of tokens, got 3"):
+        filled()[0].crop(3)
+
+
+def test_reset_begins_anew():
+    cache, _ = filled()
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.nbytes == 0
+    keys = torch.randn(1, 2, 3, 8)
+    assert torch.equal(cache.update(keys, keys, 0)[0], Int8Cache().update(keys, keys, 0)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prompt_at_once_and_token_by_token(dtype):
+    model, ids = llama(dtype), torch.randint(0, 97, (2, 9))
+    with torch.no_grad():
+        exact = model(ids, use_cache=False).logits
+        whole = model(ids, cache=Int8Cache()).logits
+        cache, parts = Int8Cache(), []
+        for index in range(ids.shape[1]):
+            parts.append(model(ids[:, index : index + 1], cache=cache).logits)
+    assert cache.get_seq_length() == 9
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=2e-2 if dtype == torch.float32 else 0.3)
+    assert 0 < (whole - exact).norm() < 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_generates_what_the_models_own_cache_does(options):
+    model, ids = llama(), torch.randint(1, 97, (2, 6))
+    settings = dict(max_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(ids), **options)
+    cache = Int8Cache()
+    got, expected = model.generate(ids, cache=cache, **settings), model.generate(ids, **settings)
+    assert got.shape == expected.shape
+    assert (got == expected).double().mean() > 0.7  # a random model's near ties may turn
+    assert cache.get_seq_length() == 6 + 8 - 1
+
+
+def test_padding_on_the_left():
+    model = llama()
+    ids = torch.randint(1, 97, (1, 6))
+    padded, mask = torch.nn.functional.pad(ids, (3, 0)), torch.nn.functional.pad(torch.ones_like(ids), (3, 0))
+    both = model.generate(padded, attention_mask=mask, cache=Int8Cache(), max_new_tokens=5, do_sample=False)
+    alone = model.generate(
+        ids, attention_mask=torch.ones_like(ids), cache=Int8Cache(), max_new_tokens=5, do_sample=False
+    )
+    assert torch.equal(both[:, 9:], alone[:, 6:])
+
+
+def test_assisted_generation_crops():
+    model, ids = llama(), torch.randint(1, 97, (1, 6)).repeat(1, 3)
+    settings = dict(max_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(ids))
+    got = model.generate(ids, cache=Int8Cache(), prompt_lookup_num_tokens=3, **settings)
+    assert got.shape == model.generate(ids, cache=Int8Cache(), **settings).shape
+
+
+def test_a_model_with_sliding_windows():
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=4, initializer_range=0.2,
+    )  # fmt: skip
+    model, ids = transformers.MistralForCausalLM(config).eval(), torch.randint(0, 97, (1, 12))
+    with torch.no_grad():
+        exact, cache, parts = model(ids, use_cache=False).logits, Int8Cache(), []
+        for piece in ids.split([7, 1, 1, 3], dim=1):
+            parts.append(model(piece, cache=cache).logits)
+    assert (torch.cat(parts, 1) - exact).norm() < 0.1 * exact.norm()
+
+
+def test_without_transformers_the_error_says_what_to_install(monkeypatch):
+    import quantrain.ptq.kv_cache as module
+
+    monkeypatch.setitem(sys.modules, "transformers.cache_utils", None)
+    monkeypatch.delitem(sys.modules, module.__name__)
+    with pytest.raises(ModuleNotFoundError, match="Int8Cache: expected the package transformers"):
+        importlib.import_module(module.__name__)
