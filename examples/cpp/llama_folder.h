@@ -131,9 +131,13 @@ inline Llama load_llama(const std::string& folder, const BlockRecipe& recipe, at
 inline bool is_quantized(const std::string& folder) {
   const std::string path = (std::filesystem::path(folder) / "model.safetensors").string();
   if (!std::filesystem::is_regular_file(path)) return false;
-  const auto metadata = quantrain::nn::read_safetensors(path).metadata;
-  const auto format = metadata.find("format");
-  return format != metadata.end() && format->second == "quantrain";
+  std::ifstream file(path, std::ios::binary);
+  uint64_t size = 0;  // of the header, little-endian, before it
+  if (!file.read(reinterpret_cast<char*>(&size), sizeof(size)) || size > (uint64_t{100} << 20)) return false;
+  std::string header(size, ' ');
+  if (!file.read(header.data(), static_cast<std::streamsize>(size))) return false;
+  const nlohmann::json json = nlohmann::json::parse(header, nullptr, /*allow_exceptions=*/false);
+  return json.is_object() && json.value(nlohmann::json::json_pointer("/__metadata__/format"), "") == "quantrain";
 }
 
 // The model of such a folder: its layers by the recipes that the file has of them.

@@ -1,14 +1,11 @@
-#include <catch2/catch.hpp>
-#include <quantrain/nn/calibration.h>
-#include <quantrain/nn/checkpoint.h>
-#include <quantrain/nn/ptq.h>
-#include <quantrain/ops/int8_outliers.h>
-#include <quantrain/ops/ptq.h>
-#include <torch/nn/modules/container/sequential.h>
-
-#include <ATen/ATen.h>
+// Layers of scheme ptq: calibration, conversion, files, clones; outlier products and GPTQ against the float product.
 
 #include "support.h"
+
+#include <string>
+
+#include <ATen/ATen.h>
+#include <torch/nn/modules/container/sequential.h>
 
 namespace qnn = quantrain::nn;
 

@@ -59,9 +59,7 @@ class ColumnObserver(Calibrates, Float32State):
 
     def forward(self, input: Tensor) -> None:
         if self.observing:
-            torch.ops.quantrain.column_statistics_(
-                self.absmax, self.mean_abs, self.hessian, self.rows, input.detach()
-            )
+            torch.ops.quantrain.column_statistics_(self.absmax, self.mean_abs, self.hessian, self.rows, input.detach())
 
     @property
     def seen(self) -> bool:
@@ -204,9 +202,7 @@ class QuantizedPtqLinear(QuantizedLinear):
         observer = layer.input_observer
         seen = observer is not None and observer.seen
         statistics = (observer.absmax, observer.mean_abs, observer.hessian) if seen else (None, None, None)
-        parts, self.error = _C.ptq_weight(
-            weight, layer.recipe, *statistics, form_only=not check_observed and not seen
-        )
+        parts, self.error = _C.ptq_weight(weight, layer.recipe, *statistics, form_only=not check_observed and not seen)
         for name, tensor in parts.items():
             self.register_buffer(name, tensor)
         if seen:

@@ -65,9 +65,7 @@ def captured_calls(
 
         return hook
 
-    handles = [
-        block.register_forward_pre_hook(on_call(index), with_kwargs=True) for index, block in enumerate(blocks)
-    ]
+    handles = [block.register_forward_pre_hook(on_call(index), with_kwargs=True) for index, block in enumerate(blocks)]
     try:
         for batch in batches:
             forward(model, batch)

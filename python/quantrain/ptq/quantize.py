@@ -48,14 +48,14 @@ def quantize(
             before. None: where the recipe needs Hessians and the model has blocks. False: all layers from one pass of
             the float model.
         forward: called as ``forward(model, batch)``.
-        check_batch: what the predictions are compared on; default the first of ``batches``. Take one that calibration
-            does not see.
+        check_batch: what the predictions are compared on; None: the first of ``batches``. Better one that calibration
+            does not see. False: nothing is compared.
         max_kl: nats; a larger mean KL(float || quantized) raises. None: anything goes.
         progress: called with (blocks done, blocks, name of the next).
 
     Returns:
         The model, converted, in evaluation mode, with the attribute ``ptq_report`` (:class:`QuantizationReport`; None
-        where there is no batch).
+        where nothing is compared).
 
     Raises:
         ValueError: no batch where the recipe needs calibration; NaN or Inf in a layer's input; a Hessian that no damping
@@ -71,7 +71,8 @@ def quantize(
         raise TypeError(f"quantize: expected batches to be an iterable of batches, got one {type(batches).__name__}")
     batches, forward = list(batches), forward or run_batch
     check_batch = batches[0] if check_batch is None and batches else check_batch
-    exact = None if check_batch is None else log_probabilities(model, check_batch, forward=forward)
+    compares = check_batch is not None and check_batch is not False
+    exact = None if not compares else log_probabilities(model, check_batch, forward=forward)
     if exact is not None and not bool(torch.isfinite(exact).all()):
         raise ValueError("quantize: expected finite logits of the float model, got NaN or Inf")
     prepare(model, recipe, overrides=overrides, skip=skip)

@@ -165,7 +165,9 @@ def _timed(
             handle.remove()
     if cuda:
         torch.cuda.synchronize()
-        spent = {name: sum(a.elapsed_time(b) for a, b in zip(m[::2], m[1::2], strict=True)) for name, m in marks.items()}
+        spent = {
+            name: sum(a.elapsed_time(b) for a, b in zip(m[::2], m[1::2], strict=True)) for name, m in marks.items()
+        }
     else:
         spent = {name: 1e3 * (sum(m[1::2]) - sum(m[::2])) for name, m in marks.items()}
     return found, spent

@@ -23,7 +23,7 @@ transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from quantrain import Recipe  # noqa: E402
+from quantrain import Recipe, ptq  # noqa: E402
 from quantrain import nn as qnn  # noqa: E402
 from quantrain.optim import AdamW8bit  # noqa: E402
 
@@ -151,6 +151,35 @@ def test_what_weights_of_each_recipe_cost(folders, ids, tmp_path):
         assert line["top1"] == pytest.approx(agreement, abs=2 / len(targets))  # near ties
     assert found["w8a16"]["kl"] < 0.1 * min(found[recipe]["kl"] for recipe in RECIPES if recipe != "w8a16")
     assert found["nf4-dq"]["megabytes"] < found["nf4"]["megabytes"] < found["w8a16"]["megabytes"]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "zeroquant-w4a8",
+        "llm-int8",
+        "llm-int8-threshold",
+        "smoothquant-w8a8-static",
+        "gptq-w4a16",
+        "awq-gptq-w4a8",
+        "nf4",
+    ],
+)
+def test_a_quantized_folder_is_evaluated_as_python_has_it(recipe, folders, ids, tmp_path):
+    path, tokens = ids
+    model = load(folders["tied"])
+    ptq.quantize(model, recipe, [tokens[start : start + LENGTH][None] for start in range(0, 512, LENGTH)])
+    folder = tmp_path / "quantized"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((folders["tied"] / "config.json").read_bytes())
+    qnn.save_checkpoint(folder / "model.safetensors", model)
+    line = evaluated(folder, path, tmp_path / "log", "--against", folders["tied"])["as-is"]
+    exact, targets = log_probabilities(load(folders["tied"]), tokens)
+    windows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
+    with torch.no_grad():  # a window per call, as there
+        ours = torch.cat([log_softmax(model(row[None, :-1]).logits[0], -1) for row in windows])
+    assert line["perplexity"] == pytest.approx(perplexity(ours, targets), rel=1e-4)
+    assert line["kl"] == pytest.approx((exact.exp() * (exact - ours)).sum(-1).double().mean().item(), rel=2e-2)
 
 
 def python_losses(model: torch.nn.Module, ids: Tensor, optimizer: torch.optim.Optimizer, seed: int) -> list[float]:
@@ -314,7 +343,8 @@ def test_16_bits_stay_close(dtype, folders, ids, tmp_path):
         ("qlora_llama", ["--targets", "q_proj,lm_head"], "expected --targets q_proj or k_proj"),
         ("qlora_llama", ["--adapter", "/x", "--targets", "q_proj"], "expected no --rank, --alpha and --targets with"),
         ("evaluate_llama", ["--recipe", "float,w1"], "expected --recipe float or nf4"),
-        ("evaluate_llama", ["--against", "nf4"], "expected --against float, got 'nf4'"),
+        ("evaluate_llama", ["--against", "nf4"], "nf4: expected the folder of a model, got none"),
+        ("evaluate_llama", ["--recipe", "as-is"], "expected metadata format 'quantrain', got 'pt'"),
         ("evaluate_llama", ["--adapter", "/x"], "expected --recipe of weights of 4 bits with --adapter, got 'float'"),
     ],
 )

@@ -32,11 +32,7 @@ class Ptq(SchemeHandler):
         return changed_recipe(recipe, {"weight": {"bits": bits, "granularity": "per_channel"}})
 
     def left_layers(self, model, layers, recipes, order):
-        return {
-            name: HEAD
-            for name in output_layers(model, order)
-            if name in layers and not recipes[name].scheme.head
-        }
+        return {name: HEAD for name in output_layers(model, order) if name in layers and not recipes[name].scheme.head}
 
     def takes_float64(self, recipe):
         return False
