@@ -4,7 +4,7 @@
 #include <ATen/ops/amax.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/floor_divide.h>
+#include <ATen/ops/floor.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/full_like.h>
 #include <ATen/ops/ones.h>
@@ -14,6 +14,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <limits>
 #include <tuple>
 
 #include "ops/common/check.h"
@@ -76,6 +77,10 @@ Triple rows_kernel(const at::Tensor& input, const at::Tensor& given, const Optio
   rows_meta(input, given, column_factor);
   const int64_t k = input.size(-1);
   const at::Tensor columns = given.to(at::kLong);
+  // On CUDA this would wait; there PyTorch's own check of an index stops the device.
+  QUANTRAIN_CHECK_VALUE(!input.is_cpu() || columns.numel() == 0 || columns.max().item<int64_t>() < k,
+                        "{}: expected outlier_columns below {}, the columns of input, got {}", kRows, k,
+                        columns.max().item<int64_t>());
   Int8QuantizeOptions options;
   options.column_factor = masked_factor(columns, column_factor, k);
   const Int8Codes main = int8_quantize_rows(input, options);
@@ -89,12 +94,23 @@ Triple rows_kernel(const at::Tensor& input, const at::Tensor& given, const Optio
   }
   const at::Tensor absmax = at::amax(x.abs(), {-1}, /*keepdim=*/true);
   const at::Tensor bad = absmax.isfinite().logical_not().logical_or(main.scale.isnan());
-  const at::Tensor s2 = at::where(absmax == 0, at::ones_like(absmax), absmax / kLargest);
+  // Not smaller: the reciprocal of a subnormal number may be Inf.
+  const at::Tensor least = (absmax / kLargest).clamp_min(std::numeric_limits<float>::min());
+  const at::Tensor s2 = at::where(absmax == 0, at::ones_like(absmax), least);
   const at::Tensor q = at::round(x * s2.reciprocal()).masked_fill(bad, 0).clamp(-kLargest, kLargest);
   const at::Tensor hi = at::floor((q + kPlane / 2) / kPlane);
   const at::Tensor planes = at::cat({hi, q - hi * kPlane}, -1).to(at::kChar);
   const double nan = std::numeric_limits<double>::quiet_NaN();
   return {main.codes.masked_fill(bad, 0), planes, at::cat({main.scale, s2}, -1).masked_fill(bad, nan)};
+}
+
+// Whether all dimensions of `tensor` but the last are those of `like`.
+bool rows_of(const at::Tensor& tensor, const at::Tensor& like) {
+  if (tensor.dim() != like.dim()) return false;
+  for (int64_t d = 0; d + 1 < like.dim(); ++d) {
+    if (!TORCH_GUARD_OR_TRUE(tensor.sym_size(d).sym_eq(like.sym_size(d)))) return false;
+  }
+  return true;
 }
 
 at::Tensor mm_meta(const at::Tensor& a, const at::Tensor& a_planes, const at::Tensor& a_scale, const at::Tensor& b,
@@ -106,19 +122,28 @@ at::Tensor mm_meta(const at::Tensor& a, const at::Tensor& a_planes, const at::Te
     detail::check_type(kMm, name, tensor, at::kChar, "int8");
     detail::check_device(kMm, name, tensor, a, "a's");
   }
-  detail::check_type(kMm, "a_scale", a_scale, at::kFloat, "float32");
-  detail::check_type(kMm, "b_scale", b_scale, at::kFloat, "float32");
+  for (const auto& [name, tensor] : {std::pair{"a_scale", a_scale}, {"b_scale", b_scale}}) {
+    detail::check_type(kMm, name, tensor, at::kFloat, "float32");
+    detail::check_device(kMm, name, tensor, a, "a's");
+  }
   QUANTRAIN_CHECK_VALUE(a.dim() >= 1 && b.dim() == 2 && TORCH_GUARD_OR_TRUE(a.sym_size(-1).sym_eq(b.sym_size(1))),
                         "{}: expected a [..., K] and b [N, K], got {} and {}", kMm, detail::shape_text(a),
                         detail::shape_text(b));
   QUANTRAIN_CHECK_VALUE(b_outlier.dim() == 2 && TORCH_GUARD_OR_TRUE(b_outlier.sym_size(0).sym_eq(b.sym_size(0))) &&
-                            a_planes.dim() == a.dim() &&
+                            rows_of(a_planes, a) &&
                             TORCH_GUARD_OR_TRUE(a_planes.sym_size(-1).sym_eq(b_outlier.sym_size(1) * 2)),
                         "{}: expected a_planes [..., 2 Ko] and b_outlier [N, Ko], got {} and {}", kMm,
                         detail::shape_text(a_planes), detail::shape_text(b_outlier));
-  QUANTRAIN_CHECK_VALUE(a_scale.dim() == a.dim() && TORCH_GUARD_OR_TRUE(a_scale.sym_size(-1).sym_eq(2)),
+  QUANTRAIN_CHECK_VALUE(rows_of(a_scale, a) && TORCH_GUARD_OR_TRUE(a_scale.sym_size(-1).sym_eq(2)),
                         "{}: expected a_scale [..., 2], got {}", kMm, detail::shape_text(a_scale));
+  QUANTRAIN_CHECK_VALUE(TORCH_GUARD_OR_TRUE(b_scale.sym_numel().sym_eq(b.sym_size(0))) ||
+                            TORCH_GUARD_OR_FALSE(b_scale.sym_numel().sym_eq(1)),
+                        "{}: expected b_scale of {} elements, the rows of b, or of one, got {}", kMm,
+                        c10::str(b.sym_size(0)), detail::shape_text(b_scale));
   if (bias) {
+    QUANTRAIN_CHECK_TYPE(bias->is_floating_point(), "{}: expected bias of a floating type, got {}", kMm,
+                         c10::toString(bias->scalar_type()));
+    detail::check_device(kMm, "bias", *bias, a, "a's");
     QUANTRAIN_CHECK_VALUE(bias->dim() == 1 && TORCH_GUARD_OR_TRUE(bias->sym_size(0).sym_eq(b.sym_size(0))),
                           "{}: expected bias of {} elements, the rows of b, got {}", kMm, c10::str(b.sym_size(0)),
                           detail::shape_text(*bias));

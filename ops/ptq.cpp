@@ -7,6 +7,7 @@
 #include <ATen/ops/argsort.h>
 #include <ATen/ops/cholesky_inverse.h>
 #include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/linalg_cholesky_ex.h>
 #include <ATen/ops/matmul.h>
@@ -15,11 +16,13 @@
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/pow.h>
 #include <ATen/ops/round.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <cmath>
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -38,28 +41,90 @@ constexpr std::string_view kAwq = "awq_scale";
 constexpr int64_t kLazyColumns = 128;  // whose effect on the columns behind is one product
 constexpr int kDampings = 11;
 
-void check_matrix(std::string_view op, std::string_view name, const at::Tensor& tensor, int64_t rows, int64_t columns) {
-  QUANTRAIN_CHECK_VALUE(tensor.dim() == 2 && (rows < 0 || tensor.size(0) == rows) && tensor.size(1) == columns,
-                        "{}: expected {} [{}, {}], got {}", op, name,
-                        rows < 0 ? std::string("O") : std::to_string(rows), columns, detail::shape_text(tensor));
-}
-
-void check_vector(std::string_view op, std::string_view name, const at::Tensor& tensor, int64_t k) {
-  detail::check_type(op, name, tensor, at::kFloat, "float32");
-  QUANTRAIN_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == k, "{}: expected {} of {} elements, got {}", op, name, k,
+void check_matrix(std::string_view op, std::string_view name, const at::Tensor& tensor, const c10::SymInt& rows,
+                  const c10::SymInt& columns) {
+  QUANTRAIN_CHECK_VALUE(tensor.dim() == 2 && TORCH_GUARD_OR_TRUE(tensor.sym_size(0).sym_eq(rows)) &&
+                            TORCH_GUARD_OR_TRUE(tensor.sym_size(1).sym_eq(columns)),
+                        "{}: expected {} [{}, {}], got {}", op, name, c10::str(rows), c10::str(columns),
                         detail::shape_text(tensor));
 }
 
+void check_vector(std::string_view op, std::string_view name, const at::Tensor& tensor, const c10::SymInt& k) {
+  detail::check_type(op, name, tensor, at::kFloat, "float32");
+  QUANTRAIN_CHECK_VALUE(tensor.dim() == 1 && TORCH_GUARD_OR_TRUE(tensor.sym_size(0).sym_eq(k)),
+                        "{}: expected {} of {} elements, got {}", op, name, c10::str(k), detail::shape_text(tensor));
+}
+
+void check_weight(std::string_view op, const at::Tensor& weight) {
+  QUANTRAIN_CHECK_TYPE(weight.is_floating_point() && weight.layout() == at::kStrided,
+                       "{}: expected a dense weight of a floating type, got {}", op,
+                       c10::toString(weight.scalar_type()));
+  QUANTRAIN_CHECK_VALUE(weight.dim() == 2, "{}: expected weight [O, K], got {}", op, detail::shape_text(weight));
+}
+
+void check_hessian(std::string_view op, const at::Tensor& hessian, const at::Tensor& weight) {
+  QUANTRAIN_CHECK_TYPE(hessian.scalar_type() == at::kFloat || hessian.scalar_type() == at::kDouble,
+                       "{}: expected hessian of float32 or float64, got {}", op, c10::toString(hessian.scalar_type()));
+  detail::check_dense(op, "hessian", hessian);
+  detail::check_device(op, "hessian", hessian, weight, "weight's");
+  check_matrix(op, "hessian", hessian, weight.sym_size(1), weight.sym_size(1));
+}
+
+void check_bits(std::string_view op, int64_t bits, int64_t group_size) {
+  QUANTRAIN_CHECK_VALUE(bits >= 2 && bits <= 8, "{}: expected bits in 2 to 8, got {}", op, bits);
+  QUANTRAIN_CHECK_VALUE(group_size >= 1 && group_size <= kMaxWindow, "{}: expected group_size in 1 to {}, got {}", op,
+                        kMaxWindow, group_size);
+}
+
+// weight: floats or codes [O, K].
 void check_grid(std::string_view op, const at::Tensor& weight, const ColumnGrid& grid) {
   QUANTRAIN_CHECK_VALUE(weight.dim() == 2, "{}: expected weight [O, K], got {}", op, detail::shape_text(weight));
-  QUANTRAIN_CHECK_VALUE(grid.group_size >= 1, "{}: expected group_size of at least 1, got {}", op, grid.group_size);
+  QUANTRAIN_CHECK_VALUE(grid.group_size >= 1 && grid.group_size <= kMaxWindow,
+                        "{}: expected group_size in 1 to {}, got {}", op, kMaxWindow, grid.group_size);
   QUANTRAIN_CHECK_VALUE(grid.quant_min < grid.quant_max && grid.quant_min >= -128 && grid.quant_max <= 127,
                         "{}: expected quant_min below quant_max in -128 to 127, got {} and {}", op, grid.quant_min,
                         grid.quant_max);
-  const int64_t groups = (weight.size(1) + grid.group_size - 1) / grid.group_size;
+  const c10::SymInt groups = (weight.sym_size(1) + grid.group_size - 1) / grid.group_size;
   detail::check_type(op, "scale", grid.scale, at::kFloat, "float32");
-  check_matrix(op, "scale", grid.scale, weight.size(0), groups);
-  if (grid.zero_point) check_matrix(op, "zero_point", *grid.zero_point, weight.size(0), groups);
+  detail::check_device(op, "scale", grid.scale, weight, "weight's");
+  check_matrix(op, "scale", grid.scale, weight.sym_size(0), groups);
+  if (grid.zero_point) {
+    detail::check_type(op, "zero_point", *grid.zero_point, at::kInt, "int32");
+    detail::check_device(op, "zero_point", *grid.zero_point, weight, "weight's");
+    check_matrix(op, "zero_point", *grid.zero_point, weight.sym_size(0), groups);
+  }
+}
+
+void check_gptq(const at::Tensor& weight, const at::Tensor& hessian, const ColumnGrid& grid,
+                const GptqOptions& options) {
+  check_weight(kGptq, weight);
+  check_grid(kGptq, weight, grid);
+  check_hessian(kGptq, hessian, weight);
+  QUANTRAIN_CHECK_VALUE(options.order == "activation" || options.order == "natural",
+                        "{}: expected order to be 'activation' or 'natural', got '{}'", kGptq, options.order);
+  QUANTRAIN_CHECK_VALUE(options.damping > 0 && std::isfinite(options.damping), "{}: expected damping above 0, got {}",
+                        kGptq, options.damping);
+  QUANTRAIN_CHECK_VALUE(options.keep.has_value() == options.keep_scale.has_value(),
+                        "{}: expected keep and keep_scale together, got one", kGptq);
+  if (!options.keep) return;
+  const at::Tensor &keep = *options.keep, &scale = *options.keep_scale;
+  QUANTRAIN_CHECK_TYPE(keep.scalar_type() == at::kLong || keep.scalar_type() == at::kInt,
+                       "{}: expected keep of int32 or int64, got {}", kGptq, c10::toString(keep.scalar_type()));
+  QUANTRAIN_CHECK_VALUE(keep.dim() == 1, "{}: expected keep [Ko], got {}", kGptq, detail::shape_text(keep));
+  detail::check_device(kGptq, "keep", keep, weight, "weight's");
+  detail::check_type(kGptq, "keep_scale", scale, at::kFloat, "float32");
+  detail::check_device(kGptq, "keep_scale", scale, weight, "weight's");
+  check_matrix(kGptq, "keep_scale", scale, weight.sym_size(0), 1);
+}
+
+void check_awq(const at::Tensor& weight, const at::Tensor& hessian, const at::Tensor& mean_abs, int64_t bits,
+               int64_t group_size, int64_t steps) {
+  check_weight(kAwq, weight);
+  check_hessian(kAwq, hessian, weight);
+  check_vector(kAwq, "mean_abs", mean_abs, weight.sym_size(1));
+  detail::check_device(kAwq, "mean_abs", mean_abs, weight, "weight's");
+  check_bits(kAwq, bits, group_size);
+  QUANTRAIN_CHECK_VALUE(steps >= 1 && steps <= 1000, "{}: expected steps in 1 to 1000, got {}", kAwq, steps);
 }
 
 // One column per column of the weight.
@@ -101,19 +166,21 @@ void statistics_check(const at::Tensor& absmax, const at::Tensor& mean_abs, cons
                       const at::Tensor& rows, const at::Tensor& input) {
   detail::check_float(kStatistics, "input", input.scalar_type());
   QUANTRAIN_CHECK_VALUE(input.dim() >= 1, "{}: expected input of at least one dimension, got a scalar", kStatistics);
-  const int64_t k = input.size(-1);
+  detail::check_dense(kStatistics, "input", input);
+  const c10::SymInt k = input.sym_size(-1);
   check_vector(kStatistics, "absmax", absmax, k);
   check_vector(kStatistics, "mean_abs", mean_abs, k);
   detail::check_type(kStatistics, "rows", rows, at::kLong, "int64");
-  QUANTRAIN_CHECK_VALUE(rows.numel() == 1, "{}: expected rows of one element, got {}", kStatistics,
-                        detail::shape_text(rows));
+  QUANTRAIN_CHECK_VALUE(TORCH_GUARD_OR_TRUE(rows.sym_numel().sym_eq(1)), "{}: expected rows of one element, got {}",
+                        kStatistics, detail::shape_text(rows));
   if (hessian) {
     detail::check_type(kStatistics, "hessian", *hessian, at::kFloat, "float32");
+    detail::check_device(kStatistics, "hessian", *hessian, input, "input's");
     check_matrix(kStatistics, "hessian", *hessian, k, k);
   }
-  for (const at::Tensor& tensor : {absmax, mean_abs, rows}) {
-    detail::check_device(kStatistics, "statistics", tensor, input, "input's");
-  }
+  detail::check_device(kStatistics, "absmax", absmax, input, "input's");
+  detail::check_device(kStatistics, "mean_abs", mean_abs, input, "input's");
+  detail::check_device(kStatistics, "rows", rows, input, "input's");
 }
 
 void statistics_meta(at::Tensor& absmax, at::Tensor& mean_abs, const OptionalTensor& hessian, at::Tensor& rows,
@@ -140,8 +207,8 @@ void statistics_kernel(at::Tensor& absmax, at::Tensor& mean_abs, const OptionalT
 at::Tensor smooth_meta(const at::Tensor& input_absmax, const at::Tensor& weight_absmax, double alpha) {
   QUANTRAIN_CHECK_VALUE(input_absmax.dim() == 1, "{}: expected input_absmax [K], got {}", kSmooth,
                         detail::shape_text(input_absmax));
-  check_vector(kSmooth, "input_absmax", input_absmax, input_absmax.size(0));
-  check_vector(kSmooth, "weight_absmax", weight_absmax, input_absmax.size(0));
+  check_vector(kSmooth, "input_absmax", input_absmax, input_absmax.sym_size(0));
+  check_vector(kSmooth, "weight_absmax", weight_absmax, input_absmax.sym_size(0));
   detail::check_device(kSmooth, "weight_absmax", weight_absmax, input_absmax, "input_absmax's");
   QUANTRAIN_CHECK_VALUE(alpha >= 0 && alpha <= 1, "{}: expected alpha in [0, 1], got {}", kSmooth, alpha);
   return at::empty_like(input_absmax);
@@ -170,13 +237,15 @@ at::Tensor smooth_factor(const at::Tensor& input_absmax, const at::Tensor& weigh
 
 ColumnGrid absmax_grid(const at::Tensor& weight, int64_t bits, int64_t group_size) {
   QUANTRAIN_CHECK_VALUE(weight.dim() == 2, "absmax_grid: expected weight [O, K], got {}", detail::shape_text(weight));
-  QUANTRAIN_CHECK_VALUE(bits >= 2 && bits <= 8, "absmax_grid: expected bits in 2 to 8, got {}", bits);
+  check_bits("absmax_grid", bits, group_size);
   const at::NoGradGuard no_grad;
   const int64_t most = (int64_t{1} << (bits - 1)) - 1, k = weight.size(1);
   const int64_t groups = (k + group_size - 1) / group_size;
   const at::Tensor padded = at::constant_pad_nd(weight.to(at::kFloat).abs(), {0, groups * group_size - k});
   const at::Tensor absmax = at::amax(padded.reshape({weight.size(0), groups, group_size}), {2});
-  const at::Tensor scale = absmax / static_cast<double>(most);
+  // Of what is not 0 not smaller than that: the reciprocal of a subnormal number may be Inf.
+  const at::Tensor least = (absmax / static_cast<double>(most)).clamp_min(std::numeric_limits<float>::min());
+  const at::Tensor scale = at::where(absmax == 0, at::zeros_like(least), least);
   // 8 bits as int8_quantize_rows, whose rows of zeros have scale 1; -128 is no code of theirs.
   ColumnGrid grid;
   grid.scale = bits == 8 ? at::where(absmax == 0, at::ones_like(scale), scale) : scale;
@@ -205,16 +274,8 @@ at::Tensor decode_columns(const at::Tensor& codes, const ColumnGrid& grid) {
 
 GptqCodes gptq_round(const at::Tensor& weight, const at::Tensor& hessian, const ColumnGrid& grid,
                      const GptqOptions& options) {
-  check_grid(kGptq, weight, grid);
+  check_gptq(weight, hessian, grid, options);
   const int64_t k = weight.size(1);
-  check_matrix(kGptq, "hessian", hessian, k, k);
-  detail::check_device(kGptq, "hessian", hessian, weight, "weight's");
-  QUANTRAIN_CHECK_VALUE(options.order == "activation" || options.order == "natural",
-                        "{}: expected order to be 'activation' or 'natural', got '{}'", kGptq, options.order);
-  QUANTRAIN_CHECK_VALUE(options.damping > 0 && std::isfinite(options.damping), "{}: expected damping above 0, got {}",
-                        kGptq, options.damping);
-  QUANTRAIN_CHECK_VALUE(options.keep.has_value() == options.keep_scale.has_value(),
-                        "{}: expected keep and keep_scale together, got one", kGptq);
   const at::NoGradGuard no_grad;
   const at::Tensor exact = weight.to(at::kDouble), given = hessian.to(at::kDouble);
   QUANTRAIN_CHECK_VALUE(given.isfinite().all().item<bool>() && exact.isfinite().all().item<bool>(),
@@ -228,6 +289,8 @@ GptqCodes gptq_round(const at::Tensor& weight, const at::Tensor& hessian, const 
   at::Tensor damped = dead.logical_not();
   if (options.keep) {
     const at::Tensor keep = options.keep->to(at::kLong), scale = options.keep_scale->to(at::kDouble);
+    QUANTRAIN_CHECK_VALUE((keep >= 0).logical_and(keep < k).all().item<bool>(),
+                          "{}: expected keep in 0 to {}, got another column", kGptq, k - 1);
     by.scale.index_copy_(1, keep, scale.expand({-1, keep.numel()}));
     by.inverse.index_copy_(1, keep, scale.reciprocal().expand({-1, keep.numel()}));
     if (by.zero_point.defined()) by.zero_point.index_fill_(1, keep, 0);
@@ -296,11 +359,7 @@ GptqCodes gptq_round(const at::Tensor& weight, const at::Tensor& hessian, const 
 
 AwqScale awq_scale(const at::Tensor& weight, const at::Tensor& hessian, const at::Tensor& mean_abs, int64_t bits,
                    int64_t group_size, int64_t steps) {
-  QUANTRAIN_CHECK_VALUE(weight.dim() == 2, "{}: expected weight [O, K], got {}", kAwq, detail::shape_text(weight));
-  const int64_t k = weight.size(1);
-  check_matrix(kAwq, "hessian", hessian, k, k);
-  check_vector(kAwq, "mean_abs", mean_abs, k);
-  QUANTRAIN_CHECK_VALUE(steps >= 1, "{}: expected steps of at least 1, got {}", kAwq, steps);
+  check_awq(weight, hessian, mean_abs, bits, group_size, steps);
   const at::NoGradGuard no_grad;
   const at::Tensor w = weight.to(at::kFloat), h = hessian.to(at::kFloat);
   QUANTRAIN_CHECK_VALUE(h.isfinite().all().item<bool>() && w.isfinite().all().item<bool>(),
@@ -314,7 +373,7 @@ AwqScale awq_scale(const at::Tensor& weight, const at::Tensor& hessian, const at
   AwqScale best{at::ones_like(mean_abs), 0};
   double least = error_of(best.factor);
   const ColumnGrid grid = absmax_grid(w, bits, group_size);
-  const at::Tensor largest = spread(grid.scale, group_size, k) * static_cast<double>(grid.quant_max);
+  const at::Tensor largest = spread(grid.scale, group_size, w.size(1)) * static_cast<double>(grid.quant_max);
   const at::Tensor share = (w.abs() / largest.clamp_min(1e-12)).mean(0).clamp_min(1e-4);
   const at::Tensor magnitude = mean_abs.clamp_min(1e-4);
   for (int64_t i = 1; i <= steps; ++i) {
@@ -349,21 +408,40 @@ ColumnGrid grid_of(const at::Tensor& scale, const OptionalTensor& zero_point, in
   return {scale, zero_point, group_size, quant_min, quant_max};
 }
 
-std::tuple<at::Tensor, double> gptq_operator(const at::Tensor& weight, const at::Tensor& hessian,
-                                             const at::Tensor& scale, const OptionalTensor& zero_point,
-                                             int64_t group_size, int64_t quant_min, int64_t quant_max,
-                                             c10::string_view order, double damping, const OptionalTensor& keep,
-                                             const OptionalTensor& keep_scale) {
-  GptqCodes result = gptq_round(weight, hessian, grid_of(scale, zero_point, group_size, quant_min, quant_max),
-                                {order, damping, keep, keep_scale});
-  return {std::move(result.codes), result.error};
+using Pair = std::tuple<at::Tensor, at::Tensor>;
+
+at::Tensor error_tensor(double error, const at::Tensor& like) {
+  return at::scalar_tensor(error, like.options().dtype(at::kDouble));
 }
 
-std::tuple<at::Tensor, double> awq_operator(const at::Tensor& weight, const at::Tensor& hessian,
-                                            const at::Tensor& mean_abs, int64_t bits, int64_t group_size,
-                                            int64_t steps) {
-  AwqScale result = awq_scale(weight, hessian, mean_abs, bits, group_size, steps);
-  return {std::move(result.factor), result.error};
+Pair gptq_kernel(const at::Tensor& weight, const at::Tensor& hessian, const at::Tensor& scale,
+                 const OptionalTensor& zero_point, int64_t group_size, int64_t quant_min, int64_t quant_max,
+                 c10::string_view order, double damping, const OptionalTensor& keep, const OptionalTensor& keep_scale) {
+  const GptqCodes result = gptq_round(weight, hessian, grid_of(scale, zero_point, group_size, quant_min, quant_max),
+                                      {order, damping, keep, keep_scale});
+  return {result.codes, error_tensor(result.error, weight)};
+}
+
+Pair gptq_meta(const at::Tensor& weight, const at::Tensor& hessian, const at::Tensor& scale,
+               const OptionalTensor& zero_point, int64_t group_size, int64_t quant_min, int64_t quant_max,
+               c10::string_view order, double damping, const OptionalTensor& keep, const OptionalTensor& keep_scale) {
+  check_gptq(weight, hessian, grid_of(scale, zero_point, group_size, quant_min, quant_max),
+             {order, damping, keep, keep_scale});
+  return {at::empty_symint(weight.sym_sizes(), weight.options().dtype(at::kChar)),
+          at::empty({}, weight.options().dtype(at::kDouble))};
+}
+
+Pair awq_kernel(const at::Tensor& weight, const at::Tensor& hessian, const at::Tensor& mean_abs, int64_t bits,
+                int64_t group_size, int64_t steps) {
+  const AwqScale result = awq_scale(weight, hessian, mean_abs, bits, group_size, steps);
+  return {result.factor, error_tensor(result.error, weight)};
+}
+
+Pair awq_meta(const at::Tensor& weight, const at::Tensor& hessian, const at::Tensor& mean_abs, int64_t bits,
+              int64_t group_size, int64_t steps) {
+  check_awq(weight, hessian, mean_abs, bits, group_size, steps);
+  return {at::empty_symint(mean_abs.sym_sizes(), mean_abs.options()),
+          at::empty({}, weight.options().dtype(at::kDouble))};
 }
 
 }  // namespace
@@ -377,20 +455,18 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
   m.def(
       "gptq_round(Tensor weight, Tensor hessian, Tensor scale, Tensor? zero_point=None, *, int group_size, int "
       "quant_min=-8, int quant_max=7, str order=\"activation\", float damping=0.01, Tensor? keep=None, Tensor? "
-      "keep_scale=None) -> (Tensor codes, float error)");
+      "keep_scale=None) -> (Tensor codes, Tensor error)");
   m.def(
       "awq_scale(Tensor weight, Tensor hessian, Tensor mean_abs, *, int bits, int group_size, int steps=20) -> (Tensor "
-      "factor, float error)");
+      "factor, Tensor error)");
 }
 
 #define QUANTRAIN_REGISTER_PTQ(kind)                           \
   m.impl("column_statistics_", &quantrain::statistics_##kind); \
-  m.impl("smooth_factor", &quantrain::smooth_##kind)
+  m.impl("smooth_factor", &quantrain::smooth_##kind);          \
+  m.impl("gptq_round", &quantrain::gptq_##kind);               \
+  m.impl("awq_scale", &quantrain::awq_##kind)
 
 TORCH_LIBRARY_IMPL(quantrain, CPU, m) { QUANTRAIN_REGISTER_PTQ(kernel); }
 TORCH_LIBRARY_IMPL(quantrain, CUDA, m) { QUANTRAIN_REGISTER_PTQ(kernel); }
 TORCH_LIBRARY_IMPL(quantrain, Meta, m) { QUANTRAIN_REGISTER_PTQ(meta); }
-TORCH_LIBRARY_IMPL(quantrain, CompositeExplicitAutograd, m) {
-  m.impl("gptq_round", &quantrain::gptq_operator);
-  m.impl("awq_scale", &quantrain::awq_operator);
-}

@@ -408,7 +408,74 @@ def float_with_codes(d):
     }
 
 
+def outlier_rows(d):
+    k = d.choice((8, 33))
+    return {"input": floats(d, [d.randint(1, 5), k]), "outlier_columns": torch.tensor([1, 5]), "column_factor": None}
+
+
+def outlier_product(d):
+    m, n, k = d.randint(1, 4), d.randint(1, 5), d.choice((8, 33))
+    return {
+        "a": d.integers([m, k], -127, 127, torch.int8),
+        "a_planes": d.integers([m, 4], -64, 63, torch.int8),
+        "a_scale": d.scale([m, 2], -8, 7),
+        "b": d.integers([n, k], -127, 127, torch.int8),
+        "b_outlier": d.integers([n, 2], -127, 127, torch.int8),
+        "b_scale": d.scale([n, 1], -8, 7),
+        "bias": None,
+    }
+
+
+def threshold_columns(d):
+    return {"input": floats(d, small(d, low=1)), "threshold": 6.0, "capacity": d.randint(1, 8)}
+
+
+def statistics(d):
+    k = d.choice((4, 17))
+    return {
+        "absmax": torch.zeros(k),
+        "mean_abs": torch.zeros(k),
+        "hessian": torch.zeros(k, k),
+        "rows": torch.zeros(1, dtype=torch.int64),
+        "input": floats(d, [d.randint(1, 5), k]),
+    }
+
+
+def column_maxima(d):
+    k = d.choice((4, 17))
+    return {"input_absmax": d.scale([k], -8, 7), "weight_absmax": d.scale([k], -8, 7), "alpha": 0.5}
+
+
+def weight_and_hessian(d):
+    k, n = d.choice((4, 16)), d.randint(1, 4)
+    weight = d.tensor([n, k], kind="normal")
+    return {"weight": weight, "hessian": torch.eye(k), "group_size": k}
+
+
+def gptq(d):
+    arguments = weight_and_hessian(d)
+    return arguments | {"scale": torch.ones(arguments["weight"].shape[0], 1)}
+
+
+def awq(d):
+    arguments = weight_and_hessian(d)
+    return arguments | {"mean_abs": torch.ones(arguments["hessian"].shape[0]), "bits": 4, "steps": 2}
+
+
+def ptq_product(d):
+    arguments = float_with_codes(d)
+    return arguments | {"scale": arguments["scale"][:, None]}
+
+
 ARGUMENTS = {
+    "int8_quantize_rows_outliers": outlier_rows,
+    "int8_mm_outliers": outlier_product,
+    "int8_outlier_columns": threshold_columns,
+    "column_statistics_": statistics,
+    "smooth_factor": column_maxima,
+    "gptq_round": gptq,
+    "awq_scale": awq,
+    "_ptq_linear": ptq_product,
     **dict.fromkeys(("quantize_4bit", "quantize_4bit_affine"), four_bit),
     **dict.fromkeys(("dequantize_4bit", "linear_4bit", "_linear_4bit_grad_input", "linear_4bit_lora"), four_bit_weight),
     "compress_scale": scales,

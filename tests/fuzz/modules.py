@@ -17,6 +17,7 @@ FAMILIES = (
     "amp",
     "adamw_8bit",
     "four_bit",
+    "ptq",
 )
 
 # Operators without a drawn and a hostile test, with the reason.

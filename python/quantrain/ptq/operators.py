@@ -78,7 +78,7 @@ def gptq_round(
     >>> codes.shape, error < 0.02
     (torch.Size([8, 64]), True)
     """
-    return _ops.gptq_round(
+    codes, error = _ops.gptq_round(
         weight,
         hessian,
         scale,
@@ -91,6 +91,7 @@ def gptq_round(
         keep=keep,
         keep_scale=keep_scale,
     )
+    return codes, float(error)
 
 
 def awq_scale(
@@ -112,4 +113,5 @@ def awq_scale(
     >>> bool(factor[-1] > factor[0])
     True
     """
-    return _ops.awq_scale(weight, hessian, mean_abs, bits=bits, group_size=group_size, steps=steps)
+    factor, error = _ops.awq_scale(weight, hessian, mean_abs, bits=bits, group_size=group_size, steps=steps)
+    return factor, float(error)

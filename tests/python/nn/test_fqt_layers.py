@@ -261,7 +261,7 @@ def test_overrides_change_single_fields():
         ({"scheme": {"grad_input": {"bits": 1}}}, "GradientSpec: expected bits in 2 to 8, got 1"),
         ({"scheme": {"grad_input": {"observer": "mse"}}}, "only fields of a GradientSpec, got 'observer'"),
         ({"scheme": {"grad_inputs": None}}, r"expected a field of GradientQuantSpec \(grad_input, grad_weight\), got 'grad_inputs'"),
-        ({"scheme": {"kind": "int9"}}, "expected scheme to be one of int8, gradient_quant, fixed_point, four_bit, got 'int9'"),
+        ({"scheme": {"kind": "int9"}}, "expected scheme to be one of int8, gradient_quant, fixed_point, four_bit, ptq, got 'int9'"),
         ({"gradient": None}, "expected a field of Recipe"),
         ({"scheme": {"grad_weight": {"quantizer": "bhq"}}}, "expected quantizer to be one of auto, per_tensor"),
     ],
