@@ -6,6 +6,7 @@
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/maximum.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/sort.h>
 #include <ATen/ops/topk.h>
@@ -87,7 +88,6 @@ PtqResult ptq_weight(const at::Tensor& given, const Recipe& recipe, const Column
     if (searches) {
       const AwqScale found = awq_scale(rest(w), hessian, mean_abs, bits, four ? group : k);
       factor = found.factor;
-      result.error = found.error;
     }
   }
   if (factor.defined()) {
@@ -127,6 +127,13 @@ PtqResult ptq_weight(const at::Tensor& given, const Recipe& recipe, const Column
     }
   }
   if (!four && columns) out.outlier_codes = codes.index_select(1, kept);
+  if (searches && spec.rounding != Rounding::kGptq) {
+    at::Tensor q = decode_columns(codes, grid);
+    if (four && columns) q = q.index_copy(1, kept, out.outlier_codes->to(at::kFloat) * keep_scale);
+    const auto weighted = [&](const at::Tensor& d) { return (at::mm(d, hessian) * d).sum(at::kDouble).item<double>(); };
+    const double all = weighted(w);
+    result.error = all > 0 ? weighted(w - q) / all : 0.0;
+  }
   out.scale = grid.scale;
   out.codes = four ? packed_codes(codes, grid.scale.size(1) * group) : codes;
   return result;

@@ -57,6 +57,12 @@ std::optional<Int8Isa> chosen_path(int64_t m) {
   return best;
 }
 
+// Where nothing says otherwise and oneDNN is not the better one.
+bool reads_as_it_lies(int64_t m) {
+  return m <= cpu::kInt8FewRows && int8_path_name().empty() && cpu::has_int8_few_rows() &&
+         cpu::best_int8_isa() != Int8Isa::kAvx512Vnni && !has_amx();
+}
+
 void multiply(const Int8MmArgs& args, Int8Isa isa) {
   const cpu::Int8MmPlan plan = cpu::plan_int8_mm(args, isa);
   const int64_t a_words = (plan.a_words() + 15) / 16 * 16, b_words = (plan.b_words() + 15) / 16 * 16;
@@ -84,6 +90,13 @@ cpu::Int8Isa named_int8_isa(std::string_view op) {
 
 void int8_mm_cpu(const at::Tensor& a, const at::Tensor& b, const Int8MmArgs& args) {
   if (args.m == 0 || args.n == 0) return;
+  if (reads_as_it_lies(args.m)) {
+    const at::Tensor sums = at::empty({args.m, args.n}, at::kInt);
+    auto* const first = sums.mutable_data_ptr<int32_t>();
+    parallel_for(args.n, grain_of(args.m * args.k),
+                 [&](int64_t begin, int64_t end) { cpu::int8_few_rows_sums(args, first, begin, end); });
+    return cpu::dequantize_sums(args, first, 0, args.m);
+  }
   // torch._int_mm of 2.11 is wrong for k = 1 on the CPU.
   if (const std::optional<Int8Isa> isa = chosen_path(args.m); isa || args.k < 2)
     return multiply(args, isa.value_or(Int8Isa::kPlain));

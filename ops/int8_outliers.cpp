@@ -17,8 +17,11 @@
 #include <limits>
 #include <tuple>
 
+#include "csrc/cpu/int8.h"
 #include "ops/common/check.h"
 #include "ops/common/dispatch.h"
+#include "ops/common/launch.h"
+#include "ops/common/parallel.h"
 #include "quantrain/ops/int8.h"
 
 // Composed of the int8 family's operators; only the outlier columns, which are few, take passes of their own.
@@ -73,14 +76,45 @@ at::Tensor masked_factor(const at::Tensor& columns, const OptionalTensor& column
   return column_factor ? at::where(mask == 0, mask, *column_factor) : mask.contiguous();
 }
 
+// The same in a pass over the outlier columns of each row.
+Triple rows_cpu(const at::Tensor& input, const at::Tensor& given, const OptionalTensor& column_factor) {
+  const auto [codes, planes, scale] = rows_meta(input, given, column_factor);
+  const int64_t k = input.size(-1);
+  const at::Tensor columns = given.to(at::kLong).contiguous(), x = input.contiguous();
+  const at::Tensor factor = column_factor ? column_factor->contiguous() : at::Tensor();
+  at::Tensor mask = column_factor ? factor.clone() : at::ones({k}, codes.options().dtype(at::kFloat));
+  const auto* const outliers = columns.const_data_ptr<int64_t>();
+  auto* const mask_values = mask.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < columns.numel(); ++i) {
+    QUANTRAIN_CHECK_VALUE(outliers[i] < k, "{}: expected outlier_columns below {}, the columns of input, got {}", kRows,
+                          k, outliers[i]);
+    if (outliers[i] >= 0) mask_values[outliers[i]] = 0.0f;
+  }
+  if (scale.numel() == 0) return {codes, planes, scale};
+  Int8QuantizeOptions options;
+  options.column_factor = mask;
+  const Int8Codes main = int8_quantize_rows(x, options);
+  const cpu::Int8OutlierPlanesArgs args{x.const_data_ptr(),
+                                        factor.defined() ? factor.const_data_ptr<float>() : nullptr,
+                                        outliers,
+                                        main.scale.const_data_ptr<float>(),
+                                        main.codes.mutable_data_ptr<int8_t>(),
+                                        planes.mutable_data_ptr<int8_t>(),
+                                        scale.mutable_data_ptr<float>(),
+                                        dtype_of(x),
+                                        main.scale.numel(),
+                                        k,
+                                        columns.numel()};
+  parallel_for(args.rows, grain_of(args.count + 1),
+               [&](int64_t begin, int64_t end) { cpu::int8_outlier_planes(args, begin, end); });
+  return {main.codes, planes, scale};
+}
+
 Triple rows_kernel(const at::Tensor& input, const at::Tensor& given, const OptionalTensor& column_factor) {
+  if (input.is_cpu()) return rows_cpu(input, given, column_factor);
   rows_meta(input, given, column_factor);
   const int64_t k = input.size(-1);
   const at::Tensor columns = given.to(at::kLong);
-  // On CUDA this would wait; there PyTorch's own check of an index stops the device.
-  QUANTRAIN_CHECK_VALUE(!input.is_cpu() || columns.numel() == 0 || columns.max().item<int64_t>() < k,
-                        "{}: expected outlier_columns below {}, the columns of input, got {}", kRows, k,
-                        columns.max().item<int64_t>());
   Int8QuantizeOptions options;
   options.column_factor = masked_factor(columns, column_factor, k);
   const Int8Codes main = int8_quantize_rows(input, options);
@@ -164,6 +198,20 @@ at::Tensor mm_kernel(const at::Tensor& a, const at::Tensor& a_planes, const at::
   at::Tensor sum = int8_mm(a.reshape({-1, b.size(1)}), b, scale.select(1, 0), b_scale);
   const at::Tensor planes = a_planes.reshape({-1, 2 * outliers});
   const at::Tensor s2 = scale.select(1, 1);
+  if (a.is_cpu()) {
+    const at::Tensor weight = (b_outlier.to(at::kFloat) * b_scale.reshape({-1, 1})).t().contiguous();
+    const at::Tensor codes = planes.contiguous(), scales = scale.contiguous();
+    const cpu::Int8OutlierAddArgs args{codes.const_data_ptr<int8_t>(),
+                                       scales.const_data_ptr<float>(),
+                                       weight.const_data_ptr<float>(),
+                                       sum.mutable_data_ptr<float>(),
+                                       outliers,
+                                       b.size(0)};
+    parallel_for(sum.size(0), grain_of(outliers * b.size(0)),
+                 [&](int64_t begin, int64_t end) { cpu::int8_outlier_add(args, begin, end); });
+    if (bias) sum.add_(bias->to(at::kFloat));
+    return sum.to(result.scalar_type()).view(result.sizes());
+  }
   int8_mm_accumulate_(sum, planes.narrow(1, 0, outliers), b_outlier, s2 * static_cast<double>(kPlane), b_scale);
   int8_mm_accumulate_(sum, planes.narrow(1, outliers, outliers), b_outlier, s2, b_scale);
   if (bias) sum.add_(bias->to(at::kFloat));

@@ -24,7 +24,7 @@ constexpr std::string_view kName = "_ptq_linear";
 bool few_rows(const at::Tensor& input) {
   c10::SymInt rows = 1;
   for (int64_t d = 0; d + 1 < input.dim(); ++d) rows = rows * input.sym_size(d);
-  return TORCH_GUARD_OR_FALSE(rows.sym_le(kFewRows));
+  return TORCH_GUARD_OR_FALSE(rows.sym_le(input.is_cpu() ? kFewRowsOnCpu : kFewRows));
 }
 
 at::Tensor scaled(const at::Tensor& input, const OptionalTensor& factor) {

@@ -73,6 +73,36 @@ QUANTRAIN_SUM_TILE(avx512_vnni_tile, __attribute__((target("avx512f,avx512vnni")
 #undef QUANTRAIN_DOT
 #endif
 
+// Sums of `rows` rows of a [., k] with `columns` rows of b [., k], which lie as they are: sums[i * n + j].
+#if defined(QUANTRAIN_X86)
+#define QUANTRAIN_CODES16(codes) _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)))
+#define QUANTRAIN_FEW_ROWS(name, rows, columns)                                                                        \
+  __attribute__((target("avx2"))) void name(const int8_t* a, const int8_t* b, int64_t k, int64_t n, int32_t* sums) {   \
+    Lanes8 sum[rows][columns] = {};                                                                                    \
+    int64_t c = 0;                                                                                                     \
+    _Pragma("GCC unroll 1") for (; c + 16 <= k; c += 16) {                                                             \
+      __m256i x[rows];                                                                                                 \
+      _Pragma("GCC unroll 4") for (int64_t i = 0; i < (rows); ++i) x[i] = QUANTRAIN_CODES16(a + i * k + c);            \
+      _Pragma("GCC unroll 4") for (int64_t j = 0; j < (columns); ++j) {                                                \
+        const __m256i y = QUANTRAIN_CODES16(b + j * k + c);                                                            \
+        _Pragma("GCC unroll 4") for (int64_t i = 0; i < (rows); ++i) sum[i][j] = QUANTRAIN_PAIRS8(sum[i][j], y, x[i]); \
+      }                                                                                                                \
+    }                                                                                                                  \
+    for (int64_t i = 0; i < (rows); ++i)                                                                               \
+      for (int64_t j = 0; j < (columns); ++j) {                                                                        \
+        int32_t total = 0;                                                                                             \
+        for (int lane = 0; lane < 8; ++lane) total += sum[i][j][lane];                                                 \
+        for (int64_t at = c; at < k; ++at) total += int32_t{a[i * k + at]} * b[j * k + at];                            \
+        sums[i * n + j] = total;                                                                                       \
+      }                                                                                                                \
+  }
+QUANTRAIN_FEW_ROWS(few_rows_1x1, 1, 1)
+QUANTRAIN_FEW_ROWS(few_rows_1x4, 1, 4)
+QUANTRAIN_FEW_ROWS(few_rows_2x1, 2, 1)
+QUANTRAIN_FEW_ROWS(few_rows_2x4, 2, 4)
+#undef QUANTRAIN_CODES16
+#endif
+
 using SumTile = void (*)(const TileArgs&);
 
 struct Kernel {
@@ -298,6 +328,26 @@ void int8_mm(const Int8MmArgs& args, const Int8MmPlan& plan, const Int8MmPacked&
       dequantize_tile<std::remove_pointer_t<decltype(type)>>(args, sums, plan.b_rows, row, rows, column, columns);
     });
   }
+}
+
+bool has_int8_few_rows() { return int8_isa_supported(Int8Isa::kAvx2); }
+
+void int8_few_rows_sums(const Int8MmArgs& args, int32_t* sums, int64_t begin, int64_t end) {
+#if defined(QUANTRAIN_X86)
+  for (int64_t j = begin; j < end;) {
+    const bool four = end - j >= 4;
+    for (int64_t i = 0; i < args.m;) {
+      const bool two = args.m - i >= 2;
+      const auto tile = two ? (four ? few_rows_2x4 : few_rows_2x1) : (four ? few_rows_1x4 : few_rows_1x1);
+      tile(args.a + i * args.k, args.b + j * args.k, args.k, args.n, sums + i * args.n + j);
+      i += two ? 2 : 1;
+    }
+    j += four ? 4 : 1;
+  }
+#else
+  for (int64_t i = 0; i < args.m; ++i)
+    for (int64_t j = begin; j < end; ++j) sums[i * args.n + j] = 0;  // not called: has_int8_few_rows()
+#endif
 }
 
 void dequantize_sums(const Int8MmArgs& args, const int32_t* sums, int64_t begin, int64_t end) {

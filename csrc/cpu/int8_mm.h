@@ -49,6 +49,12 @@ void pack_int8_b(const Int8MmArgs& args, const Int8MmPlan& plan, const Int8MmPac
 void int8_mm(const Int8MmArgs& args, const Int8MmPlan& plan, const Int8MmPacked& packed, int64_t begin,
              int64_t end);  // tasks
 
+// For few rows of a, of which packing b would be most of the time: b is read once, as it lies. Whether this processor
+// has it; sums [m, n] of rows [begin, end) of b, exact, for dequantize_sums.
+constexpr int64_t kInt8FewRows = 8;
+bool has_int8_few_rows();
+void int8_few_rows_sums(const Int8MmArgs& args, int32_t* sums, int64_t begin, int64_t end);
+
 // args.d from sums [rows, n] that stand in `sums`; rows.
 void dequantize_sums(const Int8MmArgs& args, const int32_t* sums, int64_t begin, int64_t end);
 

@@ -95,7 +95,6 @@ from quantrain.nn import (  # noqa: E402
     quantization_error,
     save_checkpoint,
 )
-
 from quantrain.ptq.operators import awq_scale, column_statistics_, gptq_round, smooth_factor  # noqa: E402
 
 __all__ = [

@@ -32,10 +32,10 @@ struct PtqProduct {
   bool quantize_input = true;    // to int8
   double outlier_threshold = 0;  // > 0: outlier columns of this call, at most `capacity`
   int64_t capacity = 0;
-  bool few_rows_float = true;  // at most 32 rows are not rounded (weights of 8 bits)
+  bool few_rows_float = true;  // few rows are not rounded (weights of 8 bits)
 };
 
-constexpr int64_t kFewRows = 32;
+constexpr int64_t kFewRows = 32, kFewRowsOnCpu = 8;  // up to which int8_weight_mm is the faster product
 
 // input [..., K] -> [..., O], of input's type. Under autocast the input is cast.
 QUANTRAIN_API at::Tensor ptq_linear(const at::Tensor& input, const PtqWeight& weight,

@@ -92,11 +92,7 @@ def convert(
             "convert(model, skip=[...]) leaves them in floating point",
             stacklevel=2,
         )
-    twins = {
-        id(layer): quantized_layer(layer, check_observed=check_observed)
-        for name, layer in layers.items()
-        if name not in left
-    }
+    twins = {id(layer): _stored(name, layer, check_observed) for name, layer in layers.items() if name not in left}
     twins |= _float_twins(model, {name: layers[name] for name in left})
     summary = getattr(model, "quantization_summary", None)
     model = swapped(model, twins)
@@ -104,6 +100,14 @@ def convert(
         rows = [row for row in summary.rows if row["layer"] not in left]
         model.quantization_summary = PrepareSummary(rows, summary.left_float | left, summary.recipe)
     return model
+
+
+def _stored(name: str, layer: QuantLayer, check_observed: bool) -> QuantizedLayer:
+    """The converted layer; errors say which."""
+    try:
+        return quantized_layer(layer, check_observed=check_observed)
+    except ValueError as error:
+        raise ValueError(f"convert: '{name}': {error}" if name else str(error)) from error
 
 
 def is_converted(model: nn.Module) -> bool:

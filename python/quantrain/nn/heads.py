@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from .layers import QuantLayer
+from .quantized import QuantizedLayer
+
 __all__ = ["output_layers"]
 
 
@@ -27,7 +30,8 @@ def output_layers(model: nn.Module, order: Sequence[str]) -> dict[str, bool]:
     """Layers that give the model's output -> whether they are new, and so trained with LoRA.
 
     What the model says or ties to an embedding; of another transformers model what stands beside the backbone; of any
-    other the last of its linear layers, whatever becomes of that.
+    other the last of its linear layers, whatever becomes of that. Where layers are quantized already, and so no longer in
+    ``order``, the last is that of registration.
     """
     modules = dict(model.named_modules())
     linear = [name for name in order if name in modules]
@@ -44,6 +48,10 @@ def output_layers(model: nn.Module, order: Sequence[str]) -> dict[str, bool]:
     if backbones:
         inside = {id(m) for backbone in backbones for m in backbone.modules()}
         return {name: True for name in linear if id(modules[name]) not in inside}
+    if done := [name for name, m in modules.items() if isinstance(m, (QuantLayer, QuantizedLayer))]:
+        if next(name for name in reversed(modules) if name in done or name in linear) in done:
+            return {}
+        linear = [*done, *(name for name in modules if name in linear)]
     if len(linear) < 2:
         return {}
     vocabularies = {table.num_embeddings for table in tables}  # a language model's own head

@@ -64,7 +64,7 @@ class ColumnObserver(Calibrates, Float32State):
     @property
     def seen(self) -> bool:
         """Whether there were rows, counted here or loaded."""
-        return int(self.rows) > 0
+        return not self.rows.is_meta and int(self.rows) > 0
 
     def begin_calibration(self) -> None:
         self.observing = True

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from quantrain._C import Recipe
-from quantrain.nn import QuantLayer, as_recipe, calibrate, calibration, convert, prepare
+from quantrain.nn import QuantizedLayer, QuantLayer, as_recipe, calibrate, calibration, convert, prepare
 from quantrain.nn.calibrate import evaluating, run_batch
+from quantrain.nn.prepare import PrepareSummary, some
+from quantrain.nn.schemes import handler_of
 
-from .blocks import block_names, captured_calls, run_block, without_cache
+from .blocks import NoChain, block_names, captured_calls, run_block, without_cache
 from .report import QuantizationReport, log_probabilities, quantization_report
 
 __all__ = ["quantize"]
@@ -45,8 +47,8 @@ def quantize(
         overrides, skip: as :func:`quantrain.nn.prepare`.
         sequential: calibrate and convert block by block, each on what the converted blocks before it give: statistics of
             one block are held at a time (a Hessian has K x K numbers), and a block makes up for the error of those
-            before. None: where the recipe needs Hessians and the model has blocks. False: all layers from one pass of
-            the float model.
+            before. None: where the recipe needs Hessians and the model has blocks, each of which runs once on what the
+            one before gives. False: all layers from one pass of the float model.
         forward: called as ``forward(model, batch)``.
         check_batch: what the predictions are compared on; None: the first of ``batches``. Better one that calibration
             does not see. False: nothing is compared.
@@ -54,19 +56,25 @@ def quantize(
         progress: called with (blocks done, blocks, name of the next).
 
     Returns:
-        The model, converted, in evaluation mode, with the attribute ``ptq_report`` (:class:`QuantizationReport`; None
-        where nothing is compared).
+        The model (a new module where ``model`` is itself such a layer), converted, in evaluation mode, with the attribute
+        ``ptq_report`` (:class:`QuantizationReport`; None where nothing is compared).
 
     Raises:
         ValueError: no batch where the recipe needs calibration; NaN or Inf in a layer's input; a Hessian that no damping
             makes positive definite, naming the layer; a KL above ``max_kl`` (the model is converted then, and has its
-            report).
+            report); a recipe that makes a new network (``f8net``).
+
+    Warns:
+        UserWarning: layers that no batch reached, which stay in floating point; and as :func:`quantrain.nn.prepare` and
+            :func:`quantrain.nn.convert`.
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
     >>> quantize(model, "smoothquant-w8a8", [torch.randn(32, 64)], skip=["2"]).ptq_report.kl < 0.01
     True
     """
     recipe = as_recipe(recipe)
+    if handler_of(recipe).rebuilds:
+        raise ValueError(f"quantize: expected a recipe for layers, got {recipe.name!r}, which makes a new network")
     if isinstance(batches, (torch.Tensor, Mapping, str)):
         raise TypeError(f"quantize: expected batches to be an iterable of batches, got one {type(batches).__name__}")
     batches, forward = list(batches), forward or run_batch
@@ -75,24 +83,33 @@ def quantize(
     exact = None if not compares else log_probabilities(model, check_batch, forward=forward)
     if exact is not None and not bool(torch.isfinite(exact).all()):
         raise ValueError("quantize: expected finite logits of the float model, got NaN or Inf")
-    prepare(model, recipe, overrides=overrides, skip=skip)
+    model = prepare(model, recipe, overrides=overrides, skip=skip)
     blocks = block_names(model)
     waiting = _waiting(model)
     if waiting and not batches:
         raise ValueError(f"quantize: expected batches to calibrate {recipe.name!r} on, got none")
-    if sequential is None:
+    chosen = sequential is None
+    if chosen:
         sequential = bool(blocks) and any(_has_hessian(layer) for layer in waiting.values())
     if sequential and not blocks:
         raise ValueError("quantize: expected blocks (an nn.ModuleList of one class) with sequential=True, got none")
+    unreached: list[str] = []
     if waiting and sequential:
-        _convert_blocks(model, blocks, batches, forward, progress)
+        try:
+            _convert_blocks(model, blocks, batches, forward, progress, unreached)
+        except NoChain:  # raised before a block is converted
+            if not chosen:
+                raise
         waiting = _waiting(model)
     if waiting:
-        with without_cache(model):
-            calibrate(model, batches, forward=forward)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "calibrate: never reached", UserWarning)  # one at the end names them
+            with without_cache(model):
+                calibrate(model, batches, forward=forward)
         _check_statistics(waiting)
     if _prepared(model):
-        _convert_layers(model, blocks, progress)
+        model = _convert_layers(model, blocks, progress, unreached)
+    _leave_float(model, unreached)
     model.eval()
     model.ptq_report = None
     if exact is not None:
@@ -128,6 +145,7 @@ def _convert_blocks(
     batches: Sequence[Any],
     forward: Callable[[nn.Module, Any], Any],
     progress: Progress | None,
+    unreached: list[str],
 ) -> None:
     """Calibrates and converts one block after the other, on the outputs of the converted ones before."""
     modules = dict(model.named_modules())
@@ -141,13 +159,13 @@ def _convert_blocks(
             layers = _prepared(block)
             if layers:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", UserWarning)  # of layers not reached: an error below
+                    warnings.simplefilter("ignore", UserWarning)  # of layers not reached: one at the end
                     with calibration(block):
                         for x, call in zip(hidden, calls[index], strict=True):
                             run_block(block, x, call)
-                    _check_statistics({f"{name}.{key}": layer for key, layer in layers.items()})
-                    _named(name, lambda block=block: convert(block))
+                _check_statistics({_path(name, key): layer for key, layer in layers.items()})
                 block.__dict__.pop("calibration_report", None)
+                block = _convert_part(model, name, unreached)
             hidden = [run_block(block, x, call) for x, call in zip(hidden, calls[index], strict=True)]
             calls[index] = []
     if progress is not None:
@@ -173,17 +191,52 @@ def _float_products(model: nn.Module):
     return context()
 
 
-def _convert_layers(model: nn.Module, blocks: Sequence[str], progress: Progress | None) -> None:
+def _convert_layers(
+    model: nn.Module, blocks: Sequence[str], progress: Progress | None, unreached: list[str]
+) -> nn.Module:
     """Converts what is left, a block at a time where there are blocks, so that progress can be told."""
+    reached = any(layer.missing_range() is None for layer in _prepared(model).values())
+    if not reached and not any(isinstance(module, QuantizedLayer) for module in model.modules()):
+        return convert(model)  # raises
     modules = dict(model.named_modules())
     left = [name for name in blocks if _prepared(modules[name])] if progress is not None else []
     for index, name in enumerate(left):
         progress(index, len(left), name)
-        _named(name, lambda name=name: convert(modules[name]))
+        _convert_part(model, name, unreached)
     if _prepared(model):
-        convert(model)
+        model = _convert_part(model, "", unreached)
     if progress is not None and left:
         progress(len(left), len(left), "")
+    return model
+
+
+def _convert_part(model: nn.Module, name: str, unreached: list[str]) -> nn.Module:
+    """Converts what calibration reached of the submodule ``name``, gives it, and adds the names of the rest."""
+    part = model.get_submodule(name)
+    missing = [key for key, layer in _prepared(part).items() if layer.missing_range() is not None]
+    converted = _named(name, lambda: convert(part, skip=missing))
+    if converted is not part and name:
+        model.set_submodule(name, converted)
+    unreached += [_path(name, key) for key in missing]
+    return converted
+
+
+def _leave_float(model: nn.Module, unreached: Sequence[str]) -> None:
+    """Says which layers stay float as no batch reached them."""
+    if not unreached:
+        return
+    warnings.warn(
+        f"quantize: {len(unreached)} layers stay in floating point, as no batch reached them: {some(map(repr, unreached))}",
+        stacklevel=3,
+    )
+    summary = model.quantization_summary
+    rows = [row for row in summary.rows if row["layer"] not in unreached]
+    left = summary.left_float | dict.fromkeys(unreached, "no range of it was observed")
+    model.quantization_summary = PrepareSummary(rows, left, summary.recipe)
+
+
+def _path(name: str, key: str) -> str:
+    return ".".join(part for part in (name, key) if part)
 
 
 def _named(name: str, run: Callable[[], Any]) -> Any:
@@ -191,7 +244,7 @@ def _named(name: str, run: Callable[[], Any]) -> Any:
     try:
         return run()
     except ValueError as error:
-        raise ValueError(f"quantize: block '{name}': {error}") from error
+        raise ValueError(f"quantize: block '{name}': {error}" if name else f"quantize: {error}") from error
 
 
 def _check_kl(report: QuantizationReport, recipe: Recipe, max_kl: float | None) -> None:

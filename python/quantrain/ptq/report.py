@@ -231,4 +231,5 @@ def _product_text(layer: QuantizedLayer) -> str:
         return "int8_weight_mm"
     outliers = layer.outlier_columns is not None or product["outlier_threshold"]
     main = "int8_mm_outliers" if outliers else "int8_mm"
-    return f"{main}; int8_weight_mm up to 32 rows" if product["few_rows_float"] else main
+    rows = 8 if layer.weight_codes.device.type == "cpu" else 32  # kFewRows of quantrain/ops/ptq_linear.h
+    return f"{main}; int8_weight_mm up to {rows} rows" if product["few_rows_float"] else main
