@@ -32,8 +32,8 @@ inline constexpr const char* const kNames<ScaleSearch>[] = {"absmax", "awq"};
 // damping            of gptq
 // scale_search       "absmax", or "awq": columns of the weight are multiplied by awq_scale before they are rounded
 // attention_bits     > 0: prepare gives layers of attention so many weight bits, per_channel (ZeroQuant's mixed form)
-// few_rows           of weights and inputs of 8 bits, for at most 32 rows (8 on the CPU): "float", the input as it comes
-//                    (exact, and faster: W8A16), or "int8", one arithmetic for all
+// few_rows           of weights and inputs of 8 bits, for at most 32 rows (8 on the CPU): "float", the input as it
+//                    comes (exact, and faster: W8A16), or "int8", one arithmetic for all
 // head               whether the layer that gives a model's output is quantized too
 struct QUANTRAIN_API PtqSpec : SchemeOf<PtqSpec> {
   double smooth_alpha = 0;
