@@ -166,7 +166,7 @@ def prepare(
     recipes = _layer_recipes(base, names, order, overrides, matches)
     without = {name: reason for name in names if (reason := _no_effect(layers[name], recipes[name]))}
     for handler, mine in _by_handler(recipes, [name for name in names if name not in without]).items():
-        every = _call_order(model, graph, linear_layers(model))
+        every = _called_last(model, graph, linear_layers(model))
         without |= handler.left_layers(model, {name: layers[name] for name in mine}, recipes, every)
     unable |= {name: reason for name in names if (reason := _no_twin(layers[name], recipes[name]))}
     without |= unable
@@ -274,11 +274,23 @@ def _no_layers(model: nn.Module) -> str:
 
 def _call_order(model: nn.Module, graph: ModelGraph, names: Sequence[str]) -> list[str]:
     """``names`` in order of first call where tracing saw them all, else of registration."""
+    called = _in_order_of_call(model, graph, names)
+    return called if len(called) == len(names) else list(names)
+
+
+def _in_order_of_call(model: nn.Module, graph: ModelGraph, names: Sequence[str]) -> list[str]:
     modules = dict(model.named_modules(remove_duplicate=False))
     first_name = {id(modules[name]): name for name in reversed(names)}
     called = [first_name[id(modules[name])] for name in graph.order if id(modules[name]) in first_name]
-    called = list(dict.fromkeys(called))
-    return called if len(called) == len(names) else list(names)
+    return list(dict.fromkeys(called))
+
+
+def _called_last(model: nn.Module, graph: ModelGraph, names: Sequence[str]) -> list[str]:
+    """``names`` in order of first call behind those that tracing did not see: what is never called gives no output.
+    Calls of a subclass are not seen; where there is one, all are in order of registration."""
+    called, modules = _in_order_of_call(model, graph, names), dict(model.named_modules())
+    unseen = [name for name in names if name not in called]
+    return unseen + called if all(type(modules[name]) in _twins() for name in unseen) else list(names)
 
 
 def _layer_recipes(

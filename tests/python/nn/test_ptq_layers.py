@@ -427,3 +427,17 @@ def test_the_error_told_is_that_of_the_layer(scheme):
     d = weight - layer.dequantized_weight().double()
     exact = float((d @ hessian * d).sum() / (weight @ hessian * weight).sum())
     assert layer.error == pytest.approx(exact, rel=2e-2)
+
+
+@pytest.mark.parametrize("recipe", ["zeroquant-w8a8", "nf4"])
+def test_a_layer_that_is_never_called_is_no_head(recipe):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head, self.unused = nn.Linear(64, 64), nn.Linear(64, 8), nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.head(self.body(x))
+
+    model = qnn.prepare(Model(), recipe)
+    assert "head" in model.quantization_summary.left_float and "body" not in model.quantization_summary.left_float
