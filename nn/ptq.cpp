@@ -47,96 +47,131 @@ at::Tensor packed_codes(const at::Tensor& codes, int64_t columns) {
   return quantrain::pack_int4(whole.contiguous());
 }
 
-}  // namespace
+// A layer on its way: what is chosen goes to `result`, and what later choices see changes with it.
+struct Choice {
+  const Recipe& recipe;
+  const PtqSpec& spec;
+  bool searches;                         // by the Hessian; not where only the form is asked for
+  at::Tensor w;                          // float32 [O, K]
+  at::Tensor absmax, mean_abs, hessian;  // of the input in the coordinates of w
+  at::Tensor kept;                       // int64 [Ko], or undefined
+  PtqResult result = {};
 
-PtqResult ptq_weight(const at::Tensor& given, const Recipe& recipe, const ColumnStatistics& statistics,
-                     bool form_only) {
-  const PtqSpec& spec = spec_of("ptq_weight", recipe);
-  TORCH_CHECK_VALUE(given.dim() == 2, "ptq_weight: expected weight [O, K], got shape ", given.sizes());
-  const at::NoGradGuard no_grad;
-  const int64_t k = given.size(1), bits = recipe.weight->bits;
-  at::Tensor w = given.detach().to(at::kFloat);
-  at::Tensor absmax = statistics.absmax, mean_abs = statistics.mean_abs, hessian = statistics.hessian;
-  if (form_only) {
-    absmax = mean_abs = at::ones({k}, w.options());
-  } else {
-    check_finite("weight", w);
-    if (spec.needs_statistics(recipe)) {
-      TORCH_CHECK_VALUE(absmax.defined() && mean_abs.defined() && (hessian.defined() || !spec.needs_hessian()),
-                        "ptq_weight: expected the statistics that '", recipe.name, "' needs, got none");
-      check_finite("input in calibration", absmax);
-      if (spec.needs_hessian()) check_finite("hessian", hessian);
-    }
+  bool four_bits() const { return recipe.weight->bits == 4; }
+  bool keeps_at_8() const { return four_bits() && kept.defined(); }
+  int64_t columns() const { return w.size(1); }
+  // A row of 4 bits has an even number of codes.
+  int64_t group_size() const {
+    if (!four_bits()) return columns();
+    const int64_t even = columns() + columns() % 2;
+    return recipe.weight->granularity == Granularity::kPerGroup ? std::min(recipe.weight->group_size, even) : even;
   }
-  const bool searches = spec.needs_hessian() && !form_only;
-  if (searches) hessian = hessian.to(at::kFloat);
+  // What is rounded to the recipe's bits: without the columns that are kept at 8.
+  at::Tensor rest() const { return keeps_at_8() ? w.index_fill(1, kept, 0) : w; }
+  double weighted(const at::Tensor& d) const { return (at::mm(d, hessian) * d).sum(at::kDouble).item<double>(); }
 
-  PtqResult result;
-  PtqWeight& out = result.weight;
-  const bool four = bits == 4, columns = spec.static_columns();
-  if (columns) out.outlier_columns = largest_columns(absmax, spec.outlier_columns);
-  const at::Tensor kept = columns ? out.outlier_columns->to(at::kLong) : at::Tensor();
-  const int64_t group =
-      recipe.weight->granularity == Granularity::kPerGroup ? std::min(recipe.weight->group_size, k + k % 2) : k + k % 2;
-  // What is rounded to few bits: without the columns that are kept at 8.
-  const auto rest = [&](const at::Tensor& weight) { return four && columns ? weight.index_fill(1, kept, 0) : weight; };
-  at::Tensor factor;  // of the weight
+  void choose_columns();
+  void choose_factor();
+  void choose_input_scale();
+  void choose_codes();
+};
+
+void Choice::choose_columns() {
+  if (!spec.static_columns()) return;
+  result.weight.outlier_columns = largest_columns(absmax, spec.outlier_columns);
+  kept = result.weight.outlier_columns->to(at::kLong);
+}
+
+void Choice::choose_factor() {
+  at::Tensor factor;
   if (spec.smooth_alpha > 0) {
     factor = smooth_factor(absmax, at::amax(w.abs(), {0}), spec.smooth_alpha);
   } else if (spec.scale_search == ScaleSearch::kAwq) {
-    factor = at::ones({k}, w.options());
-    if (searches) {
-      const AwqScale found = awq_scale(rest(w), hessian, mean_abs, bits, four ? group : k);
-      factor = found.factor;
-    }
+    factor = searches ? awq_scale(rest(), hessian, mean_abs, recipe.weight->bits, group_size()).factor
+                      : at::ones({columns()}, w.options());
+  } else {
+    return;
   }
-  if (factor.defined()) {
-    w = w * factor;
-    if (searches) hessian = hessian / factor.unsqueeze(1) / factor;
-    out.input_factor = factor.reciprocal();
-    absmax = absmax * *out.input_factor;
+  w = w * factor;
+  if (searches) hessian = hessian / factor.unsqueeze(1) / factor;
+  result.weight.input_factor = factor.reciprocal();
+  absmax = absmax * *result.weight.input_factor;
+}
+
+void Choice::choose_input_scale() {
+  if (!recipe.input || recipe.input->dynamic()) return;
+  const at::Tensor most = absmax.max().reshape({1});
+  result.weight.input_scale = at::where(most == 0, at::ones_like(most), most / 127);
+}
+
+void Choice::choose_codes() {
+  PtqWeight& out = result.weight;
+  const ColumnGrid grid = absmax_grid(rest(), recipe.weight->bits, group_size());
+  ColumnGrid keep_grid;
+  if (keeps_at_8()) {
+    keep_grid = absmax_grid(w.index_select(1, kept), 8, kept.size(0));
+    out.outlier_scale = keep_grid.scale;
   }
-  if (recipe.input && !recipe.input->dynamic()) {
-    const at::Tensor most = absmax.max().reshape({1});
-    out.input_scale = at::where(most == 0, at::ones_like(most), most / 127);
-  }
-  const ColumnGrid grid = absmax_grid(rest(w), bits, four ? group : k);
-  at::Tensor keep_scale, codes;
-  if (four && columns) {
-    keep_scale = absmax_grid(w.index_select(1, kept), 8, kept.size(0)).scale;
-    out.outlier_scale = keep_scale;
-  }
-  if (spec.rounding == Rounding::kGptq && !form_only) {
+  at::Tensor codes;
+  if (spec.rounding == Rounding::kGptq && searches) {
     GptqOptions options;
     options.damping = spec.damping;
-    if (four && columns) {
+    if (keeps_at_8()) {
       options.keep = kept;
-      options.keep_scale = keep_scale;
+      options.keep_scale = keep_grid.scale;
     }
     GptqCodes found = gptq_round(w, hessian, grid, options);
     codes = std::move(found.codes);
     result.error = found.error;
-    if (four && columns) {
-      out.outlier_codes = codes.index_select(1, kept);
-      codes = codes.index_fill(1, kept, 0);
-    }
+    if (kept.defined()) out.outlier_codes = codes.index_select(1, kept);
+    if (keeps_at_8()) codes = codes.index_fill(1, kept, 0);
   } else {
-    codes = round_columns(rest(w), grid);
-    if (four && columns) {
-      out.outlier_codes = round_columns(w.index_select(1, kept), {keep_scale, std::nullopt, kept.size(0), -127, 127});
+    codes = round_columns(rest(), grid);
+    if (keeps_at_8()) out.outlier_codes = round_columns(w.index_select(1, kept), keep_grid);
+    if (kept.defined() && !keeps_at_8()) out.outlier_codes = codes.index_select(1, kept);
+    if (searches) {
+      at::Tensor q = decode_columns(codes, grid);
+      if (keeps_at_8()) q = q.index_copy(1, kept, decode_columns(*out.outlier_codes, keep_grid));
+      const double all = weighted(w);
+      result.error = all > 0 ? weighted(w - q) / all : 0.0;
     }
-  }
-  if (!four && columns) out.outlier_codes = codes.index_select(1, kept);
-  if (searches && spec.rounding != Rounding::kGptq) {
-    at::Tensor q = decode_columns(codes, grid);
-    if (four && columns) q = q.index_copy(1, kept, out.outlier_codes->to(at::kFloat) * keep_scale);
-    const auto weighted = [&](const at::Tensor& d) { return (at::mm(d, hessian) * d).sum(at::kDouble).item<double>(); };
-    const double all = weighted(w);
-    result.error = all > 0 ? weighted(w - q) / all : 0.0;
   }
   out.scale = grid.scale;
-  out.codes = four ? packed_codes(codes, grid.scale.size(1) * group) : codes;
-  return result;
+  out.codes = four_bits() ? packed_codes(codes, grid.scale.size(1) * group_size()) : codes;
+}
+
+}  // namespace
+
+PtqResult ptq_weight(const at::Tensor& weight, const Recipe& recipe, const ColumnStatistics& statistics,
+                     bool form_only) {
+  const PtqSpec& spec = spec_of("ptq_weight", recipe);
+  TORCH_CHECK_VALUE(weight.dim() == 2, "ptq_weight: expected weight [O, K], got shape ", weight.sizes());
+  const at::NoGradGuard no_grad;
+  Choice layer{recipe,
+               spec,
+               spec.needs_hessian() && !form_only,
+               weight.detach().to(at::kFloat),
+               statistics.absmax,
+               statistics.mean_abs,
+               statistics.hessian,
+               {}};
+  if (form_only) {
+    layer.absmax = at::ones({layer.columns()}, layer.w.options());
+  } else {
+    check_finite("weight", layer.w);
+    if (spec.needs_statistics(recipe)) {
+      TORCH_CHECK_VALUE(
+          layer.absmax.defined() && layer.mean_abs.defined() && (layer.hessian.defined() || !spec.needs_hessian()),
+          "ptq_weight: expected the statistics that '", recipe.name, "' needs, got none");
+      check_finite("input in calibration", layer.absmax);
+      if (spec.needs_hessian()) check_finite("hessian", layer.hessian);
+    }
+  }
+  layer.choose_columns();
+  layer.choose_factor();
+  layer.choose_input_scale();
+  layer.choose_codes();
+  return std::move(layer.result);
 }
 
 PtqProduct ptq_product(const Recipe& recipe) {

@@ -16,7 +16,7 @@ _QUANTIZE_EXAMPLES = """\
 examples:
   quantrain quantize ./Llama-3.2-1B --recipe gptq-w4a16 --calibration notes.txt --output llama-w4
   quantrain quantize smollm2-135m --recipe zeroquant-w8a8 --calibration valid.txt --output smollm2-w8a8 --quick
-  quantrain quantize ./Llama-3.2-1B --recipe awq-w4a16 --calibration notes.jsonl --output llama-vllm --target vllm
+  quantrain quantize ./Llama-3.2-1B --recipe gptq-w4a16 --calibration notes.jsonl --output llama-vllm --target vllm
   quantrain evaluate llama-w4 --text test.txt --against ./Llama-3.2-1B
 """
 _EVALUATE_EXAMPLES = """\
@@ -48,14 +48,14 @@ def add_quantize(commands: Any) -> None:
         type=Path,
         metavar="FILE",
         help="a .txt or .jsonl file (text, prompt and completion, or messages): its first tokens calibrate, the next "
-        "are held out",
+        "are held out; a recipe that needs no calibration (such as zeroquant-w8a8) is only measured",
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the folder to write")
     parser.add_argument(
         "--target", default="quantrain", help="what is to read the folder: quantrain (default), vllm or bitsandbytes"
     )
-    parser.add_argument("--samples", type=whole, help=f"windows that calibrate ({_SAMPLES[0]})")
-    parser.add_argument("--length", type=whole, help=f"tokens of a window ({_LENGTH[0]})")
+    parser.add_argument("--samples", type=whole, help=f"windows that calibrate ({_SAMPLES[0]}; --quick: {_SAMPLES[1]})")
+    parser.add_argument("--length", type=whole, help=f"tokens of a window ({_LENGTH[0]}; --quick: {_LENGTH[1]})")
     parser.add_argument(
         "--sequential",
         action=argparse.BooleanOptionalAction,
@@ -65,7 +65,7 @@ def add_quantize(commands: Any) -> None:
         "--max-kl",
         type=number,
         metavar="NATS",
-        help="write nothing where the quantized model is further than this from the float one",
+        help="write nothing where the mean KL(float || quantized) is above this (default: no limit)",
     )
     parser.add_argument(
         "--skip",
