@@ -5,13 +5,12 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/floor.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/full_like.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/ones_like.h>
 #include <ATen/ops/round.h>
 #include <ATen/ops/topk.h>
 #include <ATen/ops/where.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <limits>
@@ -76,7 +75,7 @@ at::Tensor masked_factor(const at::Tensor& columns, const OptionalTensor& column
   return column_factor ? at::where(mask == 0, mask, *column_factor) : mask.contiguous();
 }
 
-// The same in a pass over the outlier columns of each row.
+// On the CPU: the outlier columns of each row in a pass of their own.
 Triple rows_cpu(const at::Tensor& input, const at::Tensor& given, const OptionalTensor& column_factor) {
   const auto [codes, planes, scale] = rows_meta(input, given, column_factor);
   const int64_t k = input.size(-1);
@@ -187,6 +186,22 @@ at::Tensor mm_meta(const at::Tensor& a, const at::Tensor& a_planes, const at::Te
   return at::empty_symint(sizes, a.options().dtype(type));
 }
 
+// On the CPU: sum [M, N] += the outlier columns' product.
+void add_outliers(const at::Tensor& planes, const at::Tensor& scale, const at::Tensor& b_outlier,
+                  const at::Tensor& b_scale, at::Tensor& sum) {
+  const int64_t outliers = b_outlier.size(1), n = b_outlier.size(0);
+  const at::Tensor weight = (b_outlier.to(at::kFloat) * b_scale.reshape({-1, 1})).t().contiguous();
+  const at::Tensor codes = planes.contiguous(), scales = scale.contiguous();
+  const cpu::Int8OutlierAddArgs args{codes.const_data_ptr<int8_t>(),
+                                     scales.const_data_ptr<float>(),
+                                     weight.const_data_ptr<float>(),
+                                     sum.mutable_data_ptr<float>(),
+                                     outliers,
+                                     n};
+  parallel_for(sum.size(0), grain_of(outliers * n),
+               [&](int64_t begin, int64_t end) { cpu::int8_outlier_add(args, begin, end); });
+}
+
 at::Tensor mm_kernel(const at::Tensor& a, const at::Tensor& a_planes, const at::Tensor& a_scale, const at::Tensor& b,
                      const at::Tensor& b_outlier, const at::Tensor& b_scale, const OptionalTensor& bias,
                      c10::string_view out_dtype) {
@@ -197,23 +212,13 @@ at::Tensor mm_kernel(const at::Tensor& a, const at::Tensor& a_planes, const at::
   if (outliers == 0) return int8_mm(a, b, scale.select(1, 0), b_scale, bias, result.scalar_type());
   at::Tensor sum = int8_mm(a.reshape({-1, b.size(1)}), b, scale.select(1, 0), b_scale);
   const at::Tensor planes = a_planes.reshape({-1, 2 * outliers});
-  const at::Tensor s2 = scale.select(1, 1);
   if (a.is_cpu()) {
-    const at::Tensor weight = (b_outlier.to(at::kFloat) * b_scale.reshape({-1, 1})).t().contiguous();
-    const at::Tensor codes = planes.contiguous(), scales = scale.contiguous();
-    const cpu::Int8OutlierAddArgs args{codes.const_data_ptr<int8_t>(),
-                                       scales.const_data_ptr<float>(),
-                                       weight.const_data_ptr<float>(),
-                                       sum.mutable_data_ptr<float>(),
-                                       outliers,
-                                       b.size(0)};
-    parallel_for(sum.size(0), grain_of(outliers * b.size(0)),
-                 [&](int64_t begin, int64_t end) { cpu::int8_outlier_add(args, begin, end); });
-    if (bias) sum.add_(bias->to(at::kFloat));
-    return sum.to(result.scalar_type()).view(result.sizes());
+    add_outliers(planes, scale, b_outlier, b_scale, sum);
+  } else {
+    const at::Tensor s2 = scale.select(1, 1);
+    int8_mm_accumulate_(sum, planes.narrow(1, 0, outliers), b_outlier, s2 * static_cast<double>(kPlane), b_scale);
+    int8_mm_accumulate_(sum, planes.narrow(1, outliers, outliers), b_outlier, s2, b_scale);
   }
-  int8_mm_accumulate_(sum, planes.narrow(1, 0, outliers), b_outlier, s2 * static_cast<double>(kPlane), b_scale);
-  int8_mm_accumulate_(sum, planes.narrow(1, outliers, outliers), b_outlier, s2, b_scale);
   if (bias) sum.add_(bias->to(at::kFloat));
   return sum.to(result.scalar_type()).view(result.sizes());
 }

@@ -31,6 +31,14 @@ py::dict weight_parts(const quantrain::PtqWeight& weight) {
 
 void bind_ptq(py::module_& module) {
   module.def(
+      "ptq_statistics",
+      [](const Recipe& recipe) {
+        const auto* spec = recipe.scheme_as<PtqSpec>();
+        return std::make_pair(spec && spec->needs_statistics(recipe), spec && spec->needs_hessian());
+      },
+      py::arg("recipe"), "Whether layers of the recipe have to be calibrated, and whether with a Hessian.");
+  module.attr("PTQ_FEW_ROWS") = py::make_tuple(quantrain::kFewRows, quantrain::kFewRowsOnCpu);
+  module.def(
       "ptq_weight",
       [](const at::Tensor& weight, const Recipe& recipe, const OptionalTensor& absmax, const OptionalTensor& mean_abs,
          const OptionalTensor& hessian, bool form_only) {

@@ -7,6 +7,8 @@ import importlib
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 
 def run_parts(script: str, parts: dict[str, Callable[[], int | None]], say: Callable[[str], None] = print) -> int:
@@ -31,6 +33,28 @@ def run_parts(script: str, parts: dict[str, Callable[[], int | None]], say: Call
             say(f"{name}: FAILED, {type(error).__name__}: {error}")
         print(f"{script}: {name} took {time.monotonic() - started:.0f} s", flush=True)
     return min(failed, 100)
+
+
+def parse_study(
+    description: str,
+    arguments: list[str] | None,
+    *,
+    quick: str,
+    more: Callable[[Callable[..., Any]], Any] | None = None,
+) -> argparse.Namespace:
+    """Options of a study of one part: --device, --out, --quick, and what ``more(add_argument)`` adds."""
+    import torch
+
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")
+    if more is not None:
+        more(add)
+    add("--out", type=Path, default=Path(__file__).resolve().parents[1] / "results", help="folder of the results")
+    add("--quick", action="store_true", help=quick)
+    options = parser.parse_args(arguments)
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return options
 
 
 def draw_part(study: str, options: argparse.Namespace) -> int:

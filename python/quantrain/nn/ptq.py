@@ -23,18 +23,6 @@ __all__ = ["ColumnObserver", "PtqLinear", "PtqTransposedLinear", "QuantizedPtqLi
 _BUFFERS = ("input_factor", "input_scale", "outlier_columns", "outlier_codes", "outlier_scale")
 
 
-def needs_statistics(recipe: Recipe) -> bool:
-    """Whether layers of this recipe have to be calibrated; as ``PtqSpec::needs_statistics``."""
-    spec = recipe.scheme
-    columns = spec.outlier_columns > 0 and spec.outlier_threshold == 0
-    static = recipe.input is not None and recipe.input.observer != "dynamic"
-    return columns or static or spec.smooth_alpha > 0 or needs_hessian(recipe)
-
-
-def needs_hessian(recipe: Recipe) -> bool:
-    return recipe.scheme.rounding == "gptq" or recipe.scheme.scale_search == "awq"
-
-
 class ColumnObserver(Calibrates, Float32State):
     """Counts the columns of what it is shown during calibration: :func:`quantrain.column_statistics_`.
 
@@ -105,11 +93,8 @@ class _PtqLayer(QuantLayer):
 
     def _add_fake_quants(self, recipe: Recipe | str, name: str = "") -> None:
         super()._add_fake_quants(recipe, name)
-        observer = None
-        if needs_statistics(self.recipe):
-            observer = ColumnObserver(
-                self.in_features, with_hessian=needs_hessian(self.recipe), device=self.weight.device
-            )
+        needed, hessian = _C.ptq_statistics(self.recipe)
+        observer = ColumnObserver(self.in_features, with_hessian=hessian, device=self.weight.device) if needed else None
         self.add_module("input_observer", observer)
 
     def to_float(self) -> nn.Module:

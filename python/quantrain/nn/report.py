@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from quantrain.tables import Table
 
-from .calibrate import enable_fake_quant, evaluating, fake_quants, run_batch
+from .calibrate import enable_fake_quant, evaluating, fake_quants, keeping_fake_quant, run_batch
 from .fake_quantize import FakeQuantize
 from .layers import QuantLayer
 from .quantized import QuantizedLayer, kPackedBits
@@ -213,15 +213,10 @@ def quantization_error(
     prepared = {name: layer for name, layer in layers.items() if isinstance(layer, QuantLayer)}
     inputs: dict[str, _Error] = defaultdict(_Error)
     outputs: dict[str, _Error] = defaultdict(_Error)
-    switches = [(fake_quant, fake_quant.fake_quant_enabled) for fake_quant in fake_quants(model)]
-    try:
-        with evaluating(model):
-            exact = _float_outputs(model, prepared, lambda: forward(model, batch))
-            _quantized_pass(model, layers, exact, inputs, outputs, lambda: forward(model, batch))
-            rows = [_error_row(name, layer, inputs[name], outputs[name]) for name, layer in layers.items()]
-    finally:
-        for fake_quant, enabled in switches:
-            fake_quant.enable_fake_quant(enabled)
+    with keeping_fake_quant(model), evaluating(model):
+        exact = _float_outputs(model, prepared, lambda: forward(model, batch))
+        _quantized_pass(model, layers, exact, inputs, outputs, lambda: forward(model, batch))
+        rows = [_error_row(name, layer, inputs[name], outputs[name]) for name, layer in layers.items()]
     return ErrorTable(rows)
 
 

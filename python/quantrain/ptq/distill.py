@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantrain.nn.calibrate import evaluating, run_batch
+from quantrain.nn.calibrate import check_batches, evaluating, run_batch
 from quantrain.nn.prepare import check_model
 from quantrain.tables import Table
 
@@ -411,11 +411,7 @@ def _trained(pairs: Mapping[str, tuple[nn.Module, nn.Module]]) -> list[nn.Parame
 
 def _measured_and_all(batches: Iterable[Any], steps: int) -> tuple[list[Any], Iterator[Any]]:
     """The batches to measure the losses with, and as many as are asked for."""
-    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"distill_layers: expected batches to be an iterable of batches, got one {type(batches).__name__} "
-            "(a list of one is fine)"
-        )
+    check_batches("distill_layers", batches)
     if isinstance(batches, Iterator):  # read once, so what is read is kept
         batches = list(itertools.islice(batches, steps))
     measured = list(itertools.islice(batches, min(steps, kMeasuredBatches)))

@@ -11,7 +11,7 @@ from torch import nn
 
 from quantrain._C import Recipe
 from quantrain.nn import QuantizedLayer, QuantLayer, as_recipe, calibrate, calibration, convert, prepare
-from quantrain.nn.calibrate import evaluating, run_batch
+from quantrain.nn.calibrate import check_batches, enable_fake_quant, evaluating, keeping_fake_quant, run_batch
 from quantrain.nn.prepare import PrepareSummary, some
 from quantrain.nn.schemes import handler_of
 
@@ -75,8 +75,7 @@ def quantize(
     recipe = as_recipe(recipe)
     if handler_of(recipe).rebuilds:
         raise ValueError(f"quantize: expected a recipe for layers, got {recipe.name!r}, which makes a new network")
-    if isinstance(batches, (torch.Tensor, Mapping, str)):
-        raise TypeError(f"quantize: expected batches to be an iterable of batches, got one {type(batches).__name__}")
+    check_batches("quantize", batches)
     batches, forward = list(batches), forward or run_batch
     check_batch = batches[0] if check_batch is None and batches else check_batch
     compares = check_batch is not None and check_batch is not False
@@ -151,7 +150,8 @@ def _convert_blocks(
     modules = dict(model.named_modules())
     blocks = [modules[name] for name in names]
     with evaluating(model), without_cache(model), torch.no_grad():
-        with _float_products(model):
+        with keeping_fake_quant(model):
+            enable_fake_quant(model, False)
             hidden, calls = captured_calls(model, blocks, batches, forward)
         for index, (name, block) in enumerate(zip(names, blocks, strict=True)):
             if progress is not None:
@@ -170,25 +170,6 @@ def _convert_blocks(
             calls[index] = []
     if progress is not None:
         progress(len(blocks), len(blocks), "")
-
-
-def _float_products(model: nn.Module):
-    """Within it prepared layers compute in floating point."""
-    from contextlib import contextmanager
-
-    from quantrain.nn import FakeQuantize, enable_fake_quant
-
-    @contextmanager
-    def context():
-        switches = [(m, m.fake_quant_enabled) for m in model.modules() if isinstance(m, FakeQuantize)]
-        enable_fake_quant(model, False)
-        try:
-            yield
-        finally:
-            for module, enabled in switches:
-                module.enable_fake_quant(enabled)
-
-    return context()
 
 
 def _convert_layers(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantrain import _C
 from quantrain.nn import Linear4bit, QuantizedInt8Linear, QuantizedLayer, QuantizedPtqLinear
 from quantrain.nn.calibrate import evaluating, run_batch
 from quantrain.tables import Table
@@ -231,5 +232,5 @@ def _product_text(layer: QuantizedLayer) -> str:
         return "int8_weight_mm"
     outliers = layer.outlier_columns is not None or product["outlier_threshold"]
     main = "int8_mm_outliers" if outliers else "int8_mm"
-    rows = 8 if layer.weight_codes.device.type == "cpu" else 32  # kFewRows of quantrain/ops/ptq_linear.h
+    rows = _C.PTQ_FEW_ROWS[layer.weight_codes.device.type == "cpu"]
     return f"{main}; int8_weight_mm up to {rows} rows" if product["few_rows_float"] else main

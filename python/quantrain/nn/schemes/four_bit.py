@@ -5,12 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from ..four_bit import Embedding4bit, FourBitLayer, Linear4bit, LoraLinear
-from ..heads import output_layers
+from ..heads import HEAD, output_layers
 from ..layers import QuantEmbedding, QuantLinear, QuantTransposedLinear
 from . import SchemeHandler, register
 
-# Why a layer stays float; FourBitSpec.head packs it.
-HEAD, NEW_HEAD = "gives the model's output", "gives the model's output, trained where LoRA is"
+NEW_HEAD = f"{HEAD}, trained where LoRA is"
 
 
 class FourBit(SchemeHandler):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..heads import output_layers
+from ..heads import HEAD, output_layers
 from ..layers import QuantLinear, QuantTransposedLinear
 from ..ptq import PtqLinear, PtqTransposedLinear, QuantizedPtqLinear, _PtqLayer
 from ..recipes import changed_recipe
@@ -13,7 +13,6 @@ from . import SchemeHandler, register
 _LAYERS = {QuantLinear: PtqLinear, QuantTransposedLinear: PtqTransposedLinear}
 # A part of the path that names attention: self_attn, attention, attn, SelfAttention.
 _ATTENTION = re.compile(r"(^|[._])(\w*attn\w*|\w*attention\w*)([._]|$)", re.IGNORECASE)
-HEAD = "gives the model's output"
 
 
 class Ptq(SchemeHandler):
