@@ -49,7 +49,8 @@ void check_columns(const at::Tensor& columns, const at::Tensor& input) {
 Triple rows_meta(const at::Tensor& input, const at::Tensor& columns, const OptionalTensor& column_factor) {
   detail::check_float(kRows, "input", input.scalar_type());
   detail::check_dense(kRows, "input", input);
-  QUANTRAIN_CHECK_VALUE(input.dim() >= 1, "{}: expected input of at least one dimension, got a scalar", kRows);
+  QUANTRAIN_CHECK_VALUE(input.dim() >= 1 && TORCH_GUARD_OR_TRUE(input.sym_size(-1).sym_gt(0)),
+                        "{}: expected input with at least one column, got {}", kRows, detail::shape_text(input));
   check_columns(columns, input);
   if (column_factor) {
     detail::check_type(kRows, "column_factor", *column_factor, at::kFloat, "float32");

@@ -195,7 +195,8 @@ void statistics_kernel(at::Tensor& absmax, at::Tensor& mean_abs, const OptionalT
   const at::Tensor x = input.reshape({-1, input.size(-1)}).to(at::kFloat);
   if (x.numel() == 0) return;
   rows.add_(x.size(0));
-  const at::Tensor share = rows.to(at::kFloat).reciprocal() * static_cast<double>(x.size(0));  // of these rows in all
+  // Of these rows in all; without the dimensions that `rows` may have.
+  const at::Tensor share = rows.reshape({}).to(at::kFloat).reciprocal() * static_cast<double>(x.size(0));
   const at::Tensor magnitude = x.abs();
   absmax.copy_(at::maximum(absmax, at::amax(magnitude, {0})));
   mean_abs.add_((magnitude.mean(0) - mean_abs) * share);

@@ -134,6 +134,7 @@ ALIASES = {
     "_linear_4bit_grad_input": ("linear_4bit",),
     "linear_4bit_lora": ("linear_4bit", "_linear_4bit_grad_input"),
     "fqt_linear": ("quantize_gradient",),
+    "_ptq_linear": ("quantize",),  # of a stored input scale, whose value only the kernel looks at
     "fqt_conv2d": ("quantize_gradient",),
     "fake_quantize_dynamic": ("choose_qparams", "fake_quantize"),
     "dequantize_gradient": ("_reflect_rows",),
