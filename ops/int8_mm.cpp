@@ -6,6 +6,7 @@
 #include "ops/common/check.h"
 #include "ops/common/dispatch.h"
 #include "ops/common/launch.h"
+#include "ops/int8_mm.h"
 #include "ops/int8_mm_cpu.h"
 #include "quantrain/ops/int8.h"
 
@@ -140,10 +141,7 @@ Int8MmArgs mm_args(const at::Tensor& a, const at::Tensor& b, const OptionalTenso
           nullptr};
 }
 
-// One sum that fits int32. a [M, K], b [N, K], contiguous, K > 0; d contiguous.
-void mm(const at::Tensor& a, const at::Tensor& b, const OptionalTensor& a_scale, const OptionalTensor& b_scale,
-        const OptionalTensor& bias, const at::Tensor& d, bool accumulate) {
-  const Int8MmArgs args = mm_args(a, b, a_scale, b_scale, bias, d, accumulate);
+void run_mm(const at::Tensor& a, const at::Tensor& b, const Int8MmArgs& args) {
 #if defined(QUANTRAIN_WITH_CUDA)
   if (a.is_cuda()) {
     const c10::cuda::CUDAGuard guard(a.device());
@@ -151,6 +149,12 @@ void mm(const at::Tensor& a, const at::Tensor& b, const OptionalTensor& a_scale,
   }
 #endif
   int8_mm_cpu(a, b, args);
+}
+
+// One sum that fits int32. a [M, K], b [N, K], contiguous, K > 0; d contiguous.
+void mm(const at::Tensor& a, const at::Tensor& b, const OptionalTensor& a_scale, const OptionalTensor& b_scale,
+        const OptionalTensor& bias, const at::Tensor& d, bool accumulate) {
+  run_mm(a, b, mm_args(a, b, a_scale, b_scale, bias, d, accumulate));
 }
 
 OptionalTensor as_float(const OptionalTensor& tensor) {
@@ -237,6 +241,15 @@ void accumulate_kernel(at::Tensor& accumulator, const at::Tensor& a, const at::T
 }
 
 }  // namespace
+
+void detail::int8_mm_with(const Int8MmOutliers& outliers, const at::Tensor& a, const at::Tensor& b,
+                          const at::Tensor& b_scale, const OptionalTensor& bias, const at::Tensor& d) {
+  Int8MmArgs args = mm_args(a, b, std::nullopt, b_scale, bias, d, /*accumulate=*/false);
+  args.a_scale = outliers.scale;
+  args.a_scale_stride = 2;
+  args.outliers = outliers;
+  run_mm(a, b, args);
+}
 
 // ---- public functions -----------------------------------------------------------------------------------------------
 

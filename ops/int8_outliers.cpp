@@ -2,18 +2,14 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/amax.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/floor.h>
 #include <ATen/ops/full_like.h>
 #include <ATen/ops/ones.h>
-#include <ATen/ops/ones_like.h>
-#include <ATen/ops/round.h>
 #include <ATen/ops/topk.h>
 #include <ATen/ops/where.h>
 #include <torch/library.h>
 
-#include <limits>
+#include <algorithm>
 #include <tuple>
 
 #include "csrc/cpu/int8.h"
@@ -21,9 +17,14 @@
 #include "ops/common/dispatch.h"
 #include "ops/common/launch.h"
 #include "ops/common/parallel.h"
+#include "ops/int8_mm.h"
 #include "quantrain/ops/int8.h"
 
-// Composed of the int8 family's operators; only the outlier columns, which are few, take passes of their own.
+#if defined(QUANTRAIN_WITH_CUDA)
+#include "csrc/cuda/int8.h"
+#endif
+
+// The rows are read once, and the product is int8_mm's, whose sums begin with what the outlier columns give.
 
 namespace quantrain {
 namespace {
@@ -34,8 +35,6 @@ using Triple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 constexpr std::string_view kRows = "int8_quantize_rows_outliers";
 constexpr std::string_view kMm = "int8_mm_outliers";
 constexpr std::string_view kColumns = "int8_outlier_columns";
-constexpr int64_t kPlane = 128;              // what hi counts
-constexpr float kLargest = 127.0f * kPlane;  // of q: hi at most 127
 
 void check_columns(const at::Tensor& columns, const at::Tensor& input) {
   QUANTRAIN_CHECK_TYPE(columns.scalar_type() == at::kInt || columns.scalar_type() == at::kLong,
@@ -68,74 +67,49 @@ Triple rows_meta(const at::Tensor& input, const at::Tensor& columns, const Optio
   return {codes, planes, at::empty_symint(sizes, input.options().dtype(at::kFloat))};
 }
 
-// 1 in all columns but the outliers, times the factor. Padding writes to a place of its own.
-at::Tensor masked_factor(const at::Tensor& columns, const OptionalTensor& column_factor, int64_t k) {
-  const at::Tensor room = at::ones({k + 1}, columns.options().dtype(at::kFloat));
-  room.index_fill_(0, at::where(columns < 0, at::full_like(columns, k), columns), 0);
-  const at::Tensor mask = room.narrow(0, 0, k);
-  return column_factor ? at::where(mask == 0, mask, *column_factor) : mask.contiguous();
+// The main codes by int8_quantize_rows with a factor of 0 in the outlier columns, which then have a pass of their own.
+void rows_cpu(const Int8QuantizeOutliersArgs& args, const at::Tensor& x) {
+  at::Tensor factor = at::ones({args.columns}, x.options().dtype(at::kFloat));
+  auto* const factors = factor.mutable_data_ptr<float>();
+  if (args.column_factor) std::copy_n(args.column_factor, args.columns, factors);
+  for (int64_t i = 0; i < args.count; ++i) {
+    QUANTRAIN_CHECK_VALUE(args.outliers[i] < args.columns,
+                          "{}: expected outlier_columns below {}, the columns of input, got {}", kRows, args.columns,
+                          args.outliers[i]);
+    if (args.outliers[i] >= 0) factors[args.outliers[i]] = 0.0f;
+  }
+  const at::Tensor scale = at::empty({args.rows}, factor.options());
+  const auto* const main_scale = scale.mutable_data_ptr<float>();
+  const Int8QuantizeRowsArgs main{args.x,     factors,   args.codes,   scale.mutable_data_ptr<float>(),
+                                  args.dtype, args.rows, args.columns, /*stochastic=*/false,
+                                  {}};
+  parallel_for(args.rows, grain_of(args.columns), [&](int64_t begin, int64_t end) {
+    cpu::int8_quantize_rows(main, begin, end);
+    cpu::int8_outlier_planes(args, main_scale, begin, end);
+  });
 }
 
-// On the CPU: the outlier columns of each row in a pass of their own.
-Triple rows_cpu(const at::Tensor& input, const at::Tensor& given, const OptionalTensor& column_factor) {
-  const auto [codes, planes, scale] = rows_meta(input, given, column_factor);
-  const int64_t k = input.size(-1);
-  const at::Tensor columns = given.to(at::kLong).contiguous(), x = input.contiguous();
+Triple rows_kernel(const at::Tensor& input, const at::Tensor& outlier_columns, const OptionalTensor& column_factor) {
+  Triple result = rows_meta(input, outlier_columns, column_factor);
+  const auto& [codes, planes, scale] = result;
+  if (scale.numel() == 0) return result;
+  const at::Tensor x = input.contiguous(), columns = outlier_columns.to(at::kLong).contiguous();
   const at::Tensor factor = column_factor ? column_factor->contiguous() : at::Tensor();
-  at::Tensor mask = column_factor ? factor.clone() : at::ones({k}, codes.options().dtype(at::kFloat));
-  const auto* const outliers = columns.const_data_ptr<int64_t>();
-  auto* const mask_values = mask.mutable_data_ptr<float>();
-  for (int64_t i = 0; i < columns.numel(); ++i) {
-    QUANTRAIN_CHECK_VALUE(outliers[i] < k, "{}: expected outlier_columns below {}, the columns of input, got {}", kRows,
-                          k, outliers[i]);
-    if (outliers[i] >= 0) mask_values[outliers[i]] = 0.0f;
-  }
-  if (scale.numel() == 0) return {codes, planes, scale};
-  Int8QuantizeOptions options;
-  options.column_factor = mask;
-  const Int8Codes main = int8_quantize_rows(x, options);
-  const cpu::Int8OutlierPlanesArgs args{x.const_data_ptr(),
-                                        factor.defined() ? factor.const_data_ptr<float>() : nullptr,
-                                        outliers,
-                                        main.scale.const_data_ptr<float>(),
-                                        main.codes.mutable_data_ptr<int8_t>(),
-                                        planes.mutable_data_ptr<int8_t>(),
-                                        scale.mutable_data_ptr<float>(),
-                                        dtype_of(x),
-                                        main.scale.numel(),
-                                        k,
-                                        columns.numel()};
-  parallel_for(args.rows, grain_of(args.count + 1),
-               [&](int64_t begin, int64_t end) { cpu::int8_outlier_planes(args, begin, end); });
-  return {main.codes, planes, scale};
-}
-
-Triple rows_kernel(const at::Tensor& input, const at::Tensor& given, const OptionalTensor& column_factor) {
-  if (input.is_cpu()) return rows_cpu(input, given, column_factor);
-  rows_meta(input, given, column_factor);
-  const int64_t k = input.size(-1);
-  const at::Tensor columns = given.to(at::kLong);
-  Int8QuantizeOptions options;
-  options.column_factor = masked_factor(columns, column_factor, k);
-  const Int8Codes main = int8_quantize_rows(input, options);
-  const at::Tensor real = columns.clamp_min(0);
-  at::Tensor x = input.index_select(-1, real).to(at::kFloat);
-  if (column_factor) x = x * column_factor->index_select(0, real);
-  x = x.masked_fill(columns < 0, 0);
-  if (x.size(-1) == 0) {
-    return {main.codes, at::empty(x.sizes(), main.codes.options()),
-            at::cat({main.scale, at::ones_like(main.scale)}, -1)};
-  }
-  const at::Tensor absmax = at::amax(x.abs(), {-1}, /*keepdim=*/true);
-  const at::Tensor bad = absmax.isfinite().logical_not().logical_or(main.scale.isnan());
-  // Not smaller: the reciprocal of a subnormal number may be Inf.
-  const at::Tensor least = (absmax / kLargest).clamp_min(std::numeric_limits<float>::min());
-  const at::Tensor s2 = at::where(absmax == 0, at::ones_like(absmax), least);
-  const at::Tensor q = at::round(x * s2.reciprocal()).masked_fill(bad, 0).clamp(-kLargest, kLargest);
-  const at::Tensor hi = at::floor((q + kPlane / 2) / kPlane);
-  const at::Tensor planes = at::cat({hi, q - hi * kPlane}, -1).to(at::kChar);
-  const double nan = std::numeric_limits<double>::quiet_NaN();
-  return {main.codes.masked_fill(bad, 0), planes, at::cat({main.scale, s2}, -1).masked_fill(bad, nan)};
+  const Int8QuantizeOutliersArgs args{x.const_data_ptr(),
+                                      factor.defined() ? factor.const_data_ptr<float>() : nullptr,
+                                      columns.const_data_ptr<int64_t>(),
+                                      codes.mutable_data_ptr<int8_t>(),
+                                      planes.mutable_data_ptr<int8_t>(),
+                                      scale.mutable_data_ptr<float>(),
+                                      dtype_of(x),
+                                      scale.numel() / 2,
+                                      x.size(-1),
+                                      columns.numel()};
+#if defined(QUANTRAIN_WITH_CUDA)
+  if (run_on_cuda(args, x, &cuda::int8_quantize_outliers)) return result;
+#endif
+  rows_cpu(args, x);
+  return result;
 }
 
 // Whether all dimensions of `tensor` but the last are those of `like`.
@@ -187,41 +161,43 @@ at::Tensor mm_meta(const at::Tensor& a, const at::Tensor& a_planes, const at::Te
   return at::empty_symint(sizes, a.options().dtype(type));
 }
 
-// On the CPU: sum [M, N] += the outlier columns' product.
-void add_outliers(const at::Tensor& planes, const at::Tensor& scale, const at::Tensor& b_outlier,
-                  const at::Tensor& b_scale, at::Tensor& sum) {
-  const int64_t outliers = b_outlier.size(1), n = b_outlier.size(0);
-  const at::Tensor weight = (b_outlier.to(at::kFloat) * b_scale.reshape({-1, 1})).t().contiguous();
-  const at::Tensor codes = planes.contiguous(), scales = scale.contiguous();
-  const cpu::Int8OutlierAddArgs args{codes.const_data_ptr<int8_t>(),
-                                     scales.const_data_ptr<float>(),
-                                     weight.const_data_ptr<float>(),
-                                     sum.mutable_data_ptr<float>(),
-                                     outliers,
-                                     n};
-  parallel_for(sum.size(0), grain_of(outliers * n),
-               [&](int64_t begin, int64_t end) { cpu::int8_outlier_add(args, begin, end); });
+// In three products, where a sum might not fit int32.
+at::Tensor mm_parts(const at::Tensor& a, const at::Tensor& planes, const at::Tensor& scale, const at::Tensor& b,
+                    const at::Tensor& b_outlier, const at::Tensor& b_scale) {
+  const int64_t outliers = b_outlier.size(1);
+  at::Tensor sum = int8_mm(a, b, scale.select(1, 0), b_scale);
+  const at::Tensor s2 = scale.select(1, 1);
+  int8_mm_accumulate_(sum, planes.narrow(1, 0, outliers), b_outlier, s2 * static_cast<double>(kInt8Plane), b_scale);
+  int8_mm_accumulate_(sum, planes.narrow(1, outliers, outliers), b_outlier, s2, b_scale);
+  return sum;
 }
 
 at::Tensor mm_kernel(const at::Tensor& a, const at::Tensor& a_planes, const at::Tensor& a_scale, const at::Tensor& b,
                      const at::Tensor& b_outlier, const at::Tensor& b_scale, const OptionalTensor& bias,
                      c10::string_view out_dtype) {
-  const at::Tensor result = mm_meta(a, a_planes, a_scale, b, b_outlier, b_scale, bias, out_dtype);
+  at::Tensor result = mm_meta(a, a_planes, a_scale, b, b_outlier, b_scale, bias, out_dtype);
   if (result.numel() == 0) return result;
-  const int64_t outliers = b_outlier.size(1);
-  const at::Tensor scale = a_scale.reshape({-1, 2});
+  const int64_t outliers = b_outlier.size(1), k = b.size(1);
+  const at::Tensor scale = a_scale.reshape({-1, 2}).contiguous();
   if (outliers == 0) return int8_mm(a, b, scale.select(1, 0), b_scale, bias, result.scalar_type());
-  at::Tensor sum = int8_mm(a.reshape({-1, b.size(1)}), b, scale.select(1, 0), b_scale);
-  const at::Tensor planes = a_planes.reshape({-1, 2 * outliers});
-  if (a.is_cpu()) {
-    add_outliers(planes, scale, b_outlier, b_scale, sum);
-  } else {
-    const at::Tensor s2 = scale.select(1, 1);
-    int8_mm_accumulate_(sum, planes.narrow(1, 0, outliers), b_outlier, s2 * static_cast<double>(kPlane), b_scale);
-    int8_mm_accumulate_(sum, planes.narrow(1, outliers, outliers), b_outlier, s2, b_scale);
+  const at::Tensor x = a.reshape({scale.size(0), k}).contiguous(), y = b.contiguous(), apart = b_outlier.contiguous();
+  const at::Tensor planes = a_planes.reshape({-1, 2 * outliers}).contiguous();
+  if (k == 0 || outliers > kInt8Outliers || k > kInt8OutlierDepth) {
+    at::Tensor sum = mm_parts(x, planes, scale, y, apart, b_scale);
+    if (bias) sum.add_(bias->to(at::kFloat));
+    return result.copy_(sum.view(result.sizes()));
   }
-  if (bias) sum.add_(bias->to(at::kFloat));
-  return sum.to(result.scalar_type()).view(result.sizes());
+  Int8MmOutliers args{outliers, planes.const_data_ptr<int8_t>(), apart.const_data_ptr<int8_t>(),
+                      scale.const_data_ptr<float>(), nullptr};
+  at::Tensor sums;
+  if (a.is_cpu()) {  // exact: below 2^24
+    sums = int8_mm(planes.view({-1, outliers}), apart, std::nullopt, std::nullopt);
+    args.sums = sums.const_data_ptr<float>();
+  }
+  const at::Tensor y_scale = b_scale.contiguous();
+  const OptionalTensor shift = bias ? OptionalTensor(bias->to(at::kFloat).contiguous()) : std::nullopt;
+  detail::int8_mm_with(args, x, y, y_scale, shift, result);
+  return result;
 }
 
 at::Tensor columns_meta(const at::Tensor& input, double threshold, int64_t capacity) {

@@ -55,6 +55,60 @@ QUANTRAIN_HOST_DEVICE uint32_t int8_code(float scaled, float dither) {
   return detail::float_to_bits((scaled + dither) + 12582912.0f);
 }
 
+// Outlier columns (quantrain/ops/int8_outliers.h) as q = rint(x / s2) = 128 hi + lo of 15 bits, on a grid that is the
+// other columns' but for a power of two, so that one int32 sum holds both:
+//
+//   s2 = s1 2^e,  e the least that q fits        sum = main b^T + ((128 hi + lo) bo^T) 2^e
+//   s1 = max(absmax of the others / 127, absmax of the outlier columns / (16256 2^limit)),  1 for zeros
+//
+// With the limit, Ko 2^limit <= 512, the second term stays below 2^30. It is met where an outlier is 4096 times as large
+// as all others (16 columns), whose codes then matter less than the outlier's own rounding.
+constexpr int kInt8Plane = 128;  // what hi counts
+constexpr float kInt8LargestOutlier = 127.0f * kInt8Plane;
+constexpr int64_t kInt8Outliers = 512;        // columns up to which that holds
+constexpr int64_t kInt8OutlierDepth = 65536;  // of main: its own sum is below 2^30
+
+QUANTRAIN_HOST_DEVICE int int8_outlier_limit(int64_t count) {
+  int limit = 0;
+  while (count << (limit + 1) <= kInt8Outliers && limit < 9) ++limit;
+  return limit;
+}
+
+struct Int8OutlierScales {
+  float main, outlier;  // s1, s2
+};
+
+// Of finite parts. main: int8_scale of the other columns, 0 where they are zeros; absmax: of the outlier columns.
+QUANTRAIN_HOST_DEVICE Int8OutlierScales int8_outlier_scales(float main, float absmax, int64_t count) {
+  const int limit = int8_outlier_limit(count);
+  float least = absmax / (kInt8LargestOutlier * static_cast<float>(1 << limit));
+  // Not smaller: the reciprocal of a subnormal number may be Inf.
+  if (absmax != 0.0f && least < FLT_MIN) least = FLT_MIN;
+  Int8OutlierScales scales{main > least ? main : least, 0.0f};
+  if (scales.main == 0.0f) scales.main = 1.0f;
+  scales.outlier = scales.main;
+  for (int e = 0; e < limit && absmax > kInt8LargestOutlier * scales.outlier; ++e) scales.outlier *= 2.0f;
+  return scales;
+}
+
+// q of a value that is scaled already.
+QUANTRAIN_HOST_DEVICE int32_t int8_outlier_code(float scaled) {
+  const float code = rintf(scaled);
+  return static_cast<int32_t>(code > kInt8LargestOutlier    ? kInt8LargestOutlier
+                              : code < -kInt8LargestOutlier ? -kInt8LargestOutlier
+                                                            : code);
+}
+
+QUANTRAIN_HOST_DEVICE int32_t int8_outlier_high(int32_t q) { return (q + kInt8Plane / 2) >> 7; }
+
+// e; 0 where a scale is NaN. Of scales that int8_outlier_scales did not give it is some e that fits.
+QUANTRAIN_HOST_DEVICE int int8_outlier_shift(float main_scale, float outlier_scale, int64_t count) {
+  const float ratio = outlier_scale / main_scale;
+  if (!(ratio >= 1.0f && ratio <= FLT_MAX)) return 0;
+  const int shift = static_cast<int>(detail::float_to_bits(ratio) >> 23) - 127, limit = int8_outlier_limit(count);
+  return shift < limit ? shift : limit;
+}
+
 // ---- kernel arguments -----------------------------------------------------------------------------------------------
 
 // Codes and scales of rows. With column_factor the matrix is x[r, c] * column_factor[c].
@@ -122,6 +176,30 @@ struct Int8WeightTransposeArgs {
   float* absmax;  // [in], scratch
 };
 
+// Rows whose outlier columns lie apart. A row with NaN or Inf in either part gets scales NaN, codes and planes 0.
+struct Int8QuantizeOutliersArgs {
+  const void* x;               // [rows, columns] of dtype
+  const float* column_factor;  // [columns] or null
+  const int64_t* outliers;     // [count]; negative: a column of zeros
+  int8_t* codes;               // [rows, columns], 0 in those columns
+  int8_t* planes;              // [rows, 2 count]: hi, then lo
+  float* scale;                // [rows, 2]: s1, s2
+  DType dtype;
+  int64_t rows;
+  int64_t columns;
+  int64_t count;
+};
+
+// Of Int8MmArgs: what its sums begin with.
+struct Int8MmOutliers {
+  int64_t count = 0;               // columns; 0: none
+  const int8_t* planes = nullptr;  // [m, 2 count]
+  const int8_t* codes = nullptr;   // [n, count]
+  const float* scale = nullptr;    // [m, 2]: s1, s2
+  const float* sums = nullptr;     // on the CPU: [m, 2, n], of both planes with codes
+  const int8_t* side = nullptr;    // for Hopper's kernels: [m, 80], see csrc/cuda/int8_mm/sm90/with_outliers.cuh
+};
+
 // d = (float(a b^T) * b_scale) * a_scale + bias, rounded to dtype; the sum is exact in int32. With accumulate: d +=
 // that, in float32.
 struct Int8MmArgs {
@@ -139,6 +217,7 @@ struct Int8MmArgs {
   int64_t k;
   bool accumulate;
   void* workspace;  // of int8_mm_workspace bytes
+  Int8MmOutliers outliers = {};
 };
 
 // y = (x codes^T) * scale + bias, x of floating point: sums in float32.

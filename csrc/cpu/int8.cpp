@@ -275,39 +275,49 @@ void weight_transpose_typed(const Int8WeightTransposeArgs& a, int64_t begin, int
 }
 
 template <typename T>
-void outlier_planes_typed(const Int8OutlierPlanesArgs& a, int64_t begin, int64_t end) {
-  constexpr float kLargest = 16256.0f;  // 127 * 128
+void outlier_planes_typed(const Int8QuantizeOutliersArgs& a, const float* main_scale, int64_t begin, int64_t end) {
   std::vector<float> values(static_cast<size_t>(a.count));
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(a.x) + row * a.columns;
+    const auto product = [&](int64_t column) {
+      return a.column_factor ? to_float(x[column]) * a.column_factor[column] : to_float(x[column]);
+    };
     float absmax = 0.0f;
-    bool finite = a.main_scale[row] == a.main_scale[row];
+    bool finite = main_scale[row] == main_scale[row];
     for (int64_t i = 0; i < a.count; ++i) {
-      const int64_t column = a.outliers[i];
-      const float factor = a.column_factor && column >= 0 ? a.column_factor[column] : 1.0f;
-      const float value = column < 0 ? 0.0f : to_float(x[column]) * factor;
+      const float value = a.outliers[i] < 0 ? 0.0f : product(a.outliers[i]);
       values[static_cast<size_t>(i)] = value;
       finite = finite && std::fabs(value) <= std::numeric_limits<float>::max();
       absmax = std::max(absmax, std::fabs(value));
     }
+    int8_t* codes = a.codes + row * a.columns;
     int8_t* hi = a.planes + row * 2 * a.count;
     int8_t* lo = hi + a.count;
     float* scale = a.scale + row * 2;
     if (!finite) {
       scale[0] = scale[1] = std::numeric_limits<float>::quiet_NaN();
-      std::memset(a.codes + row * a.columns, 0, static_cast<size_t>(a.columns));
+      std::memset(codes, 0, static_cast<size_t>(a.columns));
       std::memset(hi, 0, static_cast<size_t>(2 * a.count));
       continue;
     }
-    scale[0] = a.main_scale[row];
-    // Not smaller: the reciprocal of a subnormal number may be Inf.
-    scale[1] = absmax == 0.0f ? 1.0f : std::max(absmax / kLargest, std::numeric_limits<float>::min());
+    // A scale of 1 may be that of zeros.
+    const bool zeros =
+        main_scale[row] == 1.0f && std::all_of(codes, codes + a.columns, [](int8_t c) { return c == 0; });
+    const Int8OutlierScales scales = int8_outlier_scales(zeros ? 0.0f : main_scale[row], absmax, a.count);
+    scale[0] = scales.main;
+    scale[1] = scales.outlier;
+    if (scale[0] > main_scale[row] && !zeros) {  // rare: all codes anew
+      const float inverse = int8_inverse(scale[0], false);
+      for (int64_t c = 0; c < a.columns; ++c)
+        codes[c] = static_cast<int8_t>(static_cast<uint8_t>(int8_code(product(c) * inverse, 0.0f)));
+      for (int64_t i = 0; i < a.count; ++i)
+        if (a.outliers[i] >= 0) codes[a.outliers[i]] = 0;
+    }
     const float inverse = 1.0f / scale[1];
     for (int64_t i = 0; i < a.count; ++i) {
-      const float q = std::clamp(std::rint(values[static_cast<size_t>(i)] * inverse), -kLargest, kLargest);
-      const auto code = static_cast<int32_t>(q);
-      hi[i] = static_cast<int8_t>((code + 64) >> 7);
-      lo[i] = static_cast<int8_t>(code - 128 * hi[i]);
+      const int32_t q = int8_outlier_code(values[static_cast<size_t>(i)] * inverse);
+      hi[i] = static_cast<int8_t>(int8_outlier_high(q));
+      lo[i] = static_cast<int8_t>(q - kInt8Plane * hi[i]);
     }
   }
 }
@@ -319,35 +329,9 @@ void int8_quantize_rows(const Int8QuantizeRowsArgs& args, int64_t begin, int64_t
                  [&](auto* type) { quantize_rows_typed<std::remove_pointer_t<decltype(type)>>(args, begin, end); });
 }
 
-void int8_outlier_planes(const Int8OutlierPlanesArgs& args, int64_t begin, int64_t end) {
-  dispatch_float(args.dtype,
-                 [&](auto* type) { outlier_planes_typed<std::remove_pointer_t<decltype(type)>>(args, begin, end); });
-}
-
-void int8_outlier_add(const Int8OutlierAddArgs& a, int64_t begin, int64_t end) {
-  std::vector<float> values(static_cast<size_t>(a.count));
-  float* const value = values.data();
-  vectorized([&]() QUANTRAIN_INLINE_LAMBDA {
-    constexpr int64_t kBlock = 64;
-    for (int64_t row = begin; row < end; ++row) {
-      const int8_t* hi = a.planes + row * 2 * a.count;
-      for (int64_t c = 0; c < a.count; ++c)
-        value[c] = static_cast<float>(128 * hi[c] + hi[a.count + c]) * a.scale[2 * row + 1];
-      float* const sum = a.sum + row * a.n;
-      for (int64_t j = 0; j < a.n; j += kBlock) {
-        const int64_t n = std::min(kBlock, a.n - j);
-        float block[kBlock];
-        for (int64_t i = 0; i < n; ++i) block[i] = sum[j + i];
-        for (int64_t c = 0; c < a.count; ++c) {
-          const float* const weight = a.weight + c * a.n + j;
-          if (n == kBlock)
-            for (int64_t i = 0; i < kBlock; ++i) block[i] += value[c] * weight[i];
-          else
-            for (int64_t i = 0; i < n; ++i) block[i] += value[c] * weight[i];
-        }
-        for (int64_t i = 0; i < n; ++i) sum[j + i] = block[i];
-      }
-    }
+void int8_outlier_planes(const Int8QuantizeOutliersArgs& args, const float* main_scale, int64_t begin, int64_t end) {
+  dispatch_float(args.dtype, [&](auto* type) {
+    outlier_planes_typed<std::remove_pointer_t<decltype(type)>>(args, main_scale, begin, end);
   });
 }
 

@@ -12,31 +12,9 @@ inline int64_t int8_column_tiles(int64_t columns) { return (columns + kInt8Colum
 
 void int8_quantize_rows(const Int8QuantizeRowsArgs& args, int64_t begin, int64_t end);  // rows
 
-// The outlier columns of rows as two planes (quantrain/ops/int8_outliers.h), beside codes that int8_quantize_rows made
-// with a factor of 0 there. A row with NaN or Inf in either part gets scales NaN, codes and planes 0.
-struct Int8OutlierPlanesArgs {
-  const void* x;               // [rows, columns] of dtype
-  const float* column_factor;  // [columns] or null
-  const int64_t* outliers;     // [count]; negative: a column of zeros
-  const float* main_scale;     // [rows]
-  int8_t* codes;               // [rows, columns]
-  int8_t* planes;              // [rows, 2 count]: hi, then lo
-  float* scale;                // [rows, 2]
-  DType dtype;
-  int64_t rows, columns, count;
-};
-void int8_outlier_planes(const Int8OutlierPlanesArgs& args, int64_t begin, int64_t end);  // rows
-
-// sum[r, j] += (128 hi + lo)[r, c] * scale[r, 1] * weight[c, j] over the columns c, in their order: of so few columns a
-// product of floats costs less than packing them.
-struct Int8OutlierAddArgs {
-  const int8_t* planes;  // [rows, 2 count]
-  const float* scale;    // [rows, 2]
-  const float* weight;   // [count, n]
-  float* sum;            // [rows, n]
-  int64_t count, n;
-};
-void int8_outlier_add(const Int8OutlierAddArgs& args, int64_t begin, int64_t end);  // rows
+// Beside codes and scales [rows] that int8_quantize_rows made with a factor of 0 in the outlier columns.
+void int8_outlier_planes(const Int8QuantizeOutliersArgs& args, const float* main_scale, int64_t begin,
+                         int64_t end);  // rows
 
 void int8_column_absmax(const Int8ColumnAbsmaxArgs& args, int64_t begin, int64_t end);        // column tiles
 void int8_quantize_columns(const Int8QuantizeColumnsArgs& args, int64_t begin, int64_t end);  // column tiles

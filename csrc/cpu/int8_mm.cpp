@@ -208,7 +208,18 @@ QUANTRAIN_INLINE void dequantize_row(const Int8MmArgs& args, const int32_t* sums
   T* d = static_cast<T*>(args.d) + row * args.n + column;
   const float a_scale = args.a_scale ? args.a_scale[row * args.a_scale_stride] : 1.0f;
   const auto store = [&](const auto& b_scale, const auto& bias) QUANTRAIN_INLINE_LAMBDA {
-    if (args.accumulate)
+    if (args.outliers.count > 0) {
+      const float* const scale = args.outliers.scale + row * 2;
+      const int shift = int8_outlier_shift(scale[0], scale[1], args.outliers.count);
+      const int32_t low_unit = 1 << shift, high_unit = kInt8Plane << shift;
+      const float* const high = args.outliers.sums + row * 2 * args.n + column;
+      const float* const low = high + args.n;
+      for (int64_t j = 0; j < n; ++j) {
+        const int32_t sum =
+            sums[j] + static_cast<int32_t>(high[j]) * high_unit + static_cast<int32_t>(low[j]) * low_unit;
+        d[j] = from_float<T>(bias(static_cast<float>(sum) * b_scale(j) * a_scale, j));
+      }
+    } else if (args.accumulate)
       for (int64_t j = 0; j < n; ++j)
         d[j] = from_float<T>(to_float(d[j]) + bias(static_cast<float>(sums[j]) * b_scale(j) * a_scale, j));
     else

@@ -12,6 +12,8 @@ namespace quantrain::cuda {
 
 int int8_quantize_rows(const Int8QuantizeRowsArgs& args, void* stream);
 
+int int8_quantize_outliers(const Int8QuantizeOutliersArgs& args, void* stream);
+
 // int8_quantize_rows and int8_quantize_columns of one x, with the same random numbers, in two readings instead of
 // three.
 struct Int8RowsAndColumnsArgs {

@@ -1,16 +1,19 @@
 """Products of int8 rows some of whose columns are far larger than the others (LLM.int8(), Dettmers et al.,
 arXiv:2208.07339).
 
-Those columns enter as two int8 planes of 15 bits together, so that the whole product is integer, of fixed shapes, and
-waits for nothing::
+Those columns enter as two int8 planes of 15 bits together, on the other columns' grid but for a power of two, so that
+the whole product is one int32 sum, of fixed shapes, and waits for nothing::
 
     main      codes of the row with its outlier columns as 0, scale s1 = absmax of the others / 127
-    planes    q = rint(x / s2), s2 = absmax of the outlier columns / 16256; hi = floor((q + 64) / 128), lo = q - 128 hi
-    product   ((main b^T) s1 + (hi bo^T) 128 s2 + (lo bo^T) s2) b_scale + bias
+    planes    q = rint(x / s2), s2 = s1 2^e with the least e >= 0 for which |q| <= 16256;
+              hi = floor((q + 64) / 128), lo = q - 128 hi
+    product   float(main b^T + ((128 hi + lo) bo^T) 2^e) b_scale s1 + bias
 
-``b`` holds all columns of the weight, ``bo`` its outlier columns again. A row of zeros has scale 1; a NaN or Inf in a
-row makes the row NaN. The bits are the same on CPU and CUDA. No gradients. Errors are ``ValueError`` (values and
-shapes) and ``TypeError`` (element types and devices).
+``b`` holds all columns of the weight, ``bo`` its outlier columns again. e is at most log2(512 / Ko), so that the sum
+fits: in a row whose outliers would need more (more than 4096 times as large as all others, for 16 columns), s1 is
+larger. A row of zeros has scales 1; a NaN or Inf in a row makes the row NaN. The bits are the same on CPU and CUDA, for
+up to 512 outlier columns and K up to 65536; beyond, the product is three products whose sum is float32. No gradients.
+Errors are ``ValueError`` (values and shapes) and ``TypeError`` (element types and devices).
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ def int8_quantize_rows_outliers(
     >>> x = torch.tensor([[1.0, 100.0, -0.5]])
     >>> codes, planes, scale = int8_quantize_rows_outliers(x, torch.tensor([1]))
     >>> codes.tolist(), planes.tolist()
-    ([[127, 0, -64]], [[127, 0]])
+    ([[127, 0, -64]], [[99, 28]])
     """
     _arguments.tensor("int8_quantize_rows_outliers", "input", input)
     return _ops.int8_quantize_rows_outliers(input, outlier_columns, column_factor=column_factor)
@@ -54,7 +57,8 @@ def int8_mm_outliers(
 ) -> Tensor:
     """The product of :func:`int8_quantize_rows_outliers`' rows with an int8 weight.
 
-    Shapes: a, a_planes, a_scale as that function gives them; b int8 ``[N, K]``, b_outlier int8 ``[N, Ko]``, b's outlier
+    Shapes: a, a_planes, a_scale as that function gives them (of other scales' quotient the power of two below it counts,
+    at most the limit above); b int8 ``[N, K]``, b_outlier int8 ``[N, Ko]``, b's outlier
     columns; b_scale float32 of N elements or of one; bias ``[N]`` of a floating type -> ``[..., N]``. out_dtype:
     float32, float16 or bfloat16.
 

@@ -54,17 +54,17 @@ def int8_outliers(d: Draw):
         size = flat_a.double().abs() @ codes.double().abs().t() * flat_s[:, :1] + value.abs() @ apart.double().abs().t()
         size = size * scale.double().flatten() + (0 if bias is None else bias.double().abs())
         step = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
-        # The three sums may overflow where their sum does not.
-        fits = (exact.abs() < torch.finfo(dtype).max / 2) & (size < 1e38)
+        # The sum times b_scale may overflow where that times a_scale does not.
+        fits = (exact.abs() < torch.finfo(dtype).max / 2) & (size / flat_s[:, :1].clamp_max(1.0) < 1e38)
         off = (y.cpu().double().reshape(-1, n) - exact).abs()
         within = (off <= step * exact.abs() + 1e-5 * size + 1e-7) | ~fits
         check(
             bool(within[good].all()),
             f"int8_mm_outliers on {device}: off by {float(off[good].max()) if good.any() else 0}",
         )
-        kept.append((a, planes, s))
+        kept.append((a, planes, s, y))
     for one, cpu in zip(kept[-1], kept[0], strict=True):
-        same_bits(one, cpu, "int8_quantize_rows_outliers on CPU and CUDA")
+        same_bits(one, cpu, "int8_quantize_rows_outliers and int8_mm_outliers on CPU and CUDA")
 
 
 @drawn("int8_outlier_columns")

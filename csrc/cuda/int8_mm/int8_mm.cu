@@ -48,7 +48,19 @@ __device__ __forceinline__ void copy_operand(uint32_t shared, const int8_t* __re
   }
 }
 
-template <typename Out>
+// One operand's part of a step over outlier columns: 32 of them from `column` on, of `columns` in rows of `stride`.
+__device__ __forceinline__ void fill_operand(int8_t* shared, const int8_t* __restrict__ x, int64_t first_row,
+                                             int64_t rows, int64_t column, int64_t columns, int64_t stride) {
+  const int row = static_cast<int>(threadIdx.x) / 2, chunk = static_cast<int>(threadIdx.x) % 2;
+  const int64_t first = column + chunk * kChunk;
+  alignas(kChunk) int8_t codes[kChunk];
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i)
+    codes[i] = first_row + row < rows && first + i < columns ? x[(first_row + row) * stride + first + i] : int8_t{0};
+  *reinterpret_cast<uint4*>(shared + chunk_place(row, chunk)) = *reinterpret_cast<const uint4*>(codes);
+}
+
+template <typename Out, bool kOutliers>
 __global__ void __launch_bounds__(kThreads, 2) int8_mm_kernel(const Int8MmArgs g, int row_tiles, int column_tiles) {
   extern __shared__ __align__(128) int8_t shared_bytes[];
   const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(shared_bytes));
@@ -71,66 +83,93 @@ __global__ void __launch_bounds__(kThreads, 2) int8_mm_kernel(const Int8MmArgs g
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_row = warp / 4 * 64, warp_column = warp % 4 * 32;
   int sums[4][4][4] = {};  // four tiles of 16 rows by four of 8 columns
+  // Half a stage's depth, 32 bytes.
+  const auto multiply = [&](uint32_t a_stage, int half) {
+    const uint32_t b_stage = a_stage + kTile * kDepth;
+    uint32_t a[4][4], b[2][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      ptx::ldmatrix_x4(a[i], a_stage + chunk_place(warp_row + i * 16 + lane % 16, half * 2 + lane / 16));
+    // Two column tiles at once: rows 0 to 7 and 8 to 15 of b, each with both chunks.
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+      ptx::ldmatrix_x4(b[j],
+                       b_stage + chunk_place(warp_column + j * 16 + lane % 8 + lane / 16 * 8, half * 2 + lane / 8 % 2));
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        ptx::mma_m16n8k32<true>(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+  };
+  const auto for_rows = [&](const auto& f) {  // f(row of the tile's, i, r) for this thread's
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) f(first_row + warp_row + i * 16 + r * 8 + lane / 4, i, r);
+  };
+  if constexpr (kOutliers) {
+    // hi, then lo of the outlier columns, 32 at a time, in the first stage.
+    const int64_t count = g.outliers.count;
+    for (int plane = 0; plane < 2; ++plane) {
+      if (plane == 1) {
+#pragma unroll
+        for (int i = 0; i < 64; ++i) sums[i / 16][i / 4 % 4][i % 4] *= kInt8Plane;
+      }
+      for (int64_t column = 0; column < count; column += 32) {
+        __syncthreads();
+        fill_operand(shared_bytes, g.outliers.planes + plane * count, first_row, g.m, column, count, 2 * count);
+        fill_operand(shared_bytes + kTile * kDepth, g.outliers.codes, first_column, g.n, column, count, count);
+        __syncthreads();
+        multiply(shared, 0);
+      }
+    }
+    for_rows([&](int64_t row, int i, int r) {
+      const float* scale = g.outliers.scale + row * 2;
+      const int shift = row < g.m ? int8_outlier_shift(scale[0], scale[1], count) : 0;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sums[i][j / 2][r * 2 + j % 2] <<= shift;
+    });
+    __syncthreads();
+  }
   const int64_t steps = (g.k + kDepth - 1) / kDepth;
   for (int s = 0; s < kStages - 1; ++s) start_stage(s);
   for (int64_t step = 0; step < steps; ++step) {
     ptx::cp_async_wait_group<kStages - 2>();
     __syncthreads();
     start_stage(step + kStages - 1);
-    const uint32_t a_stage = shared + static_cast<uint32_t>(step % kStages) * kStageBytes;
-    const uint32_t b_stage = a_stage + kTile * kDepth;
 #pragma unroll
-    for (int half = 0; half < kDepth / 32; ++half) {
-      uint32_t a[4][4], b[2][4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        ptx::ldmatrix_x4(a[i], a_stage + chunk_place(warp_row + i * 16 + lane % 16, half * 2 + lane / 16));
-      // Two column tiles at once: rows 0 to 7 and 8 to 15 of b, each with both chunks.
-#pragma unroll
-      for (int j = 0; j < 2; ++j)
-        ptx::ldmatrix_x4(
-            b[j], b_stage + chunk_place(warp_column + j * 16 + lane % 8 + lane / 16 * 8, half * 2 + lane / 8 % 2));
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-          ptx::mma_m16n8k32<true>(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
-    }
+    for (int half = 0; half < kDepth / 32; ++half)
+      multiply(shared + static_cast<uint32_t>(step % kStages) * kStageBytes, half);
   }
   ptx::cp_async_wait_group<0>();
 
   Out* __restrict__ d = static_cast<Out*>(g.d);
+  for_rows([&](int64_t row, int i, int r) {
+    if (row >= g.m) return;
+    const float a_scale = g.a_scale ? g.a_scale[row * g.a_scale_stride] : 1.0f;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j < 4; ++j) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int64_t row = first_row + warp_row + i * 16 + r * 8 + lane / 4;
-      if (row >= g.m) continue;
-      const float a_scale = g.a_scale ? g.a_scale[row * g.a_scale_stride] : 1.0f;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int64_t column = first_column + warp_column + j * 8 + lane % 4 * 2 + c;
-          if (column >= g.n) continue;
-          const float b_scale = g.b_scale ? g.b_scale[column * g.b_scale_stride] : 1.0f;
-          Out* at = d + row * g.n + column;
-          const float added = g.accumulate ? to_float(*at) : g.bias ? g.bias[column] : 0.0f;
-          *at = from_float<Out>((static_cast<float>(sums[i][j][r * 2 + c]) * b_scale) * a_scale + added);
-        }
+      for (int c = 0; c < 2; ++c) {
+        const int64_t column = first_column + warp_column + j * 8 + lane % 4 * 2 + c;
+        if (column >= g.n) continue;
+        const float b_scale = g.b_scale ? g.b_scale[column * g.b_scale_stride] : 1.0f;
+        Out* at = d + row * g.n + column;
+        const float added = g.accumulate ? to_float(*at) : g.bias ? g.bias[column] : 0.0f;
+        *at = from_float<Out>((static_cast<float>(sums[i][j][r * 2 + c]) * b_scale) * a_scale + added);
       }
     }
-  }
+  });
 }
 
-template <typename Out>
+template <typename Out, bool kOutliers>
 int launch_sm80(const Int8MmArgs& a, cudaStream_t stream) {
-  if (const auto error =
-          cudaFuncSetAttribute(int8_mm_kernel<Out>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes))
+  const auto kernel = int8_mm_kernel<Out, kOutliers>;
+  if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes))
     return error;
   const auto row_tiles = static_cast<int>(ceil_div(a.m, kTile)), column_tiles = static_cast<int>(ceil_div(a.n, kTile));
   const int64_t tiles = static_cast<int64_t>(row_tiles) * column_tiles;
-  int8_mm_kernel<Out><<<static_cast<unsigned>(tiles), kThreads, kSharedBytes, stream>>>(a, row_tiles, column_tiles);
+  kernel<<<static_cast<unsigned>(tiles), kThreads, kSharedBytes, stream>>>(a, row_tiles, column_tiles);
   return cudaGetLastError();
 }
 
@@ -160,6 +199,58 @@ constexpr Candidate kNarrowStreamK = {QUANTRAIN_CANDIDATE(stream_k_128x128_2x1),
 constexpr Candidate kWide[] = {{QUANTRAIN_CANDIDATE(cooperative_128x256_2x1_float32), 128, 256, 2, 5.07, 3.37, 1.2}};
 constexpr Candidate kWideStreamK = {QUANTRAIN_CANDIDATE(stream_k_128x128_2x1_float32), 128, 128, 2, 2.69, 0.0, 10.5};
 constexpr Candidate kAccumulate = {QUANTRAIN_CANDIDATE(cooperative_128x128_2x1_accumulate), 128, 128, 2, 0, 0, 0};
+
+// Of the same times: a tile of depth more, and their loops are the same but for it.
+constexpr Candidate kWithOutliers[] = {
+    {QUANTRAIN_CANDIDATE(pingpong_128x128_2x1_outliers), 128, 128, 2, 2.58, 0.87, 3.9},
+    {QUANTRAIN_CANDIDATE(pingpong_64x128_2x1_outliers), 64, 128, 2, 1.70, 0.55, 3.2},
+};
+
+// ---- Hopper: outlier columns as the kernels load them ---------------------------------------------------------------
+
+constexpr int kSideChunks = sm90::kInt8SideBytes / kChunk;
+
+// A thread for each 16 bytes of `side`: two of hi, two of lo, one with the shift, whose thread also writes s1.
+__global__ void __launch_bounds__(kThreads) side_kernel(const Int8MmOutliers o, int64_t m,
+                                                        uint4* __restrict__ side,     // [m, kSideChunks]
+                                                        float* __restrict__ a_scale)  // [m]
+{
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t row = index / kSideChunks;
+  if (row >= m) return;
+  const auto chunk = static_cast<int>(index - row * kSideChunks);
+  alignas(kChunk) int8_t bytes[kChunk] = {};
+  if (chunk == kSideChunks - 1) {
+    const float s1 = o.scale[row * 2], s2 = o.scale[row * 2 + 1];
+    *reinterpret_cast<int*>(bytes) = int8_outlier_shift(s1, s2, o.count);
+    a_scale[row] = s1;
+  } else {
+    const int first = chunk % 2 * kChunk;
+    const int8_t* __restrict__ plane = o.planes + (row * 2 + chunk / 2) * o.count;
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i)
+      if (first + i < o.count) bytes[i] = plane[first + i];
+  }
+  side[index] = *reinterpret_cast<const uint4*>(bytes);
+}
+
+// In the workspace before the kernel's own: side, then s1.
+int64_t side_bytes(int64_t m) { return ceil_div(m * sm90::kInt8SideBytes, 256) * 256; }
+int64_t side_and_scale_bytes(int64_t m) { return side_bytes(m) + ceil_div(m * int64_t{sizeof(float)}, 256) * 256; }
+
+int prepare_outliers(Int8MmArgs& a, cudaStream_t stream) {
+  auto* const workspace = static_cast<int8_t*>(a.workspace);
+  auto* const a_scale = reinterpret_cast<float*>(workspace + side_bytes(a.m));
+  side_kernel<<<grid_for(a.m * kSideChunks, kThreads), kThreads, 0, stream>>>(
+      a.outliers, a.m, reinterpret_cast<uint4*>(workspace), a_scale);
+  a.outliers.side = workspace;
+  a.a_scale = a_scale;
+  a.a_scale_stride = 1;
+  a.workspace = workspace + side_and_scale_bytes(a.m);
+  return cudaGetLastError();
+}
+
+// ---- Hopper: the choice ---------------------------------------------------------------------------------------------
 
 struct Choice {
   const Candidate* kernel = nullptr;
@@ -191,6 +282,14 @@ Choice choose(const Int8MmArgs& a, const Int8MmKernel& asked) {
     if (!is_aligned(pointer)) return {};
   Choice choice;
   const int multiprocessors = choice.tuning.multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
+  if (a.outliers.count > 0) {
+    constexpr int64_t kMost = sm90::kInt8SideColumns;
+    if (!narrow || a.outliers.count > kMost || a.outliers.count % kChunk != 0 || !is_aligned(a.outliers.codes))
+      return {};
+    const auto time = [&](const Candidate& c) { return expected_time(c, a, multiprocessors); };
+    choice.kernel = &kWithOutliers[time(kWithOutliers[1]) < time(kWithOutliers[0]) ? 1 : 0];
+    return choice;
+  }
   if (a.accumulate) {
     if (!narrow) choice.kernel = &kAccumulate;
     return choice;
@@ -234,19 +333,30 @@ int compute_capability() {
 
 size_t int8_mm_workspace([[maybe_unused]] const Int8MmArgs& a, [[maybe_unused]] const Int8MmKernel& asked) {
 #if defined(QUANTRAIN_WITH_SM90)
-  if (const Choice choice = choose(a, asked); choice.kernel) return choice.kernel->workspace(a, choice.tuning);
+  if (const Choice choice = choose(a, asked); choice.kernel)
+    return choice.kernel->workspace(a, choice.tuning) +
+           (a.outliers.count > 0 ? static_cast<size_t>(side_and_scale_bytes(a.m)) : 0);
 #endif
   return 0;
 }
 
 int int8_mm(const Int8MmArgs& a, void* stream, const Int8MmKernel& asked) {
 #if defined(QUANTRAIN_WITH_SM90)
-  if (const Choice choice = choose(a, asked); choice.kernel) return choice.kernel->run(a, choice.tuning, stream);
+  if (const Choice choice = choose(a, asked); choice.kernel) {
+    Int8MmArgs args = a;
+    if (a.outliers.count > 0) {
+      if (const int error = prepare_outliers(args, static_cast<cudaStream_t>(stream))) return error;
+    }
+    return choice.kernel->run(args, choice.tuning, stream);
+  }
 #endif
   if (!asked.name.empty() && asked.name != "mma_128x128") return cudaErrorInvalidValue;
   int error = cudaSuccess;
   dispatch_float(a.dtype, [&](auto* type) {
-    error = launch_sm80<std::remove_pointer_t<decltype(type)>>(a, static_cast<cudaStream_t>(stream));
+    using Out = std::remove_pointer_t<decltype(type)>;
+    dispatch_bool(a.outliers.count > 0, [&](auto outliers) {
+      error = launch_sm80<Out, outliers.value>(a, static_cast<cudaStream_t>(stream));
+    });
   });
   return error;
 }

@@ -45,30 +45,74 @@ def test_the_product_is_that_of_float64(device, dtype, m, n, k, outliers):
     assert (found - want).norm() <= 2e-3 * want.norm()
 
 
+def exact_product(rows, planes, s, codes, columns, scale, bias=None):
+    """In int64, then the epilogue in float32, on the CPU."""
+    rows, planes, s, codes, columns, scale = (t.cpu() for t in (rows, planes, s, codes, columns, scale))
+    count = len(columns)
+    apart = codes.index_select(1, columns.clamp_min(0)).long()
+    shift = torch.log2(s[:, 1:] / s[:, :1]).long()
+    side = (128 * planes[:, :count].long() + planes[:, count:].long()) @ apart.t() * 2**shift
+    total = rows.long() @ codes.long().t() + side
+    assert total.abs().max() < 2**31
+    y = total.float() * scale.reshape(1, -1) * s[:, :1]
+    return y if bias is None else y + bias.cpu()
+
+
 @DEVICES
-def test_the_product_of_given_codes_is_exact_but_for_float32(device):
-    x, columns, codes, scale = operands(70, 33, 200, 16, device=device)
+@pytest.mark.parametrize(
+    "m, n, k, outliers",
+    [(70, 33, 200, 16), (1, 8, 16, 3), (130, 72, 576, 16), (40, 128, 128, 32), (9, 24, 48, 40), (200, 264, 1040, 16)],
+)
+@DTYPES
+def test_the_product_of_codes_is_exact(device, dtype, m, n, k, outliers):
+    x, columns, codes, scale = operands(m, n, k, outliers, seed=k, device=device)
+    x[0, columns] *= 100  # a row whose outliers are shifted
+    if m > 2:
+        x[1, columns] *= 1e6  # and one with more than a shift takes
+        x[2].zero_()
+        x[2, columns[0]] = 3.0
+    bias = torch.randn(n, device=device)
     rows, planes, s = quantrain.int8_quantize_rows_outliers(x, columns)
-    found = quantrain.int8_mm_outliers(rows, planes, s, codes, codes[:, columns], scale)
-    apart = codes[:, columns].double().t()
-    want = (
-        rows.double() @ codes.double().t() * s[:, :1]
-        + (128 * planes[:, :16].double() + planes[:, 16:].double()) @ apart * s[:, 1:]
-    )
-    want = want * scale.double().t()
-    assert ((found.double() - want).abs() <= 1e-6 * want.abs().max()).all()
+    limit = 512 // outliers
+    assert ((s[:, 1:] / s[:, :1]).log2() % 1 == 0).all() and (s[:, 1:] <= s[:, :1] * limit).all()
+    found = quantrain.int8_mm_outliers(rows, planes, s, codes, codes[:, columns], scale, bias, out_dtype=dtype)
+    assert torch.equal(found.cpu(), exact_product(rows, planes, s, codes, columns, scale, bias).to(dtype))
 
 
 def test_planes_hold_15_bits():
     x, columns, *_ = operands(64, 1, 128, 16)
+    x[:8, columns] *= 300
     codes, planes, scale = quantrain.int8_quantize_rows_outliers(x, columns)
     hi, lo = planes[:, :16].double(), planes[:, 16:].double()
     assert lo.min() >= -64 and lo.max() <= 63
     value = (128 * hi + lo) * scale[:, 1:].double()
-    assert ((value - x[:, columns].double()).abs() <= 0.5001 * scale[:, 1:]).all()
+    assert ((value - x[:, columns].double()).abs() <= 0.501 * scale[:, 1:]).all()
     assert (codes[:, columns] == 0).all()
-    exact = torch.round(x.index_fill(1, columns, 0) / scale[:, :1])
+    main = x.index_fill(1, columns, 0)
+    exact = torch.round(main / scale[:, :1])
     assert (codes.double() - exact).abs().max() <= 1
+    want = reference.outlier_scales(main.double().abs().amax(1), x[:, columns].double().abs().amax(1), 16)
+    for found, exact in zip(scale.double().unbind(1), want, strict=True):
+        assert ((found - exact).abs() <= 1e-6 * exact).all()
+    # The step is the other columns', or the least power of two times it.
+    assert ((128 * hi + lo).abs().amax(1) > 8000).logical_or(scale[:, 0] == scale[:, 1]).all()
+
+
+@pytest.mark.parametrize("large", [5000.0, 1e8, 1e30])
+def test_a_row_with_an_outlier_beyond_the_limit_has_a_larger_scale(large):
+    x, columns, codes, scale = operands(4, 6, 64, 16)
+    x = x.clamp(-1, 1)
+    x[1, columns[3]] = large
+    found = product(x, columns, codes, scale)
+    want = x.double() @ (codes * scale).double().t()
+    assert ((found - want)[1].norm() <= 2e-4 * want[1].norm()) and (found - want).norm() <= 2e-2 * want.norm()
+
+
+def test_more_outliers_than_one_sum_takes():
+    x, columns, codes, scale = operands(3, 5, 700, 600)
+    found = product(x, columns, codes, scale)
+    want = x.double() @ (codes * scale).double().t()
+    assert (found - want).norm() <= 2e-3 * want.norm()
 
 
 def test_a_column_factor_comes_first():

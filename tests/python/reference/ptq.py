@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -43,16 +45,21 @@ def gptq(
     return codes
 
 
+def outlier_scales(main_absmax: Tensor, absmax: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(s1, s2) of rows, float64: s2 = s1 2^e, the least e for which absmax / s2 fits 16256, Ko 2^e <= 512."""
+    limit = int(math.log2(512 // max(count, 1))) if count <= 512 else 0
+    s1 = torch.maximum(main_absmax / 127, absmax / (16256 * 2**limit))
+    s1 = torch.where(s1 == 0, 1.0, s1)
+    e = torch.ceil(torch.log2(absmax / (16256 * s1))).clamp(0, limit)
+    return s1, s1 * 2**e
+
+
 def outlier_product(x: Tensor, columns: list[int], codes: Tensor, scale: Tensor) -> Tensor:
-    """x W^T with W = codes * scale: outlier columns at 15 bits, the others at 8, each row by its absmax."""
+    """x W^T with W = codes * scale: outlier columns at 15 bits, the others at 8."""
     x, w = x.double(), codes.double() * scale.double().reshape(-1, 1)
     main = x.clone()
     main[:, columns] = 0
-    s1 = main.abs().amax(1, keepdim=True) / 127
-    s1 = torch.where(s1 == 0, 1.0, s1)
     apart = x[:, columns]
-    if not columns:
-        return (torch.round(main / s1) * s1) @ w.t()
-    s2 = apart.abs().amax(1, keepdim=True) / 16256
-    s2 = torch.where(s2 == 0, 1.0, s2)
+    largest = apart.abs().amax(1, keepdim=True) if columns else torch.zeros(len(x), 1, dtype=torch.float64)
+    s1, s2 = outlier_scales(main.abs().amax(1, keepdim=True), largest, len(columns))
     return (torch.round(main / s1) * s1) @ w.t() + (torch.round(apart / s2) * s2) @ w[:, columns].t()

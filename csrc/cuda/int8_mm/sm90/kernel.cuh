@@ -24,6 +24,7 @@
 #include <cutlass/util/packed_stride.hpp>
 
 #include "csrc/cuda/int8_mm/sm90/kernels.h"
+#include "csrc/cuda/int8_mm/sm90/with_outliers.cuh"
 
 namespace quantrain::cuda::sm90 {
 
@@ -77,8 +78,12 @@ struct StreamK {
   using Scheduler = cutlass::gemm::StreamKScheduler;
 };
 
-template <typename Out, typename Schedule, int kTileM, int kTileN, int kClusterM, int kClusterN, bool kAccumulate>
+// What a kernel does beside the product.
+enum class Extra { kNone, kAccumulate, kOutliers };
+
+template <typename Out, typename Schedule, int kTileM, int kTileN, int kClusterM, int kClusterN, Extra kExtra>
 struct Kernel {
+  static constexpr bool kAccumulate = kExtra == Extra::kAccumulate, kOutliers = kExtra == Extra::kOutliers;
   using Tile = cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::_128>;
   using Cluster = cute::Shape<cute::Int<kClusterM>, cute::Int<kClusterN>, cute::_1>;
   static constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
@@ -105,11 +110,12 @@ struct Kernel {
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
       cutlass::epilogue::collective::EpilogueTileAuto, int32_t, float, ElementC, RowMajor, kAlignOut, Out, RowMajor,
       kAlignOut, typename Schedule::Epilogue, Fusion>::CollectiveOp;
-  using Main = typename cutlass::gemm::collective::CollectiveBuilder<
+  using Plain = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, int8_t, RowMajor, kAlignIn, int8_t,
       cutlass::layout::ColumnMajor, kAlignIn, int32_t, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
       typename Schedule::Main>::CollectiveOp;
+  using Main = std::conditional_t<kOutliers, WithOutliers<Plain>, Plain>;
   using GemmKernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Main, Epilogue,
                                                           typename Schedule::Scheduler>;
   using Arguments = typename GemmKernel::Arguments;
@@ -131,7 +137,15 @@ struct Kernel {
     } else {
       epilogue = {{a_scale, product, {a.bias, 0.0f, {}}, output}, nullptr, {}, static_cast<Out*>(a.d), stride_d};
     }
-    Arguments result{cutlass::gemm::GemmUniversalMode::kGemm, {m, n, k, 1}, {a.a, stride_a, a.b, stride_b}, epilogue};
+    typename GemmKernel::MainloopArguments main{};
+    int depth = k;
+    if constexpr (kOutliers) {
+      main = {{a.a, stride_a, a.b, stride_b}, a.outliers.side, a.outliers.codes, static_cast<int>(a.outliers.count)};
+      depth += WithOutliers<Plain>::kDepth;
+    } else {
+      main = {a.a, stride_a, a.b, stride_b};
+    }
+    Arguments result{cutlass::gemm::GemmUniversalMode::kGemm, {m, n, depth, 1}, main, epilogue};
     result.hw_info.sm_count = tuning.multiprocessors;
     result.scheduler.max_swizzle_size = tuning.swizzle;
     if constexpr (std::is_same_v<Schedule, StreamK>) {
@@ -173,12 +187,12 @@ struct Kernel {
 
 }  // namespace quantrain::cuda::sm90
 
-#define QUANTRAIN_INT8_SM90(name, Out, Schedule, tile_m, tile_n, cluster_m, cluster_n, accumulate)             \
-  namespace quantrain::cuda::sm90 {                                                                            \
-  size_t name##_workspace(const Int8MmArgs& args, const Tuning& tuning) {                                      \
-    return Kernel<Out, Schedule, tile_m, tile_n, cluster_m, cluster_n, accumulate>::workspace(args, tuning);   \
-  }                                                                                                            \
-  int name(const Int8MmArgs& args, const Tuning& tuning, void* stream) {                                       \
-    return Kernel<Out, Schedule, tile_m, tile_n, cluster_m, cluster_n, accumulate>::run(args, tuning, stream); \
-  }                                                                                                            \
+#define QUANTRAIN_INT8_SM90(name, Out, Schedule, tile_m, tile_n, cluster_m, cluster_n, extra)             \
+  namespace quantrain::cuda::sm90 {                                                                       \
+  size_t name##_workspace(const Int8MmArgs& args, const Tuning& tuning) {                                 \
+    return Kernel<Out, Schedule, tile_m, tile_n, cluster_m, cluster_n, extra>::workspace(args, tuning);   \
+  }                                                                                                       \
+  int name(const Int8MmArgs& args, const Tuning& tuning, void* stream) {                                  \
+    return Kernel<Out, Schedule, tile_m, tile_n, cluster_m, cluster_n, extra>::run(args, tuning, stream); \
+  }                                                                                                       \
   }

@@ -14,6 +14,10 @@ struct Tuning {
   int splits = 0;  // stream-K: parts of a sum; 0: CUTLASS chooses
 };
 
+// Of Int8MmOutliers::side (with_outliers.cuh): bytes of a row.
+constexpr int kInt8SideBytes = 80;
+constexpr int64_t kInt8SideColumns = 32;  // that such a row holds
+
 #define QUANTRAIN_DECLARE_INT8_SM90(name)                                \
   size_t name##_workspace(const Int8MmArgs& args, const Tuning& tuning); \
   int name(const Int8MmArgs& args, const Tuning& tuning, void* stream)
@@ -24,6 +28,8 @@ QUANTRAIN_DECLARE_INT8_SM90(pingpong_64x128_2x1);
 QUANTRAIN_DECLARE_INT8_SM90(cooperative_128x192_2x1);
 QUANTRAIN_DECLARE_INT8_SM90(cooperative_128x256_1x1);
 QUANTRAIN_DECLARE_INT8_SM90(stream_k_128x128_2x1);
+QUANTRAIN_DECLARE_INT8_SM90(pingpong_128x128_2x1_outliers);
+QUANTRAIN_DECLARE_INT8_SM90(pingpong_64x128_2x1_outliers);
 // float32
 QUANTRAIN_DECLARE_INT8_SM90(cooperative_128x256_2x1_float32);
 QUANTRAIN_DECLARE_INT8_SM90(stream_k_128x128_2x1_float32);
