@@ -54,6 +54,16 @@ void check_parameter(std::string_view op, const char* name, const OptionalTensor
                         detail::shape_text(*parameter), detail::shape_text(input));
 }
 
+// Any shape of so many elements, as int8_quantize_rows takes it.
+void check_factor(std::string_view op, const OptionalTensor& factor, const at::Tensor& input) {
+  if (!factor) return;
+  detail::check_type(op, "column_factor", *factor, at::kFloat, "float32");
+  detail::check_device(op, "column_factor", *factor, input, "input's");
+  QUANTRAIN_CHECK_VALUE(TORCH_GUARD_OR_TRUE(factor->sym_numel().sym_eq(input.sym_size(-1))),
+                        "{}: expected column_factor of {} elements, got {}", op, c10::str(input.sym_size(-1)),
+                        detail::shape_text(*factor));
+}
+
 Pair allocate(const at::Tensor& input) {
   std::vector<c10::SymInt> scale_sizes(input.sym_sizes().begin(), input.sym_sizes().end());
   scale_sizes.back() = 1;
@@ -71,6 +81,7 @@ struct Norm {
   double eps;
   bool rms;
   bool post_norm;
+  OptionalTensor column_factor;
 };
 
 Triple norm_meta(const Norm& n) {
@@ -78,6 +89,7 @@ Triple norm_meta(const Norm& n) {
   if (n.residual) check_same(n.op, "residual", *n.residual, n.input);
   check_parameter(n.op, "weight", n.weight, n.input);
   check_parameter(n.op, "bias", n.bias, n.input);
+  check_factor(n.op, n.column_factor, n.input);
   QUANTRAIN_CHECK_TYPE(!n.weight || !n.bias || n.weight->scalar_type() == n.bias->scalar_type(),
                        "{}: expected weight and bias of one type, got {} and {}", n.op,
                        c10::toString(n.weight->scalar_type()), c10::toString(n.bias->scalar_type()));
@@ -93,6 +105,7 @@ Triple norm_kernel(const Norm& n) {
   const at::Tensor x = n.input.contiguous(), residual = n.residual ? n.residual->contiguous() : at::Tensor();
   const at::Tensor weight = n.weight ? n.weight->contiguous() : at::Tensor();
   const at::Tensor bias = n.bias ? n.bias->contiguous() : at::Tensor();
+  const at::Tensor factor = n.column_factor ? n.column_factor->contiguous() : at::Tensor();
   const auto pointer = [](const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; };
   const int64_t columns = x.size(-1);
   const Int8NormArgs args{x.const_data_ptr(),
@@ -110,7 +123,8 @@ Triple norm_kernel(const Norm& n) {
                           columns,
                           static_cast<float>(n.eps),
                           n.rms,
-                          n.post_norm};
+                          n.post_norm,
+                          static_cast<const float*>(pointer(factor))};
   run_tasks(args, args.rows, std::max<int64_t>(32768 / columns, 1), x, QUANTRAIN_KERNELS(int8_norm));
   return result;
 }
@@ -124,31 +138,33 @@ Triple run_norm(const Norm& n) {
 }
 
 template <bool kMeta>
-Pair layer_norm(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
-  return codes_of(run_norm<kMeta>({"int8_layer_norm", input, {}, weight, bias, eps, /*rms=*/false, false}));
+Pair layer_norm(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+                const OptionalTensor& factor) {
+  return codes_of(run_norm<kMeta>({"int8_layer_norm", input, {}, weight, bias, eps, /*rms=*/false, false, factor}));
 }
 
 template <bool kMeta>
-Pair rms_norm(const at::Tensor& input, const OptionalTensor& weight, double eps) {
-  return codes_of(run_norm<kMeta>({"int8_rms_norm", input, {}, weight, {}, eps, /*rms=*/true, false}));
+Pair rms_norm(const at::Tensor& input, const OptionalTensor& weight, double eps, const OptionalTensor& factor) {
+  return codes_of(run_norm<kMeta>({"int8_rms_norm", input, {}, weight, {}, eps, /*rms=*/true, false, factor}));
 }
 
 template <bool kMeta>
 Triple add_layer_norm(const at::Tensor& input, const at::Tensor& residual, const OptionalTensor& weight,
-                      const OptionalTensor& bias, double eps, bool post_norm) {
-  return run_norm<kMeta>({"int8_add_layer_norm", input, residual, weight, bias, eps, /*rms=*/false, post_norm});
+                      const OptionalTensor& bias, double eps, bool post_norm, const OptionalTensor& factor) {
+  return run_norm<kMeta>({"int8_add_layer_norm", input, residual, weight, bias, eps, /*rms=*/false, post_norm, factor});
 }
 
 template <bool kMeta>
 Triple add_rms_norm(const at::Tensor& input, const at::Tensor& residual, const OptionalTensor& weight, double eps,
-                    bool post_norm) {
-  return run_norm<kMeta>({"int8_add_rms_norm", input, residual, weight, {}, eps, /*rms=*/true, post_norm});
+                    bool post_norm, const OptionalTensor& factor) {
+  return run_norm<kMeta>({"int8_add_rms_norm", input, residual, weight, {}, eps, /*rms=*/true, post_norm, factor});
 }
 
 Pair activation_kernel(const at::Tensor& input, const OptionalTensor& up, Int8Activation activation,
-                       const Pair& result) {
+                       const OptionalTensor& column_factor, const Pair& result) {
   if (input.numel() == 0) return result;
   const at::Tensor x = input.contiguous(), other = up ? up->contiguous() : at::Tensor();
+  const at::Tensor factor = column_factor ? column_factor->contiguous() : at::Tensor();
   const auto& [codes, scale] = result;
   const Int8ActivationArgs args{x.const_data_ptr(),
                                 other.defined() ? other.const_data_ptr() : nullptr,
@@ -157,29 +173,33 @@ Pair activation_kernel(const at::Tensor& input, const OptionalTensor& up, Int8Ac
                                 dtype_of(x),
                                 x.numel() / x.size(-1),
                                 x.size(-1),
-                                activation};
+                                activation,
+                                factor.defined() ? factor.const_data_ptr<float>() : nullptr};
   run_tasks(args, args.rows, std::max<int64_t>(8192 / args.columns, 1), x, QUANTRAIN_KERNELS(int8_activation));
   return result;
 }
 
 template <bool kMeta>
-Pair gelu(const at::Tensor& input, std::string_view approximate) {
+Pair gelu(const at::Tensor& input, std::string_view approximate, const OptionalTensor& factor) {
   check_input("int8_gelu", "input", input);
+  check_factor("int8_gelu", factor, input);
   QUANTRAIN_CHECK_VALUE(approximate == "none" || approximate == "tanh",
                         "int8_gelu: expected approximate none or tanh, got '{}'", approximate);
   const Pair result = allocate(input);
   if constexpr (kMeta) return result;
   return activation_kernel(input, std::nullopt,
-                           approximate == "none" ? Int8Activation::kGeluErf : Int8Activation::kGeluTanh, result);
+                           approximate == "none" ? Int8Activation::kGeluErf : Int8Activation::kGeluTanh, factor,
+                           result);
 }
 
 template <bool kMeta>
-Pair silu_mul(const at::Tensor& gate, const at::Tensor& up) {
+Pair silu_mul(const at::Tensor& gate, const at::Tensor& up, const OptionalTensor& factor) {
   check_input("int8_silu_mul", "gate", gate);
   check_same("int8_silu_mul", "up", up, gate);
+  check_factor("int8_silu_mul", factor, gate);
   const Pair result = allocate(gate);
   if constexpr (kMeta) return result;
-  return activation_kernel(gate, up, Int8Activation::kSiluMul, result);
+  return activation_kernel(gate, up, Int8Activation::kSiluMul, factor, result);
 }
 
 Int8Codes as_codes(Pair pair) { return {std::move(std::get<0>(pair)), std::move(std::get<1>(pair))}; }
@@ -193,37 +213,39 @@ Int8AddNorm as_add_norm(Triple triple) {
 
 // ---- public functions -----------------------------------------------------------------------------------------------
 
-Int8Codes int8_layer_norm(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                          double eps) {
+Int8Codes int8_layer_norm(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+                          const OptionalTensor& column_factor) {
   static const auto op = find_operator<decltype(layer_norm<false>)>("int8_layer_norm");
-  return as_codes(op.call(input, weight, bias, eps));
+  return as_codes(op.call(input, weight, bias, eps, column_factor));
 }
 
-Int8Codes int8_rms_norm(const at::Tensor& input, const OptionalTensor& weight, double eps) {
+Int8Codes int8_rms_norm(const at::Tensor& input, const OptionalTensor& weight, double eps,
+                        const OptionalTensor& column_factor) {
   static const auto op = find_operator<decltype(rms_norm<false>)>("int8_rms_norm");
-  return as_codes(op.call(input, weight, eps));
+  return as_codes(op.call(input, weight, eps, column_factor));
 }
 
 Int8AddNorm int8_add_layer_norm(const at::Tensor& input, const at::Tensor& residual, const OptionalTensor& weight,
-                                const OptionalTensor& bias, double eps, bool post_norm) {
+                                const OptionalTensor& bias, double eps, bool post_norm,
+                                const OptionalTensor& column_factor) {
   static const auto op = find_operator<decltype(add_layer_norm<false>)>("int8_add_layer_norm");
-  return as_add_norm(op.call(input, residual, weight, bias, eps, post_norm));
+  return as_add_norm(op.call(input, residual, weight, bias, eps, post_norm, column_factor));
 }
 
 Int8AddNorm int8_add_rms_norm(const at::Tensor& input, const at::Tensor& residual, const OptionalTensor& weight,
-                              double eps, bool post_norm) {
+                              double eps, bool post_norm, const OptionalTensor& column_factor) {
   static const auto op = find_operator<decltype(add_rms_norm<false>)>("int8_add_rms_norm");
-  return as_add_norm(op.call(input, residual, weight, eps, post_norm));
+  return as_add_norm(op.call(input, residual, weight, eps, post_norm, column_factor));
 }
 
-Int8Codes int8_gelu(const at::Tensor& input, std::string_view approximate) {
+Int8Codes int8_gelu(const at::Tensor& input, std::string_view approximate, const OptionalTensor& column_factor) {
   static const auto op = find_operator<decltype(gelu<false>)>("int8_gelu");
-  return as_codes(op.call(input, approximate));
+  return as_codes(op.call(input, approximate, column_factor));
 }
 
-Int8Codes int8_silu_mul(const at::Tensor& gate, const at::Tensor& up) {
+Int8Codes int8_silu_mul(const at::Tensor& gate, const at::Tensor& up, const OptionalTensor& column_factor) {
   static const auto op = find_operator<decltype(silu_mul<false>)>("int8_silu_mul");
-  return as_codes(op.call(gate, up));
+  return as_codes(op.call(gate, up, column_factor));
 }
 
 }  // namespace quantrain
@@ -233,22 +255,26 @@ Int8Codes int8_silu_mul(const at::Tensor& gate, const at::Tensor& up) {
 TORCH_LIBRARY_FRAGMENT(quantrain, m) {
   const std::vector<at::Tag> fixed{at::Tag::needs_exact_strides};
   m.def(
-      "int8_layer_norm(Tensor input, Tensor? weight=None, Tensor? bias=None, float eps=1e-05) -> (Tensor codes, "
-      "Tensor scale)",
+      "int8_layer_norm(Tensor input, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, *, Tensor? "
+      "column_factor=None) -> (Tensor codes, Tensor scale)",
       fixed);
-  m.def("int8_rms_norm(Tensor input, Tensor? weight=None, float eps=1e-06) -> (Tensor codes, Tensor scale)", fixed);
   m.def(
-      "int8_add_layer_norm(Tensor input, Tensor residual, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, "
-      "*, bool "
-      "post_norm=False) -> (Tensor codes, Tensor scale, Tensor carried)",
+      "int8_rms_norm(Tensor input, Tensor? weight=None, float eps=1e-06, *, Tensor? column_factor=None) -> (Tensor "
+      "codes, Tensor scale)",
+      fixed);
+  m.def(
+      "int8_add_layer_norm(Tensor input, Tensor residual, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, *, "
+      "bool post_norm=False, Tensor? column_factor=None) -> (Tensor codes, Tensor scale, Tensor carried)",
       fixed);
   m.def(
       "int8_add_rms_norm(Tensor input, Tensor residual, Tensor? weight=None, float eps=1e-06, *, bool "
-      "post_norm=False) -> "
-      "(Tensor codes, Tensor scale, Tensor carried)",
+      "post_norm=False, Tensor? column_factor=None) -> (Tensor codes, Tensor scale, Tensor carried)",
       fixed);
-  m.def("int8_gelu(Tensor input, *, str approximate=\"none\") -> (Tensor codes, Tensor scale)", fixed);
-  m.def("int8_silu_mul(Tensor gate, Tensor up) -> (Tensor codes, Tensor scale)", fixed);
+  m.def(
+      "int8_gelu(Tensor input, *, str approximate=\"none\", Tensor? column_factor=None) -> (Tensor codes, Tensor "
+      "scale)",
+      fixed);
+  m.def("int8_silu_mul(Tensor gate, Tensor up, *, Tensor? column_factor=None) -> (Tensor codes, Tensor scale)", fixed);
 }
 
 #define QUANTRAIN_REGISTER_INT8_FUSED(meta)                        \

@@ -61,8 +61,8 @@ QUANTRAIN_HOST_DEVICE uint32_t int8_code(float scaled, float dither) {
 //   s2 = s1 2^e,  e the least that q fits        sum = main b^T + ((128 hi + lo) bo^T) 2^e
 //   s1 = max(absmax of the others / 127, absmax of the outlier columns / (16256 2^limit)),  1 for zeros
 //
-// With the limit, Ko 2^limit <= 512, the second term stays below 2^30. It is met where an outlier is 4096 times as large
-// as all others (16 columns), whose codes then matter less than the outlier's own rounding.
+// With the limit, Ko 2^limit <= 512, the second term stays below 2^30. It is met where an outlier is 4096 times as
+// large as all others (16 columns), whose codes then matter less than the outlier's own rounding.
 constexpr int kInt8Plane = 128;  // what hi counts
 constexpr float kInt8LargestOutlier = 127.0f * kInt8Plane;
 constexpr int64_t kInt8Outliers = 512;        // columns up to which that holds

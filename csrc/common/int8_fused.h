@@ -84,6 +84,7 @@ struct Int8NormArgs {
   float eps;
   bool rms;
   bool post_norm;
+  const float* column_factor;  // [columns] or null: of the result before it is quantized; carried is without
 };
 
 enum class Int8Activation { kGeluErf, kGeluTanh, kSiluMul };
@@ -97,6 +98,7 @@ struct Int8ActivationArgs {
   int64_t rows;
   int64_t columns;
   Int8Activation activation;
+  const float* column_factor;  // [columns] or null: of the result before it is quantized
 };
 
 }  // namespace quantrain

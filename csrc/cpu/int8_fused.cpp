@@ -32,7 +32,9 @@ QUANTRAIN_INLINE float lane_sum(int64_t n, const F& f) {
   return lane[0];
 }
 
-QUANTRAIN_INLINE void quantize_values(const float* values, int64_t n, int8_t* codes, float* row_scale) {
+QUANTRAIN_INLINE void quantize_values(float* values, const float* factor, int64_t n, int8_t* codes, float* row_scale) {
+  if (factor)
+    for (int64_t c = 0; c < n; ++c) values[c] *= factor[c];
   int32_t largest = 0;  // of numbers that are not negative the order is that of their bits, and NaN is above Inf
   for (int64_t c = 0; c < n; ++c)
     largest = std::max(largest, static_cast<int32_t>(detail::float_to_bits(values[c]) & 0x7fffffffu));
@@ -77,7 +79,7 @@ QUANTRAIN_INLINE void norm_row(const Int8NormArgs& a, int64_t row, float* s) {
     for (int64_t c = 0; c < n; ++c) s[c] += to_float(bias[c]);
   if (carried && a.post_norm)
     for (int64_t c = 0; c < n; ++c) carried[c] = from_float<T>(s[c]);
-  quantize_values(s, n, a.codes + row * n, a.scale + row);
+  quantize_values(s, a.column_factor, n, a.codes + row * n, a.scale + row);
 }
 
 template <typename T, typename Parameter>
@@ -105,7 +107,7 @@ void activation_typed(const Int8ActivationArgs& a, int64_t begin, int64_t end) {
         const T* up = static_cast<const T*>(a.up) + row * n;
         for (int64_t c = 0; c < n; ++c) values[c] = silu(to_float(x[c])) * to_float(up[c]);
       }
-      quantize_values(values, n, a.codes + row * n, a.scale + row);
+      quantize_values(values, a.column_factor, n, a.codes + row * n, a.scale + row);
     }
   });
 }

@@ -73,10 +73,21 @@ __device__ __forceinline__ void parameters(const void* values, DType type, uint3
     unpack(load_item<T, kAligned>(values, item), result);
 }
 
-// The codes and the scale of a row whose values a row's threads hold; kOf items each.
+// The codes and the scale of a row whose values a row's threads hold; kOf items each. factor: on 16 bytes, or null.
 template <int kOf>
-__device__ __forceinline__ void quantize_row(const float (&values)[kOf][kItem], uint32_t items_per_row, int64_t row,
-                                             int8_t* __restrict__ codes, float* __restrict__ scales) {
+__device__ __forceinline__ void quantize_row(float (&values)[kOf][kItem], const float* __restrict__ factor,
+                                             uint32_t items_per_row, int64_t row, int8_t* __restrict__ codes,
+                                             float* __restrict__ scales) {
+  if (factor) {
+#pragma unroll
+    for (int u = 0; u < kOf; ++u) {
+      const uint32_t item = u * blockDim.x + threadIdx.x;
+      if (item >= items_per_row) continue;
+      const auto factors = load(reinterpret_cast<const Pack<float, kItem>*>(factor) + item);
+#pragma unroll
+      for (int j = 0; j < kItem; ++j) values[u][j] *= factors.value[j];
+    }
+  }
   uint32_t most = 0;
 #pragma unroll
   for (int u = 0; u < kOf; ++u)
@@ -158,7 +169,7 @@ __global__ void __launch_bounds__(kOf == kWarpItems ? 32 * kWarpRows : kMaxThrea
     }
     if (residual && a.post_norm) carried[first + item] = pack<T>(values[u]);
   }
-  quantize_row<kOf>(values, items_per_row, row, a.codes, a.scale);
+  quantize_row<kOf>(values, a.column_factor, items_per_row, row, a.codes, a.scale);
 }
 
 // Any row. In the order of norm_kernel's formulas, an element at a time.
@@ -182,15 +193,16 @@ __global__ void __launch_bounds__(kMaxThreads) norm_elements_kernel(const Int8No
     return normalized(s, m, parameter<T>(a.weight, a.parameter_dtype, c, 1.0f),
                       parameter<T>(a.bias, a.parameter_dtype, c, 0.0f));
   };
+  const auto factor = [&](int64_t c) { return a.column_factor ? a.column_factor[c] : 1.0f; };
   uint32_t most = 0;
   for (int64_t c = threadIdx.x; c < a.columns; c += blockDim.x)
-    most = max(most, magnitude(result(c, summed<T>(a, first + c))));
+    most = max(most, magnitude(result(c, summed<T>(a, first + c)) * factor(c)));
   const float scale = int8_scale(__uint_as_float(block_max(most)));
   if (threadIdx.x == 0) a.scale[row] = scale;
   const float inverse = int8_inverse(scale, false);
   for (int64_t c = threadIdx.x; c < a.columns; c += blockDim.x) {
     const float s = summed<T>(a, first + c), y = result(c, s);
-    const auto code = static_cast<int8_t>(static_cast<uint8_t>(int8_code(y * inverse, 0.0f)));
+    const auto code = static_cast<int8_t>(static_cast<uint8_t>(int8_code(y * factor(c) * inverse, 0.0f)));
     a.codes[first + c] = scale == scale ? code : 0;
     if (a.carried) static_cast<T*>(a.carried)[first + c] = from_float<T>(a.post_norm ? y : s);
   }
@@ -221,7 +233,7 @@ __global__ void __launch_bounds__(kMaxThreads) activation_kernel(const Int8Activ
 #pragma unroll
     for (int j = 0; j < kItem; ++j) values[u][j] = activated<kActivation>(values[u][j], other[j]);
   }
-  quantize_row<kOf>(values, items_per_row, row, a.codes, a.scale);
+  quantize_row<kOf>(values, a.column_factor, items_per_row, row, a.codes, a.scale);
 }
 
 template <typename T, Int8Activation kActivation>
@@ -229,7 +241,8 @@ __global__ void __launch_bounds__(kMaxThreads) activation_elements_kernel(const 
   const int64_t row = blockIdx.x, first = row * a.columns;
   const auto result = [&](int64_t c) {
     const float x = to_float(static_cast<const T*>(a.x)[first + c]);
-    return activated<kActivation>(x, a.up ? to_float(static_cast<const T*>(a.up)[first + c]) : 0.0f);
+    const float y = activated<kActivation>(x, a.up ? to_float(static_cast<const T*>(a.up)[first + c]) : 0.0f);
+    return a.column_factor ? y * a.column_factor[c] : y;
   };
   uint32_t most = 0;
   for (int64_t c = threadIdx.x; c < a.columns; c += blockDim.x) most = max(most, magnitude(result(c)));
@@ -242,7 +255,9 @@ __global__ void __launch_bounds__(kMaxThreads) activation_elements_kernel(const 
   }
 }
 
-bool fits(int64_t columns) { return columns % kItem == 0 && columns <= int64_t{kMaxThreads} * kItems * kItem; }
+bool fits(int64_t columns, const float* column_factor) {
+  return columns % kItem == 0 && columns <= int64_t{kMaxThreads} * kItems * kItem && is_aligned(column_factor);
+}
 
 // Calls launch(items of a thread, thread blocks, threads) for rows of whole items that fit.
 template <typename F>
@@ -268,7 +283,7 @@ int int8_norm(const Int8NormArgs& a, void* stream_pointer) {
   const auto items = static_cast<uint32_t>(a.columns / kItem);
   dispatch_float(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    if (fits(a.columns))
+    if (fits(a.columns, a.column_factor))
       launch_rows(a.rows, items, [&](auto of_thread, unsigned blocks, dim3 threads) {
         if (aligned)
           norm_kernel<T, of_thread.value, true><<<blocks, threads, 0, stream>>>(a, items);
@@ -284,7 +299,7 @@ int int8_norm(const Int8NormArgs& a, void* stream_pointer) {
 int int8_activation(const Int8ActivationArgs& a, void* stream_pointer) {
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   const auto rows = static_cast<unsigned>(a.rows);
-  const bool whole = fits(a.columns) && is_aligned(a.x) && is_aligned(a.up) && is_aligned(a.codes);
+  const bool whole = fits(a.columns, a.column_factor) && is_aligned(a.x) && is_aligned(a.up) && is_aligned(a.codes);
   const auto items = static_cast<uint32_t>(a.columns / kItem);
   dispatch_float(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

@@ -206,7 +206,12 @@ def int8_mm_accumulate_(
 
 
 def int8_layer_norm(
-    input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    column_factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Layer norm whose result leaves as int8 codes with one scale per row.
 
@@ -214,20 +219,23 @@ def int8_layer_norm(
 
     This function and those below quantize a result where it is computed, token by token (Yao et al., "ZeroQuant",
     NeurIPS 2022, section 4.3): no floating-point copy of it is written. The result is float32 until it is rounded to
-    nearest. Sums over a row are float32, each device in its own order, so codes on CPU and CUDA may differ by one. For
-    inference: no gradients.
+    nearest, times ``column_factor`` where one is given: the inverse of a smoothing factor that the next weight took
+    (SmoothQuant, Xiao et al., arXiv:2211.10438, eq. 3), at no pass of its own. Sums over a row are float32, each device
+    in its own order, so codes on CPU and CUDA may differ by one. For inference: no gradients.
 
-    Shapes: input ``[..., K]``, weight and bias ``[K]`` of input's type or float32 -> codes ``[..., K]``, scale
-    ``[..., 1]``.
+    Shapes: input ``[..., K]``, weight and bias ``[K]`` of input's type or float32, column_factor float32 of K elements
+    -> codes ``[..., K]``, scale ``[..., 1]``.
 
     >>> codes, scale = int8_layer_norm(torch.randn(2, 8))
     >>> codes.abs().amax(-1).tolist()
     [127, 127]
     """
-    return _ops.int8_layer_norm(input, weight, bias, eps)
+    return _ops.int8_layer_norm(input, weight, bias, eps, column_factor=column_factor)
 
 
-def int8_rms_norm(input: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def int8_rms_norm(
+    input: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, column_factor: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """RMS norm whose result leaves as int8 codes with one scale per row.
 
     x / sqrt(mean(x^2) + eps) * weight over the last dimension; shapes as :func:`int8_layer_norm`.
@@ -235,7 +243,7 @@ def int8_rms_norm(input: Tensor, weight: Tensor | None = None, eps: float = 1e-6
     >>> int8_rms_norm(torch.tensor([[3.0, -4.0]]))[0].tolist()
     [[95, -127]]
     """
-    return _ops.int8_rms_norm(input, weight, eps)
+    return _ops.int8_rms_norm(input, weight, eps, column_factor=column_factor)
 
 
 def int8_add_layer_norm(
@@ -246,22 +254,31 @@ def int8_add_layer_norm(
     eps: float = 1e-5,
     *,
     post_norm: bool = False,
+    column_factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Residual sum and layer norm in one pass, the norm as int8 codes with one scale per row.
 
     :func:`int8_layer_norm` of s = input + residual (rounded to input's type), and what the next residual needs. Returns
     codes, scale and ``carried`` of input's shape and type: s (a pre-norm block adds to it), or with post_norm the
-    normalized value (a post-norm block adds to that).
+    normalized value (a post-norm block adds to that), without ``column_factor`` either way.
 
     >>> codes, scale, carried = int8_add_layer_norm(torch.ones(2, 8), torch.randn(2, 8))
     >>> carried.shape
     torch.Size([2, 8])
     """
-    return _ops.int8_add_layer_norm(input, residual, weight, bias, eps, post_norm=post_norm)
+    return _ops.int8_add_layer_norm(
+        input, residual, weight, bias, eps, post_norm=post_norm, column_factor=column_factor
+    )
 
 
 def int8_add_rms_norm(
-    input: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, post_norm: bool = False
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    post_norm: bool = False,
+    column_factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Residual sum and RMS norm in one pass, the norm as int8 codes with one scale per row.
 
@@ -271,29 +288,32 @@ def int8_add_rms_norm(
     >>> codes.tolist(), carried.tolist()
     ([[95, -127]], [[3.0, -4.0]])
     """
-    return _ops.int8_add_rms_norm(input, residual, weight, eps, post_norm=post_norm)
+    return _ops.int8_add_rms_norm(input, residual, weight, eps, post_norm=post_norm, column_factor=column_factor)
 
 
-def int8_gelu(input: Tensor, *, approximate: str = "none") -> tuple[Tensor, Tensor]:
+def int8_gelu(
+    input: Tensor, *, approximate: str = "none", column_factor: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """GELU whose result leaves as int8 codes with one scale per row.
 
-    approximate: ``"none"`` (erf) or ``"tanh"``. Shapes as :func:`int8_quantize_rows`.
+    approximate: ``"none"`` (erf) or ``"tanh"``. column_factor as in :func:`int8_layer_norm`; shapes as
+    :func:`int8_quantize_rows`.
 
     >>> int8_gelu(torch.tensor([[0.0, 10.0, -10.0]]))[0].tolist()
     [[0, 127, 0]]
     """
-    return _ops.int8_gelu(input, approximate=approximate)
+    return _ops.int8_gelu(input, approximate=approximate, column_factor=column_factor)
 
 
-def int8_silu_mul(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def int8_silu_mul(gate: Tensor, up: Tensor, *, column_factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """SiLU of a gate times another input, leaving as int8 codes with one scale per row.
 
-    gate * sigmoid(gate) * up. Shapes: gate and up ``[..., K]``.
+    gate * sigmoid(gate) * up. Shapes: gate and up ``[..., K]``; column_factor as in :func:`int8_layer_norm`.
 
     >>> int8_silu_mul(torch.tensor([[20.0, 0.0]]), torch.tensor([[2.0, 3.0]]))[0].tolist()
     [[127, 0]]
     """
-    return _ops.int8_silu_mul(gate, up)
+    return _ops.int8_silu_mul(gate, up, column_factor=column_factor)
 
 
 def int8_linear(

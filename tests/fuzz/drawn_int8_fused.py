@@ -9,7 +9,7 @@ KINDS = ("normal", "normal", "normal", "heavy", "zero", "constant", "ties", "not
 
 
 def operands(d: Draw):
-    """(x, another of its shape and type, weight or None, bias or None)."""
+    """(x, another of its shape and type, weight or None, bias or None, column factor or None)."""
     shape, kind = (
         [*d.shape(high=3, cap=d.choice((4, 40))), d.size() if d.chance(0.9) else d.choice((200, 1000, 1030))],
         d.choice(KINDS),
@@ -18,8 +18,15 @@ def operands(d: Draw):
     x, other = (d.tensor(shape, dtype, "special" if kind == "not finite" else kind) for _ in range(2))
     parameter = d.choice((dtype, torch.float32))
     weight, bias = (d.tensor([shape[-1]], parameter, "normal") if d.chance(0.6) else None for _ in range(2))
-    d.notes |= {"input": x, "weight": weight, "bias": bias}
-    return x, other, weight, bias
+    # At most 1: what a result is off is not made larger.
+    factor = d.integers([shape[-1]], 1, 32, torch.int32).float() / 32 if d.chance(0.4) else None
+    d.notes |= {"input": x, "weight": weight, "bias": bias, "column_factor": factor}
+    return x, other, weight, bias, factor
+
+
+def with_factor(expected, factor):
+    """The rows that are quantized."""
+    return expected if factor is None else expected * factor.double()
 
 
 def room_of(x, expected, noise):
@@ -78,32 +85,35 @@ def norm_noise(x, weight, eps, rms):
 
 @drawn("int8_layer_norm", "int8_rms_norm")
 def int8_norms(d: Draw):
-    x, _, weight, bias = operands(d)
+    x, _, weight, bias, factor = operands(d)
     eps = d.choice((1e-5, 1e-6, 0.1))
     layer, rms = reference.layer_norm(x, weight, bias, eps), reference.rms_norm(x, weight, eps)
     noise = [norm_noise(x, weight, eps, r) for r in (False, True)]
     for device in d.devices:
-        cx, cw, cb = (d.on(device, t) for t in (x, weight, bias))
-        rows(ops.int8_layer_norm(cx, cw, cb, eps), layer, x, f"int8_layer_norm on {device}", noise[0])
-        rows(ops.int8_rms_norm(cx, cw, eps), rms, x, f"int8_rms_norm on {device}", noise[1])
+        cx, cw, cb, cf = (d.on(device, t) for t in (x, weight, bias, factor))
+        for name, found, expected, off in (
+            ("int8_layer_norm", ops.int8_layer_norm(cx, cw, cb, eps, column_factor=cf), layer, noise[0]),
+            ("int8_rms_norm", ops.int8_rms_norm(cx, cw, eps, column_factor=cf), rms, noise[1]),
+        ):
+            rows(found, with_factor(expected, factor), x, f"{name} on {device}", off)
 
 
 @drawn("int8_add_layer_norm", "int8_add_rms_norm")
 def int8_add_norms(d: Draw):
-    x, residual, weight, bias = operands(d)
+    x, residual, weight, bias, factor = operands(d)
     eps, post_norm = d.choice((1e-5, 0.1)), d.chance(0.5)
     summed = reference.add(x, residual)
     layer, rms = reference.layer_norm(summed, weight, bias, eps), reference.rms_norm(summed, weight, eps)
     d.notes |= {"residual": residual, "post_norm": post_norm}
     for device in d.devices:
-        cx, cr, cw, cb = (d.on(device, t) for t in (x, residual, weight, bias))
+        cx, cr, cw, cb, cf = (d.on(device, t) for t in (x, residual, weight, bias, factor))
         for expected, found, is_rms in (
-            (layer, ops.int8_add_layer_norm(cx, cr, cw, cb, eps, post_norm=post_norm), False),
-            (rms, ops.int8_add_rms_norm(cx, cr, cw, eps, post_norm=post_norm), True),
+            (layer, ops.int8_add_layer_norm(cx, cr, cw, cb, eps, post_norm=post_norm, column_factor=cf), False),
+            (rms, ops.int8_add_rms_norm(cx, cr, cw, eps, post_norm=post_norm, column_factor=cf), True),
         ):
             what = f"int8_add_{'rms' if is_rms else 'layer'}_norm on {device}"
             noise = norm_noise(summed, weight, eps, is_rms)
-            rows(found, expected, summed, what, noise)
+            rows(found, with_factor(expected, factor), summed, what, noise)
             carried = found[2].cpu()
             if not post_norm:
                 same(carried, summed, f"{what}: carried")
@@ -124,11 +134,15 @@ def int8_add_norms(d: Draw):
 
 @drawn("int8_gelu", "int8_silu_mul")
 def int8_activations(d: Draw):
-    x, up, *_ = operands(d)
+    x, up, _, _, factor = operands(d)
     if bool((x < -1e30).any()):
         d.tags.add("far from zero")
     approximate = d.choice(("none", "tanh"))
     gelu, silu = reference.gelu(x, approximate), reference.silu_mul(x, up)
     for device in d.devices:
-        rows(ops.int8_gelu(d.on(device, x), approximate=approximate), gelu, x, f"int8_gelu({approximate}) on {device}")
-        rows(ops.int8_silu_mul(d.on(device, x), d.on(device, up)), silu, x, f"int8_silu_mul on {device}")
+        cx, cu, cf = (d.on(device, t) for t in (x, up, factor))
+        for name, found, expected in (
+            (f"int8_gelu({approximate})", ops.int8_gelu(cx, approximate=approximate, column_factor=cf), gelu),
+            ("int8_silu_mul", ops.int8_silu_mul(cx, cu, column_factor=cf), silu),
+        ):
+            rows(found, with_factor(expected, factor), x, f"{name} on {device}")

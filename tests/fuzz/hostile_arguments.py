@@ -295,12 +295,19 @@ def norm(d):
         "bias": bias,
         "eps": 1e-5,
         "post_norm": d.chance(0.5),
+        "column_factor": d.scale([x.shape[-1]], -4, 4) if d.chance(0.4) else None,
     }
 
 
 def activation(d):
     x = floats(d, d.shape(low=1, high=3, cap=300, empty=0))
-    return {"input": x, "gate": x, "up": floats(d, list(x.shape), x.dtype), "approximate": d.choice(("none", "tanh"))}
+    return {
+        "input": x,
+        "gate": x,
+        "up": floats(d, list(x.shape), x.dtype),
+        "approximate": d.choice(("none", "tanh")),
+        "column_factor": d.scale([x.shape[-1]], -4, 4) if d.chance(0.4) else None,
+    }
 
 
 def grads(d):

@@ -191,6 +191,8 @@ def test_fused_operators_refuse(device):
         (ValueError, f"int8_add_rms_norm: expected residual {first} shape, got [1, 6] and [4, 6]", lambda: quantrain.int8_add_rms_norm(x, x[:1])),
         (ValueError, "int8_gelu: expected approximate none or tanh, got 'erf'", lambda: quantrain.int8_gelu(x, approximate="erf")),
         (TypeError, "int8_gelu: expected input of float32, float16 or bfloat16, got Char", lambda: quantrain.int8_gelu(x.to(torch.int8))),
+        (ValueError, "int8_gelu: expected column_factor of 6 elements", lambda: quantrain.int8_gelu(x, column_factor=x[0, :5])),
+        (TypeError, "int8_rms_norm: expected column_factor of float32", lambda: quantrain.int8_rms_norm(x, column_factor=x[0].half())),
         (TypeError, "int8_silu_mul: expected gate of float32, float16 or bfloat16, got Int", lambda: quantrain.int8_silu_mul(x.int(), x.int())),
         (ValueError, f"int8_silu_mul: expected up {first} shape, got [6] and [4, 6]", lambda: quantrain.int8_silu_mul(x, x[0])),
         (TypeError, f"int8_silu_mul: expected up {first} type Float", lambda: quantrain.int8_silu_mul(x, x.half())),

@@ -199,3 +199,29 @@ def test_a_graph_holds_them():
     graph.replay()
     for a, b in zip(results, operators(x), strict=True):
         assert_all_same(a, b)
+
+
+@on_each_device
+@in_each_dtype
+@pytest.mark.parametrize("columns", [6, 64, 1030])
+def test_a_column_factor_multiplies_what_is_quantized(columns, dtype, device):
+    g = torch.Generator().manual_seed(columns)
+    x, other = (torch.randn(5, columns, generator=g).to(device, dtype) for _ in range(2))
+    factor = torch.rand(columns, generator=g) * 4 + 0.1
+    cf, wide = factor.to(device), factor.double()
+    for found, expected in (
+        (quantrain.int8_layer_norm(x, column_factor=cf), reference.layer_norm(x.cpu())),
+        (quantrain.int8_rms_norm(x, column_factor=cf), reference.rms_norm(x.cpu())),
+        (quantrain.int8_gelu(x, column_factor=cf), reference.gelu(x.cpu(), "none")),
+        (quantrain.int8_silu_mul(x, other, column_factor=cf), reference.silu_mul(x.cpu(), other.cpu())),
+    ):
+        check(found, expected * wide, 1e-4)
+    plain = quantrain.int8_add_layer_norm(x, other, post_norm=True)
+    for found in (
+        quantrain.int8_add_layer_norm(x, other, post_norm=True, column_factor=cf),
+        quantrain.int8_add_layer_norm(x, other, post_norm=True, column_factor=torch.ones_like(cf)),
+    ):
+        assert torch.equal(found[2], plain[2])
+    assert torch.equal(found[0], plain[0]) and torch.equal(found[1], plain[1])
+    summed = reference.add(x.cpu(), other.cpu())
+    check(quantrain.int8_add_rms_norm(x, other, column_factor=cf), reference.rms_norm(summed) * wide, 1e-4)

@@ -1,5 +1,5 @@
-// A CUTLASS main loop whose sums begin with the product of outlier columns (csrc/common/int8.h): one tile of depth more,
-// before the others, of operands of its own. The sums are int32 from the first to the last, so that epilogue and
+// A CUTLASS main loop whose sums begin with the product of outlier columns (csrc/common/int8.h): one tile more of
+// depth, before the others, of operands of its own. The sums are int32 from the first to the last, so that epilogue and
 // registers stay those of int8_mm.
 //
 // side a [m, kInt8SideBytes], as int8_mm.cu writes it: hi in bytes 0 to 31, lo in 32 to 63, the shift as int32 in 64 to
