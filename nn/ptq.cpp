@@ -147,13 +147,15 @@ PtqResult ptq_weight(const at::Tensor& weight, const Recipe& recipe, const Colum
   const PtqSpec& spec = spec_of("ptq_weight", recipe);
   TORCH_CHECK_VALUE(weight.dim() == 2, "ptq_weight: expected weight [O, K], got shape ", weight.sizes());
   const at::NoGradGuard no_grad;
+  // Statistics may have been counted in the host's memory.
+  const auto beside = [&](const at::Tensor& tensor) { return tensor.defined() ? tensor.to(weight.device()) : tensor; };
   Choice layer{recipe,
                spec,
                spec.needs_hessian() && !form_only,
                weight.detach().to(at::kFloat),
-               statistics.absmax,
-               statistics.mean_abs,
-               statistics.hessian,
+               beside(statistics.absmax),
+               beside(statistics.mean_abs),
+               beside(statistics.hessian),
                {}};
   if (form_only) {
     layer.absmax = at::ones({layer.columns()}, layer.w.options());
@@ -205,8 +207,9 @@ bool ColumnObserverImpl::seen() const { return rows.item<int64_t>() > 0; }
 void ColumnObserverImpl::begin_calibration() {
   observing_ = true;
   before_.clear();
+  const bool kept = seen();  // of a Hessian that is zeros no second one is held
   for (at::Tensor& tensor : state()) {
-    before_.push_back(tensor.clone());
+    if (kept) before_.push_back(tensor.clone());
     tensor.zero_();
   }
 }
@@ -214,7 +217,8 @@ void ColumnObserverImpl::begin_calibration() {
 void ColumnObserverImpl::end_calibration(bool keep) {
   observing_ = false;
   const std::vector<at::Tensor> tensors = state();
-  for (size_t i = 0; !keep && i < before_.size(); ++i) tensors[i].copy_(before_[i]);
+  for (size_t i = 0; !keep && i < tensors.size(); ++i)
+    before_.empty() ? tensors[i].zero_() : tensors[i].copy_(before_[i]);
   before_.clear();
 }
 

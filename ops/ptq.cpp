@@ -26,8 +26,14 @@
 #include <tuple>
 #include <vector>
 
+#include "csrc/cpu/ptq.h"
 #include "ops/common/check.h"
 #include "ops/common/dispatch.h"
+#include "ops/common/launch.h"
+
+#if defined(QUANTRAIN_WITH_CUDA)
+#include "csrc/cuda/ptq.h"
+#endif
 
 namespace quantrain {
 namespace {
@@ -38,7 +44,6 @@ constexpr std::string_view kStatistics = "column_statistics_";
 constexpr std::string_view kSmooth = "smooth_factor";
 constexpr std::string_view kGptq = "gptq_round";
 constexpr std::string_view kAwq = "awq_scale";
-constexpr int64_t kLazyColumns = 128;  // whose effect on the columns behind is one product
 constexpr int kDampings = 11;
 
 void check_matrix(std::string_view op, std::string_view name, const at::Tensor& tensor, const c10::SymInt& rows,
@@ -132,10 +137,9 @@ at::Tensor spread(const at::Tensor& per_group, int64_t group_size, int64_t k) {
   return per_group.repeat_interleave(group_size, 1).narrow(1, 0, k);
 }
 
-// What a column is multiplied by, divided by and shifted by: float64 [O, K] each.
+// What a column is multiplied by, divided by and shifted by: float64 [O, K] each; zero_point may be undefined.
 struct Spread {
   at::Tensor inverse, scale, zero_point;
-  double low, high;
 };
 
 Spread spread_grid(const ColumnGrid& grid, int64_t k) {
@@ -143,7 +147,7 @@ Spread spread_grid(const ColumnGrid& grid, int64_t k) {
   const at::Tensor inverse = at::where(scale == 0, at::zeros_like(scale), scale.reciprocal());
   const at::Tensor zero_point =
       grid.zero_point ? spread(*grid.zero_point, grid.group_size, k).to(at::kDouble) : at::Tensor();
-  return {inverse, scale, zero_point, static_cast<double>(grid.quant_min), static_cast<double>(grid.quant_max)};
+  return {inverse, scale, zero_point};
 }
 
 double weighted(const at::Tensor& difference, const at::Tensor& hessian) {
@@ -162,6 +166,36 @@ at::Tensor inverse_factor(const at::Tensor& hessian, double damping) {
   return again.item<int>() != 0 || !upper.isfinite().all().item<bool>() ? at::Tensor() : upper;
 }
 
+// GPTQ's codes, float64 [O, K], of w [O, K], which is used up. upper: of the inverse, [K, K]; columns in their order.
+at::Tensor round_blocks(at::Tensor& w, const at::Tensor& upper, const Spread& by, const at::Tensor& low,
+                        const at::Tensor& high) {
+  const int64_t rows = w.size(0), k = w.size(1);
+  at::Tensor codes = at::empty_like(w);
+  if (rows == 0) return codes;
+  const at::Tensor inverse = by.inverse.contiguous(), scale = by.scale.contiguous();
+  const at::Tensor zero_point = by.zero_point.defined() ? by.zero_point.contiguous() : at::Tensor();
+  for (int64_t begin = 0; begin < k; begin += kGptqBlock) {
+    const int64_t count = std::min(kGptqBlock, k - begin), end = begin + count;
+    const at::Tensor among = upper.narrow(0, begin, count).narrow(1, begin, count).contiguous();
+    const at::Tensor errors = at::empty({rows, count}, w.options());
+    const GptqBlockArgs args{w.const_data_ptr<double>() + begin,
+                             inverse.const_data_ptr<double>() + begin,
+                             scale.const_data_ptr<double>() + begin,
+                             zero_point.defined() ? zero_point.const_data_ptr<double>() + begin : nullptr,
+                             codes.mutable_data_ptr<double>() + begin,
+                             errors.mutable_data_ptr<double>(),
+                             among.const_data_ptr<double>(),
+                             low.const_data_ptr<double>() + begin,
+                             high.const_data_ptr<double>() + begin,
+                             rows,
+                             count,
+                             k};
+    run_tasks(args, rows, grain_of(count * count), w, QUANTRAIN_KERNELS(gptq_block));
+    if (end < k) w.narrow(1, end, k - end).addmm_(errors, upper.narrow(0, begin, count).narrow(1, end, k - end), 1, -1);
+  }
+  return codes;
+}
+
 void statistics_check(const at::Tensor& absmax, const at::Tensor& mean_abs, const OptionalTensor& hessian,
                       const at::Tensor& rows, const at::Tensor& input) {
   detail::check_float(kStatistics, "input", input.scalar_type());
@@ -173,14 +207,17 @@ void statistics_check(const at::Tensor& absmax, const at::Tensor& mean_abs, cons
   detail::check_type(kStatistics, "rows", rows, at::kLong, "int64");
   QUANTRAIN_CHECK_VALUE(TORCH_GUARD_OR_TRUE(rows.sym_numel().sym_eq(1)), "{}: expected rows of one element, got {}",
                         kStatistics, detail::shape_text(rows));
+  // What is counted may lie in the host's memory, where the statistics of many layers have room.
+  QUANTRAIN_CHECK_TYPE(absmax.device() == input.device() || absmax.is_cpu(),
+                       "{}: expected absmax on input's device {} or on the CPU, got {}", kStatistics,
+                       input.device().str(), absmax.device().str());
   if (hessian) {
     detail::check_type(kStatistics, "hessian", *hessian, at::kFloat, "float32");
-    detail::check_device(kStatistics, "hessian", *hessian, input, "input's");
+    detail::check_device(kStatistics, "hessian", *hessian, absmax, "absmax's");
     check_matrix(kStatistics, "hessian", *hessian, k, k);
   }
-  detail::check_device(kStatistics, "absmax", absmax, input, "input's");
-  detail::check_device(kStatistics, "mean_abs", mean_abs, input, "input's");
-  detail::check_device(kStatistics, "rows", rows, input, "input's");
+  detail::check_device(kStatistics, "mean_abs", mean_abs, absmax, "absmax's");
+  detail::check_device(kStatistics, "rows", rows, absmax, "absmax's");
 }
 
 void statistics_meta(at::Tensor& absmax, at::Tensor& mean_abs, const OptionalTensor& hessian, at::Tensor& rows,
@@ -198,11 +235,12 @@ void statistics_kernel(at::Tensor& absmax, at::Tensor& mean_abs, const OptionalT
   // Of these rows in all; without the dimensions that `rows` may have.
   const at::Tensor share = rows.reshape({}).to(at::kFloat).reciprocal() * static_cast<double>(x.size(0));
   const at::Tensor magnitude = x.abs();
-  absmax.copy_(at::maximum(absmax, at::amax(magnitude, {0})));
-  mean_abs.add_((magnitude.mean(0) - mean_abs) * share);
+  const at::Device home = absmax.device();
+  absmax.copy_(at::maximum(absmax, at::amax(magnitude, {0}).to(home)));
+  mean_abs.add_((magnitude.mean(0).to(home) - mean_abs) * share);
   if (!hessian) return;
   at::Tensor sum = *hessian;
-  sum.add_((at::mm(x.t(), x) * (2.0 / static_cast<double>(x.size(0))) - sum) * share);
+  sum.add_(((at::mm(x.t(), x) * (2.0 / static_cast<double>(x.size(0)))).to(home) - sum) * share);
 }
 
 at::Tensor smooth_meta(const at::Tensor& input_absmax, const at::Tensor& weight_absmax, double alpha) {
@@ -282,7 +320,8 @@ GptqCodes gptq_round(const at::Tensor& weight, const at::Tensor& hessian, const 
   QUANTRAIN_CHECK_VALUE(given.isfinite().all().item<bool>() && exact.isfinite().all().item<bool>(),
                         "{}: expected a finite weight and hessian, got NaN or Inf", kGptq);
   Spread by = spread_grid(grid, k);
-  at::Tensor low = at::full({k}, by.low, exact.options()), high = at::full({k}, by.high, exact.options());
+  at::Tensor low = at::full({k}, static_cast<double>(grid.quant_min), exact.options());
+  at::Tensor high = at::full({k}, static_cast<double>(grid.quant_max), exact.options());
   at::Tensor w = exact.clone(), h = given.clone();
   const at::Tensor dead = h.diagonal() == 0;
   w.masked_fill_(dead, 0);
@@ -314,41 +353,9 @@ GptqCodes gptq_round(const at::Tensor& weight, const at::Tensor& hessian, const 
                         "{}: expected a hessian that is positive definite after damping, got none up to a damping of "
                         "{} times the mean of its diagonal (more calibration data helps)",
                         kGptq, options.damping * (1 << (kDampings - 1)));
-  const at::Tensor inverse = in_order(by.inverse), scale = in_order(by.scale);
-  const at::Tensor zero_point = by.zero_point.defined() ? in_order(by.zero_point) : at::Tensor();
-  low = low.index_select(0, order);
-  high = high.index_select(0, order);
-  at::Tensor codes = at::zeros_like(w);
-  for (int64_t begin = 0; begin < k; begin += kLazyColumns) {
-    const int64_t count = std::min(kLazyColumns, k - begin), end = begin + count;
-    // Columns as rows, so that each is contiguous.
-    at::Tensor block = w.narrow(1, begin, count).t().contiguous(), errors = at::empty_like(block);
-    const at::Tensor u = upper.narrow(0, begin, count).narrow(1, begin, count).contiguous();
-    const at::Tensor by_row = inverse.narrow(1, begin, count).t().contiguous();
-    const at::Tensor scales = scale.narrow(1, begin, count).t().contiguous();
-    const at::Tensor zeros = zero_point.defined() ? zero_point.narrow(1, begin, count).t().contiguous() : zero_point;
-    const at::Tensor lows = low.narrow(0, begin, count), highs = high.narrow(0, begin, count);
-    at::Tensor rounded = at::empty_like(block);
-    for (int64_t i = 0; i < count; ++i) {
-      const at::Tensor column = block.select(0, i);
-      at::Tensor q = at::round(column * by_row.select(0, i));
-      if (zeros.defined()) q.add_(zeros.select(0, i));
-      q = at::minimum(at::maximum(q, lows.select(0, i)), highs.select(0, i));
-      rounded.select(0, i).copy_(q);
-      const at::Tensor value = (zeros.defined() ? q - zeros.select(0, i) : q) * scales.select(0, i);
-      at::Tensor error = errors.select(0, i);
-      at::sub_out(error, column, value);
-      error.div_(u.select(0, i).select(0, i));
-      if (i + 1 < count) {
-        block.narrow(0, i + 1, count - i - 1)
-            .addmm_(u.select(0, i).narrow(0, i + 1, count - i - 1).unsqueeze(1), error.unsqueeze(0), 1, -1);
-      }
-    }
-    codes.narrow(1, begin, count).copy_(rounded.t());
-    if (end < k) {
-      w.narrow(1, end, k - end).addmm_(errors.t(), upper.narrow(0, begin, count).narrow(1, end, k - end), 1, -1);
-    }
-  }
+  const Spread ordered{in_order(by.inverse), in_order(by.scale),
+                       by.zero_point.defined() ? in_order(by.zero_point) : at::Tensor()};
+  at::Tensor codes = round_blocks(w, upper, ordered, low.index_select(0, order), high.index_select(0, order));
   GptqCodes result;
   const at::Tensor back = at::argsort(order);
   codes = codes.index_select(1, back);

@@ -5,11 +5,14 @@
 #include <quantrain/nn/four_bit.h>
 #include <quantrain/nn/layers.h>
 #include <quantrain/nn/ptq.h>
+#include <quantrain/ops/fake_quant.h>
+#include <quantrain/ops/int8.h>
 #include <torch/nn/init.h>
 #include <torch/nn/modules/container/modulelist.h>
 #include <torch/nn/modules/embedding.h>
 #include <torch/nn/modules/linear.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -46,9 +49,20 @@ struct BlockRecipe {
   std::optional<quantrain::nn::Recipe> of(const std::string& name) const {
     if (!own.empty()) return own.contains(name) ? std::optional(own.at(name)) : std::nullopt;
     std::optional<quantrain::nn::Recipe> result = recipe;
+    if (result && !result->weight) return std::nullopt;
     if (!result || targets.empty() || targets.contains(name)) return result;
     if (auto* four_bit = result->scheme_as<quantrain::nn::FourBitSpec>()) four_bit->lora_rank = 0;
     return result;
+  }
+
+  // Whether attention reads its keys and values as int8 codes.
+  bool int8_cache() const {
+    const auto asks = [](const quantrain::nn::Recipe& of) {
+      const auto* ptq = of.scheme_as<quantrain::nn::PtqSpec>();
+      return ptq && ptq->kv_cache == "int8";
+    };
+    return (recipe && asks(*recipe)) ||
+           std::any_of(own.begin(), own.end(), [&](const auto& item) { return asks(item.second); });
   }
 
   std::optional<quantrain::nn::Recipe> recipe;
@@ -140,6 +154,12 @@ inline at::Tensor rope_frequencies(const Rope& rope, int64_t head_dim) {
   return at::where(turns < rope.low_freq_factor, slow, at::where(turns > rope.high_freq_factor, plain, between));
 }
 
+// What a cache of int8 codes, one scale per token and head, gives back.
+inline at::Tensor as_int8(const at::Tensor& x) {
+  const quantrain::Int8Codes rows = quantrain::int8_quantize_rows(x);
+  return quantrain::dequantize(rows.codes, rows.scale, std::nullopt, x.scalar_type());
+}
+
 // Causal self-attention, x [B, T, width] -> the same shape; every heads / kv_heads query heads share a key and value.
 class LlamaAttentionImpl : public torch::nn::Module {
  public:
@@ -147,6 +167,7 @@ class LlamaAttentionImpl : public torch::nn::Module {
       : head_dim_(config.head_dim),
         dropout_(config.attention_dropout),
         shared_(config.kv_heads != config.heads),
+        int8_cache_(recipe.int8_cache()),
         q_proj_(*this, "q_proj", config.width, config.heads * config.head_dim, config.attention_bias, recipe),
         k_proj_(*this, "k_proj", config.width, config.kv_heads * config.head_dim, config.attention_bias, recipe),
         v_proj_(*this, "v_proj", config.width, config.kv_heads * config.head_dim, config.attention_bias, recipe),
@@ -157,17 +178,21 @@ class LlamaAttentionImpl : public torch::nn::Module {
       return y.view({x.size(0), x.size(1), -1, head_dim_}).transpose(1, 2);
     };
     const at::Tensor q = rotation.turn(heads(q_proj_(x)));
-    const at::Tensor k = rotation.turn(heads(k_proj_(x)));
-    const at::Tensor y = at::scaled_dot_product_attention(q, k, heads(v_proj_(x)), /*attn_mask=*/{},
-                                                          is_training() ? dropout_ : 0.0, /*is_causal=*/true,
-                                                          /*scale=*/std::nullopt, /*enable_gqa=*/shared_);
+    at::Tensor k = rotation.turn(heads(k_proj_(x))), v = heads(v_proj_(x));
+    if (int8_cache_) {
+      k = as_int8(k);
+      v = as_int8(v);
+    }
+    const at::Tensor y =
+        at::scaled_dot_product_attention(q, k, v, /*attn_mask=*/{}, is_training() ? dropout_ : 0.0, /*is_causal=*/true,
+                                         /*scale=*/std::nullopt, /*enable_gqa=*/shared_);
     return o_proj_(y.transpose(1, 2).flatten(2));
   }
 
  private:
   int64_t head_dim_;
   double dropout_;
-  bool shared_;
+  bool shared_, int8_cache_;
   AnyLinear q_proj_, k_proj_, v_proj_, o_proj_;
 };
 TORCH_MODULE(LlamaAttention);

@@ -145,7 +145,11 @@ inline Llama load_quantized_llama(const std::string& folder, at::ScalarType dtyp
   const LlamaConfig config = config_of(folder);
   const std::string path = (std::filesystem::path(folder) / "model.safetensors").string();
   const quantrain::nn::CheckpointInfo info = quantrain::nn::read_checkpoint_info(path);
-  if (!info.converted) throw std::invalid_argument(path + ": expected a checkpoint of converted layers, got another");
+  // Of a recipe for the cache alone no layer is converted.
+  const BlockRecipe whole = info.recipe ? BlockRecipe(*info.recipe) : BlockRecipe();
+  if (!info.converted && !(info.layers.empty() && whole.int8_cache())) {
+    throw std::invalid_argument(path + ": expected a checkpoint of converted layers, got another");
+  }
   BlockRecipes blocks;
   for (const auto& [layer, recipe] : info.layers) {
     const std::string prefix = "model.layers.";
@@ -154,7 +158,8 @@ inline Llama load_quantized_llama(const std::string& folder, at::ScalarType dtyp
     }
     blocks[std::stoll(layer.substr(prefix.size()))].own.emplace(layer.substr(layer.rfind('.') + 1), recipe);
   }
-  Llama model(config, BlockRecipe(), [](const std::string&, torch::nn::Module&) {}, blocks);
+  Llama model(
+      config, info.layers.empty() ? whole : BlockRecipe(), [](const std::string&, torch::nn::Module&) {}, blocks);
   if (!info.layers.empty()) quantrain::nn::convert(*model, /*check_observed=*/false);
   std::map<std::string, at::Tensor> tensors = quantrain::nn::read_safetensors(path).tensors;
   if (config.tied) tensors.erase("lm_head.weight");

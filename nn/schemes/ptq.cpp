@@ -16,6 +16,7 @@ using detail::number_text;
 void PtqSpec::validate() const {
   static const std::string kName = kTypeName;
   detail::check_one_of(kName, "few_rows", few_rows, {"float", "int8"});
+  detail::check_one_of(kName, "kv_cache", kv_cache, {"float", "int8"});
   if (!(smooth_alpha >= 0 && smooth_alpha <= 1)) fail_field(kName, "smooth_alpha in [0, 1]", number_text(smooth_alpha));
   if (outlier_columns < 0 || outlier_columns > 4096) {
     fail_field(kName, "outlier_columns in 0 to 4096", std::to_string(outlier_columns));
@@ -37,9 +38,17 @@ void PtqSpec::validate() const {
 
 void PtqSpec::check_recipe(const Recipe& recipe) const {
   static const std::string kName = Recipe::kTypeName;
-  if (!recipe.weight) fail_field(kName, "a spec for weight with ptq", "none");
+  if (!recipe.weight && kv_cache == "float")
+    fail_field(kName, "a spec for weight or a kv_cache of int8 with ptq", "none");
   if (recipe.output) fail_field(kName, "no spec for output with ptq", "one");
   if (recipe.edge_bits != 0) fail_field(kName, "edge_bits of 0 with ptq", std::to_string(recipe.edge_bits));
+  if (!recipe.weight) {  // the cache alone
+    if (recipe.input) fail_field(kName, "a spec for input beside one for weight with ptq", "one without");
+    PtqSpec alone;
+    alone.kv_cache = kv_cache;
+    if (!(*this == alone)) fail_field(kName, "no field of the scheme but kv_cache without a spec for weight", "others");
+    return;
+  }
   const QuantSpec& weight = *recipe.weight;
   if ((weight.bits != 4 && weight.bits != 8) || !weight.symmetric || weight.format != Format::kInt) {
     fail_field(kName, "weight of 4 or 8 bits, symmetric, of format int with ptq",
@@ -79,6 +88,7 @@ void PtqSpec::check_recipe(const Recipe& recipe) const {
 void PtqSpec::check_layer(const std::string& layer, const Recipe& recipe) const {
   TORCH_CHECK_VALUE(layer == "PtqLinear", layer,
                     ": expected a recipe of another scheme than ptq, which PtqLinear runs, got '", recipe.name, "'");
+  TORCH_CHECK_VALUE(recipe.weight, layer, ": expected a recipe with a spec for weight, got '", recipe.name, "'");
 }
 
 std::string PtqSpec::stored_form() const {
@@ -97,7 +107,8 @@ SchemeEntry detail::ptq_entry() {
                               const PtqSpec& scheme) {
       Recipe recipe;
       recipe.name = name;
-      recipe.weight = dynamic_weight(bits, group_size > 0 ? Granularity::kPerGroup : Granularity::kPerChannel);
+      if (bits > 0)
+        recipe.weight = dynamic_weight(bits, group_size > 0 ? Granularity::kPerGroup : Granularity::kPerChannel);
       if (group_size > 0) recipe.weight->group_size = group_size;
       recipe.input = std::move(input);
       recipe.scheme = scheme;
@@ -107,7 +118,7 @@ SchemeEntry detail::ptq_entry() {
     const QuantSpec token = symmetric_input(Granularity::kPerToken, ObserverKind::kDynamic);
     const QuantSpec tensor = symmetric_input(Granularity::kPerTensor, ObserverKind::kMinMax);
     const PtqSpec plain;
-    PtqSpec mixed, columns, threshold, smooth, all, gptq, awq, both;
+    PtqSpec mixed, columns, threshold, smooth, all, gptq, awq, both, cache;
     mixed.attention_bits = 8;
     columns.outlier_columns = 16;
     threshold.outlier_columns = 128;
@@ -118,6 +129,7 @@ SchemeEntry detail::ptq_entry() {
     awq.scale_search = ScaleSearch::kAwq;
     both.rounding = Rounding::kGptq;
     both.scale_search = ScaleSearch::kAwq;
+    cache.kv_cache = "int8";
     add("zeroquant-w8a8", 8, 0, token, plain);
     add("zeroquant-w4a8", 4, 128, token, mixed);
     add("llm-int8", 8, 0, token, columns);
@@ -127,6 +139,7 @@ SchemeEntry detail::ptq_entry() {
     add("gptq-w4a16", 4, 128, std::nullopt, gptq);
     add("awq-w4a16", 4, 128, std::nullopt, awq);
     add("awq-gptq-w4a8", 4, 128, token, both);
+    add("kv-int8", 0, 0, std::nullopt, cache);
     return named;
   };
   return {PtqSpec::kKind, [] { return std::make_unique<PtqSpec>(); }, recipes};

@@ -31,7 +31,7 @@ from quantrain.finetune.lm.models import SMOLLM2, TINY  # noqa: E402
 def main(arguments: list[str] | None = None) -> int:
     from transformers import DynamicCache
 
-    from quantrain.ptq.kv_cache import Int8Cache
+    from quantrain.nn.kv_cache import Int8Cache
 
     options = parse_study(__doc__, arguments, quick="a tiny random model, to see that it runs")
     count, length = (2, 32) if options.quick else (4, 512)

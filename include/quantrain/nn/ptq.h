@@ -33,7 +33,8 @@ QUANTRAIN_API PtqResult ptq_weight(const at::Tensor& weight, const Recipe& recip
 QUANTRAIN_API PtqProduct ptq_product(const Recipe& recipe);
 
 // Counts the columns of what it is shown while a Calibration lives, from nothing at its begin. State: absmax, mean_abs,
-// hessian (where asked for), rows; a checkpoint carries it, so that another program converts.
+// hessian (where asked for), rows; a checkpoint carries it, so that another program converts. to(at::kCPU) lets a layer
+// on a GPU count in the host's memory.
 class QUANTRAIN_API ColumnObserverImpl : public Copied<ColumnObserverImpl, FixedDtypeModule>, public Calibrates {
  public:
   ColumnObserverImpl(int64_t columns, bool with_hessian);

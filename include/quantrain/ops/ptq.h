@@ -17,7 +17,8 @@ namespace quantrain {
 
 // Takes the rows of input [..., K] into running statistics, float32, in place: absmax [K] the largest magnitudes,
 // mean_abs [K] the means of |x|, hessian [K, K] the mean of 2 x x^T (absent: not asked for), rows int64 [1] how many
-// there were. NaN and Inf stay in what they enter.
+// there were. NaN and Inf stay in what they enter. The statistics lie on input's device or, for lack of its memory,
+// all on the CPU, which waits for the device.
 QUANTRAIN_API void column_statistics_(at::Tensor& absmax, at::Tensor& mean_abs,
                                       const std::optional<at::Tensor>& hessian, at::Tensor& rows,
                                       const at::Tensor& input);

@@ -173,7 +173,7 @@ def prepare(
     names = [name for name in names if name not in without]
     for name in names:
         _check_dtype(name, layers[name].weight.dtype, recipes[name])
-    if not names:
+    if not names and not handler_of(base).leaves_layers(base):
         raise ValueError(
             f"prepare: expected at least one layer to quantize under {base.name!r}, got none after skip={list(skip)}"
             + "".join(f"; {name!r} stays float ({reason})" for name, reason in list(without.items())[:3])
@@ -195,8 +195,8 @@ def prepare(
     rows = [_summary_row(name, twins[id(layers[name])]) for name in names]
     model = swapped(model, twins)
     _leave_fast_path(model)
-    for handler, mine in _by_handler(recipes, names).items():
-        handler.prepared(model, {name: twins[id(layers[name])] for name in mine}, left)
+    for handler, mine in ({handler_of(base): []} | _by_handler(recipes, names)).items():
+        handler.prepared(model, {name: twins[id(layers[name])] for name in mine}, left, base)
     model.quantization_summary = PrepareSummary(rows, left, base)
     model.quantization_summary.new_parameters = new_parameters(model, parameters)
     logger.info("%s", model.quantization_summary)

@@ -56,15 +56,16 @@ class ColumnObserver(Calibrates, Float32State):
 
     def begin_calibration(self) -> None:
         self.observing = True
-        self._before = [tensor.clone() for tensor in self.buffers()]
+        # Of a Hessian that is zeros no second one is held.
+        self._before = [tensor.clone() for tensor in self.buffers()] if self.seen else []
         for tensor in self.buffers():
             tensor.zero_()
 
     def end_calibration(self, keep: bool) -> None:
         self.observing = False
         if not keep:
-            for tensor, before in zip(self.buffers(), self._before, strict=True):
-                tensor.copy_(before)
+            for index, tensor in enumerate(self.buffers()):
+                tensor.copy_(self._before[index]) if self._before else tensor.zero_()
         self._before = []
 
     def agree(self) -> None:

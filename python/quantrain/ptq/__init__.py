@@ -25,12 +25,13 @@ __all__ = [
     "quantization_report",
     "quantize",
     "smooth_factor",
+    "use_int8_cache",
 ]
 
 
 def __getattr__(name: str):
-    if name == "Int8Cache":  # needs transformers
-        from .kv_cache import Int8Cache
+    if name in ("Int8Cache", "use_int8_cache"):  # need transformers
+        from quantrain.nn import kv_cache
 
-        return Int8Cache
+        return getattr(kv_cache, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

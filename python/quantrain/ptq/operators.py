@@ -15,6 +15,8 @@ _ops = torch.ops.quantrain
 def column_statistics_(absmax: Tensor, mean_abs: Tensor, hessian: Tensor | None, rows: Tensor, input: Tensor) -> None:
     """Takes the rows of ``input`` into running statistics, in place and without waiting for the device.
 
+    The statistics lie on input's device or, for lack of its memory, all on the CPU, which waits for the device.
+
     absmax: the largest magnitudes; mean_abs: the means of ``|x|``; hessian: the mean of ``2 x x^T``, or None; rows: how
     many rows there were. NaN and Inf stay in what they enter.
 

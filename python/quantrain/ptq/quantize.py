@@ -31,6 +31,7 @@ def quantize(
     overrides: Mapping[str, Recipe | str | Mapping] | None = None,
     skip: Iterable[str] = (),
     sequential: bool | None = None,
+    statistics_device: torch.device | str | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     check_batch: Any = None,
     max_kl: float | None = 1.0,
@@ -49,6 +50,8 @@ def quantize(
             one block are held at a time (a Hessian has K x K numbers), and a block makes up for the error of those
             before. None: where the recipe needs Hessians and the model has blocks, each of which runs once on what the
             one before gives. False: all layers from one pass of the float model.
+        statistics_device: where calibration counts; None: beside the weights. ``"cpu"`` spares a GPU's memory (Hessians
+            of all layers at once, with ``sequential=False``) and waits for the GPU at each layer and batch.
         forward: called as ``forward(model, batch)``.
         check_batch: what the predictions are compared on; None: the first of ``batches``. Better one that calibration
             does not see. False: nothing is compared.
@@ -83,6 +86,10 @@ def quantize(
     if exact is not None and not bool(torch.isfinite(exact).all()):
         raise ValueError("quantize: expected finite logits of the float model, got NaN or Inf")
     model = prepare(model, recipe, overrides=overrides, skip=skip)
+    if statistics_device is not None:
+        for layer in _prepared(model).values():
+            if getattr(layer, "input_observer", None) is not None:
+                layer.input_observer.to(statistics_device)
     blocks = block_names(model)
     waiting = _waiting(model)
     if waiting and not batches:

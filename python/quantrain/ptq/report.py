@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from quantrain import _C
 from quantrain.nn import Linear4bit, QuantizedInt8Linear, QuantizedLayer, QuantizedPtqLinear
 from quantrain.nn.calibrate import evaluating, run_batch
+from quantrain.nn.schemes import handler_of
 from quantrain.tables import Table
 
 __all__ = ["QuantizationReport", "divergence", "log_probabilities", "quantization_report"]
@@ -126,7 +127,8 @@ def quantization_report(
     'int8 per channel'
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
-    if not layers:
+    recipe = getattr(getattr(model, "quantization_summary", None), "recipe", None)
+    if not layers and (recipe is None or not handler_of(recipe).leaves_layers(recipe)):
         raise ValueError("quantization_report: expected a converted model, got one without converted layers")
     found, times = _timed(model, batch, forward, layers)
     kl = top1 = None

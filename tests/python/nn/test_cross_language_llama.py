@@ -163,11 +163,15 @@ def test_what_weights_of_each_recipe_cost(folders, ids, tmp_path):
         "gptq-w4a16",
         "awq-gptq-w4a8",
         "nf4",
+        "kv-int8",
+        "llm-int8 with kv_cache int8",
     ],
 )
 def test_a_quantized_folder_is_evaluated_as_python_has_it(recipe, folders, ids, tmp_path):
     path, tokens = ids
     model = load(folders["tied"])
+    name, _, cache = recipe.partition(" with kv_cache ")
+    recipe = qnn.changed_recipe(qnn.as_recipe(name), {"scheme": {"kv_cache": cache}}) if cache else name
     ptq.quantize(model, recipe, [tokens[start : start + LENGTH][None] for start in range(0, 512, LENGTH)])
     folder = tmp_path / "quantized"
     folder.mkdir()

@@ -441,3 +441,17 @@ def test_a_layer_that_is_never_called_is_no_head(recipe):
 
     model = qnn.prepare(Model(), recipe)
     assert "head" in model.quantization_summary.left_float and "body" not in model.quantization_summary.left_float
+
+
+@pytest.mark.cuda
+def test_statistics_in_host_memory_convert_alike():
+    torch.manual_seed(3)
+    batches = [torch.randn(64, 32, device="cuda") for _ in range(3)]
+    layers = [qnn.PtqLinear(32, 16, recipe="gptq-w4a16").cuda() for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    layers[1].input_observer.to("cpu")
+    for layer in layers:
+        qnn.calibrate(layer, batches)
+    assert layers[1].input_observer.hessian.device.type == "cpu"
+    near, host = (qnn.convert(layer) for layer in layers)
+    assert host.weight_codes.is_cuda and torch.equal(near.weight_codes, host.weight_codes)

@@ -67,6 +67,22 @@ def test_statistics_keep_what_is_not_a_number(value):
     assert not torch.isfinite(found[0][3])
 
 
+@pytest.mark.cuda
+def test_statistics_in_host_memory():
+    x = torch.randn(3, 50, 24)
+    near = [torch.zeros(24), torch.zeros(24), torch.zeros(24, 24), torch.zeros(1, dtype=torch.int64)]
+    host = [t.clone() for t in near]
+    near = [t.cuda() for t in near]
+    for batch in x.cuda():
+        ops.column_statistics_(*near, batch)
+        ops.column_statistics_(*host, batch)
+    for a, b in zip(near, host, strict=True):
+        assert b.device.type == "cpu"
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-6, atol=1e-6)
+    with pytest.raises(TypeError, match="hessian on absmax's device cpu"):
+        ops.column_statistics_(host[0], host[1], near[2], host[3], x[0].cuda())
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.85, 1.0])
 def test_smooth_factor(alpha):
     a, w = torch.rand(33) * 10, torch.rand(33)

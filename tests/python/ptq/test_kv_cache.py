@@ -8,7 +8,9 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from quantrain.ptq.kv_cache import Int8Cache  # noqa: E402
+import quantrain  # noqa: E402
+from quantrain import nn as qnn  # noqa: E402
+from quantrain.nn.kv_cache import Int8Cache  # noqa: E402
 
 
 def llama(dtype=torch.float32, **changes):
@@ -154,9 +156,85 @@ def test_a_model_with_sliding_windows():
 
 
 def test_without_transformers_the_error_says_what_to_install(monkeypatch):
-    import quantrain.ptq.kv_cache as module
+    import quantrain.nn.kv_cache as module
 
     monkeypatch.setitem(sys.modules, "transformers.cache_utils", None)
     monkeypatch.delitem(sys.modules, module.__name__)
     with pytest.raises(ModuleNotFoundError, match="Int8Cache: expected the package transformers"):
         importlib.import_module(module.__name__)
+
+
+# ---- as a recipe ----------------------------------------------------------------------------------------------------
+
+IDS = torch.arange(12)[None] * 7 % 97
+
+
+def test_the_recipe_leaves_layers_and_rounds_keys_and_values():
+    model, plain = llama(), llama()
+    with torch.no_grad():
+        exact = plain(IDS, cache=Int8Cache(), use_cache=True).logits
+        quantized = quantrain.ptq.quantize(model, "kv-int8", [IDS])
+        assert quantized is model and type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+        for options in ({}, {"use_cache": False}, {"cache": transformers.DynamicCache()}):
+            assert torch.equal(model(IDS, **options).logits, exact)
+    assert 0 < model.ptq_report.kl < 0.01
+    tokens = model.generate(IDS, max_new_tokens=6, do_sample=False)
+    cached = plain.generate(IDS, max_new_tokens=6, do_sample=False, cache=Int8Cache())
+    assert torch.equal(tokens, cached)
+
+
+def test_in_training_and_without_caches_nothing_is_rounded():
+    model, plain = llama(), llama()
+    quantrain.ptq.use_int8_cache(model)
+    quantrain.ptq.use_int8_cache(model)  # once is enough
+    assert len(model._forward_pre_hooks) == 1
+    model.config.use_cache = False
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, plain(IDS).logits)
+    model.config.use_cache = True
+    model.train()
+    loss = model(IDS, labels=IDS).loss
+    loss.backward()
+    assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("recipe", ["kv-int8", "llm-int8"])
+def test_a_checkpoint_carries_it(tmp_path, recipe):
+    recipe = qnn.changed_recipe(qnn.as_recipe(recipe), {"scheme": {"kv_cache": "int8"}})
+    model = quantrain.ptq.quantize(llama(), recipe, [IDS])
+    qnn.save_checkpoint(tmp_path / "model.safetensors", model)
+    again = qnn.from_checkpoint(tmp_path / "model.safetensors", llama())
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+        other = llama()(IDS).logits
+    assert not torch.equal(other, again(IDS).logits)
+    assert again.quantization_summary.recipe.scheme.kv_cache == "int8"
+
+
+def test_other_caches_are_refused():
+    model = llama()
+    quantrain.ptq.use_int8_cache(model)
+    used = transformers.DynamicCache()
+    llama()(IDS, cache=used, use_cache=True)
+    with pytest.raises(ValueError, match="an empty DynamicCache or none .* got DynamicCache of 12 tokens"):
+        model(IDS, cache=used)
+    with pytest.raises(ValueError, match="forward takes a cache of keys and values, got Linear"):
+        quantrain.ptq.use_int8_cache(torch.nn.Linear(2, 2))
+    bert = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    with pytest.raises(ValueError, match="forward takes a cache of keys and values, got Bert"):
+        qnn.prepare(transformers.BertForSequenceClassification(bert), "kv-int8")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"scheme": {"kv_cache": "int4"}}, "kv_cache to be one of"),
+        ({"scheme": {"kv_cache": "float"}}, "a spec for weight or a kv_cache of int8"),
+        ({"scheme": {"outlier_columns": 16}}, "no field of the scheme but kv_cache"),
+    ],
+)
+def test_recipes_that_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        qnn.changed_recipe(qnn.as_recipe("kv-int8"), change).validate()

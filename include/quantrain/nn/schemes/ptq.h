@@ -1,6 +1,7 @@
 // Post-training quantization of linear layers: ZeroQuant (Yao et al., arXiv:2206.01861), LLM.int8() (Dettmers et al.,
 // arXiv:2208.07339), SmoothQuant (Xiao et al., arXiv:2211.10438), GPTQ (Frantar et al., arXiv:2210.17323) and AWQ (Lin
-// et al., arXiv:2306.00978). Recipes zeroquant-*, llm-int8*, smoothquant-*, gptq-*, awq-*.
+// et al., arXiv:2306.00978), and the cache of keys and values. Recipes zeroquant-*, llm-int8*, smoothquant-*, gptq-*,
+// awq-*, kv-int8.
 #pragma once
 
 #include <string>
@@ -35,6 +36,8 @@ inline constexpr const char* const kNames<ScaleSearch>[] = {"absmax", "awq"};
 // few_rows           of weights and inputs of 8 bits, for at most 32 rows (8 on the CPU): "float", the input as it
 //                    comes (exact, and faster: W8A16), or "int8", one arithmetic for all
 // head               whether the layer that gives a model's output is quantized too
+// kv_cache           "float", or "int8": keys and values of attention are held as int8 codes, one scale (absmax / 127)
+//                    per token and head. Alone, in a recipe without a weight, it leaves every layer as it is
 struct QUANTRAIN_API PtqSpec : SchemeOf<PtqSpec> {
   double smooth_alpha = 0;
   int64_t outlier_columns = 0;
@@ -45,6 +48,7 @@ struct QUANTRAIN_API PtqSpec : SchemeOf<PtqSpec> {
   int64_t attention_bits = 0;
   std::string few_rows = "float";
   bool head = false;
+  std::string kv_cache = "float";
 
   static constexpr const char* kKind = "ptq";
   static constexpr const char* kTypeName = "PtqSpec";
@@ -59,6 +63,7 @@ struct QUANTRAIN_API PtqSpec : SchemeOf<PtqSpec> {
     visit("attention_bits", self.attention_bits);
     visit("few_rows", self.few_rows);
     visit("head", self.head);
+    visit("kv_cache", self.kv_cache);
   }
 
   void validate() const override;

@@ -74,8 +74,15 @@ class SchemeHandler:
         """
         return {}
 
-    def prepared(self, model: nn.Module, layers: Mapping[str, nn.Module], left_float: Mapping[str, str]) -> None:
-        """Called with the model when its layers are swapped; ``layers``: those of this scheme's recipes."""
+    def prepared(
+        self, model: nn.Module, layers: Mapping[str, nn.Module], left_float: Mapping[str, str], recipe: Recipe
+    ) -> None:
+        """Called with the model when its layers are swapped; ``layers``: those of this scheme's recipes; ``recipe``: the
+        model's, of this scheme or another."""
+
+    def leaves_layers(self, recipe: Recipe) -> bool:
+        """Whether the recipe is for more than layers, so that a model without one to swap is prepared as it is."""
+        return False
 
     def takes_float64(self, recipe: Recipe) -> bool:
         return True

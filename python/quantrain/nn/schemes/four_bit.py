@@ -52,7 +52,7 @@ class FourBit(SchemeHandler):
         if isinstance(layer, LoraLinear) and layer.recipe.scheme.lora_rank < 1:
             raise ValueError(f"LoraLinear: expected a recipe with lora_rank of at least 1, got {layer.recipe.name!r}")
 
-    def prepared(self, model, layers, left_float):
+    def prepared(self, model, layers, left_float, recipe):
         """Under LoRA nothing else is trained, but a head of one's own: a new classifier, not a language model's."""
         if not any(isinstance(layer, LoraLinear) for layer in layers.values()):
             return

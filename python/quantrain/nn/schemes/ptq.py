@@ -1,8 +1,11 @@
-"""Post-training quantization of linear layers: recipes zeroquant-*, llm-int8*, smoothquant-*, gptq-*, awq-*."""
+"""Post-training quantization of linear layers and of the cache of keys and values: recipes zeroquant-*, llm-int8*,
+smoothquant-*, gptq-*, awq-*, kv-int8."""
 
 from __future__ import annotations
 
 import re
+
+from quantrain._C import PtqSpec
 
 from ..heads import HEAD, output_layers
 from ..layers import QuantLinear, QuantTransposedLinear
@@ -22,6 +25,8 @@ class Ptq(SchemeHandler):
         return _LAYERS[twin]
 
     def left_float(self, twin, recipe):
+        if recipe.weight is None:
+            return f"recipe {recipe.name or '(unnamed)'} is for the cache alone"
         return "" if twin in _LAYERS else f"recipe {recipe.name or '(unnamed)'} is for Linear layers"
 
     def layer_recipe(self, name, recipe):
@@ -32,6 +37,16 @@ class Ptq(SchemeHandler):
 
     def left_layers(self, model, layers, recipes, order):
         return {name: HEAD for name in output_layers(model, order) if name in layers and not recipes[name].scheme.head}
+
+    def leaves_layers(self, recipe):
+        return recipe.weight is None
+
+    def prepared(self, model, layers, left_float, recipe):
+        recipes = [recipe, *(layer.recipe for layer in layers.values())]
+        if any(isinstance(r.scheme, PtqSpec) and r.scheme.kv_cache == "int8" for r in recipes):
+            from ..kv_cache import use_int8_cache  # needs transformers
+
+            use_int8_cache(model)
 
     def takes_float64(self, recipe):
         return False
@@ -64,6 +79,8 @@ class Ptq(SchemeHandler):
         return "none"
 
     def arithmetic_text(self, recipe):
+        if recipe.weight is None:
+            return "floating point, keys and values held in int8"
         if recipe.input is None:
             return "weights decoded inside the product, activations in floating point"
         return "int8 products"

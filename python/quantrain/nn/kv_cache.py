@@ -7,22 +7,24 @@ One scale per (token, KV head), symmetric, without calibration: ``absmax / 127``
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantrain._arguments import float_name
 
 try:
-    from transformers.cache_utils import Cache, DynamicLayer
+    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         'Int8Cache: expected the package transformers, got none (pip install "quantrain[hf]")'
     ) from error
 
-__all__ = ["Int8Cache", "Int8CacheLayer"]
+__all__ = ["Int8Cache", "Int8CacheLayer", "use_int8_cache"]
 
 
 @dataclass
@@ -152,3 +154,57 @@ class Int8Cache(Cache):
     def nbytes(self) -> int:
         """Bytes of all codes and scales."""
         return sum(layer.nbytes for layer in self.layers)
+
+
+class _GiveInt8Cache:
+    """A forward pre-hook: an Int8Cache where the caller gave no cache, or an empty one of transformers' own kind."""
+
+    def __init__(self, argument: str, position: int) -> None:
+        self.argument, self.position = argument, position  # of forward, without self
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if model.training or getattr(model.config, "use_cache", None) is False:
+            return None
+        positional = len(args) > self.position
+        cache = args[self.position] if positional else kwargs.get(self.argument)
+        if isinstance(cache, Int8Cache):
+            return None
+        if cache is not None and (type(cache) is not DynamicCache or cache.get_seq_length() > 0):
+            raise ValueError(
+                f"{type(model).__name__}: expected {self.argument} of type Int8Cache, an empty DynamicCache or none under "
+                f"a recipe whose kv_cache is int8, got {type(cache).__name__} of {cache.get_seq_length()} tokens"
+            )
+        if positional:
+            return (*args[: self.position], Int8Cache(), *args[self.position + 1 :]), kwargs
+        return args, kwargs | {self.argument: Int8Cache()}
+
+
+def use_int8_cache(model: nn.Module) -> None:
+    """Lets a transformers model hold its keys and values in an :class:`Int8Cache`, in ``generate`` and in every call.
+
+    In evaluation mode a call without a cache, or with an empty ``DynamicCache``, gets an Int8Cache: a pass over a prompt
+    then reads rounded keys and values too, as the tokens after it will. In training, and where ``config.use_cache`` is
+    False, nothing changes. Recipes whose scheme has ``kv_cache="int8"`` (``kv-int8``) do this in
+    :func:`quantrain.nn.prepare`.
+
+    Raises:
+        ValueError: a model whose ``forward`` takes no cache.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+    ...                      num_attention_heads=2)
+    >>> model = LlamaForCausalLM(config).eval()
+    >>> use_int8_cache(model)
+    >>> type(model(torch.tensor([[1, 2, 3]])).past_key_values).__name__
+    'Int8Cache'
+    """
+    if any(isinstance(hook, _GiveInt8Cache) for hook in model._forward_pre_hooks.values()):
+        return
+    names = list(inspect.signature(model.forward).parameters)
+    argument = next((name for name in ("past_key_values", "cache") if name in names), None)
+    if argument is None or not hasattr(model, "config"):
+        raise ValueError(
+            "use_int8_cache: expected a model of transformers whose forward takes a cache of keys and values, got "
+            f"{type(model).__name__}"
+        )
+    model.register_forward_pre_hook(_GiveInt8Cache(argument, names.index(argument)), with_kwargs=True)
