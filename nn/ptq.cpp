@@ -4,6 +4,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/amax.h>
 #include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/mm.h>
@@ -45,6 +46,29 @@ at::Tensor largest_columns(const at::Tensor& absmax, int64_t count) {
 at::Tensor packed_codes(const at::Tensor& codes, int64_t columns) {
   const at::Tensor whole = at::constant_pad_nd(codes, {0, columns - codes.size(1)});
   return quantrain::pack_int4(whole.contiguous());
+}
+
+// Squared errors of the groups, [O, groups].
+at::Tensor group_errors(const at::Tensor& w, const ColumnGrid& grid) {
+  const int64_t groups = grid.scale.size(1);
+  const at::Tensor error = (w - decode_columns(round_columns(w, grid), grid)).square();
+  return at::constant_pad_nd(error, {0, groups * grid.group_size - w.size(1)})
+      .reshape({w.size(0), groups, grid.group_size})
+      .sum(2);
+}
+
+// The grid with two levels of scales: whole multiples, at most 15, of one scale per row. A code of 8 times 15 fits int8.
+// A row's largest scale stays, by which the product finds the unit (ops/four_bit_int8.cpp).
+ColumnGrid two_levels(const at::Tensor& w, const ColumnGrid& grid) {
+  const at::Tensor largest = at::amax(grid.scale, {1}, /*keepdim=*/true), unit = largest / 15;
+  const at::Tensor multiple = at::where(grid.scale == largest, at::full_like(grid.scale, 15), grid.scale / unit);
+  ColumnGrid down = grid, up = grid;
+  down.scale = multiple.floor().clamp(1, 15) * unit;
+  up.scale = multiple.ceil().clamp(1, 15) * unit;
+  const at::Tensor better = group_errors(w, down) < group_errors(w, up);
+  ColumnGrid chosen = grid;
+  chosen.scale = at::where(grid.scale == 0, grid.scale, at::where(better, down.scale, up.scale));
+  return chosen;
 }
 
 // A layer on its way: what is chosen goes to `result`, and what later choices see changes with it.
@@ -106,7 +130,8 @@ void Choice::choose_input_scale() {
 
 void Choice::choose_codes() {
   PtqWeight& out = result.weight;
-  const ColumnGrid grid = absmax_grid(rest(), recipe.weight->bits, group_size());
+  ColumnGrid grid = absmax_grid(rest(), recipe.weight->bits, group_size());
+  if (four_bits() && spec.group_scales == "two_level") grid = two_levels(rest(), grid);
   ColumnGrid keep_grid;
   if (keeps_at_8()) {
     keep_grid = absmax_grid(w.index_select(1, kept), 8, kept.size(0));

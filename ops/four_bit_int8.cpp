@@ -21,14 +21,16 @@
 namespace quantrain {
 namespace {
 
-// The largest magnitude that a row may have, [N]: exact but for integer formats, whose largest code may be unused.
-at::Tensor row_absmax(const PackedWeight& w) {
+// What an int8 code of a row counts, [N]: of the largest magnitude that the row may have a 127th. Of int4 a 15th of the
+// row's largest scale: where the others are whole 15ths of it (two levels of scales, PtqSpec), each code times its
+// group's multiple is an int8 code, and nothing is rounded again.
+at::Tensor row_scale(const PackedWeight& w) {
   const at::Tensor scale = (w.scale_scale ? decompress_scale(w.scale, *w.scale_scale, *w.scale_offset) : w.scale).abs();
-  if (w.format == "int4") return at::amax(scale, {1}) * 8;
-  if (w.format == "table") return at::amax(scale, {1}) * w.table->abs().max();
-  if (w.format != "uint4") return at::amax(scale, {1});
+  if (w.format == "int4") return at::amax(scale, {1}) / 15;
+  if (w.format == "table") return at::amax(scale, {1}) * w.table->abs().max() / 127;
+  if (w.format != "uint4") return at::amax(scale, {1}) / 127;
   const at::Tensor zero_point = w.zero_point->to(at::kFloat);
-  return at::amax(scale * at::maximum(zero_point, 15 - zero_point), {1});
+  return at::amax(scale * at::maximum(zero_point, 15 - zero_point), {1}) / 127;
 }
 
 Int8Codes int8_rows(const PackedWeight& given, int64_t rows, int64_t k) {
@@ -41,8 +43,7 @@ Int8Codes int8_rows(const PackedWeight& given, int64_t rows, int64_t k) {
   // The CUDA kernel reads 4 bytes at a time.
   w.codes = w.codes.contiguous();
   if (reinterpret_cast<uintptr_t>(w.codes.const_data_ptr()) % 4 != 0) w.codes = w.codes.clone();
-  const at::Tensor absmax = row_absmax(w);
-  const at::Tensor scale = at::where(absmax == 0, at::ones_like(absmax), absmax / 127);
+  const at::Tensor unit = row_scale(w), scale = at::where(unit == 0, at::ones_like(unit), unit);
   const at::Tensor codes = at::empty({rows, k}, w.codes.options().dtype(at::kChar));
   const FourBitFormat format = parse_four_bit_format("linear_4bit", w.format, w.table);
   const PackedPointers packed(w, format);

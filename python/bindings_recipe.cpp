@@ -278,6 +278,6 @@ void bind_recipe(py::module_& module) {
   bind_scheme_of<PtqSpec>(
       module,
       "Post-training quantization of linear layers: smooth_alpha, outlier_columns, outlier_threshold, rounding, "
-      "damping, scale_search, attention_bits, few_rows, head, kv_cache.");
+      "damping, scale_search, group_scales, attention_bits, few_rows, distill_steps, distill_lr, head, kv_cache.");
   bind_recipe_class(module);
 }

@@ -16,6 +16,7 @@ using detail::number_text;
 void PtqSpec::validate() const {
   static const std::string kName = kTypeName;
   detail::check_one_of(kName, "few_rows", few_rows, {"float", "int8"});
+  detail::check_one_of(kName, "group_scales", group_scales, {"float", "two_level"});
   detail::check_one_of(kName, "kv_cache", kv_cache, {"float", "int8"});
   if (!(smooth_alpha >= 0 && smooth_alpha <= 1)) fail_field(kName, "smooth_alpha in [0, 1]", number_text(smooth_alpha));
   if (outlier_columns < 0 || outlier_columns > 4096) {
@@ -30,6 +31,12 @@ void PtqSpec::validate() const {
   if (!(damping > 0 && std::isfinite(damping))) fail_field(kName, "damping above 0", number_text(damping));
   if (attention_bits != 0 && attention_bits != 4 && attention_bits != 8) {
     fail_field(kName, "attention_bits of 0, 4 or 8", std::to_string(attention_bits));
+  }
+  if (distill_steps < 0) fail_field(kName, "distill_steps of at least 0", std::to_string(distill_steps));
+  if (!(distill_lr > 0 && std::isfinite(distill_lr))) fail_field(kName, "distill_lr above 0", number_text(distill_lr));
+  if (distill_steps > 0 && (has_factor() || outlier_columns > 0 || rounding != Rounding::kNearest)) {
+    fail_field(kName, "weights rounded to nearest alone (no factors, outlier columns or gptq) with distill_steps",
+               std::to_string(distill_steps) + " steps beside one of them");
   }
   if (smooth_alpha > 0 && scale_search == ScaleSearch::kAwq) {
     fail_field(kName, "smooth_alpha or scale_search 'awq', which both choose a factor per column", "both");
@@ -63,6 +70,10 @@ void PtqSpec::check_recipe(const Recipe& recipe) const {
   if (grouped && (weight.bits == 8 || weight.group_size % 2 != 0)) {
     fail_field(kName, "weight per_group of 4 bits and an even group_size with ptq",
                std::to_string(weight.bits) + " bits, group_size " + std::to_string(weight.group_size));
+  }
+  // attention_bits makes weights of 8 bits, per channel, of some of the layers.
+  if (group_scales == "two_level" && !grouped && attention_bits == 0) {
+    fail_field(kName, "weight per_group with group_scales 'two_level'", name_of(weight.granularity));
   }
   if (!recipe.input) {
     if (weight.bits == 8 && outlier_columns > 0) {
@@ -118,8 +129,11 @@ SchemeEntry detail::ptq_entry() {
     const QuantSpec token = symmetric_input(Granularity::kPerToken, ObserverKind::kDynamic);
     const QuantSpec tensor = symmetric_input(Granularity::kPerTensor, ObserverKind::kMinMax);
     const PtqSpec plain;
-    PtqSpec mixed, columns, threshold, smooth, all, gptq, awq, both, cache;
+    PtqSpec mixed, distilled, mixed_distilled, columns, threshold, smooth, all, gptq, awq, both, cache;
     mixed.attention_bits = 8;
+    distilled.distill_steps = mixed_distilled.distill_steps = 100;
+    distilled.distill_lr = 5e-6;  // ZeroQuant's, of weights of 8 bits
+    mixed_distilled.attention_bits = 8;
     columns.outlier_columns = 16;
     threshold.outlier_columns = 128;
     threshold.outlier_threshold = 6;
@@ -132,6 +146,8 @@ SchemeEntry detail::ptq_entry() {
     cache.kv_cache = "int8";
     add("zeroquant-w8a8", 8, 0, token, plain);
     add("zeroquant-w4a8", 4, 128, token, mixed);
+    add("zeroquant-w8a8-lkd", 8, 0, token, distilled);
+    add("zeroquant-w4a8-lkd", 4, 128, token, mixed_distilled);
     add("llm-int8", 8, 0, token, columns);
     add("llm-int8-threshold", 8, 0, token, threshold);
     add("smoothquant-w8a8", 8, 0, token, smooth);

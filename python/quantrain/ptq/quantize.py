@@ -12,10 +12,12 @@ from torch import nn
 from quantrain._C import Recipe
 from quantrain.nn import QuantizedLayer, QuantLayer, as_recipe, calibrate, calibration, convert, prepare
 from quantrain.nn.calibrate import check_batches, enable_fake_quant, evaluating, keeping_fake_quant, run_batch
+from quantrain.nn.graph import copied
 from quantrain.nn.prepare import PrepareSummary, some
 from quantrain.nn.schemes import handler_of
 
 from .blocks import NoChain, block_names, captured_calls, run_block, without_cache
+from .distill import LayerDistillation, distill_layers
 from .report import QuantizationReport, log_probabilities, quantization_report
 
 __all__ = ["quantize"]
@@ -60,10 +62,11 @@ def quantize(
 
     Returns:
         The model (a new module where ``model`` is itself such a layer), converted, in evaluation mode, with the attribute
-        ``ptq_report`` (:class:`QuantizationReport`; None where nothing is compared).
+        ``ptq_report`` (:class:`QuantizationReport`; None where nothing is compared) and ``ptq_distillation``
+        (:class:`LayerDistillation` under recipes with ``distill_steps``, such as ``zeroquant-w4a8-lkd``, else None).
 
     Raises:
-        ValueError: no batch where the recipe needs calibration; NaN or Inf in a layer's input; a Hessian that no damping
+        ValueError: no batch where the recipe needs calibration or distils; NaN or Inf in a layer's input; a Hessian that no damping
             makes positive definite, naming the layer; a KL above ``max_kl`` (the model is converted then, and has its
             report); a recipe that makes a new network (``f8net``).
 
@@ -85,6 +88,10 @@ def quantize(
     exact = None if not compares else log_probabilities(model, check_batch, forward=forward)
     if exact is not None and not bool(torch.isfinite(exact).all()):
         raise ValueError("quantize: expected finite logits of the float model, got NaN or Inf")
+    steps = getattr(recipe.scheme, "distill_steps", 0)
+    if steps and not batches:
+        raise ValueError(f"quantize: expected batches to distill {recipe.name!r} on, got none")
+    teacher = copied(model) if steps else None
     model = prepare(model, recipe, overrides=overrides, skip=skip)
     if statistics_device is not None:
         for layer in _prepared(model).values():
@@ -113,15 +120,31 @@ def quantize(
             with without_cache(model):
                 calibrate(model, batches, forward=forward)
         _check_statistics(waiting)
+    distillation = None if teacher is None else _distilled(model, teacher, recipe, batches, forward, progress)
+    del teacher
     if _prepared(model):
         model = _convert_layers(model, blocks, progress, unreached)
     _leave_float(model, unreached)
     model.eval()
-    model.ptq_report = None
+    model.ptq_report, model.ptq_distillation = None, distillation
     if exact is not None:
         model.ptq_report = quantization_report(model, check_batch, exact, forward=forward)
         _check_kl(model.ptq_report, recipe, max_kl)
     return model
+
+
+def _distilled(
+    model: nn.Module,
+    teacher: nn.Module,
+    recipe: Recipe,
+    batches: Sequence[Any],
+    forward: Callable[[nn.Module, Any], Any],
+    progress: Progress | None,
+) -> LayerDistillation:
+    """Trains the prepared model's blocks as the recipe says."""
+    steps, lr = recipe.scheme.distill_steps, recipe.scheme.distill_lr
+    tell = None if progress is None else lambda step, loss: progress(step, steps, f"distillation, loss {loss:.3g}")
+    return distill_layers(model, teacher, batches, steps=steps, lr=lr, forward=forward, progress=tell)
 
 
 def _prepared(model: nn.Module) -> dict[str, QuantLayer]:

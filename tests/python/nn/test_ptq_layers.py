@@ -455,3 +455,33 @@ def test_statistics_in_host_memory_convert_alike():
     assert layers[1].input_observer.hessian.device.type == "cpu"
     near, host = (qnn.convert(layer) for layer in layers)
     assert host.weight_codes.is_cuda and torch.equal(near.weight_codes, host.weight_codes)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("name, k", [("zeroquant-w4a8", 256), ("awq-gptq-w4a8", 256), ("zeroquant-w4a8", 200)])
+def test_two_levels_of_scales_multiply_codes_as_they_are(name, k, device):
+    model, exact = calibrated(changed(name, weight={"group_size": 64}, scheme={"group_scales": "two_level"}), k=k)
+    plain, _ = calibrated(changed(name, weight={"group_size": 64}), k=k)
+    x = data(k=k).to(device)
+    layer = qnn.convert(model.to(device))[0]
+    scale = layer.weight_scale
+    unit = scale.amax(1, keepdim=True) / 15
+    multiple = scale / unit
+    assert (multiple - multiple.round()).abs().max() < 1e-5 and multiple.min() > 0.99
+    codes = nn.functional.pad(layer.codes(), (0, scale.shape[1] * 64 - k))
+    whole = codes.view(48, -1, 64) * multiple.round().to(torch.int8)[..., None]  # at most 8 times 15
+    rows, s = torch.ops.quantrain.int8_quantize_rows.nearest(
+        nn.functional.pad(x if layer.input_factor is None else (x * layer.input_factor), (0, codes.shape[1] - k))
+    )
+    want = torch.ops.quantrain.int8_mm(rows, whole.view(48, -1), s, unit, layer.bias)
+    torch.testing.assert_close(layer(x), want, rtol=1e-5, atol=1e-5)
+    assert error(layer(x).cpu(), exact) < 1.15 * error(qnn.convert(plain)(data(k=k)), exact)
+
+
+def test_two_levels_of_scales_need_groups():
+    with pytest.raises(ValueError, match="weight per_group with group_scales 'two_level'"):
+        changed("llm-int8", scheme={"group_scales": "two_level"}).validate()
+    layer = qnn.PtqLinear(64, 4, recipe=changed("zeroquant-w4a8", scheme={"group_scales": "two_level"}))
+    with torch.no_grad():
+        layer.weight[1] = 0
+    assert (qnn.convert(layer).weight_scale[1] == 0).all()

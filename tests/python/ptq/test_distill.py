@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import quantrain.nn as qnn
-from quantrain import QuantSpec, Recipe
+from quantrain import QuantSpec, Recipe, ptq
 from quantrain.finetune.minilm import BertConfig, SentenceClassifier
 from quantrain.ptq.distill import LayerDistillation, distill_layers
 
@@ -403,3 +403,47 @@ def test_what_is_refused(name):
         distill_layers(*arguments, **{"steps": 2, **options})
     for model in arguments[:2]:
         assert not isinstance(model, nn.Module) or hooks_of(model) == 0
+
+
+class Chain(nn.Module):
+    """Blocks on residuals, with weights large enough that 4 bits per channel hurt."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)) for _ in range(2))
+        self.head = nn.Linear(32, 8)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.mul_(3)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def test_a_recipe_distils_between_calibration_and_conversion():
+    torch.manual_seed(0)
+    model, batches, kl = Chain(), [torch.randn(128, 32) for _ in range(8)], {}
+    change = {"weight": {"granularity": "per_channel"}, "scheme": {"attention_bits": 0}}
+    for name in ("zeroquant-w4a8", "zeroquant-w4a8-lkd"):
+        told = []
+        found = ptq.quantize(
+            copy.deepcopy(model),
+            qnn.changed_recipe(qnn.as_recipe(name), change),
+            batches,
+            progress=lambda done, of, text, told=told: told.append(text),
+        )
+        kl[name] = found.ptq_report.kl
+        assert (found.ptq_distillation is not None) == ("lkd" in name)
+        assert any("distillation" in text for text in told) == ("lkd" in name)
+    assert [row["layer"] for row in found.ptq_distillation.rows] == ["blocks.0", "blocks.1"]
+    assert all(row["after"] < 0.8 * row["before"] for row in found.ptq_distillation.rows)
+    assert kl["zeroquant-w4a8-lkd"] < 0.75 * kl["zeroquant-w4a8"]
+
+
+def test_recipes_that_distil_want_batches_and_nearest():
+    with pytest.raises(ValueError, match="expected batches to distill 'zeroquant-w4a8-lkd' on, got none"):
+        ptq.quantize(Chain(), "zeroquant-w4a8-lkd")
+    with pytest.raises(ValueError, match="rounded to nearest alone"):
+        qnn.changed_recipe(qnn.as_recipe("gptq-w4a16"), {"scheme": {"distill_steps": 10}}).validate()

@@ -76,7 +76,8 @@ class Ptq(SchemeHandler):
         return "" if recipe.scheme.head else "the head stays float"
 
     def training_text(self, recipe):
-        return "none"
+        steps = recipe.scheme.distill_steps
+        return f"blocks distilled one by one, {steps} batches" if steps else "none"
 
     def arithmetic_text(self, recipe):
         if recipe.weight is None:
