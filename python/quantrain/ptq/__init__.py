@@ -9,6 +9,7 @@ from .export import check_target, export_model
 from .operators import awq_scale, column_statistics_, gptq_round, smooth_factor
 from .quantize import quantize
 from .report import QuantizationReport, divergence, log_probabilities, quantization_report
+from .rotate import rotate
 
 __all__ = [
     "Int8Cache",
@@ -24,6 +25,7 @@ __all__ = [
     "log_probabilities",
     "quantization_report",
     "quantize",
+    "rotate",
     "smooth_factor",
     "use_int8_cache",
 ]

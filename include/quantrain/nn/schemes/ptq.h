@@ -32,14 +32,14 @@ inline constexpr const char* const kNames<ScaleSearch>[] = {"absmax", "awq"};
 // rounding           "nearest", or "gptq" (gptq_round)
 // damping            of gptq
 // scale_search       "absmax", or "awq": columns of the weight are multiplied by awq_scale before they are rounded
-// group_scales       of weights of 4 bits in groups: "float", or "two_level": whole multiples, 1 to 15, of one scale per
-//                    row, of the two next to the group's own that of less error. An integer product with inputs of 8 bits
-//                    then multiplies the codes as they are (QoQ, arXiv:2405.04532, section 4.1), a row at a time
+// group_scales       of weights of 4 bits in groups: "float", or "two_level": whole multiples, 1 to 15, of one scale
+//                    per row, of the two next to the group's own that of less error. An integer product with inputs of
+//                    8 bits then takes the codes as they are (QoQ, arXiv:2405.04532, section 4.1)
 // attention_bits     > 0: prepare gives layers of attention so many weight bits, per_channel (ZeroQuant's mixed form)
 // few_rows           of weights and inputs of 8 bits, for at most 32 rows (8 on the CPU): "float", the input as it
 //                    comes (exact, and faster: W8A16), or "int8", one arithmetic for all
-// distill_steps      > 0: between calibration and conversion quantrain.ptq.quantize trains the blocks one by one on what
-//                    the float model's blocks give (ZeroQuant's LKD), so many batches; weights rounded to nearest alone
+// distill_steps      > 0: between calibration and conversion quantrain.ptq.quantize trains the blocks one by one on
+//                    what the float model's blocks give (ZeroQuant's LKD), so many batches; weights rounded to nearest
 // distill_lr         its learning rate
 // head               whether the layer that gives a model's output is quantized too
 // kv_cache           "float", or "int8": keys and values of attention are held as int8 codes, one scale (absmax / 127)
