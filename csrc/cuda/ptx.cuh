@@ -28,6 +28,12 @@ __device__ __forceinline__ SharedAddress shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// What a kernel was launched with.
+__device__ __forceinline__ uint8_t* dynamic_shared() {
+  extern __shared__ __align__(1024) uint8_t dynamic_shared_bytes[];
+  return dynamic_shared_bytes;
+}
+
 // 16 bytes from global to shared memory, past the registers and the first-level cache.
 __device__ __forceinline__ void cp_async_16(SharedAddress to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");

@@ -1,5 +1,5 @@
-// An emulation of a block of CUDA threads and of the instructions that the fixed-point convolutions use: tensor cores,
-// matrix loads, asynchronous copies. It checks what a GPU would not say: copies outside the tensors, misaligned
+// An emulation of a block of CUDA threads and of the instructions that the fixed-point convolutions and int8_mm use:
+// tensor cores, matrix loads, asynchronous copies. It checks what a GPU would not say: copies outside the tensors, misaligned
 // addresses, bank conflicts of matrix loads.
 #pragma once
 
@@ -112,6 +112,8 @@ using SharedAddress = uint32_t;
 inline SharedAddress shared_address(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - shared_bytes);
 }
+
+inline uint8_t* dynamic_shared() { return shared_bytes; }
 
 inline void cp_async_16(SharedAddress to, const void* from, int size = 16) {
   const bool inside = size == 16;

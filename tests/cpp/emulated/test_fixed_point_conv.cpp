@@ -1,18 +1,10 @@
 // The CUDA convolutions of the fixed_point family on a CPU, thread by thread: where each byte is read and written, and
 // the codes, without a GPU.
-#include "instructions.h"
+#include "blocks.h"
 
 #include <catch2/catch.hpp>
 
-#include <random>
 #include <string>
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#else
-#define ASAN_POISON_MEMORY_REGION(address, bytes)
-#define ASAN_UNPOISON_MEMORY_REGION(address, bytes)
-#endif
 
 #include "csrc/cuda/fixed_point_conv/gather.cuh"
 #include "csrc/cuda/fixed_point_conv/patch.cuh"
@@ -21,14 +13,12 @@
 using namespace quantrain;
 using namespace quantrain::cuda;
 using namespace quantrain::cuda::conv;
+using emulated::Buffer;
+using emulated::generator;
+using emulated::random_int;
+using emulated::run_blocks;
 
 namespace {
-
-std::mt19937 generator(1);
-
-int random_int(int low, int high) {
-  return low + static_cast<int>(generator() % static_cast<unsigned>(high - low + 1));
-}
 
 struct Shape {
   int n, h, w, c, o, kh, kw, stride_h = 1, stride_w = 1, padding_h = 0, padding_w = 0;
@@ -40,45 +30,6 @@ struct Codes {
   int low_shift = 8, high_shift = 12, low_residual_shift = 0;
   bool sums = false;
 };
-
-// Memory whose end the address sanitizer guards, where it is on.
-template <typename T>
-struct Buffer {
-  T* data;
-  size_t size, bytes;
-
-  explicit Buffer(size_t size) : size(size), bytes((size * sizeof(T) + 64 + 255) / 256 * 256) {
-    data = static_cast<T*>(std::aligned_alloc(256, bytes));
-    std::memset(static_cast<void*>(data), 0xcc, bytes);
-    ASAN_POISON_MEMORY_REGION(data + size, bytes - size * sizeof(T));
-  }
-  Buffer(const Buffer&) = delete;
-  ~Buffer() {
-    ASAN_UNPOISON_MEMORY_REGION(data, bytes);
-    std::free(data);
-  }
-
-  emulated::Range range() const {
-    const auto* const first = reinterpret_cast<const uint8_t*>(data);
-    return {first, first + size * sizeof(T)};
-  }
-  bool end_is_untouched() const {
-    ASAN_UNPOISON_MEMORY_REGION(data, bytes);
-    const auto* const first = reinterpret_cast<const uint8_t*>(data);
-    return std::all_of(first + size * sizeof(T), first + bytes, [](uint8_t byte) { return byte == 0xcc; });
-  }
-};
-
-void run_blocks(unsigned columns, unsigned rows, int threads, const std::function<void()>& kernel) {
-  gridDim = {columns, rows};
-  for (unsigned y = 0; y < rows; ++y) {
-    for (unsigned x = 0; x < columns; ++x) {
-      std::memset(shared_bytes, 0xa5, sizeof shared_bytes);
-      blockIdx = {x, y};
-      emulated::run_block(threads, kernel);
-    }
-  }
-}
 
 // Both places of the weights, and one tile a block or several.
 template <typename Engine, typename Tile>
@@ -213,7 +164,7 @@ void check_tile() {
 
 }  // namespace
 
-TEST_CASE("mma.sync tiles give the codes of a plain loop", "[fixed_point_conv_emulated]") {
+TEST_CASE("mma.sync tiles give the codes of a plain loop", "[fixed_point_conv]") {
   check_tile<MmaTile<TileShape<64, 64, 2, 2>, 64, 4, 5>>();
   check_tile<MmaTile<TileShape<64, 64, 2, 2>, 128, 3, 4>>();
   check_tile<MmaTile<TileShape<128, 64, 2, 2>, 64, 4, 4>>();
@@ -223,7 +174,7 @@ TEST_CASE("mma.sync tiles give the codes of a plain loop", "[fixed_point_conv_em
   check_tile<MmaTile<TileShape<128, 256, 2, 4>, 64, 4, 1>>();
 }
 
-TEST_CASE("wgmma tiles give the codes of a plain loop", "[fixed_point_conv_emulated]") {
+TEST_CASE("wgmma tiles give the codes of a plain loop", "[fixed_point_conv]") {
   check_tile<WgmmaTile<128, 128, 128, 3, 2>, WgmmaEngine>();
   check_tile<WgmmaTile<128, 128, 64, 5, 2>, WgmmaEngine>();
   check_tile<WgmmaTile<128, 64, 128, 3, 3>, WgmmaEngine>();
@@ -232,7 +183,7 @@ TEST_CASE("wgmma tiles give the codes of a plain loop", "[fixed_point_conv_emula
   check_tile<WgmmaTile<64, 64, 128, 4, 3>, WgmmaEngine>();
 }
 
-TEST_CASE("patches of an image give the codes of a plain loop", "[fixed_point_conv_emulated]") {
+TEST_CASE("patches of an image give the codes of a plain loop", "[fixed_point_conv]") {
   check({4, 23, 41, 3, 64, 7, 7, 2, 2, 3, 3}, {}, run_patch<3, 2>);
   check({4, 13, 13, 3, 24, 7, 7, 2, 2, 3, 3}, {kU8, true, true}, run_patch<3, 2>);
   check({4, 9, 27, 3, 80, 5, 5, 1, 3, 4, 4}, {kNone, false, true, true, 6, 11, 0, true}, run_patch<3, 2>);
@@ -245,7 +196,7 @@ TEST_CASE("patches of an image give the codes of a plain loop", "[fixed_point_co
   check({2, 28, 27, 4, 72, 4, 4, 2, 1, 1, 0}, {kI32, false, true, true, 6, 11, -3}, run_patch<4, 1>);
 }
 
-TEST_CASE("gathered windows give the codes of a plain loop", "[fixed_point_conv_emulated]") {
+TEST_CASE("gathered windows give the codes of a plain loop", "[fixed_point_conv]") {
   check({2, 23, 21, 3, 64, 7, 7, 2, 2, 3, 3}, {}, run_gather<6>);
   check({1, 13, 13, 3, 20, 7, 7, 2, 2, 3, 3}, {kU8, true, true}, run_gather<6>);
   check({2, 15, 13, 3, 16, 3, 3, 1, 1, 1, 1}, {kI8, true, false, true, 7, 10}, run_gather<3>);
