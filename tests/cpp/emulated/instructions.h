@@ -1,6 +1,6 @@
 // An emulation of a block of CUDA threads and of the instructions that the fixed-point convolutions and int8_mm use:
-// tensor cores, matrix loads, asynchronous copies. It checks what a GPU would not say: copies outside the tensors, misaligned
-// addresses, bank conflicts of matrix loads.
+// tensor cores, matrix loads, asynchronous copies. It checks what a GPU would not say: copies outside the tensors,
+// misaligned addresses, bank conflicts of matrix loads.
 #pragma once
 
 #include <cuda_runtime.h>
