@@ -33,7 +33,7 @@ def resolve_recipes(words: Sequence[str], overrides: Sequence[str] = ()) -> dict
     faults = []
     for word in words:
         try:
-            name, recipe = _read(word) if _is_file(word) else (word, Recipe.from_name(word))
+            name, recipe = _read(word) if names_file(word) else (word, Recipe.from_name(word))
             if changes:
                 name, recipe = f"{name}-custom", _changed(word, recipe, changes, overrides)
             if name in (*recipes, BASELINE):
@@ -85,7 +85,8 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
     return changes
 
 
-def _is_file(word: str) -> bool:
+def names_file(word: str) -> bool:
+    """Whether ``word`` is the path of a recipe's JSON file, and not a recipe's name."""
     return word.endswith(".json") or "/" in word or "\\" in word
 
 

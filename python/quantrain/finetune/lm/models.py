@@ -21,10 +21,10 @@ _END = "<|end|>"  # the tiny model's one token that is no byte
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A causal language model with what belongs to it.
+    """A causal language model, or a classifier of texts, with what belongs to it.
 
     Attributes:
-        model: A PreTrainedModel of transformers with a language-model head, in eval mode on the CPU.
+        model: A PreTrainedModel of transformers with its head, in eval mode on the CPU.
         tokenizer: Its tokenizer, of transformers.
         title: What it is called in tables and plots.
         source: Where it came from; an adapter names it as its base model.
@@ -94,7 +94,7 @@ def load_language_model(name: str, dtype: torch.dtype = torch.float32, seed: int
             raise FileNotFoundError(f"--model: expected a GGUF file, got {name!r}, where there is none")
         return _of_gguf(path, dtype, path.stem, name)
     if (path / "config.json").is_file():
-        return _of_folder(path, dtype)
+        return load_folder(path, dtype)
     got = "a folder without config.json" if path.is_dir() else "which is no folder"
     raise ValueError(
         f"--model: expected {SMOLLM2}, {TINY}, a .gguf file or the folder of a transformers model, got {name!r}, {got}"
@@ -139,8 +139,25 @@ def _of_gguf(path: Path, dtype: torch.dtype, title: str, source: str) -> Languag
     return LanguageModel(model, tokenizer, title, source)
 
 
-def _of_folder(path: Path, dtype: torch.dtype) -> LanguageModel:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+def load_folder(
+    path: Path,
+    dtype: torch.dtype,
+    auto_class: str = "AutoModelForCausalLM",
+    what: str = "a causal language model",
+) -> LanguageModel:
+    """The model in a folder of transformers, its parameters in ``dtype``.
+
+    Args:
+        path: The folder, with config.json, safetensors and a tokenizer.
+        dtype: Of the parameters.
+        auto_class: The class of transformers that loads it.
+        what: What it is to be, for errors.
+
+    Raises:
+        ValueError: The folder does not hold such a model, whole and in floating point, and a tokenizer.
+    """
+    import transformers
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -156,11 +173,11 @@ def _of_folder(path: Path, dtype: torch.dtype) -> LanguageModel:
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # of weights that do not fit, what is raised says enough
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = getattr(transformers, auto_class).from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except Exception as error:
-        raise _unreadable(path, "a causal language model", error) from error
+        raise _unreadable(path, what, error) from error
     finally:
         logging.set_verbosity(before)
     _check_weights(path, model, info)

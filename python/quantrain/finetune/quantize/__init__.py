@@ -1,1 +1,2 @@
-"""The commands ``quantrain quantize`` and ``quantrain evaluate``: a language model in few bits without training."""
+"""The commands ``quantrain quantize`` and ``quantrain evaluate``: language models and classifiers in few bits without
+training."""

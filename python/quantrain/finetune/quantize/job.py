@@ -1,13 +1,12 @@
-"""``quantrain quantize``: calibrate a language model on a text, convert it, measure it on what follows, write it."""
+"""``quantrain quantize``: calibrate a model on texts, convert it, measure it on those that follow, write it."""
 
 from __future__ import annotations
 
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import date
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,17 @@ import quantrain
 from quantrain import Recipe, ptq
 from quantrain import nn as qnn
 from quantrain.finetune.base_job import check_packages, device_text, find_device
-from quantrain.finetune.lm.data import check_text_file, read_tokens
 from quantrain.finetune.lm.models import LanguageModel
 from quantrain.finetune.progress import Count
 from quantrain.finetune.quantize import report
-from quantrain.finetune.quantize.measure import (
-    PROTOCOL,
-    Measured,
-    Windows,
-    compare,
-    input_maxima,
-    linear_layers,
-    log_probabilities,
-    predictions,
-)
-from quantrain.finetune.quantize.models import FACTS, TARGET, WEIGHTS, check_tokens, load_float
-from quantrain.finetune.quantize.writing import check_output, new_folder, write_beside_weights
+from quantrain.finetune.quantize.maxima import input_maxima
+from quantrain.finetune.quantize.models import FACTS, TARGET, WEIGHTS, load_float, task_of
+from quantrain.finetune.quantize.plan import Plan, check_target, plan_of
+from quantrain.finetune.quantize.task import Amounts, Measured, Texts, TextTask
+from quantrain.finetune.quantize.writing import check_output, new_folder, untie, write_beside_weights
 from quantrain.finetune.recipe_text import recipe_line, recipe_table
-from quantrain.finetune.recipes import resolve_recipes
+from quantrain.finetune.recipes import names_file, resolve_recipes
+from quantrain.finetune.report import ReportTable
 from quantrain.finetune.results import write_json
 from quantrain.finetune.table import format_bytes, format_cells
 
@@ -49,18 +41,20 @@ class QuantizeSettings:
     """What the command line asks for.
 
     Attributes:
-        model: As load_language_model takes it.
+        model: As load_language_model takes it, or the folder of a classifier.
         recipe: A recipe's name, or a JSON file with one.
-        calibration: A .txt or .jsonl file.
+        calibration: A .txt or .jsonl file; for a classifier a .tsv or .csv file with labels.
         output: The folder to write.
         target: The program that is to read the folder: one of TARGETS.
-        samples: Windows that calibrate.
-        length: Tokens of a window.
-        held_out: Windows after those, on which the model is measured.
+        samples: Windows or sentences that calibrate; None: as the task has it, and so the next two.
+        length: Tokens of a window, or at most of a sentence.
+        held_out: Windows after those, or sentences at most, on which the model is measured.
+        quick: Whether the task's numbers are those of a short run.
         sequential: Whether a block is calibrated on the output of the quantized blocks before it; None leaves that to
             the recipe.
         max_kl: A larger KL is an error.
         skip: Patterns of layers that stay in floating point.
+        rotate: Whether ptq.rotate comes first.
         device: ``"cpu"``, ``"cuda"``, ...
         force: Replace a folder that the command wrote before.
     """
@@ -69,15 +63,24 @@ class QuantizeSettings:
     recipe: str
     calibration: Path
     output: Path
-    target: str
-    samples: int
-    length: int
-    held_out: int
+    target: str = TARGET
+    samples: int | None = None
+    length: int | None = None
+    held_out: int | None = None
+    quick: bool = False
     sequential: bool | None = None
     max_kl: float | None = None
     skip: tuple[str, ...] = ()
+    rotate: bool = False
     device: str = "cpu"
     force: bool = False
+
+    def amounts(self, task: TextTask) -> Amounts:
+        """How much of the file is used."""
+        given = (self.samples, self.length, self.held_out)
+        return Amounts(
+            *(mine or own for mine, own in zip(given, task.quick if self.quick else task.normal, strict=True))
+        )
 
 
 @dataclass(frozen=True)
@@ -85,16 +88,50 @@ class Quantized:
     """What became of a model.
 
     Attributes:
-        sizes: As report.rows takes them.
-        before: The float model on the held-out windows.
+        sizes: As report.result_table takes them.
+        before: The float model on the held-out texts.
         after: The quantized one.
-        maxima: The largest absolute values of the inputs of the float model's linear layers, on the held-out windows.
+        maxima: The largest absolute values of the inputs of the float model's linear layers, on the held-out texts.
     """
 
     sizes: Mapping[str, int]
     before: Measured
     after: Measured
     maxima: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run works with, once everything is read.
+
+    Attributes:
+        first: The texts at the file's beginning, which calibrate where the recipe needs that.
+        held_out: Those after them.
+        command: The command line.
+    """
+
+    settings: QuantizeSettings
+    task: TextTask
+    recipe: Recipe
+    plan: Plan
+    first: Texts
+    held_out: Texts
+    device: torch.device
+    command: str
+
+    @property
+    def calibration(self) -> Texts | None:
+        """What the model is calibrated or distilled on; None where the recipe needs no texts, and the first are passed
+        over."""
+        return self.first if self.plan.use else None
+
+    @property
+    def held_out_text(self) -> str:
+        return f"{self.held_out}, after its first {len(self.first)}"
+
+    def table(self, title: str, result: Quantized) -> ReportTable:
+        sizes = (result.sizes, result.before, result.after)
+        return report.result_table(self.task, title, self.recipe.name, *sizes)
 
 
 def run_quantize(settings: QuantizeSettings, command: str = "") -> Quantized:
@@ -106,100 +143,106 @@ def run_quantize(settings: QuantizeSettings, command: str = "") -> Quantized:
             written then.
         ModuleNotFoundError: A package is not installed.
     """
-    recipe = _checked(settings)
+    recipe, task = _checked(settings)
     device = find_device(settings.device)
-    lm = load_float(settings.model)
-    calibration, held_out = _windows(settings, lm)
+    lm = load_float(settings.model, task)
+    plan = plan_of(lm.model, recipe, settings.skip)
     if settings.target != TARGET:
-        ptq.check_target(_sizes(lm.model, settings.skip), recipe, settings.target)
+        check_target(plan, recipe, settings.target)
+    first, held_out = task.split(settings.calibration, lm, settings.amounts(task), plan.purpose)
+    run = _Run(settings, task, recipe, plan, first, held_out, device, command)
+    use = f"{plan.use} on {first}" if plan.use else "no calibration needed"
+    print(f"{lm.title}, {recipe.name}: {use}; measured on {run.held_out_text}", flush=True)
+    lm, result = _quantize(run, lm)
+    _write(run, lm, result)
+    table = run.table(lm.title, result)
     print(
-        f"{lm.title}, {recipe.name}: {calibration} calibrate, the {len(held_out.ids)} windows after them are held out",
-        flush=True,
+        f"\n{format_cells(table.header, table.lines)}\n\nheld out: {held_out}, {task.protocol}; "
+        f"sha256 {held_out.sha256}"
     )
-    lm.model.to(device)
-    lm, result = _quantize(settings, recipe, lm, calibration.ids.to(device), held_out.ids.to(device))
-    _write(settings, recipe, lm, calibration, held_out, result, command)
-    lines = report.rows(lm.title, recipe.name, result.sizes, result.before, result.after)
-    print(f"\n{format_cells(report.HEADER, lines)}\n\nheld out: {held_out}, {PROTOCOL}; sha256 {held_out.sha256}")
     size = (settings.output / WEIGHTS).stat().st_size
     print(f"written: {settings.output}, of which {WEIGHTS} has {format_bytes(size)}", flush=True)
     return result
 
 
-def _checked(settings: QuantizeSettings) -> Recipe:
-    """The recipe, where what can be known before anything is loaded is right."""
+def _checked(settings: QuantizeSettings) -> tuple[Recipe, TextTask]:
+    """The recipe and the model's task, where what can be known before anything is loaded is right."""
     if settings.target not in TARGETS:
         raise ValueError(f"--target: expected {', '.join(TARGETS[:-1])} or {TARGETS[-1]}, got {settings.target!r}")
-    if settings.length < 2:
+    if settings.length is not None and settings.length < 2:
         raise ValueError(f"--length: expected at least 2 tokens, got {settings.length}")
-    (recipe,) = resolve_recipes([settings.recipe]).values()
+    recipe = _recipe(settings.recipe)
     check_output(settings.output, settings.force)
-    check_text_file(settings.calibration)
     check_packages(_PACKAGES)
+    task = task_of(settings.model)
+    task.check_file(settings.calibration)
+    return recipe, task
+
+
+def _recipe(word: str) -> Recipe:
+    """The recipe that ``word`` means: a name, or a JSON file."""
+    if not names_file(word) and word not in Recipe.names():
+        names = [name for name in Recipe.names() if not Recipe.from_name(name).training]
+        raise ValueError(
+            f"--recipe: expected a JSON file, or a recipe that needs no training ({', '.join(names)}), got {word!r}"
+        )
+    (recipe,) = resolve_recipes([word]).values()
+    if qnn.handler_of(recipe).rebuilds:
+        raise ValueError(f"--recipe: expected one for layers, got {word!r}, which makes a new network")
     return recipe
 
 
-def _windows(settings: QuantizeSettings, lm: LanguageModel) -> tuple[Windows, Windows]:
-    """The windows that calibrate and those after them."""
-    used, length = settings.samples * settings.length, settings.length
-    wanted = used + settings.held_out * length
-    ids = read_tokens(settings.calibration, lm.tokenizer, wanted)
-    if len(ids) < wanted:
-        raise ValueError(
-            f"--calibration: expected {wanted} tokens, {settings.samples} windows of {length} to calibrate and "
-            f"{settings.held_out} held out, got {len(ids)} in {settings.calibration}; --samples and --length take fewer"
-        )
-    file = settings.calibration.name
-    calibration, held_out = Windows(file, ids[:used].view(-1, length)), Windows(file, ids[used:].view(-1, length))
-    check_tokens(lm, ids.view(-1, length))
-    return calibration, held_out
+def _quantize(run: _Run, lm: LanguageModel) -> tuple[LanguageModel, Quantized]:
+    """Measure the model, convert it, and measure it again.
 
-
-def _sizes(model: Any, skip: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """``(out_features, in_features)`` of the layers that will be quantized."""
-    return {
-        name: (layer.out_features, layer.in_features)
-        for name, layer in linear_layers(model).items()
-        if not any(fnmatchcase(name, pattern) for pattern in skip)
-    }
-
-
-def _quantize(
-    settings: QuantizeSettings, recipe: Recipe, lm: LanguageModel, calibration: Tensor, held_out: Tensor
-) -> tuple[LanguageModel, Quantized]:
-    """Measure the model, convert it, and measure it again."""
-    with input_maxima(lm.model) as maxima:
-        exact = [values.cpu() for values in log_probabilities(lm.model, held_out)]
-    before = compare(exact, held_out)
+    Raises:
+        ValueError: The KL is above ``max_kl``.
+    """
+    settings, task, held_out, device = run.settings, run.task, run.held_out, run.device
+    lm.model.to(device)
+    with input_maxima(lm.model, run.plan.linear) as maxima:
+        exact = [values.cpu() for values in task.log_probabilities(lm.model, held_out, device)]
+    before = task.compare(exact, held_out)
+    if settings.rotate:
+        _rotate(lm)
+    calibration = [] if run.calibration is None else run.calibration.calls
     with Count("quantizing", "block") as progress:
         model = ptq.quantize(
             lm.model,
-            recipe,
-            list(calibration.split(1)),
+            run.recipe,
+            [ids.to(device) for ids in calibration],
             skip=settings.skip,
             sequential=settings.sequential,
-            forward=predictions,
-            check_batch=held_out,
-            max_kl=settings.max_kl,
+            forward=task.forward,
+            check_batch=[ids.to(device) for ids in held_out.calls],
+            max_kl=None,  # checked below, as the command line names it
             progress=progress,
         )
-    after = compare(log_probabilities(model, held_out), held_out, exact)
+    after = task.compare(task.log_probabilities(model, held_out, device), held_out, exact)
+    if settings.max_kl is not None and not after.kl <= settings.max_kl:
+        raise ValueError(
+            f"--max-kl: expected a KL of at most {settings.max_kl:g} nats from the float model under "
+            f"{run.recipe.name!r}, got {after.kl:.3g}; nothing was written"
+        )
     sizes = {"layers": len(model.ptq_report.rows), **model.ptq_report.total}
     return replace(lm, model=model), Quantized(sizes, before, after, maxima)
 
 
-def _write(
-    settings: QuantizeSettings,
-    recipe: Recipe,
-    lm: LanguageModel,
-    calibration: Windows,
-    held_out: Windows,
-    result: Quantized,
-    command: str,
-) -> None:
-    facts = _facts(settings, recipe, lm, calibration, held_out, result)
+def _rotate(lm: LanguageModel) -> None:
+    try:
+        ptq.rotate(lm.model)
+    except ValueError as error:
+        raise ValueError(str(error).replace("rotate:", "--rotate:", 1)) from error
+
+
+def _write(run: _Run, lm: LanguageModel, result: Quantized) -> None:
+    """Write the folder."""
+    settings, facts, calibration = run.settings, _facts(run, lm, result), run.calibration
+    seen = f"{run.plan.use} on {calibration}" if calibration else f"and without calibration; measured on {run.held_out}"
     with new_folder(settings.output, settings.force) as folder:
         write_beside_weights(folder, lm)
+        if settings.rotate:
+            untie(folder)
         if settings.target == TARGET:
             _save(folder / WEIGHTS, lm)
         else:
@@ -208,20 +251,22 @@ def _write(
         report.write_report(
             folder / "report.html",
             facts["title"],
-            f"Quantized without training, calibrated on {calibration}.",
-            report.rows(lm.title, recipe.name, result.sizes, result.before, result.after),
-            recipe_table({recipe.name: recipe}),
+            f"Quantized without training, {seen}.",
+            run.table(lm.title, result),
+            recipe_table({run.recipe.name: run.recipe}),
             report.layer_table(lm.model.ptq_report.rows),
-            _map(lm.model.ptq_report.absmax, result.maxima),
-            _texts(settings, recipe, calibration, held_out, facts["versions"], command),
+            _map(run, lm.model.ptq_report.absmax, result.maxima),
+            _texts(run, facts["versions"]),
         )
 
 
-def _map(calibrated: Mapping[str, Tensor], held_out: Mapping[str, Tensor]) -> report.Maxima:
-    """What the map of outliers shows: a recipe that needs no calibration has seen nothing."""
+def _map(run: _Run, calibrated: Mapping[str, Tensor], held_out: Mapping[str, Tensor]) -> report.Maxima:
+    """What the map of outliers shows: not every recipe notes what calibration saw."""
     if calibrated:
         return report.Maxima(calibrated, "calibration text")
-    return report.Maxima(held_out, "held-out text, since the recipe needs no calibration")
+    return report.Maxima(
+        held_out, "held-out text" + ("" if run.calibration else ", since the recipe needs no calibration")
+    )
 
 
 def _save(path: Path, lm: LanguageModel) -> None:
@@ -231,30 +276,31 @@ def _save(path: Path, lm: LanguageModel) -> None:
         raise OSError(f"--output: expected a place that the model can be written to, got {error}") from error
 
 
-def _facts(
-    settings: QuantizeSettings,
-    recipe: Recipe,
-    lm: LanguageModel,
-    calibration: Windows,
-    held_out: Windows,
-    result: Quantized,
-) -> dict[str, Any]:
+def _facts(run: _Run, lm: LanguageModel, result: Quantized) -> dict[str, Any]:
     """The content of quantrain.json."""
     import transformers
 
+    task, calibration = run.task, run.calibration
     return {
         "version": _VERSION,
-        "title": f"{lm.title}, {recipe.name}",
+        "title": f"{lm.title}, {run.recipe.name}",
         "model": lm.title,
-        "target": settings.target,
-        "recipe": json.loads(recipe.to_json()),
-        "skip": list(settings.skip),
-        "sequential": settings.sequential,
-        "calibration": calibration.protocol(),
-        "held_out": {**held_out.protocol(), "protocol": PROTOCOL, "sha256_of": "token ids as little-endian int32"},
+        "task": task.name,
+        "target": run.settings.target,
+        "recipe": json.loads(run.recipe.to_json()),
+        "skip": list(run.settings.skip),
+        "sequential": run.settings.sequential,
+        "rotated": run.settings.rotate,
+        "calibration": None if calibration is None else calibration.protocol(),
+        "held_out": {
+            **run.held_out.protocol(),
+            "after": len(run.first),
+            "protocol": task.protocol,
+            "sha256_of": "token ids as little-endian int32",
+        },
         "sizes": dict(result.sizes),
-        "float": asdict(result.before),
-        "quantized": asdict(result.after),
+        "float": task.named(result.before),
+        "quantized": task.named(result.after),
         "versions": {
             "quantrain": quantrain.__version__,
             "torch": torch.__version__,
@@ -264,23 +310,20 @@ def _facts(
     }
 
 
-def _texts(
-    settings: QuantizeSettings,
-    recipe: Recipe,
-    calibration: Windows,
-    held_out: Windows,
-    versions: Mapping[str, str],
-    command: str,
-) -> Sequence[tuple[str, str]]:
+def _texts(run: _Run, versions: Mapping[str, str]) -> Sequence[tuple[str, str]]:
     """How it was made, for the report."""
+    calibration, held_out = run.calibration, run.held_out
+    seen = (
+        f"{calibration}; sha256 of the token ids {calibration.sha256}" if calibration else "none: the recipe needs none"
+    )
     return [
         ("date", date.today().isoformat()),
-        ("recipe", recipe_line(recipe)),
-        ("target", settings.target),
-        ("calibration", f"{calibration}; sha256 of the token ids {calibration.sha256}"),
-        ("held out", f"{held_out}, those after them; sha256 of the token ids {held_out.sha256}"),
-        ("protocol", f"{PROTOCOL}; float32; token ids are hashed as little-endian int32"),
-        ("device", device_text(torch.device(settings.device))),
+        ("recipe", recipe_line(run.recipe) + (", after rotation" if run.settings.rotate else "")),
+        ("target", run.settings.target),
+        ("calibration", seen),
+        ("held out", f"{run.held_out_text}; sha256 of the token ids {held_out.sha256}"),
+        ("protocol", f"{run.task.protocol}; float32; token ids are hashed as little-endian int32"),
+        ("device", device_text(run.device)),
         *versions.items(),
-        *([("command", command)] if command else []),
+        *([("command", run.command)] if run.command else []),
     ]

@@ -1,4 +1,4 @@
-"""The models of the commands: those of the language-model job, and the folders that ``quantrain quantize`` writes."""
+"""The models of the commands: those in floating point, and the folders that ``quantrain quantize`` writes."""
 
 from __future__ import annotations
 
@@ -8,48 +8,88 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from quantrain import nn as qnn
-from quantrain.finetune.lm.models import LanguageModel, load_language_model
+from quantrain.finetune.lm.models import LanguageModel
+from quantrain.finetune.quantize.classifier import CLASSIFIER
+from quantrain.finetune.quantize.language import LANGUAGE
+from quantrain.finetune.quantize.task import TextTask
 from quantrain.finetune.rehearsal import reason_of
 
 FACTS, WEIGHTS = "quantrain.json", "model.safetensors"
 TARGET = "quantrain"  # of the folders that this package itself reads
 
 
-def load_float(name: str, what: str = "MODEL") -> LanguageModel:
-    """The floating-point model that ``name`` means, in float32 on the CPU.
+def task_of(name: str, what: str = "MODEL") -> TextTask:
+    """The task of the model that ``name`` means, by the architectures in its config.json; of what has none, a language
+    model's, whose loading says what is wrong.
 
     Args:
-        name: As load_language_model takes it.
+        name: As load_language_model takes it, or the folder of a classifier.
         what: The argument of the command line that errors name.
 
     Raises:
-        FileNotFoundError, ValueError: As load_language_model; also a folder of quantized weights.
+        ValueError: The model is of another kind.
+    """
+    architectures = _architectures(Path(name) / "config.json")
+    if any(architecture.endswith("ForSequenceClassification") for architecture in architectures):
+        return CLASSIFIER
+    if architectures and not any(_is_causal(architecture) for architecture in architectures):
+        raise ValueError(
+            f"{what}: expected {LANGUAGE.what} (...ForCausalLM) or {CLASSIFIER.what} (...ForSequenceClassification), "
+            f"got {', '.join(architectures)} in {name}"
+        )
+    return LANGUAGE
+
+
+def _architectures(path: Path) -> list[str]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["architectures"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+
+
+def _is_causal(architecture: str) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return architecture.endswith("ForCausalLM") or architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def load_float(name: str, task: TextTask, what: str = "MODEL") -> LanguageModel:
+    """The floating-point model that ``name`` means, in float32 on the CPU.
+
+    Args:
+        name: As ``task.load`` takes it.
+        task: That of the model.
+        what: The argument of the command line that errors name.
+
+    Raises:
+        FileNotFoundError, ValueError: As ``task.load``; also a folder of quantized weights.
     """
     if (Path(name) / FACTS).is_file():
         raise ValueError(f"{what}: expected a model in floating point, got {name}, which quantrain quantize wrote")
     try:
-        return load_language_model(name)
+        return task.load(name)
     except (ValueError, OSError, RuntimeError) as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(str(error).replace("--model", what, 1)) from error
 
 
-def load_any(name: str, what: str = "MODEL") -> LanguageModel:
+def load_any(name: str, task: TextTask, what: str = "MODEL") -> LanguageModel:
     """The model that ``name`` means, in floating point or quantized, on the CPU; arguments and errors as load_float."""
-    return load_quantized(Path(name)) if (Path(name) / FACTS).is_file() else load_float(name, what)
+    return load_quantized(Path(name), task) if (Path(name) / FACTS).is_file() else load_float(name, task, what)
 
 
-def load_quantized(folder: Path) -> LanguageModel:
+def load_quantized(folder: Path, task: TextTask) -> LanguageModel:
     """The model in a folder that ``quantrain quantize --target quantrain`` wrote, on the CPU.
 
     Raises:
         FileNotFoundError: A file of the folder is missing.
         ValueError: The folder was written for another program, or its files do not fit each other.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    import transformers
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
 
     facts = read_facts(folder)
@@ -65,7 +105,7 @@ def load_quantized(folder: Path) -> LanguageModel:
     try:
         config = AutoConfig.from_pretrained(folder, **options)
         with _without_initialization():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = getattr(transformers, task.auto_class).from_config(config, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # transformers raises many types for a folder that it cannot read
         reason = next((line for line in reason_of(error).splitlines() if line.strip()), "no message")
@@ -94,23 +134,6 @@ def read_facts(folder: Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: expected what quantrain quantize writes, got {reason_of(error)}") from error
     return facts
-
-
-def check_tokens(lm: LanguageModel, ids: Tensor, what: str = "MODEL") -> None:
-    """Make sure that the model has embeddings and positions for windows of token ids ``[W, T]``.
-
-    Raises:
-        ValueError: It has not.
-    """
-    if lm.context is not None and ids.shape[1] > lm.context:
-        raise ValueError(
-            f"--length: expected at most the {lm.context} tokens that {lm.title} has positions for, got {ids.shape[1]}"
-        )
-    if (largest := int(ids.max())) >= lm.vocabulary:
-        raise ValueError(
-            f"{what}: expected a tokenizer whose ids are below the {lm.vocabulary} of the model's embedding, got "
-            f"{largest}: it is another model's"
-        )
 
 
 def _without_initialization() -> AbstractContextManager[None]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantrain.finetune.quantize.measure import Measured
+from quantrain.finetune.quantize.task import Measured, TextTask
 from quantrain.finetune.report import (
     ReportTable,
     html_definitions,
@@ -26,14 +26,11 @@ from quantrain.finetune.report import (
 from quantrain.finetune.table import format_bytes, format_seconds
 from quantrain.plotting import STYLE, pyplot_for_files
 
-HEADER = ("model", "layers", "their weights", "ratio", "perplexity", "KL", "top-1")
-COLUMNS = (
+_HEADER = ("model", "layers", "their weights", "ratio")  # and the task's columns
+_COLUMNS = (
     ("layers", "quantized layers"),
     ("their weights", "bytes of these layers, of the float model in 16 bits"),
     ("ratio", "of the two"),
-    ("perplexity", "of the held-out tokens: e to the mean loss, lower is better"),
-    ("KL", "mean over the predictions of KL(float || quantized), in nats"),
-    ("top-1", "share of predictions for which both models' most likely token is the same"),
 )
 _LAYER_HEADER = ("layer", "type", "weight", "input", "product", "error", "time", "bytes", "in 16 bits")
 _MAP_ROWS = 256  # of a panel of the map of outliers: the largest of neighboring channels stands for them
@@ -53,40 +50,27 @@ class Maxima:
     text: str
 
 
-def rows(title: str, recipe: str, sizes: Mapping[str, int], before: Measured, after: Measured) -> list[tuple[str, ...]]:
-    """The table's cells: the model as it was and as it is.
+def result_table(
+    task: TextTask, title: str, recipe: str, sizes: Mapping[str, int], before: Measured, after: Measured
+) -> ReportTable:
+    """The model as it was and as it is.
 
     Args:
+        task: The model's.
         title: The model's.
         recipe: The recipe's name.
         sizes: ``layers``, their number, ``bytes`` and, in 16 bits, ``float_bytes``.
         before: Of the float model.
         after: Of the quantized model, compared with it.
     """
-    return [
-        (
-            f"{title} (float32)",
-            "",
-            format_bytes(sizes["float_bytes"]),
-            "",
-            _number(before.perplexity),
-            "",
-            "",
-        ),
-        (
-            recipe,
-            str(sizes["layers"]),
-            format_bytes(sizes["bytes"]),
-            f"{sizes['float_bytes'] / max(sizes['bytes'], 1):.2f}x",
-            _number(after.perplexity),
-            f"{after.kl:.4f}",
-            f"{after.top1:.4f}",
-        ),
+    ratio = f"{sizes['float_bytes'] / sizes['bytes']:.2f}x" if sizes["bytes"] else ""
+    lines = [
+        (f"{title} (float32)", "", format_bytes(sizes["float_bytes"]), "", *task.cells(before)),
+        (recipe, str(sizes["layers"]), format_bytes(sizes["bytes"]), ratio, *task.cells(after)),
     ]
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if value < 1e5 else f"{value:.3g}"
+    header = (*_HEADER, *(column.header for column in task.columns))
+    columns = (*_COLUMNS, *((column.header, column.meaning) for column in task.columns))
+    return ReportTable(header, lines, columns=columns)
 
 
 def layer_table(layers: Sequence[Mapping[str, Any]]) -> ReportTable:
@@ -100,8 +84,8 @@ def layer_table(layers: Sequence[Mapping[str, Any]]) -> ReportTable:
             (*texts, "-" if error is None else f"{error:.3g}", "-" if ms is None else format_seconds(ms / 1e3), *sizes)
         )
     note = (
-        "error: of the layer's output on the calibration text, relative, where the recipe measures it; time: of the "
-        "layer on the held-out text."
+        "error: of the layer's output on what it was calibrated on, relative, where the recipe measures it; time: of "
+        "the layer on the held-out text."
     )
     return ReportTable(_LAYER_HEADER, lines, "Layer by layer", note)
 
@@ -110,7 +94,7 @@ def write_report(
     path: Path,
     title: str,
     lead: str,
-    table: Sequence[Sequence[str]],
+    table: ReportTable,
     recipe: tuple[Sequence[str], Sequence[Sequence[str]]],
     layers: ReportTable,
     maxima: Maxima,
@@ -122,14 +106,14 @@ def write_report(
         path: The file to write.
         title: Its heading.
         lead: A sentence under it.
-        table: The cells of ``rows``.
+        table: That of result_table.
         recipe: What the recipe does: a header and rows.
         layers: The errors and sizes of the layers.
         maxima: What the map of outliers shows.
         facts: How it was made, as (name, value) pairs.
     """
     parts = html_title(title, lead)
-    parts += [html_table(HEADER, table, first_is_base=True), html_definitions(COLUMNS, "columns")]
+    parts += [html_table(table.header, table.lines, first_is_base=True), html_definitions(table.columns, "columns")]
     parts.append(f"<h2>The recipe</h2>{html_table(*recipe, words=True)}")
     if maxima.absmax:
         text = f"The largest absolute value of each input channel of the linear layers, on the {maxima.text}."

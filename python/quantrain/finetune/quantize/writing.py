@@ -3,6 +3,7 @@ at all."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -101,3 +102,10 @@ def write_beside_weights(folder: Path, lm: LanguageModel) -> None:
     lm.tokenizer.save_pretrained(folder)
     if getattr(lm.model, "generation_config", None) is not None:
         lm.model.generation_config.save_pretrained(folder)
+
+
+def untie(folder: Path) -> None:
+    """Let the model in ``folder`` have a head of its own, as a rotated one has."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(config | {"tie_word_embeddings": False}, indent=2) + "\n", encoding="utf-8")
