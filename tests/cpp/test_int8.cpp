@@ -157,6 +157,15 @@ TEST_CASE("norms and activations that end in int8 rows", "[int8]") {
   check(quantrain::int8_gelu(x), at::gelu(x));
   check(quantrain::int8_gelu(x, "tanh"), at::gelu(x, "tanh"));
   check(quantrain::int8_silu_mul(x, residual), at::silu(x) * residual);
+
+  const at::Tensor factor = at::rand({120}) + 0.5;
+  check(quantrain::int8_layer_norm(x, weight, bias, 1e-5, factor), layer_norm(x) * factor);
+  check(quantrain::int8_rms_norm(x, weight, 1e-6, factor), rms_norm(x) * factor);
+  const auto added = quantrain::int8_add_layer_norm(x, residual, weight, bias, 1e-5, /*post_norm=*/true, factor);
+  check(added.result, layer_norm(sum) * factor);
+  CHECK(at::allclose(added.carried, layer_norm(sum), 1e-4, 1e-5));
+  check(quantrain::int8_gelu(x, "none", factor), at::gelu(x) * factor);
+  check(quantrain::int8_silu_mul(x, residual, factor), at::silu(x) * residual * factor);
 }
 
 TEST_CASE("int8 operators refuse what has no meaning", "[int8]") {

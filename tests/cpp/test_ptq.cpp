@@ -66,6 +66,7 @@ TEST_CASE("a PtqLinear that was not calibrated does not convert", "[ptq]") {
   torch::nn::Sequential model(qnn::PtqLinear(8, 4, qnn::Recipe::from_name("llm-int8")));
   CHECK_THROWS_WITH(qnn::convert(*model), Catch::Contains("to be calibrated"));
   CHECK_THROWS_WITH(qnn::PtqLinear(8, 4, qnn::Recipe::from_name("nf4")), Catch::Contains("got 'nf4'"));
+  CHECK_THROWS_WITH(qnn::PtqLinear(8, 4, qnn::Recipe::from_name("kv-int8")), Catch::Contains("got 'kv-int8'"));
 }
 
 TEST_CASE("outlier columns at 15 bits", "[ptq]") {
@@ -92,4 +93,28 @@ TEST_CASE("GPTQ makes up for rounding", "[ptq]") {
     return (at::matmul(d, hessian) * d).sum().item<double>();
   };
   CHECK(off(quantrain::gptq_round(w, hessian, grid).codes) < 0.7 * off(quantrain::round_columns(w, grid)));
+}
+
+TEST_CASE("scales of two levels are multiples of one per row", "[ptq]") {
+  at::manual_seed(6);
+  qnn::Recipe recipe = qnn::Recipe::from_name("zeroquant-w4a8");
+  recipe.scheme_as<qnn::PtqSpec>()->group_scales = "two_level";
+  recipe.weight->group_size = 32;
+  const at::Tensor w = at::randn({12, 128}) * at::rand({12, 4}).repeat_interleave(32, 1);
+  const at::Tensor scale = qnn::ptq_weight(w, recipe, {}).weight.scale;
+  const at::Tensor multiple = scale / at::amax(scale, {1}, /*keepdim=*/true) * 15;
+  CHECK((multiple - multiple.round()).abs().max().item<double>() < 1e-5);
+  CHECK(multiple.min().item<double>() > 0.99);
+}
+
+TEST_CASE("statistics begin anew, and what calibration began with comes back where it fails", "[ptq]") {
+  qnn::ColumnObserver observer(4, /*with_hessian=*/true);
+  for (const bool keep : {false, true, false}) {
+    const at::Tensor before = observer->hessian.clone();
+    observer->begin_calibration();
+    observer->observe(at::ones({3, 4}));
+    observer->end_calibration(keep);
+    CHECK(at::equal(observer->hessian, keep ? at::full({4, 4}, 2.0f) : before));
+    CHECK(observer->rows.item<int64_t>() == (keep || before.any().item<bool>() ? 3 : 0));
+  }
 }

@@ -156,39 +156,96 @@ class Int8Cache(Cache):
         return sum(layer.nbytes for layer in self.layers)
 
 
-class _GiveInt8Cache:
-    """A forward pre-hook: an Int8Cache where the caller gave no cache, or an empty one of transformers' own kind."""
+_ARGUMENTS = ("past_key_values", "cache")  # of forward, in older and newer releases of transformers
+
+
+class _Int8CacheHooks:
+    """What :func:`use_int8_cache` hangs on a model: before a call its cache becomes one of int8, and after it a cache
+    that nobody asked for is taken from the result.
+
+    Attributes:
+        argument: the cache's name among forward's arguments; position: its place, without self.
+        off: > 0 where calls are left alone (while blocks are calibrated one by one).
+    """
+
+    gives_int8_cache = True
 
     def __init__(self, argument: str, position: int) -> None:
-        self.argument, self.position = argument, position  # of forward, without self
+        self.argument, self.position, self.off = argument, position, 0
+        self._hidden: list[bool] = []  # of the calls under way: whether their cache is theirs alone
 
-    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        if model.training or getattr(model.config, "use_cache", None) is False:
-            return None
-        positional = len(args) > self.position
-        cache = args[self.position] if positional else kwargs.get(self.argument)
-        if isinstance(cache, Int8Cache):
-            return None
-        if cache is not None and (type(cache) is not DynamicCache or cache.get_seq_length() > 0):
-            raise ValueError(
-                f"{type(model).__name__}: expected {self.argument} of type Int8Cache, an empty DynamicCache or none under "
-                f"a recipe whose kv_cache is int8, got {type(cache).__name__} of {cache.get_seq_length()} tokens"
-            )
-        if positional:
+    def before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        self._hidden.append(False)
+        if model.training or self.off:
+            return args, kwargs
+        if len(args) > self.position and args[self.position] is not None:
+            _become_int8(model, args[self.position])
+            return args, kwargs
+        given = next((kwargs[name] for name in _ARGUMENTS if kwargs.get(name) is not None), None)
+        if given is not None:
+            _become_int8(model, given)
+            return args, kwargs
+        wanted = kwargs.get("use_cache")
+        self._hidden[-1] = not (getattr(model.config, "use_cache", False) if wanted is None else wanted)
+        kwargs = {name: value for name, value in kwargs.items() if name not in _ARGUMENTS}
+        if len(args) > self.position:
             return (*args[: self.position], Int8Cache(), *args[self.position + 1 :]), kwargs
         return args, kwargs | {self.argument: Int8Cache()}
 
+    def after(self, model: nn.Module, args: tuple, output: Any) -> Any:
+        if not self._hidden.pop() or output is None:
+            return None
+        if isinstance(output, tuple):
+            return tuple(part for part in output if not isinstance(part, Int8Cache))
+        return type(output)(**{name: part for name, part in output.items() if not isinstance(part, Int8Cache)})
+
+
+def _become_int8(model: nn.Module, cache: Any) -> None:
+    """Lets an empty DynamicCache, which is the caller's, hold int8 from now on."""
+    if isinstance(cache, Int8Cache):
+        return
+    layers = getattr(cache, "layers", ())
+    mine = bool(layers) and all(isinstance(layer, Int8CacheLayer) for layer in layers)
+    if mine or (type(cache) is DynamicCache and getattr(cache, "layer_class_to_replicate", None) is Int8CacheLayer):
+        return
+    if type(cache) is not DynamicCache or cache.get_seq_length() > 0:
+        held = cache.get_seq_length() if isinstance(cache, Cache) else "unknown"
+        raise ValueError(
+            f"{type(model).__name__}: expected a cache of type Int8Cache, an empty DynamicCache or none under a recipe "
+            f"whose kv_cache is int8, got {type(cache).__name__} of {held} tokens"
+        )
+    cache.layers = [Int8CacheLayer() for _ in layers]
+    cache.layer_class_to_replicate = Int8CacheLayer
+
+
+def check_int8_cache(model: nn.Module) -> tuple[str, int]:
+    """The name and the place of the cache among the arguments of ``model.forward``.
+
+    Raises:
+        ValueError: a model without keys and values to hold, or with a cache of another kind (encoder and decoder).
+    """
+    names, config = list(inspect.signature(model.forward).parameters), getattr(model, "config", None)
+    argument = next((name for name in _ARGUMENTS if name in names), None)
+    if argument is None or getattr(config, "num_attention_heads", None) is None or config.is_encoder_decoder:
+        raise ValueError(
+            "use_int8_cache: expected a decoder of transformers whose forward takes a cache of keys and values, got "
+            f"{type(model).__name__}"
+        )
+    return argument, names.index(argument)
+
 
 def use_int8_cache(model: nn.Module) -> None:
-    """Lets a transformers model hold its keys and values in an :class:`Int8Cache`, in ``generate`` and in every call.
+    """Lets a transformers decoder hold its keys and values as int8 codes, in ``generate`` and in every call.
 
-    In evaluation mode a call without a cache, or with an empty ``DynamicCache``, gets an Int8Cache: a pass over a prompt
-    then reads rounded keys and values too, as the tokens after it will. In training, and where ``config.use_cache`` is
-    False, nothing changes. Recipes whose scheme has ``kv_cache="int8"`` (``kv-int8``) do this in
+    In evaluation mode a call without a cache gets an :class:`Int8Cache`, also where it asks for none (``use_cache=False``),
+    which then is not given back: a pass over a prompt reads rounded keys and values, as the tokens after it will. An
+    empty ``DynamicCache`` of the caller's holds int8 from then on. In training nothing changes. There are no gradients
+    through the codes. Recipes whose scheme has ``kv_cache="int8"`` (``kv-int8``) do this in
     :func:`quantrain.nn.prepare`.
 
     Raises:
-        ValueError: a model whose ``forward`` takes no cache.
+        ValueError: a model whose ``forward`` takes no cache of keys and values, or that has an encoder beside a decoder;
+            in a call, a cache of another kind, or one that holds tokens already.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
@@ -198,13 +255,9 @@ def use_int8_cache(model: nn.Module) -> None:
     >>> type(model(torch.tensor([[1, 2, 3]])).past_key_values).__name__
     'Int8Cache'
     """
-    if any(isinstance(hook, _GiveInt8Cache) for hook in model._forward_pre_hooks.values()):
+    argument, position = check_int8_cache(model)
+    if any(getattr(hook, "__self__", None).__class__ is _Int8CacheHooks for hook in model._forward_pre_hooks.values()):
         return
-    names = list(inspect.signature(model.forward).parameters)
-    argument = next((name for name in ("past_key_values", "cache") if name in names), None)
-    if argument is None or not hasattr(model, "config"):
-        raise ValueError(
-            "use_int8_cache: expected a model of transformers whose forward takes a cache of keys and values, got "
-            f"{type(model).__name__}"
-        )
-    model.register_forward_pre_hook(_GiveInt8Cache(argument, names.index(argument)), with_kwargs=True)
+    hooks = _Int8CacheHooks(argument, position)
+    model.register_forward_pre_hook(hooks.before, with_kwargs=True)
+    model.register_forward_hook(hooks.after, always_call=True)

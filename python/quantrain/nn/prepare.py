@@ -179,6 +179,9 @@ def prepare(
             + "".join(f"; {name!r} stays float ({reason})" for name, reason in list(without.items())[:3])
         )
 
+    for handler, mine in ({handler_of(base): []} | _by_handler(recipes, names)).items():
+        for checked in [base, *(recipes[name] for name in mine)]:
+            handler.check_model(model, checked)
     twins: dict[int, nn.Module] = {}
     for name in names:
         pair = graph.pairs.get(name)

@@ -38,14 +38,20 @@ def block_names(model: nn.Module) -> list[str]:
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Within it a transformers model keeps no keys and values: a block that runs twice would append them twice."""
+    hooks = [getattr(hook, "__self__", None) for m in model.modules() for hook in m._forward_pre_hooks.values()]
+    hooks = [hook for hook in hooks if getattr(hook, "gives_int8_cache", False)]
     configs = {id(c): c for c in (getattr(module, "config", None) for module in model.modules()) if c is not None}
     keeping = [config for config in configs.values() if getattr(config, "use_cache", None)]
     before = [config.use_cache for config in keeping]
     for config in keeping:  # a model of models has one for each
         config.use_cache = False
+    for hook in hooks:
+        hook.off += 1
     try:
         yield
     finally:
+        for hook in hooks:
+            hook.off -= 1
         for config, value in zip(keeping, before, strict=True):
             config.use_cache = value
 

@@ -338,4 +338,6 @@ def test_int8_keys_and_values_are_read_again(fox_text, tmp_path, monkeypatch, no
     (model,), windows = kept, held_out_windows(fox_text)
     again = load_quantized(tmp_path / "kv", LANGUAGE).model
     assert torch.equal(logits(LANGUAGE, again, windows), logits(LANGUAGE, model, windows))
-    assert not torch.equal(logits(LANGUAGE, again, windows), logits(LANGUAGE, load_any(models.TINY, LANGUAGE).model, windows))
+    assert not torch.equal(
+        logits(LANGUAGE, again, windows), logits(LANGUAGE, load_any(models.TINY, LANGUAGE).model, windows)
+    )

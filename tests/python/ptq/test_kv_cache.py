@@ -1,5 +1,6 @@
 """Keys and values in int8: exactly one scale per token and KV head, and generation as with transformers' own cache."""
 
+import copy
 import importlib
 import sys
 
@@ -183,19 +184,60 @@ def test_the_recipe_leaves_layers_and_rounds_keys_and_values():
     assert torch.equal(tokens, cached)
 
 
-def test_in_training_and_without_caches_nothing_is_rounded():
-    model, plain = llama(), llama()
+def test_in_training_nothing_is_rounded():
+    model = llama()
     quantrain.ptq.use_int8_cache(model)
     quantrain.ptq.use_int8_cache(model)  # once is enough
-    assert len(model._forward_pre_hooks) == 1
-    model.config.use_cache = False
-    with torch.no_grad():
-        assert torch.equal(model(IDS).logits, plain(IDS).logits)
-    model.config.use_cache = True
+    assert len(model._forward_pre_hooks) == 1 and len(model._forward_hooks) == 1
     model.train()
     loss = model(IDS, labels=IDS).loss
     loss.backward()
     assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().max() > 0
+
+
+def test_a_cache_that_nobody_asked_for_is_not_given_back():
+    model, plain = llama(), llama()
+    quantrain.ptq.use_int8_cache(model)
+    with torch.no_grad():
+        exact = plain(IDS, cache=Int8Cache(), use_cache=True).logits
+        found = model(IDS, use_cache=False)
+        assert torch.equal(found.logits, exact) and found.past_key_values is None
+        assert "past_key_values" not in found
+        assert len(model(IDS, use_cache=False, return_dict=False)) == 1
+        model.config.use_cache = False
+        assert torch.equal(model(IDS).logits, exact) and model(IDS).past_key_values is None
+        with pytest.raises(IndexError):
+            model(IDS + 1000)  # leaves no call behind
+        assert model(IDS, use_cache=True).past_key_values.get_seq_length() == 12
+    model.config.use_cache = True
+    with_cache = model.generate(IDS, max_new_tokens=6, do_sample=False)
+    assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=False), with_cache)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_callers_cache_is_filled(name):
+    model, plain = llama(), llama()
+    quantrain.ptq.use_int8_cache(model)
+    with torch.no_grad():
+        exact = plain(IDS, cache=Int8Cache(), use_cache=True).logits[:, -1]
+        for cache in (Int8Cache(), transformers.DynamicCache(), transformers.DynamicCache(config=model.config)):
+            for token in IDS.split(1, dim=1):
+                logits = model(token, **{name: cache}).logits[:, -1]
+            assert cache.get_seq_length() == 12
+            assert isinstance(cache.layers[0].keys, torch.Tensor) and type(cache.layers[0]).__name__ == "Int8CacheLayer"
+            torch.testing.assert_close(logits, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_a_copy_has_hooks_of_its_own():
+    model = llama()
+    quantrain.ptq.use_int8_cache(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        assert torch.equal(other(IDS).logits, model(IDS).logits)
+    (mine,), (its,) = model._forward_pre_hooks.values(), other._forward_pre_hooks.values()
+    assert mine.__self__ is not its.__self__ and its.__self__._hidden == []
+    (after,) = other._forward_hooks.values()
+    assert after.__self__ is its.__self__
 
 
 @pytest.mark.parametrize("recipe", ["kv-int8", "llm-int8"])
@@ -216,15 +258,22 @@ def test_other_caches_are_refused():
     quantrain.ptq.use_int8_cache(model)
     used = transformers.DynamicCache()
     llama()(IDS, cache=used, use_cache=True)
-    with pytest.raises(ValueError, match="an empty DynamicCache or none .* got DynamicCache of 12 tokens"):
-        model(IDS, cache=used)
+    for name in ("cache", "past_key_values"):
+        with pytest.raises(ValueError, match="an empty DynamicCache or none .* got DynamicCache of 12 tokens"):
+            model(IDS, **{name: used})
     with pytest.raises(ValueError, match="forward takes a cache of keys and values, got Linear"):
         quantrain.ptq.use_int8_cache(torch.nn.Linear(2, 2))
     bert = transformers.BertConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
     )
-    with pytest.raises(ValueError, match="forward takes a cache of keys and values, got Bert"):
-        qnn.prepare(transformers.BertForSequenceClassification(bert), "kv-int8")
+    model = transformers.BertForSequenceClassification(bert)
+    for recipe in ("kv-int8", qnn.changed_recipe(qnn.as_recipe("zeroquant-w8a8"), {"scheme": {"kv_cache": "int8"}})):
+        with pytest.raises(ValueError, match="forward takes a cache of keys and values, got Bert"):
+            qnn.prepare(model, recipe)
+        assert not any(isinstance(module, qnn.QuantLayer) for module in model.modules())  # as it was
+    t5 = transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match="expected a decoder .* got T5"):
+        qnn.prepare(transformers.T5ForConditionalGeneration(t5), "kv-int8")
 
 
 @pytest.mark.parametrize(

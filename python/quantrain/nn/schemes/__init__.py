@@ -74,6 +74,9 @@ class SchemeHandler:
         """
         return {}
 
+    def check_model(self, model: nn.Module, recipe: Recipe) -> None:
+        """Raises ValueError where the model is none for the recipe, before anything of it changes."""
+
     def prepared(
         self, model: nn.Module, layers: Mapping[str, nn.Module], left_float: Mapping[str, str], recipe: Recipe
     ) -> None:

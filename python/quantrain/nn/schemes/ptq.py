@@ -18,6 +18,10 @@ _LAYERS = {QuantLinear: PtqLinear, QuantTransposedLinear: PtqTransposedLinear}
 _ATTENTION = re.compile(r"(^|[._])(\w*attn\w*|\w*attention\w*)([._]|$)", re.IGNORECASE)
 
 
+def _holds_int8(recipe):
+    return isinstance(recipe.scheme, PtqSpec) and recipe.scheme.kv_cache == "int8"
+
+
 class Ptq(SchemeHandler):
     kind = "ptq"
 
@@ -41,10 +45,15 @@ class Ptq(SchemeHandler):
     def leaves_layers(self, recipe):
         return recipe.weight is None
 
+    def check_model(self, model, recipe):
+        if _holds_int8(recipe):
+            from ..kv_cache import check_int8_cache  # needs transformers
+
+            check_int8_cache(model)
+
     def prepared(self, model, layers, left_float, recipe):
-        recipes = [recipe, *(layer.recipe for layer in layers.values())]
-        if any(isinstance(r.scheme, PtqSpec) and r.scheme.kv_cache == "int8" for r in recipes):
-            from ..kv_cache import use_int8_cache  # needs transformers
+        if any(map(_holds_int8, [recipe, *(layer.recipe for layer in layers.values())])):
+            from ..kv_cache import use_int8_cache
 
             use_int8_cache(model)
 
