@@ -66,29 +66,50 @@ def pad(sentences: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def read_tsv(path: Path) -> tuple[list[str], list[int]]:
-    """The sentences and labels in a tsv file with the header ``sentence<TAB>label``.
+    """The sentences and labels in a tsv file with the header ``sentence<TAB>label``, labels being numbers.
+
+    Raises:
+        FileNotFoundError, ValueError: As read_tsv_texts; also a label that is no number.
+    """
+    rows = _tsv_rows(path)
+    for number, sentence, label in rows:
+        if not label.isdecimal():
+            raise ValueError(f"{path}: expected a number as label in line {number}, got {f'{sentence} {label}'[:60]!r}")
+    return [sentence for _, sentence, _ in rows], [int(label) for *_, label in rows]
+
+
+def read_tsv_texts(path: Path) -> tuple[list[str], list[str]]:
+    """The sentences and labels in a tsv file with the header ``sentence<TAB>label``, labels as the file has them.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The header or a row is not of that form, or there are no rows.
+        ValueError: The header or a row is not of that form, or there are no rows; it is not UTF-8.
     """
+    rows = _tsv_rows(path)
+    return [sentence for _, sentence, _ in rows], [label for *_, label in rows]
+
+
+def _tsv_rows(path: Path) -> list[tuple[int, str, str]]:
+    """The line's number, the sentence and the label of each row."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a tsv file with the columns sentence and label, got none")
-    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected text in UTF-8, got {error}") from error
     if lines[0].rstrip("\r").split("\t") != ["sentence", "label"]:
         raise ValueError(f"{path}: expected the header 'sentence<TAB>label', got {lines[0][:60]!r}")
-    sentences, labels = [], []
+    rows = []
     for number, line in enumerate(lines[1:], start=2):
         if not line.strip():
             continue
         sentence, tab, label = line.rstrip("\r").rpartition("\t")
-        if not tab or not label.strip().isdecimal():
+        if not tab or not label.strip():
             raise ValueError(f"{path}: expected 'sentence<TAB>label' in line {number}, got {line[:60]!r}")
-        sentences.append(sentence.strip())
-        labels.append(int(label))
-    if not sentences:
+        rows.append((number, sentence.strip(), label.strip()))
+    if not rows:
         raise ValueError(f"{path}: expected at least one row, got none")
-    return sentences, labels
+    return rows
 
 
 def read_sentences(path: Path) -> tuple[list[str], list[str]]:

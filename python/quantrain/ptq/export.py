@@ -68,6 +68,7 @@ def check_target(layers: Mapping[str, tuple[int, int]], recipe: Recipe | str, ta
     """
     _check_known(target)
     recipe = as_recipe(recipe)
+    _check_cache(recipe)
     edges = {name for name in (*list(layers)[:1], *list(layers)[-1:]) if recipe.edge_bits}
     forms = {}
     for name, size in layers.items():
@@ -105,6 +106,9 @@ def export_model(model: nn.Module, folder: str | os.PathLike, target: str) -> No
     """
     check_model("export", model)
     _check_known(target)
+    recipe = getattr(getattr(model, "quantization_summary", None), "recipe", None)
+    if recipe is not None:
+        _check_cache(recipe)
     layers = _converted(model)
     forms = {name: _form_of(layer) for name, layer in layers.items()}
     _check_forms(forms, target)
@@ -130,7 +134,18 @@ def export_model(model: nn.Module, folder: str | os.PathLike, target: str) -> No
         path / "model.safetensors",
         metadata={"format": "pt"},
     )
+    umask = os.umask(0)
+    os.umask(umask)
+    (path / "model.safetensors").chmod(0o666 & ~umask)  # safetensors writes for the owner alone
     (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _check_cache(recipe: Recipe) -> None:
+    if getattr(recipe.scheme, "kv_cache", "float") != "float":
+        raise ValueError(
+            f"export: expected a recipe whose keys and values stay in floating point, got kv_cache "
+            f"{recipe.scheme.kv_cache!r} of {recipe.name!r}, which the files do not hold"
+        )
 
 
 # ---- what a file has to say of a layer -------------------------------------------------------------------------------

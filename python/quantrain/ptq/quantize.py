@@ -84,13 +84,15 @@ def quantize(
     check_batches("quantize", batches)
     batches, forward = list(batches), forward or run_batch
     check_batch = batches[0] if check_batch is None and batches else check_batch
+    steps = getattr(recipe.scheme, "distill_steps", 0)
+    if steps and not batches:
+        raise ValueError(f"quantize: expected batches to distill {recipe.name!r} on, got none")
+    if steps and (wrong := {p.dtype for p in model.parameters()} - {torch.float32}):
+        raise ValueError(f"quantize: expected parameters of float32 to distill {recipe.name!r} on, got {wrong.pop()}")
     compares = check_batch is not None and check_batch is not False
     exact = None if not compares else log_probabilities(model, check_batch, forward=forward)
     if exact is not None and not bool(torch.isfinite(exact).all()):
         raise ValueError("quantize: expected finite logits of the float model, got NaN or Inf")
-    steps = getattr(recipe.scheme, "distill_steps", 0)
-    if steps and not batches:
-        raise ValueError(f"quantize: expected batches to distill {recipe.name!r} on, got none")
     teacher = copied(model) if steps else None
     model = prepare(model, recipe, overrides=overrides, skip=skip)
     if statistics_device is not None:
@@ -143,6 +145,7 @@ def _distilled(
 ) -> LayerDistillation:
     """Trains the prepared model's blocks as the recipe says."""
     steps, lr = recipe.scheme.distill_steps, recipe.scheme.distill_lr
+    model.requires_grad_(True)  # what is trained here is converted next
     tell = None if progress is None else lambda step, loss: progress(step, steps, f"distillation, loss {loss:.3g}")
     return distill_layers(model, teacher, batches, steps=steps, lr=lr, forward=forward, progress=tell)
 

@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from samples.quantize_command import assert_refused, edit_config, kept_models, logits  # noqa: E402
 
 from quantrain.finetune import minilm  # noqa: E402
+from quantrain.finetune.arguments import EXIT_ERROR  # noqa: E402
 from quantrain.finetune.cli import main  # noqa: E402
 from quantrain.finetune.quantize import report  # noqa: E402
 from quantrain.finetune.quantize.classifier import CLASSIFIER, Sentences  # noqa: E402
@@ -172,6 +173,23 @@ def test_a_recipe_without_calibration_is_only_measured(tiny_bert, labelled, tmp_
     run_quantize(settings(tiny_bert, labelled, tmp_path / "out", "zeroquant-w8a8"))
     assert "no calibration needed; measured on 48 sentences of dev.tsv, after its first 12" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "quantrain.json").read_text())["calibration"] is None
+
+
+def test_labels_may_be_names_in_a_tsv(tiny_bert, labelled, tmp_path, capsys):
+    names = json.loads((tiny_bert / "config.json").read_text())["id2label"]
+    named = tmp_path / "named.tsv"
+    lines = labelled.read_text().splitlines()
+    cells = [line.rsplit("\t", 1) for line in lines[1:]]
+    text = "\n".join([lines[0], *(f"{sentence}\t{names[label]}" for sentence, label in cells)])
+    named.write_text(text, encoding="utf-8-sig")  # a mark of the byte order too
+    found = []
+    for path in (labelled, named):
+        assert main(["evaluate", str(tiny_bert), "--text", str(path)]) == 0
+        found.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("accuracy")])
+    assert found[0] == found[1] and found[0]
+    named.write_bytes(named.read_bytes() + b"\xff\xfe\t0\n")
+    assert main(["evaluate", str(tiny_bert), "--text", str(named)]) == EXIT_ERROR
+    assert "named.tsv: expected text in UTF-8" in capsys.readouterr().err
 
 
 def test_evaluate_prints_what_it_found(tiny_bert, labelled, capsys):

@@ -13,6 +13,9 @@ pytest.importorskip("transformers", reason="transformers is not installed (extra
 
 from samples.quantize_command import assert_refused, edit_config, remove, words, write  # noqa: E402
 
+from quantrain import nn as qnn  # noqa: E402
+from quantrain.finetune.arguments import EXIT_ERROR  # noqa: E402
+from quantrain.finetune.cli import main  # noqa: E402
 from quantrain.finetune.lm import models  # noqa: E402
 from quantrain.finetune.quantize import job  # noqa: E402
 
@@ -173,3 +176,21 @@ def test_a_second_model_with_other_tokens_is_refused(tiny_llama, fox_text, tmp_p
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     command = ["evaluate", models.TINY, "--text", str(fox_text), "--against", str(other)]
     assert_refused(command, "--against: expected a model with the tokens of tiny Llama", tmp_path, capsys)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"title": "a", "target": "quantrain", "version": 99}'])
+def test_damaged_facts_are_named(content, quantized_llama, fox_text, tmp_path, capsys):
+    folder = tmp_path / "damaged"
+    shutil.copytree(quantized_llama.folder, folder)
+    (folder / "quantrain.json").write_text(content)
+    assert main(["evaluate", str(folder), "--text", str(fox_text), "--length", "32"]) == EXIT_ERROR
+    assert "quantrain.json: expected what quantrain quantize writes" in capsys.readouterr().err
+
+
+def test_a_target_cannot_hold_int8_keys_and_values(fox_text, tmp_path, capsys):
+    recipe = tmp_path / "both.json"
+    both = qnn.changed_recipe(qnn.as_recipe("zeroquant-w8a8"), {"scheme": {"kv_cache": "int8"}})
+    recipe.write_text(both.to_json())
+    assert main(words(fox_text, tmp_path / "out", "--target", "vllm", recipe=str(recipe))) == EXIT_ERROR
+    assert "keys and values stay in floating point, got kv_cache 'int8'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -445,5 +445,10 @@ def test_a_recipe_distils_between_calibration_and_conversion():
 def test_recipes_that_distil_want_batches_and_nearest():
     with pytest.raises(ValueError, match="expected batches to distill 'zeroquant-w4a8-lkd' on, got none"):
         ptq.quantize(Chain(), "zeroquant-w4a8-lkd")
+    with pytest.raises(ValueError, match="expected parameters of float32 to distill"):
+        ptq.quantize(Chain().bfloat16(), "zeroquant-w4a8-lkd", [torch.randn(4, 32)])
+    frozen = Chain().requires_grad_(False)
+    ptq.quantize(frozen, "zeroquant-w8a8-lkd", [torch.randn(16, 32)], max_kl=None)
+    assert len(frozen.ptq_distillation.rows) == 2
     with pytest.raises(ValueError, match="rounded to nearest alone"):
         qnn.changed_recipe(qnn.as_recipe("gptq-w4a16"), {"scheme": {"distill_steps": 10}}).validate()

@@ -554,3 +554,10 @@ def test_transformers_loads_it_by_bitsandbytes(tmp_path):
     assert len(layers) == LAYERS
     for name, layer in layers.items():
         assert torch.equal(layer.weight.data, model.get_submodule(name).weight_codes)
+
+
+def test_files_may_be_read_by_others(tmp_path):
+    model = qnn.convert(qnn.prepare(nn.Sequential(nn.Linear(64, 8)), "qat-w8a8-token"))
+    export_model(model, tmp_path, "vllm")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from quantrain.finetune.lm.models import LanguageModel, load_folder
 from quantrain.finetune.quantize.task import Amounts, Column, Texts, TextTask, check_ids
-from quantrain.finetune.text import read_sentences, read_tsv
+from quantrain.finetune.text import read_sentences, read_tsv_texts
 
 SUFFIXES = (".tsv", ".csv")
 _CALL = 32  # sentences of a call, at most
@@ -120,10 +120,7 @@ class ClassifierTask(TextTask):
 
 def _read(path: Path) -> tuple[list[str], list[str]]:
     """The sentences and labels of a file."""
-    if path.suffix == ".csv":
-        return read_sentences(path)
-    sentences, labels = read_tsv(path)
-    return sentences, [str(label) for label in labels]
+    return read_sentences(path) if path.suffix == ".csv" else read_tsv_texts(path)
 
 
 def _tokenized(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from quantrain.finetune.base_job import check_packages, device_text, find_device
 from quantrain.finetune.lm.models import LanguageModel
@@ -59,9 +61,18 @@ def run_evaluate(settings: EvaluateSettings) -> Measured:
         reference = task.log_probabilities(other.model.to(device), texts, device)
     model = lm.model.to(device)
     with Count("evaluating", "call") as progress:
-        measured = task.compare(task.log_probabilities(model, texts, device, progress), texts, reference)
+        found = _numbers(task.log_probabilities(model, texts, device, progress), settings.model)
+        measured = task.compare(found, texts, reference)
     print(format_measured(task, measured, lm, other, texts, device))
     return measured
+
+
+def _numbers(found: Iterable[Tensor], name: str) -> Iterator[Tensor]:
+    """``found``, none of which may be NaN."""
+    for values in found:
+        if bool(values.isnan().any()):
+            raise ValueError(f"MODEL: expected numbers from {name}, got NaN")
+        yield values
 
 
 def _other_model(settings: EvaluateSettings, task: TextTask, lm: LanguageModel, texts: Texts) -> LanguageModel:

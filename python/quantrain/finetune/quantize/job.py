@@ -21,7 +21,7 @@ from quantrain.finetune.lm.models import LanguageModel
 from quantrain.finetune.progress import Count
 from quantrain.finetune.quantize import report
 from quantrain.finetune.quantize.maxima import input_maxima
-from quantrain.finetune.quantize.models import FACTS, TARGET, WEIGHTS, load_float, task_of
+from quantrain.finetune.quantize.models import FACTS, TARGET, VERSION, WEIGHTS, load_float, task_of
 from quantrain.finetune.quantize.plan import Plan, check_target, plan_of
 from quantrain.finetune.quantize.task import Amounts, Measured, Texts, TextTask
 from quantrain.finetune.quantize.writing import check_output, new_folder, untie, write_beside_weights
@@ -33,7 +33,6 @@ from quantrain.finetune.table import format_bytes, format_cells
 
 TARGETS = (TARGET, "vllm", "bitsandbytes")
 _PACKAGES = ("matplotlib", "safetensors", "tokenizers", "tqdm", "transformers")
-_VERSION = 1  # of quantrain.json
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,11 @@ class _Run:
 
     def table(self, title: str, result: Quantized) -> ReportTable:
         sizes = (result.sizes, result.before, result.after)
-        return report.result_table(self.task, title, self.recipe.name, *sizes)
+        return report.result_table(self.task, title, self.name, *sizes)
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe.name}, rotated" if self.settings.rotate else self.recipe.name
 
 
 def run_quantize(settings: QuantizeSettings, command: str = "") -> Quantized:
@@ -282,8 +285,8 @@ def _facts(run: _Run, lm: LanguageModel, result: Quantized) -> dict[str, Any]:
 
     task, calibration = run.task, run.calibration
     return {
-        "version": _VERSION,
-        "title": f"{lm.title}, {run.recipe.name}",
+        "version": VERSION,
+        "title": f"{lm.title}, {run.name}",
         "model": lm.title,
         "task": task.name,
         "target": run.settings.target,

@@ -17,6 +17,7 @@ from quantrain.finetune.quantize.task import TextTask
 from quantrain.finetune.rehearsal import reason_of
 
 FACTS, WEIGHTS = "quantrain.json", "model.safetensors"
+VERSION = 1  # of FACTS
 TARGET = "quantrain"  # of the folders that this package itself reads
 
 
@@ -131,7 +132,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
         facts = json.loads(path.read_text(encoding="utf-8"))
         if not all(isinstance(facts[key], str) for key in ("title", "target")):
             raise ValueError("a title or a target that is no text")
-    except (ValueError, TypeError, KeyError) as error:
+        if facts.get("version") != VERSION:
+            raise ValueError(f"version {facts.get('version')!r} in place of {VERSION}")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path}: expected what quantrain quantize writes, got {reason_of(error)}") from error
     return facts
 
