@@ -319,6 +319,9 @@ GptqCodes gptq_round(const at::Tensor& weight, const at::Tensor& hessian, const 
   const at::Tensor exact = weight.to(at::kDouble), given = hessian.to(at::kDouble);
   QUANTRAIN_CHECK_VALUE(given.isfinite().all().item<bool>() && exact.isfinite().all().item<bool>(),
                         "{}: expected a finite weight and hessian, got NaN or Inf", kGptq);
+  QUANTRAIN_CHECK_VALUE(grid.scale.isfinite().all().item<bool>() &&
+                            (!options.keep_scale || options.keep_scale->isfinite().all().item<bool>()),
+                        "{}: expected finite scales, got NaN or Inf", kGptq);
   Spread by = spread_grid(grid, k);
   at::Tensor low = at::full({k}, static_cast<double>(grid.quant_min), exact.options());
   at::Tensor high = at::full({k}, static_cast<double>(grid.quant_max), exact.options());

@@ -32,8 +32,9 @@ def int8_quantize_rows_outliers(
     """Int8 codes of rows without their outlier columns, and those columns as two planes.
 
     Rows of ``input * column_factor``. Shapes: input ``[..., K]`` of float32, float16 or bfloat16, outlier_columns
-    int32 or int64 ``[Ko]``, none twice, a negative one for a column of zeros; column_factor float32 ``[K]`` -> codes
-    int8 ``[..., K]``, planes int8 ``[..., 2 Ko]`` (hi, then lo), scale float32 ``[..., 2]`` (s1, s2).
+    int32 or int64 ``[Ko]``, none twice, a negative one for a column of zeros (on CUDA also one beyond K, which is an
+    error on the CPU); column_factor float32 ``[K]`` -> codes int8 ``[..., K]``, planes int8 ``[..., 2 Ko]`` (hi, then
+    lo), scale float32 ``[..., 2]`` (s1, s2).
 
     >>> x = torch.tensor([[1.0, 100.0, -0.5]])
     >>> codes, planes, scale = int8_quantize_rows_outliers(x, torch.tensor([1]))

@@ -28,8 +28,9 @@ struct Int8OutlierCodes {
   at::Tensor scale;   // float32 [..., 2]: s1, s2
 };
 
-// Rows of input * column_factor. outlier_columns: int32 or int64 [Ko], none twice; a negative one stands for a column
-// of zeros.
+// Rows of input * column_factor. outlier_columns: int32 or int64 [Ko], none twice (a product counts it twice); a
+// negative one stands for a column of zeros, and so does one beyond K on CUDA, where nothing waits for its value; on
+// the CPU that is an error.
 QUANTRAIN_API Int8OutlierCodes
 int8_quantize_rows_outliers(const at::Tensor& input, const at::Tensor& outlier_columns,
                             const std::optional<at::Tensor>& column_factor = std::nullopt);

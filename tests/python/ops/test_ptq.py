@@ -67,6 +67,14 @@ def test_statistics_keep_what_is_not_a_number(value):
     assert not torch.isfinite(found[0][3])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_gptq_wants_finite_scales(value):
+    weight, scale = torch.randn(3, 8), torch.ones(3, 1)
+    scale[1] = value
+    with pytest.raises(ValueError, match="gptq_round: expected finite scales, got NaN or Inf"):
+        ops.gptq_round(weight, torch.eye(8), scale, group_size=8)
+
+
 @pytest.mark.cuda
 def test_statistics_in_host_memory():
     x = torch.randn(3, 50, 24)
