@@ -23,7 +23,7 @@ from quantrain.nn import QuantizedLayer, QuantLayer
 from quantrain.nn.calibrate import evaluating
 from quantrain.nn.prepare import check_model
 
-__all__ = ["rotate"]
+__all__ = ["check_rotation", "rotate"]
 
 _READERS = {  # of what each norm of a block gives
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -80,7 +80,7 @@ def rotate(model: nn.Module, *, seed: int = 0, heads: bool = True) -> nn.Module:
     True
     """
     check_model("rotate", model)
-    decoder = _decoder_of(model)
+    decoder = check_rotation(model)
     generator = torch.Generator().manual_seed(seed)
     before = _logits(model, decoder)
     if not bool(torch.isfinite(before).all()):
@@ -112,8 +112,8 @@ class _Decoder:
     width: int
 
 
-def _decoder_of(model: nn.Module) -> _Decoder:
-    """The parts of a model of Llama's kind; raises for the first that does not fit. Changes nothing."""
+def check_rotation(model: nn.Module) -> _Decoder:
+    """The parts of a model that :func:`rotate` takes; raises for the first that does not fit. Changes nothing."""
     for name, module in model.named_modules():
         if isinstance(module, QuantLayer | QuantizedLayer):
             raise ValueError(f"rotate: expected a float model, got '{name}' as {type(module).__name__}")

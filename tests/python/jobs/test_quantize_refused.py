@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 pytest.importorskip("quantrain._C", reason="the compiled library is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra [train])")
@@ -194,3 +195,16 @@ def test_a_target_cannot_hold_int8_keys_and_values(fox_text, tmp_path, capsys):
     assert main(words(fox_text, tmp_path / "out", "--target", "vllm", recipe=str(recipe))) == EXIT_ERROR
     assert "keys and values stay in floating point, got kv_cache 'int8'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_rotations_of_other_models_are_refused_before_anything_is_measured(fox_text, tmp_path, monkeypatch, capsys):
+    def kept_from(model):
+        model.model.layers[0].mlp.gate_proj = torch.nn.Identity()
+        return check_rotation(model)
+
+    check_rotation = job.check_rotation
+    monkeypatch.setattr(job, "check_rotation", kept_from)
+    assert main(words(fox_text, tmp_path / "out", "--rotate", recipe="zeroquant-w8a8")) == EXIT_ERROR
+    printed = capsys.readouterr()
+    assert "--rotate: expected 'model.layers.0.mlp.gate_proj' to be an nn.Linear" in printed.err
+    assert "measured on" not in printed.out

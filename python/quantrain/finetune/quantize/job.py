@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -30,6 +30,7 @@ from quantrain.finetune.recipes import names_file, resolve_recipes
 from quantrain.finetune.report import ReportTable
 from quantrain.finetune.results import write_json
 from quantrain.finetune.table import format_bytes, format_cells
+from quantrain.ptq.rotate import check_rotation
 
 TARGETS = (TARGET, "vllm", "bitsandbytes")
 _PACKAGES = ("matplotlib", "safetensors", "tokenizers", "tqdm", "transformers")
@@ -149,6 +150,8 @@ def run_quantize(settings: QuantizeSettings, command: str = "") -> Quantized:
     recipe, task = _checked(settings)
     device = find_device(settings.device)
     lm = load_float(settings.model, task)
+    if settings.rotate:
+        _named("--rotate:", check_rotation, lm.model)
     plan = plan_of(lm.model, recipe, settings.skip)
     if settings.target != TARGET:
         check_target(plan, recipe, settings.target)
@@ -207,7 +210,7 @@ def _quantize(run: _Run, lm: LanguageModel) -> tuple[LanguageModel, Quantized]:
         exact = [values.cpu() for values in task.log_probabilities(lm.model, held_out, device)]
     before = task.compare(exact, held_out)
     if settings.rotate:
-        _rotate(lm)
+        _named("--rotate:", ptq.rotate, lm.model)
     calibration = [] if run.calibration is None else run.calibration.calls
     with Count("quantizing", "block") as progress:
         model = ptq.quantize(
@@ -231,11 +234,12 @@ def _quantize(run: _Run, lm: LanguageModel) -> tuple[LanguageModel, Quantized]:
     return replace(lm, model=model), Quantized(sizes, before, after, maxima)
 
 
-def _rotate(lm: LanguageModel) -> None:
+def _named(option: str, run: Callable[[Any], Any], model: Any) -> None:
+    """``run`` of the model, whose errors name the option in place of ``rotate:``."""
     try:
-        ptq.rotate(lm.model)
+        run(model)
     except ValueError as error:
-        raise ValueError(str(error).replace("rotate:", "--rotate:", 1)) from error
+        raise ValueError(str(error).replace("rotate:", option, 1)) from error
 
 
 def _write(run: _Run, lm: LanguageModel, result: Quantized) -> None:
