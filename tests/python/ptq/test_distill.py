@@ -74,7 +74,8 @@ def test_trains_as_blocks_alone_do():
 def test_losses_fall_and_the_table_says_so():
     teacher, every = bert(), batches()
     student = prepared(teacher)
-    result = distill_layers(student, teacher, every, steps=30, lr=2e-3, mask=mask_of)
+    # At 2e-3 weights that differ by 1e-5 end anywhere between 0.54 and 0.86 of the loss; at this rate at 0.38 to 0.46.
+    result = distill_layers(student, teacher, every, steps=30, lr=5e-4, mask=mask_of)
     assert isinstance(result, LayerDistillation)
     assert [row["layer"] for row in result.rows] == LAYERS
     assert all(0 < row["after"] < 0.8 * row["before"] for row in result.rows)
