@@ -16,19 +16,15 @@ their names end in. bitsandbytes is compared with where it can be imported.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 
 import torch
-from common.parts import run_parts
-from common.sections import SectionReport
+from common.sections import SectionReport, run_sections
 from common.timing import Captured, copy_rate, graph_seconds, kernel_seconds, sets_for, wall_seconds
 from torch import Tensor
 
 import quantrain
 
-SECTIONS = ("passes", "products", "int8", "backward")
 ROTATED_BYTES = 250 << 20  # of packed weights: more than a cache holds
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
 SHAPES = ((4096, 4096), (14336, 4096), (8192, 8192), (28672, 8192))  # N, K
@@ -207,32 +203,9 @@ def backward(report: SectionReport, device: str, quick: bool) -> None:
             report.row("backward", f"{m} rows {n}x{k}", found["bf16"] / found["ours"], target, us=found["ours"] * 1e6)
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--only", type=lambda text: tuple(text.split(",")), default=SECTIONS, help="sections, separated by commas")
-    add("--quick", action="store_true", help="tiny shapes, to see that it runs")
-    add("--json", type=Path, help="also write the rows to this file, after each")
-    options = parser.parse_args(arguments)
-    for name in options.only:
-        if name not in SECTIONS:
-            parser.error(f"expected sections of {', '.join(SECTIONS)}, got {name}")
-    return options
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the sections; one that fails prints its traceback and does not stop the others. The status is how many failed."""
-    options = parse(arguments)
-    torch.manual_seed(0)
-    if options.device == "cpu":
-        torch.set_num_threads(1 if options.quick else 2)
-    report = SectionReport("bench_four_bit", options.device, options.json, quick=options.quick)
     sections = {"passes": passes, "products": products, "int8": int8, "backward": backward}
-    parts = {name: lambda name=name: sections[name](report, options.device, options.quick) for name in options.only}
-    failed = run_parts("bench_four_bit", parts, report.note)
-    report.summary()
-    return failed
+    return run_sections("bench_four_bit", __doc__, sections, arguments)
 
 
 if __name__ == "__main__":

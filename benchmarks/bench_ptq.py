@@ -15,21 +15,17 @@ turns; medians. The last columns: the ratio, the ratio to reach, and figures in 
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
-from pathlib import Path
 
 import torch
-from common.parts import run_parts
-from common.sections import SectionReport
+from common.sections import SectionReport, run_sections
 from common.timing import Captured, graph_seconds, kernel_seconds, sets_for, step_seconds, synchronize
 from torch import Tensor, nn
 
 import quantrain
 import quantrain.nn as qnn
 
-SECTIONS = ("eager", "captured", "passes", "gptq")
 ROWS = (1, 32, 128, 512, 1024, 8192)
 SHAPES = ((4096, 4096), (4096, 14336), (1024, 4096))  # K, N
 ON_CPU = ((576, 576), (576, 1536), (1536, 576))  # SmolLM2's
@@ -177,33 +173,10 @@ def gptq(report: SectionReport, device: str, quick: bool) -> None:
         report.row("gptq", f"{n} x {k}", bar and bar / seconds, bar and 1.0, s=seconds, error=float(error))
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--only", type=lambda text: tuple(text.split(",")), default=SECTIONS, help="sections, separated by commas")
-    add("--quick", action="store_true", help="tiny shapes, to see that it runs")
-    add("--json", type=Path, help="also write the rows to this file, after each")
-    options = parser.parse_args(arguments)
-    for name in options.only:
-        if name not in SECTIONS:
-            parser.error(f"expected sections of {', '.join(SECTIONS)}, got {name}")
-    return options
-
-
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the sections; one that fails prints its traceback and does not stop the others. The status is how many failed."""
-    options = parse(arguments)
-    torch.manual_seed(0)
-    if options.device == "cpu":
-        torch.set_num_threads(1 if options.quick else 2)
-    report = SectionReport("bench_ptq", options.device, options.json, quick=options.quick)
     sections = {"eager": eager, "captured": captured, "passes": passes, "gptq": gptq}
-    parts = {name: lambda name=name: sections[name](report, options.device, options.quick) for name in options.only}
-    failed = run_parts("bench_ptq", parts, report.note)
-    report.summary()
-    return failed
+    return run_sections("bench_ptq", __doc__, sections, arguments)
 
 
 if __name__ == "__main__":

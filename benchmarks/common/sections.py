@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
+import torch
+
+from .parts import run_parts
 from .report import Report
 
 
@@ -52,3 +58,34 @@ class SectionReport(Report):
         aimed = [row for row in rows if row.target is not None and row.ratio is not None]
         if aimed:
             self.say(f"reached {sum(not row.missed for row in aimed)} of {len(aimed)} figures")
+
+
+Section = Callable[[SectionReport, str, bool], None]  # of the report, the device, and whether the run is a quick one
+
+
+def run_sections(name: str, description: str, sections: Mapping[str, Section], arguments: list[str] | None) -> int:
+    """The command of a benchmark in sections; one that fails prints its traceback and does not stop the others.
+
+    Returns:
+        How many failed: a status of the process.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--only", type=lambda text: text.split(","), default=list(sections), help="sections, separated by commas")
+    add("--quick", action="store_true", help="tiny shapes, to see that it runs")
+    add("--json", type=Path, help="also write the rows to this file, after each")
+    options = parser.parse_args(arguments)
+    for section in options.only:
+        if section not in sections:
+            parser.error(f"expected sections of {', '.join(sections)}, got {section}")
+    torch.manual_seed(0)
+    if options.device == "cpu":
+        torch.set_num_threads(1 if options.quick else 2)
+    report = SectionReport(name, options.device, options.json, quick=options.quick)
+    parts = {
+        section: lambda of=section: sections[of](report, options.device, options.quick) for section in options.only
+    }
+    failed = run_parts(name, parts, report.note)
+    report.summary()
+    return failed

@@ -82,4 +82,30 @@ __device__ __forceinline__ uint32_t block_max(uint32_t value) {
   return __reduce_max_sync(0xffffffffu, lane < blockDim.x / 32 ? of_warp[lane] : 0u);
 }
 
+// ---- rows that are read once ----------------------------------------------------------------------------------------
+
+constexpr int kRowThreads = 1024;                                 // of a thread block at most
+constexpr int kRowItems = 4;                                      // of a thread, but for short rows
+constexpr int64_t kRowColumns = kRowThreads * kRowItems * kItem;  // 32,768
+
+// Whether a row of whole items fits the registers of a thread block, and all begin on 16 bytes.
+inline bool is_read_once(int64_t columns, const void* x, const void* codes, const void* column_factor) {
+  return columns % kItem == 0 && columns <= kRowColumns && is_aligned(x) && is_aligned(codes) &&
+         is_aligned(column_factor);
+}
+
+// Calls launch(items of a thread, thread blocks, threads): a row for threads.x threads, threads.y rows per block.
+template <typename F>
+void launch_item_rows(int64_t rows, uint32_t items, const F& launch) {
+  const auto with = [&](auto of_thread) {
+    const auto wide = static_cast<unsigned>(ceil_div(ceil_div(items, of_thread.value), 32) * 32);
+    const dim3 threads(wide, wide == 32 ? 8 : 1);
+    launch(of_thread, static_cast<unsigned>(ceil_div(rows, threads.y)), threads);
+  };
+  if (items <= 64)
+    with(std::integral_constant<int, 2>{});
+  else
+    with(std::integral_constant<int, kRowItems>{});
+}
+
 }  // namespace quantrain::cuda

@@ -7,9 +7,6 @@
 namespace quantrain::cuda {
 namespace {
 
-constexpr int kMaxThreads = 1024;
-constexpr int kRowItems = 4;
-constexpr int64_t kFusedColumns = kMaxThreads * kRowItems * kItem;  // 32,768
 constexpr int kWideThreads = 512;
 
 struct Pair {
@@ -78,7 +75,7 @@ __device__ __forceinline__ void write_planes(const Int8QuantizeOutliersArgs& a, 
 
 // A row for blockDim.x threads, kItems items each; blockDim.y rows per thread block, then of one warp each.
 template <typename T, int kItems, bool kFactor>
-__global__ void __launch_bounds__(kMaxThreads) outlier_rows_kernel(const Int8QuantizeOutliersArgs a) {
+__global__ void __launch_bounds__(kRowThreads) outlier_rows_kernel(const Int8QuantizeOutliersArgs a) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (blockDim.y > 1 && row >= a.rows) return;
   const auto items_per_row = static_cast<uint32_t>(a.columns / kItem);
@@ -161,8 +158,7 @@ __global__ void __launch_bounds__(kWideThreads) wide_outlier_rows_kernel(const I
 
 int int8_quantize_outliers(const Int8QuantizeOutliersArgs& a, void* stream_pointer) {
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
-  const bool whole = a.columns % kItem == 0 && a.columns <= kFusedColumns && is_aligned(a.x) && is_aligned(a.codes) &&
-                     is_aligned(a.column_factor);
+  const bool whole = is_read_once(a.columns, a.x, a.codes, a.column_factor);
   const auto items = static_cast<uint32_t>(a.columns / kItem);
   dispatch_float(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -171,16 +167,9 @@ int int8_quantize_outliers(const Int8QuantizeOutliersArgs& a, void* stream_point
       return;
     }
     dispatch_bool(a.column_factor != nullptr, [&](auto factor) {
-      const auto launch = [&](auto items_per_thread) {
-        const auto wide = static_cast<unsigned>(ceil_div(ceil_div(items, items_per_thread.value), 32) * 32);
-        const dim3 threads(wide, wide == 32 ? 8 : 1);
-        outlier_rows_kernel<T, items_per_thread.value, factor.value>
-            <<<static_cast<unsigned>(ceil_div(a.rows, threads.y)), threads, 0, stream>>>(a);
-      };
-      if (items <= 64)
-        launch(std::integral_constant<int, 2>{});
-      else
-        launch(std::integral_constant<int, kRowItems>{});
+      launch_item_rows(a.rows, items, [&](auto of_thread, unsigned blocks, dim3 threads) {
+        outlier_rows_kernel<T, of_thread.value, factor.value><<<blocks, threads, 0, stream>>>(a);
+      });
     });
   });
   return cudaGetLastError();

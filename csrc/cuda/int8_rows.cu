@@ -6,14 +6,11 @@
 namespace quantrain::cuda {
 namespace {
 
-constexpr int kMaxThreads = 1024;
-constexpr int kRowItems = 4;                                        // of a thread, but for short rows
-constexpr int64_t kFusedColumns = kMaxThreads * kRowItems * kItem;  // 32,768
 constexpr int kWideThreads = 512;
 
 // A row for blockDim.x threads, kItems items each; blockDim.y rows per thread block, then of one warp each.
 template <typename T, int kItems, bool kStochastic, bool kFactor>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kRowThreads)
     quantize_rows_kernel(const T* __restrict__ x,           // [rows, columns]
                          const float* __restrict__ factor,  // [columns]
                          int8_t* __restrict__ codes,        // [rows, columns]
@@ -88,8 +85,7 @@ __global__ void __launch_bounds__(kWideThreads) quantize_wide_rows_kernel(const 
 
 int int8_quantize_rows(const Int8QuantizeRowsArgs& a, void* stream_pointer) {
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
-  const bool whole = a.columns % kItem == 0 && a.columns <= kFusedColumns && is_aligned(a.x) && is_aligned(a.codes) &&
-                     is_aligned(a.column_factor);
+  const bool whole = is_read_once(a.columns, a.x, a.codes, a.column_factor);
   const auto items = static_cast<uint32_t>(a.columns / kItem);
   dispatch_float(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -99,17 +95,10 @@ int int8_quantize_rows(const Int8QuantizeRowsArgs& a, void* stream_pointer) {
     }
     dispatch_bool(a.stochastic, [&](auto stochastic) {
       dispatch_bool(a.column_factor != nullptr, [&](auto factor) {
-        const auto launch = [&](auto items_per_thread) {
-          const auto wide = static_cast<unsigned>(ceil_div(ceil_div(items, items_per_thread.value), 32) * 32);
-          const dim3 threads(wide, wide == 32 ? 8 : 1);
-          quantize_rows_kernel<T, items_per_thread.value, stochastic.value, factor.value>
-              <<<static_cast<unsigned>(ceil_div(a.rows, threads.y)), threads, 0, stream>>>(
-                  static_cast<const T*>(a.x), a.column_factor, a.codes, a.scale, a.rows, items, a.philox);
-        };
-        if (items <= 64)
-          launch(std::integral_constant<int, 2>{});
-        else
-          launch(std::integral_constant<int, kRowItems>{});
+        launch_item_rows(a.rows, items, [&](auto of_thread, unsigned blocks, dim3 threads) {
+          quantize_rows_kernel<T, of_thread.value, stochastic.value, factor.value><<<blocks, threads, 0, stream>>>(
+              static_cast<const T*>(a.x), a.column_factor, a.codes, a.scale, a.rows, items, a.philox);
+        });
       });
     });
   });

@@ -179,7 +179,8 @@ def prepare(
             + "".join(f"; {name!r} stays float ({reason})" for name, reason in list(without.items())[:3])
         )
 
-    for handler, mine in ({handler_of(base): []} | _by_handler(recipes, names)).items():
+    by_handler = {handler_of(base): []} | _by_handler(recipes, names)
+    for handler, mine in by_handler.items():
         for checked in [base, *(recipes[name] for name in mine)]:
             handler.check_model(model, checked)
     twins: dict[int, nn.Module] = {}
@@ -198,7 +199,7 @@ def prepare(
     rows = [_summary_row(name, twins[id(layers[name])]) for name in names]
     model = swapped(model, twins)
     _leave_fast_path(model)
-    for handler, mine in ({handler_of(base): []} | _by_handler(recipes, names)).items():
+    for handler, mine in by_handler.items():
         handler.prepared(model, {name: twins[id(layers[name])] for name in mine}, left, base)
     model.quantization_summary = PrepareSummary(rows, left, base)
     model.quantization_summary.new_parameters = new_parameters(model, parameters)
