@@ -4,6 +4,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "autograd/convolution.h"
+#include "autograd/gradient_quantizer.h"
 #include "autograd/node.h"
 #include "autograd/second_derivative.h"
 #include "ops/common/check.h"
@@ -22,34 +24,10 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // ---- what both share ------------------------------------------------------------------------------------------------
 
-void save(AutogradContext* ctx, const std::string& name, const GradientQuantizer& q) {
-  ctx->saved_data[name] = q.quantizer;
-  ctx->saved_data[name + "_bits"] = q.bits;
-  ctx->saved_data[name + "_rows"] = q.rows;
-  ctx->saved_data[name + "_preserve_zero"] = q.preserve_zero;
-  ctx->saved_data[name + "_max_group"] = q.max_group;
-}
-
-GradientQuantizer saved(AutogradContext* ctx, const std::string& name) {
-  return {ctx->saved_data[name].toStringRef(), ctx->saved_data[name + "_bits"].toInt(),
-          ctx->saved_data[name + "_rows"].toStringRef(), ctx->saved_data[name + "_preserve_zero"].toBool(),
-          ctx->saved_data[name + "_max_group"].toInt()};
-}
-
 bool is_tensor(const OptionalTensor& tensor) { return tensor && tensor->defined(); }
 
 // Whether the bias needs its gradient. Without a bias it has no edge that could be asked.
 bool needs_bias_grad(AutogradContext* ctx) { return ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2); }
-
-// Q(dY), a new draw at each call.
-at::Tensor quantized(const at::Tensor& grad_output, const GradientQuantizer& q) {
-  static const auto op =
-      find_operator<at::Tensor(const at::Tensor&, int64_t, std::string_view, std::string_view, bool, int64_t, bool,
-                               const std::optional<at::Generator>&)>("quantize_gradient");
-  if (q.quantizer == "none" || grad_output.sym_numel() == 0) return grad_output;
-  return op.call(grad_output, q.bits, q.quantizer, q.rows, q.preserve_zero, q.max_group, /*stochastic=*/true,
-                 std::nullopt);
-}
 
 bool any_needs_grad(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias) {
   return needs_grad(input) || needs_grad(weight) || (bias && needs_grad(*bias));
@@ -66,8 +44,8 @@ struct FqtLinearFunction : torch::autograd::Function<FqtLinearFunction> {
     const at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({weight.requires_grad() ? input : Variable(), input.requires_grad() ? weight : Variable()});
     ctx->saved_data["has_bias"] = is_tensor(bias);
-    save(ctx, "grad_input", grad_input);
-    save(ctx, "grad_weight", grad_weight);
+    save_gradient_quantizer(ctx, "grad_input", grad_input);
+    save_gradient_quantizer(ctx, "grad_weight", grad_weight);
     return at::linear(input, weight, bias);
   }
 
@@ -78,9 +56,11 @@ struct FqtLinearFunction : torch::autograd::Function<FqtLinearFunction> {
     variable_list gradients(5);
     {
       const at::NoGradGuard no_grad;
-      if (ctx->needs_input_grad(0)) gradients[0] = at::matmul(quantized(grad_output, saved(ctx, "grad_input")), weight);
+      if (ctx->needs_input_grad(0))
+        gradients[0] = at::matmul(quantized_gradient(grad_output, saved_gradient_quantizer(ctx, "grad_input")), weight);
       if (ctx->needs_input_grad(1))
-        gradients[1] = matrix(quantized(grad_output, saved(ctx, "grad_weight"))).t().mm(matrix(input));
+        gradients[1] =
+            matrix(quantized_gradient(grad_output, saved_gradient_quantizer(ctx, "grad_weight"))).t().mm(matrix(input));
       if (needs_bias_grad(ctx)) gradients[2] = matrix(grad_output).sum(0);
     }
     refuse_second_derivative(gradients, grad_output, "fqt_linear");
@@ -92,12 +72,6 @@ struct Convolution {
   c10::SymIntArrayRef stride, padding, dilation;
   c10::SymInt groups;
 };
-
-// With one pixel in a row, channels_last is not a layout that PyTorch's own backward pass takes on the CPU.
-at::Tensor plain_weight(const at::Tensor& weight) {
-  const auto is_one = [&](int64_t dim) { return TORCH_GUARD_OR_FALSE(weight.sym_size(dim).sym_eq(1)); };
-  return is_one(2) || is_one(3) ? weight.contiguous() : weight;
-}
 
 struct FqtConv2dFunction : torch::autograd::Function<FqtConv2dFunction> {
   static constexpr bool is_traceable = true;
@@ -113,8 +87,8 @@ struct FqtConv2dFunction : torch::autograd::Function<FqtConv2dFunction> {
     ctx->saved_data["dilation"] = conv.dilation;
     ctx->saved_data["groups"] = conv.groups;
     ctx->saved_data["has_bias"] = is_tensor(bias);
-    save(ctx, "grad_input", grad_input);
-    save(ctx, "grad_weight", grad_weight);
+    save_gradient_quantizer(ctx, "grad_input", grad_input);
+    save_gradient_quantizer(ctx, "grad_weight", grad_weight);
     return at::convolution_symint(input, weight, bias, conv.stride, conv.padding, conv.dilation, /*transposed=*/false,
                                   {0, 0}, conv.groups);
   }
@@ -137,9 +111,11 @@ struct FqtConv2dFunction : torch::autograd::Function<FqtConv2dFunction> {
     {
       const at::NoGradGuard no_grad;
       if (ctx->needs_input_grad(0))
-        gradients[0] = std::get<0>(products(quantized(grad_output, saved(ctx, "grad_input")), true, false));
+        gradients[0] = std::get<0>(
+            products(quantized_gradient(grad_output, saved_gradient_quantizer(ctx, "grad_input")), true, false));
       if (ctx->needs_input_grad(1))
-        gradients[1] = std::get<1>(products(quantized(grad_output, saved(ctx, "grad_weight")), false, true));
+        gradients[1] = std::get<1>(
+            products(quantized_gradient(grad_output, saved_gradient_quantizer(ctx, "grad_weight")), false, true));
       if (needs_bias_grad(ctx)) gradients[2] = grad_output.sum({0, 2, 3});
     }
     refuse_second_derivative(gradients, grad_output, "fqt_conv2d");

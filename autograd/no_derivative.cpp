@@ -16,6 +16,9 @@ TORCH_LIBRARY_IMPL(quantrain, Autograd, m) {
            "_mse_range",
            "_percentile_range",
            "_observe_",
+           "_observe_qparams_",
+           "_batch_norm_statistics",
+           "_batch_norm_update_",
            "quantize",
            "quantize.nearest",
            "quantize.seeded",
@@ -45,6 +48,10 @@ TORCH_LIBRARY_IMPL(quantrain, Autograd, m) {
 // NotImplementedError with the operator's name.
 TORCH_LIBRARY_IMPL(quantrain, Autograd, m) {
   for (const char* op : {
+           "_batch_norm_forward",
+           "_batch_norm_backward",
+           "_fold_fake_quantize",
+           "_fold_fake_quantize_backward",
            "dequantize",
            "dequantize.typed",
            "dequantize_8bit_blockwise",

@@ -153,16 +153,9 @@ at::Tensor FakeQuantizeImpl::observe(const at::Tensor& input, const at::Tensor& 
     return {};
   }
   const bool waits = calibrating_ || !has_scale_ || !input.is_cuda();
-  const ObserverImpl::Range range = observer->measure(input, waits);
-  observer->update(range);
-  const auto [observed_scale, observed_zero_point] = observer->calculate_qparams();
-  scale.copy_(observed_scale);
-  if (zero_point.defined()) {
-    zero_point.copy_(observed_zero_point);
-  }
-  if (waits || spec_.nan_policy != NanPolicy::kRaise) return {};
-  const at::Tensor nan = at::full({}, std::numeric_limits<float>::quiet_NaN(), scale.options());
-  return at::where(range.finite, observed_scale, nan);
+  const bool marks = !waits && spec_.nan_policy == NanPolicy::kRaise;
+  const at::Tensor in_force = observer->observe_qparams(input, scale, zero_point, waits, marks);
+  return marks ? in_force : at::Tensor();
 }
 
 at::Tensor FakeQuantizeImpl::unset() const {

@@ -12,17 +12,23 @@
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/hardswish.h>
+#include <ATen/ops/hardtanh.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/ones_like.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/silu.h>
 #include <ATen/ops/sqrt.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/util/Exception.h>
 
 #include "nn/labels.h"
 #include "nn/layer_arguments.h"
 #include "nn/parameters.h"
+#include "quantrain/ops/batch_norm.h"
 #include "quantrain/ops/fake_quant.h"
 #include "quantrain/ops/int8.h"
 
@@ -33,6 +39,17 @@ using detail::defined_or_none;
 namespace {
 
 constexpr int64_t kPackedBits = 4;  // codes of at most this many bits are stored two per byte
+
+at::Tensor activated(const at::Tensor& x, const std::string& activation) {
+  if (activation == "identity") return x;
+  if (activation == "relu") return at::relu(x);
+  if (activation == "relu6") return at::hardtanh(x, 0.0, 6.0);
+  if (activation == "hardswish") return at::hardswish(x);
+  TORCH_CHECK_VALUE(activation == "silu",
+                    "QuantConvBn2d: expected activation to be identity, relu, relu6, hardswish or silu, got '",
+                    activation, "'");
+  return at::silu(x);
+}
 
 std::vector<int64_t> conv_weight_shape(const std::string& name, const torch::nn::Conv2dOptions& options) {
   const int64_t groups = options.groups();
@@ -419,9 +436,15 @@ void QuantConvBn2dImpl::drop_float_children() {
   bn = nullptr;
 }
 
-at::Tensor QuantConvBn2dImpl::forward(const at::Tensor& input) {
+at::Tensor QuantConvBn2dImpl::forward(const at::Tensor& input) { return forward_act(input, {}, "identity"); }
+
+at::Tensor QuantConvBn2dImpl::forward_act(const at::Tensor& input, const at::Tensor& residual,
+                                          const std::string& activation) {
+  const auto finished = [&](const at::Tensor& y) {
+    return activated(residual.defined() ? y + residual : y, activation);
+  };
   if (converted()) {
-    return QuantConv2dImpl::forward(input);
+    return finished(QuantConv2dImpl::forward(input));
   }
   const at::Tensor x = quantized_input(input);
   at::Tensor zero;  // where gamma is 0 and counts as 1, the weight that will be folded is still 0
@@ -431,13 +454,46 @@ at::Tensor QuantConvBn2dImpl::forward(const at::Tensor& input) {
   }
   const at::Tensor folded = quantized_weight(float_weight(), zero);
   if (!is_training()) {
-    return quantized_output(watched(convolve(x, folded, float_bias())));
+    return finished(quantized_output(watched(convolve(x, folded, float_bias()))));
   }
-  at::Tensor y = watched(convolve(x, folded, {})) / scale_factor().reshape({-1, 1, 1});
-  if (bias.defined()) {
-    y = y + bias.reshape({-1, 1, 1});
+  const at::Tensor y = watched(convolve(x, folded, {}));
+  const bool beside = output_fake_quant || (residual.defined() && (residual.sizes() != y.sizes() ||
+                                                                   residual.scalar_type() != y.scalar_type() ||
+                                                                   activation == "hardswish" || activation == "silu"));
+  return beside ? finished(quantized_output(normalized(y, {}, "identity"))) : normalized(y, residual, activation);
+}
+
+at::Tensor QuantConvBn2dImpl::normalized(const at::Tensor& y, const at::Tensor& residual,
+                                         const std::string& activation) {
+  const at::Tensor sf = scale_factor().flatten();
+  const bool fuses =
+      !bias.defined() && bn->options.momentum().has_value() && y.scalar_type() != at::kDouble && y.numel() > 0;
+  if (!fuses) {
+    const at::Tensor divided = y / sf.reshape({-1, 1, 1});
+    const at::Tensor z = bn->forward(bias.defined() ? divided + bias.reshape({-1, 1, 1}) : divided);
+    return activated(residual.defined() ? z + residual : z, activation);
   }
-  return quantized_output(bn->forward(y));
+  if (y.dim() == 3) {
+    return normalized(y.unsqueeze(0), residual.defined() ? residual.unsqueeze(0) : residual, activation).squeeze(0);
+  }
+  const std::optional<at::Tensor> other = defined_or_none(residual);
+  if (bn->is_training()) {
+    const at::Tensor statistics = quantrain::detail::batch_norm_statistics(y.detach());
+    if (!in_backward()) {  // of a pass that is computed anew, the first moved them
+      const at::NoGradGuard no_grad;
+      bn->num_batches_tracked.add_(1);
+      quantrain::detail::batch_norm_update_(statistics, std::nullopt, std::nullopt, sf.detach(), bn->running_mean,
+                                            bn->running_var, y.numel() / y.size(1), *bn->options.momentum(),
+                                            bn->options.eps(), "identity", /*range=*/false);
+    }
+    return quantrain::batch_norm_act(y, statistics[0], statistics[1], bn->weight, bn->bias, sf, other, activation,
+                                     bn->options.eps());
+  }
+  // With running statistics the division's factor is known beforehand: 1, or 0 where weight is.
+  const at::Tensor factor = bn->weight / at::sqrt(bn->running_var + bn->options.eps());
+  return quantrain::batch_norm_act(y, at::zeros_like(bn->running_mean), at::ones_like(bn->running_var), factor / sf,
+                                   bn->bias - bn->running_mean * factor, std::nullopt, other, activation, 0.0,
+                                   /*batch_statistics=*/false);
 }
 
 QuantEmbeddingImpl::QuantEmbeddingImpl(const torch::nn::EmbeddingOptions& options, const Recipe& recipe)

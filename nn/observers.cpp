@@ -82,6 +82,26 @@ void ObserverImpl::update(const Range& range) {
                               averages ? spec_.averaging_constant : 0.0);
 }
 
+at::Tensor ObserverImpl::observe_qparams(const at::Tensor& input, at::Tensor& scale, const at::Tensor& zero_point,
+                                         bool check, bool marks_nonfinite) {
+  const at::NoGradGuard no_grad;
+  const bool extremes = spec_.observer == ObserverKind::kMinMax || spec_.observer == ObserverKind::kMovingAverage;
+  at::Tensor low, high;
+  std::optional<at::Tensor> finite;
+  if (check || !extremes) {
+    const Range range = measure(input, check);
+    low = range.low;
+    high = range.high;
+    finite = range.finite;
+  } else {
+    std::tie(low, high) = quantrain::detail::min_max(input.detach(), scale_shape_);
+  }
+  return std::get<0>(quantrain::detail::observe_qparams_(
+      min_val, max_val, scale, zero_point.defined() ? std::optional<at::Tensor>(zero_point) : std::nullopt, low, high,
+      finite, spec_.observer == ObserverKind::kMinMax ? 0.0 : spec_.averaging_constant, spec_.quant_min(),
+      spec_.quant_max(), spec_.symmetric, marks_nonfinite));
+}
+
 at::Tensor ObserverImpl::only_zeros() const { return at::logical_and(min_val == 0, max_val == 0); }
 
 at::Tensor ObserverImpl::unseen() const {

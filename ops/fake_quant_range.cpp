@@ -3,14 +3,7 @@
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/isinf.h>
 #include <ATen/ops/kthvalue.h>
-#include <ATen/ops/logical_and.h>
-#include <ATen/ops/logical_not.h>
-#include <ATen/ops/logical_or.h>
-#include <ATen/ops/maximum.h>
-#include <ATen/ops/minimum.h>
-#include <ATen/ops/where.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -33,6 +26,7 @@ namespace quantrain {
 namespace {
 
 using TensorPair = std::tuple<at::Tensor, at::Tensor>;
+using OptionalTensor = std::optional<at::Tensor>;
 
 // ---- shapes, shared with Meta ---------------------------------------------------------------------------------------
 
@@ -66,23 +60,46 @@ TensorPair percentile_range_meta(const at::Tensor& input, c10::SymIntArrayRef sc
   return {empty_scale(input, scale_shape, at::kFloat), empty_scale(input, scale_shape, at::kFloat)};
 }
 
+void check_observed(std::string_view op, const at::Tensor& min_val, double averaging_constant) {
+  QUANTRAIN_CHECK_VALUE(averaging_constant >= 0 && averaging_constant <= 1,
+                        "{}: expected averaging_constant in [0, 1], got {}", op, averaging_constant);
+  detail::check_type(op, "min_val", min_val, at::kFloat, "float32");
+}
+
+// As min_val, but for the type.
+void check_as_observed(std::string_view op, std::string_view name, const at::Tensor& tensor, const at::Tensor& min_val,
+                       at::ScalarType type) {
+  QUANTRAIN_CHECK_TYPE(tensor.scalar_type() == type && tensor.device() == min_val.device(),
+                       "{}: expected {} of {} on min_val's device {}, got {} on {}", op, name, c10::toString(type),
+                       min_val.device().str(), c10::toString(tensor.scalar_type()), tensor.device().str());
+  QUANTRAIN_CHECK_VALUE(tensor.sym_sizes() == min_val.sym_sizes(), "{}: expected {} of min_val's shape {}, got {}", op,
+                        name, detail::shape_text(min_val), detail::shape_text(tensor));
+}
+
 void observe_meta(at::Tensor& min_val, at::Tensor& max_val, const at::Tensor& low, const at::Tensor& high,
                   const at::Tensor& finite, double averaging_constant) {
-  QUANTRAIN_CHECK_VALUE(averaging_constant >= 0 && averaging_constant <= 1,
-                        "_observe_: expected averaging_constant in [0, 1], got {}", averaging_constant);
-  const auto check = [&](const char* name, const at::Tensor& tensor, at::ScalarType type) {
-    QUANTRAIN_CHECK_TYPE(tensor.scalar_type() == type && tensor.device() == min_val.device(),
-                         "_observe_: expected {} of {} on min_val's device {}, got {} on {}", name, c10::toString(type),
-                         min_val.device().str(), c10::toString(tensor.scalar_type()), tensor.device().str());
-    QUANTRAIN_CHECK_VALUE(tensor.sym_sizes() == min_val.sym_sizes(),
-                          "_observe_: expected {} of min_val's shape {}, got {}", name, detail::shape_text(min_val),
-                          detail::shape_text(tensor));
-  };
-  check("min_val", min_val, at::kFloat);
-  check("max_val", max_val, at::kFloat);
-  check("low", low, at::kFloat);
-  check("high", high, at::kFloat);
-  check("finite", finite, at::kBool);
+  constexpr std::string_view kOp = "_observe_";
+  check_observed(kOp, min_val, averaging_constant);
+  check_as_observed(kOp, "max_val", max_val, min_val, at::kFloat);
+  check_as_observed(kOp, "low", low, min_val, at::kFloat);
+  check_as_observed(kOp, "high", high, min_val, at::kFloat);
+  check_as_observed(kOp, "finite", finite, min_val, at::kBool);
+}
+
+TensorPair observe_qparams_meta(at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale,
+                                const OptionalTensor& zero_point, const at::Tensor& low, const at::Tensor& high,
+                                const OptionalTensor& finite, double averaging_constant, int64_t quant_min,
+                                int64_t quant_max, bool, bool) {
+  constexpr std::string_view kOp = "_observe_qparams_";
+  check_steps(kOp, quant_min, quant_max);
+  check_observed(kOp, min_val, averaging_constant);
+  check_as_observed(kOp, "max_val", max_val, min_val, at::kFloat);
+  check_as_observed(kOp, "scale", scale, min_val, at::kFloat);
+  if (zero_point) check_as_observed(kOp, "zero_point", *zero_point, min_val, at::kInt);
+  check_as_observed(kOp, "low", low, min_val, at::kFloat);
+  check_as_observed(kOp, "high", high, min_val, at::kFloat);
+  if (finite) check_as_observed(kOp, "finite", *finite, min_val, at::kBool);
+  return {empty_scale(min_val, min_val.sym_sizes(), at::kFloat), empty_scale(min_val, min_val.sym_sizes(), at::kInt)};
 }
 
 TensorPair qparams_from_range_meta(const at::Tensor& min, const at::Tensor& max, int64_t quant_min, int64_t quant_max,
@@ -216,20 +233,65 @@ TensorPair percentile_range_kernel(const at::Tensor& input, c10::SymIntArrayRef 
           std::get<0>(at::kthvalue(rows, k, 1)).reshape(scale_shape)};
 }
 
-// Without a branch on the data, so that nothing waits for the device.
+// A buffer as the kernel writes it; what is not contiguous is copied, and copied back by `written`.
+at::Tensor writable(const at::Tensor& buffer) { return buffer.contiguous(); }
+void written(const at::Tensor& buffer, const at::Tensor& result) {
+  if (!result.is_same(buffer)) buffer.copy_(result);
+}
+
 void observe_kernel(at::Tensor& min_val, at::Tensor& max_val, const at::Tensor& low, const at::Tensor& high,
                     const at::Tensor& finite, double averaging_constant) {
   const at::AutoDispatchBelowADInplaceOrView below;
   observe_meta(min_val, max_val, low, high, finite, averaging_constant);
-  const at::Tensor nothing = at::isinf(min_val);
-  const at::Tensor zero = at::logical_and(low == 0, high == 0);
-  const at::Tensor counts = at::logical_and(finite, at::logical_or(nothing, at::logical_not(zero)));
-  const at::Tensor first = at::logical_or(nothing, at::logical_and(min_val == 0, max_val == 0));
-  const bool averages = averaging_constant > 0;
-  const at::Tensor new_min = averages ? min_val + averaging_constant * (low - min_val) : at::minimum(min_val, low);
-  const at::Tensor new_max = averages ? max_val + averaging_constant * (high - max_val) : at::maximum(max_val, high);
-  min_val.copy_(at::where(counts, at::where(first, low, new_min), min_val));
-  max_val.copy_(at::where(counts, at::where(first, high, new_max), max_val));
+  if (min_val.numel() == 0) return;
+  const at::Tensor lows = low.contiguous(), highs = high.contiguous(), counts = finite.contiguous();
+  const at::Tensor min = writable(min_val), max = writable(max_val);
+  ObserveArgs args{};
+  args.low = lows.const_data_ptr<float>();
+  args.high = highs.const_data_ptr<float>();
+  args.counts = counts.const_data_ptr<bool>();
+  args.min = min.mutable_data_ptr<float>();
+  args.max = max.mutable_data_ptr<float>();
+  args.groups = min.numel();
+  args.averaging_constant = static_cast<float>(averaging_constant);
+  run_tasks(args, args.groups, kGrainElements, min, QUANTRAIN_KERNELS(observe));
+  written(min_val, min);
+  written(max_val, max);
+}
+
+TensorPair observe_qparams_kernel(at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale,
+                                  const OptionalTensor& zero_point, const at::Tensor& low, const at::Tensor& high,
+                                  const OptionalTensor& finite, double averaging_constant, int64_t quant_min,
+                                  int64_t quant_max, bool symmetric, bool marks_nonfinite) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  auto [in_force, point_in_force] =
+      observe_qparams_meta(min_val, max_val, scale, zero_point, low, high, finite, averaging_constant, quant_min,
+                           quant_max, symmetric, marks_nonfinite);
+  if (min_val.numel() == 0) return {in_force, point_in_force};
+  const at::Tensor lows = low.contiguous(), highs = high.contiguous();
+  const at::Tensor min = writable(min_val), max = writable(max_val), scales = writable(scale);
+  const at::Tensor points = zero_point ? writable(*zero_point) : at::Tensor();
+  const at::Tensor counts = finite ? finite->contiguous() : at::Tensor();
+  const ObserveArgs args{lows.const_data_ptr<float>(),
+                         highs.const_data_ptr<float>(),
+                         finite ? counts.const_data_ptr<bool>() : nullptr,
+                         min.mutable_data_ptr<float>(),
+                         max.mutable_data_ptr<float>(),
+                         scales.mutable_data_ptr<float>(),
+                         points.defined() ? points.mutable_data_ptr<int32_t>() : nullptr,
+                         in_force.mutable_data_ptr<float>(),
+                         point_in_force.mutable_data_ptr<int32_t>(),
+                         min.numel(),
+                         static_cast<float>(averaging_constant),
+                         make_range(quant_min, quant_max),
+                         symmetric,
+                         marks_nonfinite};
+  run_tasks(args, args.groups, kGrainElements, min, QUANTRAIN_KERNELS(observe));
+  written(min_val, min);
+  written(max_val, max);
+  written(scale, scales);
+  if (zero_point) written(*zero_point, points);
+  return {in_force, point_in_force};
 }
 
 }  // namespace
@@ -266,6 +328,15 @@ void observe_(at::Tensor& min_val, at::Tensor& max_val, const at::Tensor& low, c
   op.call(min_val, max_val, low, high, finite, averaging_constant);
 }
 
+TensorPair observe_qparams_(at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale,
+                            const std::optional<at::Tensor>& zero_point, const at::Tensor& low, const at::Tensor& high,
+                            const std::optional<at::Tensor>& finite, double averaging_constant, int64_t quant_min,
+                            int64_t quant_max, bool symmetric, bool marks_nonfinite) {
+  static const auto op = find_operator<decltype(observe_qparams_kernel)>("_observe_qparams_");
+  return op.call(min_val, max_val, scale, zero_point, low, high, finite, averaging_constant, quant_min, quant_max,
+                 symmetric, marks_nonfinite);
+}
+
 TensorPair mse_range(const at::Tensor& input, at::IntArrayRef scale_shape, int64_t quant_min, int64_t quant_max,
                      bool symmetric, int64_t steps) {
   static const auto op = find_operator<decltype(mse_range_kernel)>("_mse_range");
@@ -292,6 +363,10 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
       "_observe_(Tensor(a!) min_val, Tensor(b!) max_val, Tensor low, Tensor high, Tensor finite, *, float "
       "averaging_constant=0.) -> ()");
   m.def(
+      "_observe_qparams_(Tensor(a!) min_val, Tensor(b!) max_val, Tensor(c!) scale, Tensor(d!)? zero_point, Tensor low, "
+      "Tensor high, Tensor? finite=None, *, float averaging_constant, int quant_min, int quant_max, bool symmetric, "
+      "bool marks_nonfinite) -> (Tensor scale_in_force, Tensor zero_point_in_force)");
+  m.def(
       "_mse_range(Tensor input, SymInt[] scale_shape, *, int quant_min, int quant_max, bool symmetric, int "
       "steps=80) -> (Tensor "
       "min, Tensor max)");
@@ -303,6 +378,7 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
   m.impl("_qparams_from_range", &quantrain::qparams_from_range_##kind); \
   m.impl("_percentile_range", &quantrain::percentile_range_##kind);     \
   m.impl("_observe_", &quantrain::observe_##kind);                      \
+  m.impl("_observe_qparams_", &quantrain::observe_qparams_##kind);      \
   m.impl("_mse_range", &quantrain::mse_range_##kind)
 
 TORCH_LIBRARY_IMPL(quantrain, CPU, m) { QUANTRAIN_REGISTER_RANGE(kernel); }

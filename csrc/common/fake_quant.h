@@ -278,6 +278,23 @@ struct RangeErrorArgs {
   int64_t steps;
 };
 
+struct ObserveArgs {
+  const float* low;         // [groups]: a batch's range
+  const float* high;        // [groups]
+  const bool* counts;       // [groups] or null: which groups are taken; null: those that are finite
+  float* min;               // [groups]: the range of the batches
+  float* max;               // [groups]
+  float* scale;             // [groups] or null: nothing is computed from the range
+  int32_t* zero_point;      // [groups] or null
+  float* in_force;          // [groups] or null: scale, NaN where the batch does not count and `marks`
+  int32_t* point_in_force;  // [groups] or null: zero_point
+  int64_t groups;
+  float averaging_constant;  // 0: the extremes of all batches
+  QuantRange range;
+  bool symmetric;
+  bool marks;
+};
+
 struct QParamsFromRangeArgs {
   const float* min;     // [groups]
   const float* max;     // [groups]
@@ -287,5 +304,36 @@ struct QParamsFromRangeArgs {
   QuantRange range;
   bool symmetric;
 };
+
+// ---- observers ------------------------------------------------------------------------------------------------------
+
+// Takes a batch's range into account where it counts. The first batch sets the range. A group of zeros sets that of a
+// group that saw nothing (inf, -inf) to [0, 0] and changes no other; the first group that is not zero sets it anew.
+QUANTRAIN_HOST_DEVICE void observe_group(const ObserveArgs& a, int64_t i) {
+  const float low = a.low[i], high = a.high[i];
+  float min = a.min[i], max = a.max[i];
+  const bool counts = a.counts ? a.counts[i] : fabsf(low) <= FLT_MAX && fabsf(high) <= FLT_MAX;  // false with a NaN
+  const bool nothing = fabsf(min) > FLT_MAX, zero = low == 0.0f && high == 0.0f;
+  if (counts && (nothing || !zero)) {
+    if (nothing || (min == 0.0f && max == 0.0f)) {
+      min = low;
+      max = high;
+    } else if (a.averaging_constant > 0.0f) {
+      min = min + a.averaging_constant * (low - min);
+      max = max + a.averaging_constant * (high - max);
+    } else {
+      min = low < min ? low : min;
+      max = high > max ? high : max;
+    }
+    a.min[i] = min;
+    a.max[i] = max;
+  }
+  if (!a.scale) return;
+  QParams p = qparams_from_range(min, max, a.range, a.symmetric);  // a scale of NaN where nothing was seen
+  a.scale[i] = p.scale;
+  if (a.zero_point) a.zero_point[i] = static_cast<int32_t>(p.zero_point);
+  if (a.point_in_force) a.point_in_force[i] = static_cast<int32_t>(p.zero_point);
+  if (a.in_force) a.in_force[i] = a.marks && !counts ? detail::bits_to_float(0x7fc00000u) : p.scale;
+}
 
 }  // namespace quantrain

@@ -20,5 +20,6 @@ void min_max(const MinMaxArgs& args, int64_t begin, int64_t end);
 void range_error(const RangeErrorArgs& args, int64_t begin, int64_t end);
 
 void qparams_from_range(const QParamsFromRangeArgs& args);
+void observe(const ObserveArgs& args, int64_t begin, int64_t end);
 
 }  // namespace quantrain::cpu

@@ -122,4 +122,8 @@ void qparams_from_range(const QParamsFromRangeArgs& args) {
   }
 }
 
+void observe(const ObserveArgs& args, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) observe_group(args, i);
+}
+
 }  // namespace quantrain::cpu

@@ -402,6 +402,11 @@ __global__ void qparams_from_range_kernel(const float* __restrict__ min,     // 
   zero_point[i] = static_cast<int32_t>(p.zero_point);
 }
 
+__global__ void observe_kernel(const ObserveArgs a) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < a.groups) observe_group(a, i);
+}
+
 // ---- launchers ------------------------------------------------------------------------------------------------------
 
 // Blocks that cover `numel` elements, kUnroll vectors per thread.
@@ -519,6 +524,12 @@ int qparams_from_range(const QParamsFromRangeArgs& a, void* stream) {
   qparams_from_range_kernel<<<static_cast<unsigned>(ceil_div(a.groups, kThreads)), kThreads, 0,
                               static_cast<cudaStream_t>(stream)>>>(a.min, a.max, a.scale, a.zero_point, a.groups,
                                                                    a.range, a.symmetric);
+  return cudaGetLastError();
+}
+
+int observe(const ObserveArgs& a, void* stream) {
+  observe_kernel<<<static_cast<unsigned>(ceil_div(a.groups, kThreads)), kThreads, 0,
+                   static_cast<cudaStream_t>(stream)>>>(a);
   return cudaGetLastError();
 }
 

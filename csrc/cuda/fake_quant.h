@@ -14,5 +14,6 @@ int fake_quantize_learnable_backward(const LearnableBackwardArgs& args, void* st
 int min_max(const MinMaxArgs& args, void* stream);
 int range_error(const RangeErrorArgs& args, void* stream);
 int qparams_from_range(const QParamsFromRangeArgs& args, void* stream);
+int observe(const ObserveArgs& args, void* stream);
 
 }  // namespace quantrain::cuda

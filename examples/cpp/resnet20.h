@@ -35,8 +35,7 @@ class BasicBlockImpl : public torch::nn::Module {
         extra_planes_(planes - in_planes) {}
 
   at::Tensor forward(const at::Tensor& input) {
-    const at::Tensor out = conv2->forward(at::relu(conv1->forward(input)));
-    return at::relu(out + shortcut(input));
+    return conv2->forward_act(conv1->forward_act(input, {}, "relu"), shortcut(input), "relu");
   }
 
   qnn::QuantConvBn2d conv1;
@@ -69,7 +68,7 @@ class ResNet20Impl : public torch::nn::Module {
   }
 
   at::Tensor forward(const at::Tensor& input) {
-    at::Tensor out = at::relu(conv1->forward(input));
+    at::Tensor out = conv1->forward_act(input, {}, "relu");
     out = layer3->forward(layer2->forward(layer1->forward(out)));
     return linear->forward(at::mean(out, {2, 3}));
   }

@@ -129,6 +129,16 @@ at::Tensor as_int32(const at::Tensor& integers) {
   return at::clamp(integers, Limits::min(), Limits::max()).to(at::kInt);
 }
 
+at::Tensor regular(const at::Tensor& tensor) { return tensor.contiguous(tensor.suggest_memory_format()); }
+
+at::Tensor empty_regular(const at::Tensor& tensor, at::ScalarType type) {
+  return at::empty_like(tensor, tensor.options().dtype(type), tensor.suggest_memory_format());
+}
+
+at::Tensor strided_as(const at::Tensor& tensor, const at::Tensor& like) {
+  return tensor.strides() == like.strides() ? tensor : at::empty_like(like, tensor.options()).copy_(tensor);
+}
+
 at::Tensor dense(const at::Tensor& tensor) {
   return tensor.is_non_overlapping_and_dense() ? tensor : at::empty_like(tensor).copy_(tensor);
 }

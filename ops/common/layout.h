@@ -30,6 +30,15 @@ at::Tensor as_int32(const at::Tensor& integers);
 // Either way it has the strides of at::empty_like(tensor), as results do.
 at::Tensor dense(const at::Tensor& tensor);
 
+// Contiguous or channels last, whichever is nearer; the tensor itself where it is one of them.
+at::Tensor regular(const at::Tensor& tensor);
+
+// An empty tensor as regular(tensor), of any element type.
+at::Tensor empty_regular(const at::Tensor& tensor, at::ScalarType type);
+
+// The tensor itself where it has the strides of `like`, else a copy that does.
+at::Tensor strided_as(const at::Tensor& tensor, const at::Tensor& like);
+
 // An input with its parameters in the order of its memory.
 struct Arranged {
   at::Tensor input;                      // dense

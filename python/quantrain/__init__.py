@@ -28,6 +28,13 @@ from quantrain._C import (  # noqa: E402
     Scheme,
 )
 from quantrain.adamw_8bit import adamw_8bit_, dequantize_8bit_blockwise, quantize_8bit_blockwise  # noqa: E402
+from quantrain.batch_norm import (  # noqa: E402
+    BatchStatistics,
+    batch_norm_act,
+    batch_norm_act_fake_quantize,
+    batch_norm_statistics,
+    fold_fake_quantize,
+)
 from quantrain.fake_quant import (  # noqa: E402
     choose_qparams,
     dequantize,
@@ -96,8 +103,10 @@ from quantrain.nn import (  # noqa: E402
     save_checkpoint,
 )
 from quantrain.ptq.operators import awq_scale, column_statistics_, gptq_round, smooth_factor  # noqa: E402
+from quantrain.quant_conv import fake_quantize_codes, quant_conv2d  # noqa: E402
 
 __all__ = [
+    "BatchStatistics",
     "FixedPointSpec",
     "GradientQuantSpec",
     "GradientSpec",
@@ -111,6 +120,9 @@ __all__ = [
     "adamw_8bit_",
     "amp",
     "awq_scale",
+    "batch_norm_act",
+    "batch_norm_act_fake_quantize",
+    "batch_norm_statistics",
     "built_with_cuda",
     "calibrate",
     "choose_qparams",
@@ -120,8 +132,10 @@ __all__ = [
     "dequantize",
     "dequantize_8bit_blockwise",
     "fake_quantize",
+    "fake_quantize_codes",
     "fake_quantize_dynamic",
     "fake_quantize_learnable",
+    "fold_fake_quantize",
     "fixed_point_fraction_length",
     "fixed_point_quantize",
     "fixed_point_requantize",
@@ -160,6 +174,7 @@ __all__ = [
     "prepare",
     "ptq",
     "quantization_error",
+    "quant_conv2d",
     "quantize",
     "quantize_8bit_blockwise",
     "quantize_gradient",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -105,3 +106,7 @@ def parameter(
     sizes = [1] * input.dim()
     sizes[axis] = value.shape[0]
     return value.reshape(sizes)
+
+
+def pair(size: int | Sequence[int]) -> Sequence[int]:
+    return (size, size) if isinstance(size, int) else size

@@ -32,11 +32,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quantrain import _arguments
+
 _ops = torch.ops.quantrain
-
-
-def _pair(size: int | Sequence[int]) -> Sequence[int]:
-    return (size, size) if isinstance(size, int) else size
 
 
 def fqt_linear(
@@ -117,9 +115,9 @@ def fqt_conv2d(
         input,
         weight,
         bias,
-        _pair(stride),
-        padding if isinstance(padding, str) else _pair(padding),
-        _pair(dilation),
+        _arguments.pair(stride),
+        padding if isinstance(padding, str) else _arguments.pair(padding),
+        _arguments.pair(dilation),
         groups,
         grad_input=grad_input,
         grad_input_bits=grad_input_bits,

@@ -122,6 +122,50 @@ def observe(d: Draw):
         same(torch.stack([low, high], 1).cpu(), expected, f"_observe_ on {device}")
 
 
+@drawn("_observe_qparams_")
+def observe_qparams(d: Draw):
+    """_observe_, then _qparams_from_range, in one."""
+    shape = d.scale_shape(d.shape(empty=0))
+    kinds = ("normal", "normal", "zero", "special", "finite", "ties")
+    low, high = (d.tensor(shape, torch.float32, d.choice(kinds)) for _ in range(2))
+    state = [d.tensor(shape, torch.float32, d.choice(("normal", "zero")), expanded=False) for _ in range(2)]
+    if d.chance(0.3):  # nothing was seen
+        state[0].fill_(math.inf), state[1].fill_(-math.inf)
+    quant_min, quant_max = d.range()
+    symmetric, marks, c = d.chance(0.5), d.chance(0.5), d.choice((0.0, 0.01, 0.5, 1.0))
+    counts = low.isfinite() & high.isfinite()
+    finite = None
+    if d.chance(0.5):
+        finite = counts = d.integers(shape, 0, 1, torch.uint8).bool() & counts
+    points = None if symmetric and d.chance(0.5) else d.integers(shape, -9, 9, torch.int32, expanded=False)
+    scale = d.tensor(shape, torch.float32, "constant", expanded=False)
+    d.notes |= {"low": low, "min_val": state[0], "finite": finite, "averaging_constant": c, "symmetric": symmetric}
+    keywords = {"quant_min": quant_min, "quant_max": quant_max, "symmetric": symmetric}
+    kept = []
+    for device in d.devices:
+        what = f"_observe_qparams_ on {device}"
+        plain = [t.to(device, copy=True) for t in state]
+        ends = [d.on(device, t) for t in (low, high)]
+        ops._observe_(*plain, *ends, d.on(device, counts), averaging_constant=c)
+        expected = ops._qparams_from_range(*plain, **keywords)
+        moved = [d.on(device, t.clone(memory_format=torch.preserve_format)) for t in (*state, scale)]
+        written = None if points is None else d.on(device, points.clone(memory_format=torch.preserve_format))
+        in_force, point_in_force = ops._observe_qparams_(
+            *moved, written, *ends, d.on(device, finite), averaging_constant=c, **keywords, marks_nonfinite=marks
+        )
+        for name, one, want in zip(("min_val", "max_val"), moved, plain, strict=False):
+            same(one, want.cpu(), f"{what}: {name}")
+        same(moved[2], expected[0].cpu(), f"{what}: scale")
+        if written is not None:
+            same(written, expected[1].cpu(), f"{what}: zero_point")
+        nan = torch.where(counts, expected[0].cpu(), NAN) if marks else expected[0].cpu()
+        same(in_force, nan, f"{what}: the scale in force")
+        same(point_in_force, expected[1].cpu(), f"{what}: the zero point in force")
+        kept.append((*moved, in_force, point_in_force))
+    for one, other in zip(kept[-1], kept[0], strict=True):
+        same_bits(one, other, "_observe_qparams_ on CPU and CUDA")
+
+
 @drawn("_mse_range")
 def mse_range(d: Draw):
     """The errors of all ratios in float64: the chosen ratio has the least, but for the rounding of a float32 sum."""

@@ -101,6 +101,11 @@ BY_MEMORY = {
     "quantize_gradient.seeded": "likewise",
     "quantize_gradient_codes.seeded": "likewise",
     "_amp_round_stochastic_.seeded": "likewise",
+    "_batch_norm_forward": "a mask in the order of memory",
+    "_batch_norm_backward": "the same, and sums",
+    "_batch_norm_statistics": "sums",
+    "_fold_fake_quantize": "a mask in the order of memory",
+    "_fold_fake_quantize_backward": "the same, and sums",
     "_amp_check_norm": "sums",
     "_mse_range": "sums",
     "fixed_point_fraction_length": "sums, at a threshold",
@@ -113,17 +118,20 @@ BY_MEMORY = {
     "fqt_linear": "likewise",
     "fqt_conv2d": "likewise",
     "fqt_conv2d.padding": "likewise",
+    "quant_conv2d": "likewise",
     "int8_linear": 'likewise where it is told "none"',
     "int8_weight_transpose": '"auto" goes by a sum',
 }
-# A private operator may speak in the name of the public one that it serves.
 # What an operator without kernels of its own calls, and which may lack a derivative.
 PARTS = {"_ptq_linear": ("int8_mm", "int8_mm_outliers", "int8_quantize_rows", "quantize")}
+# A private operator may speak in the name of the public one that it serves.
 ALIASES = {
     "_fake_quantize_mask": ("fake_quantize", "fake_quantize_dynamic"),
     "_fake_quantize_backward": ("fake_quantize", "fixed_point_quantize"),
     "_fake_quantize_learnable_backward": ("fake_quantize_learnable",),
     "_fixed_point_quantize_mask": ("fixed_point_quantize",),
+    "_batch_norm_forward": ("batch_norm_act", "batch_norm_act_fake_quantize"),
+    "_fold_fake_quantize": ("fold_fake_quantize",),
     "int8_linear": (
         "int8_mm",
         "int8_quantize_rows",
@@ -136,6 +144,8 @@ ALIASES = {
     "fqt_linear": ("quantize_gradient",),
     "_ptq_linear": ("quantize",),  # of a stored input scale, whose value only the kernel looks at
     "fqt_conv2d": ("quantize_gradient",),
+    "quant_conv2d": ("fqt_conv2d",),  # of what both check
+    "fake_quantize_codes": ("batch_norm_act_fake_quantize",),  # whose pass it is, without a norm
     "fake_quantize_dynamic": ("choose_qparams", "fake_quantize"),
     "dequantize_gradient": ("_reflect_rows",),
 }
@@ -168,7 +178,7 @@ def operators():
 
 def run(op, d: Draw):
     schema = schemas_of()[op]
-    mode, d.sizes = d.choice(MODES), SIZES_OF_CONV2D if op.startswith("fqt_conv2d") else SIZES
+    mode, d.sizes = d.choice(MODES), SIZES_OF_CONV2D if _convolves(op) else SIZES
     arguments = ARGUMENTS[op.split(".")[0] if op not in ARGUMENTS else op](d)
     arguments = {a.name: arguments.get(a.name, a.default_value) for a in schema.arguments}
     for argument in schema.arguments:
@@ -188,6 +198,11 @@ def run(op, d: Draw):
     d.notes |= {"mode": mode, **arguments}
     function = getattr(getattr(ops, op.split(".")[0]), schema.overload_name or "default")
     call(op, d, schema, function, mode, arguments)
+
+
+def _convolves(op):
+    """By PyTorch's own convolution."""
+    return op.startswith(("fqt_conv2d", "quant_conv2d"))
 
 
 _SCHEMAS = {}
@@ -331,6 +346,7 @@ def _meta(value):
     def change(t):
         if t.layout != torch.strided:
             return t
+        t = t.resolve_neg()  # kernels get a copy of a negated view, whose strides may be others
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta").requires_grad_(t.requires_grad)
 
     return _each(value, change)
@@ -487,7 +503,7 @@ def _meta_agrees(op, function, arguments, results):
         check(
             (found is None) == (wanted is None)
             and (found is None or (found.shape, found.dtype) == (wanted.shape, wanted.dtype))
-            and (found is None or op.startswith("fqt_conv2d") or _strides(found) == _strides(wanted)),
+            and (found is None or _convolves(op) or _strides(found) == _strides(wanted)),
             lambda found=found, wanted=wanted: (
                 f"Meta gives {wanted.dtype} {tuple(wanted.shape)} strides {wanted.stride()}, the kernel "
                 f"{found.dtype} {tuple(found.shape)} strides {found.stride()}"

@@ -75,6 +75,20 @@ def observed(d):
     return ends | {"finite": torch.ones(shape, dtype=torch.bool), "averaging_constant": d.choice((0.0, 0.1, 1.0))}
 
 
+def observed_qparams(d):
+    arguments = observed(d)
+    shape = list(arguments["min_val"].shape)
+    return arguments | {
+        "scale": torch.ones(shape),
+        "zero_point": torch.zeros(shape, dtype=torch.int32) if d.chance(0.5) else None,
+        "finite": arguments["finite"] if d.chance(0.5) else None,
+        "quant_min": -8,
+        "quant_max": 7,
+        "symmetric": d.chance(0.5),
+        "marks_nonfinite": d.chance(0.5),
+    }
+
+
 def range_ends(d):
     shape = small(d)
     return {
@@ -83,6 +97,67 @@ def range_ends(d):
         "quant_min": -8,
         "quant_max": 7,
         "symmetric": d.chance(0.5),
+    }
+
+
+def batch_norm(d):
+    x = floats(d, small(d, 2))
+    channels = x.shape[1]
+    weight, bias, conv_scale = (floats(d, [channels]) if d.chance(0.5) else None for _ in range(3))
+    bits = torch.randint(0, 256, ((x.numel() + 7) // 8,), generator=torch.Generator().manual_seed(d.randrange(99)))
+    return {
+        "input": x,
+        "mean": floats(d, [channels], torch.float32),
+        "variance": d.scale([channels], -8, 7),
+        "weight": weight,
+        "bias": bias,
+        "conv_scale": conv_scale,
+        "residual": floats(d, list(x.shape), x.dtype) if d.chance(0.5) else None,
+        "scale": d.scale([1], -8, 7),
+        "zero_point": d.integers([1], -8, 7, torch.int32) if d.chance(0.5) else None,
+        "activation": d.choice(("identity", "relu", "relu6")),
+        "eps": 1e-5,
+        "batch_statistics": d.chance(0.5),
+        "quant_min": -8,
+        "quant_max": 7,
+        "with_mask": d.chance(0.5),
+        "grad_output": floats(d, list(x.shape), x.dtype),
+        "mask": bits.byte()[: 0 if d.chance(0.3) else None],
+        "with_residual": d.chance(0.5),
+    }
+
+
+def batch_norm_update(d):
+    channels = d.randint(1, 9)
+    moves = d.chance(0.7)
+    return {
+        "statistics": floats(d, [4, channels], torch.float32),
+        "conv_scale": floats(d, [channels]) if d.chance(0.5) else None,
+        "running_mean": torch.zeros(channels) if moves else None,
+        "running_var": torch.ones(channels) if moves else None,
+        "count": 8,
+        "momentum": 0.1,
+        "eps": 1e-5,
+        "activation": "relu",
+        "range": d.chance(0.5),
+    }
+
+
+def folded(d):
+    weight = floats(d, d.shape(low=2, high=4, cap=200, empty=0))
+    rows, columns = weight.shape[0], weight[0].numel()
+    return {
+        "weight": weight,
+        "bn_weight": floats(d, [rows]),
+        "running_var": d.scale([rows], -8, 7),
+        "eps": 1e-5,
+        "quant_min": -8,
+        "quant_max": 7,
+        "symmetric": d.chance(0.5),
+        "dtype": d.choice(("", "float32", "bfloat16")),
+        "grad_output": floats(d, list(weight.shape)),
+        "grad_scale": floats(d, [rows], torch.float32) if d.chance(0.5) else None,
+        "mask": d.integers([rows, (columns + 7) // 8], 0, 255, torch.uint8),
     }
 
 
@@ -232,6 +307,22 @@ def fqt_conv2d(d):
 
 def fqt_conv2d_padding(d):
     return fqt_conv2d(d) | {"padding": d.choice(("same", "valid")), "stride": [1, 1]}
+
+
+def quant_conv2d(d):
+    arguments = fqt_conv2d(d)
+    shape = list(arguments["input"].shape)
+    return arguments | {
+        "codes": d.integers(shape, 0, 127, d.choice((torch.int8, torch.uint8))),
+        "scale": d.scale([1], 0, 127),
+        "zero_point": d.integers([1], 0, 127, torch.int32) if d.chance(0.5) else None,
+    }
+
+
+def one_scale(d):
+    x = floats(d, small(d, 2))
+    point = d.integers([1], -8, 7, torch.int32) if d.chance(0.5) else None
+    return {"input": x, "scale": d.scale([1], -8, 7), "zero_point": point, "quant_min": -8, "quant_max": 7}
 
 
 def matrix(d):
@@ -500,6 +591,11 @@ ARGUMENTS = {
     "_qparams_from_range": range_ends,
     "_percentile_range": percentile,
     "_observe_": observed,
+    "_observe_qparams_": observed_qparams,
+    **dict.fromkeys(("batch_norm_act", "batch_norm_act_fake_quantize", "_batch_norm_statistics"), batch_norm),
+    **dict.fromkeys(("_batch_norm_forward", "_batch_norm_backward"), batch_norm),
+    "_batch_norm_update_": batch_norm_update,
+    **dict.fromkeys(("fold_fake_quantize", "_fold_fake_quantize", "_fold_fake_quantize_backward"), folded),
     "quantize": quantize,
     "dequantize": dequantize,
     "pack_int4": pack,
@@ -517,6 +613,8 @@ ARGUMENTS = {
     "fqt_linear": fqt_linear,
     "fqt_conv2d": fqt_conv2d,
     "fqt_conv2d.padding": fqt_conv2d_padding,
+    "quant_conv2d": quant_conv2d,
+    "fake_quantize_codes": one_scale,
     **dict.fromkeys(("int8_quantize_rows", "int8_quantize_columns", "int8_quantize_rows_and_columns"), matrix),
     "int8_transpose": codes,
     "int8_weight_transpose": weight_transpose,

@@ -7,10 +7,12 @@ import torch
 FAMILIES = (
     "fake_quant",
     "fake_quant_ranges",
+    "batch_norm",
     "fixed_point",
     "fixed_point_conv",
     "gradient_quant",
     "fqt",
+    "quant_conv",
     "int8",
     "int8_fused",
     "int8_linear",

@@ -210,6 +210,10 @@ class QUANTRAIN_API QuantConvBn2dImpl : public Copied<QuantConvBn2dImpl, QuantCo
                     const torch::nn::BatchNorm2dOptions& bn_options);
   at::Tensor forward(const at::Tensor& input) override;
 
+  // activation(y + residual), in the same passes over y in training (batch_norm.h). activation: "identity", "relu",
+  // "relu6", "hardswish" or "silu"; residual may be undefined.
+  at::Tensor forward_act(const at::Tensor& input, const at::Tensor& residual, const std::string& activation);
+
   // bn.num_batches_tracked stays an integer.
   void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;
   void to(torch::Dtype dtype, bool non_blocking = false) override;
@@ -226,6 +230,8 @@ class QUANTRAIN_API QuantConvBn2dImpl : public Copied<QuantConvBn2dImpl, QuantCo
   friend Copied<QuantConvBn2dImpl, QuantConv2dImpl>;
   std::shared_ptr<QuantConvBn2dImpl> fresh() const;
   at::Tensor scale_factor() const;  // sf, [O, 1, 1, 1]
+  // activation(bn(y / sf + b) + residual), without the division where batch_norm_act serves.
+  at::Tensor normalized(const at::Tensor& y, const at::Tensor& residual, const std::string& activation);
 
   torch::nn::BatchNorm2dOptions bn_options_;
 };

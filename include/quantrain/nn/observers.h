@@ -105,6 +105,11 @@ class QUANTRAIN_API ObserverImpl : public Copied<ObserverImpl, FixedDtypeModule>
   Range measure(const at::Tensor& input, bool check = true) const;
   void update(const Range& range);
 
+  // forward, and scale and zero_point (where defined) from the range, in one operator after the measurement. Returns
+  // the scale to use with this batch: NaN in blocks that are not finite, where marks_nonfinite.
+  at::Tensor observe_qparams(const at::Tensor& input, at::Tensor& scale, const at::Tensor& zero_point, bool check,
+                             bool marks_nonfinite);
+
   at::Tensor only_zeros() const;  // bool: blocks that were seen, but only as zeros
   at::Tensor unseen() const;      // bool: blocks that saw nothing
 

@@ -100,6 +100,13 @@ QUANTRAIN_API std::tuple<at::Tensor, at::Tensor> percentile_range(const at::Tens
 // sets that of a block that saw nothing to [0, 0] and changes no other; the first block that is not zero sets it anew.
 QUANTRAIN_API void observe_(at::Tensor& min_val, at::Tensor& max_val, const at::Tensor& low, const at::Tensor& high,
                             const at::Tensor& finite, double averaging_constant = 0);
+// observe_ (where finite, or where it is absent: where low and high are finite), then scale and zero_point from the
+// range (NaN and 0 where nothing was seen), in one kernel. Returns the scale to use with this batch: scale, but NaN in
+// the groups that do not count where marks_nonfinite.
+QUANTRAIN_API std::tuple<at::Tensor, at::Tensor> observe_qparams_(
+    at::Tensor& min_val, at::Tensor& max_val, at::Tensor& scale, const std::optional<at::Tensor>& zero_point,
+    const at::Tensor& low, const at::Tensor& high, const std::optional<at::Tensor>& finite, double averaging_constant,
+    int64_t quant_min, int64_t quant_max, bool symmetric, bool marks_nonfinite);
 // The group's range times the ratio in {1 / steps, 2 / steps, ..., 1} whose quantization error is least in the squared
 // sense.
 QUANTRAIN_API std::tuple<at::Tensor, at::Tensor> mse_range(const at::Tensor& input, at::IntArrayRef scale_shape,

@@ -9,6 +9,7 @@ from torch import nn
 
 from .calibrate import is_packed
 from .conv_bn import FoldedBatchNorm2d, QuantConvBn2d
+from .fuse import unfuse
 from .graph import copied
 from .layers import QuantEmbedding, QuantLayer
 from .prepare import PrepareSummary, check_model, check_patterns, matching, some, swapped
@@ -95,6 +96,7 @@ def convert(
     twins = {id(layer): _stored(name, layer, check_observed) for name, layer in layers.items() if name not in left}
     twins |= _float_twins(model, {name: layers[name] for name in left})
     summary = getattr(model, "quantization_summary", None)
+    unfuse(model)
     model = swapped(model, twins)
     if summary is not None:
         rows = [row for row in summary.rows if row["layer"] not in left]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,12 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def agreed_range(low: Tensor, high: Tensor, finite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The range over all ranks of the default process group; what is not finite on a rank does not count there."""
     distributed = torch.distributed
@@ -34,6 +41,15 @@ def agreed_range(low: Tensor, high: Tensor, finite: Tensor) -> tuple[Tensor, Ten
     ends = torch.where(finite, torch.stack([low, -high]), math.inf)
     distributed.all_reduce(ends, distributed.ReduceOp.MIN)
     return ends[0], -ends[1], torch.isfinite(ends).all(0)
+
+
+class Quantized(NamedTuple):
+    """A fake-quantized tensor, ``values = (codes - zero_point) * scale``, and its codes, which a layer may keep in its place."""
+
+    values: Tensor
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
 
 
 class FakeQuantize(Calibrates, Float32State):
@@ -115,8 +131,10 @@ class FakeQuantize(Calibrates, Float32State):
         if self.symmetric or self.dynamic:
             self.zero_point = None
 
-    def forward(self, x: Tensor, *, zero: Tensor | None = None) -> Tensor:
-        """``x`` fake-quantized; ``zero`` as :meth:`observe` takes it. An empty ``x`` passes."""
+    def forward(self, x: Tensor, *, zero: Tensor | None = None, codes: bool = False) -> Tensor | Quantized:
+        """``x`` fake-quantized; ``zero`` as :meth:`observe` takes it. An empty ``x`` passes. ``codes``: as :meth:`with_codes`."""
+        if codes:
+            return self.with_codes(x)
         observed = self.observe(x, zero=zero)
         if not self._ready and x.numel() == 0:
             return x
@@ -133,24 +151,62 @@ class FakeQuantize(Calibrates, Float32State):
         Args:
             zero: bool, broadcast to the scale: blocks of a learned scale to take as zeros whatever ``x`` holds.
         """
-        if x.numel() == 0 or not self._observes():
+        if x.numel() == 0 or not self.observing:
             return None
         if self.learnable and not self.calibrating:
             return self._observe_first(x, zero)
         waits = self.calibrating or not self._ready or not x.is_cuda
-        low, high, finite = self.observer.measure(x, check=waits)
-        self.observer.update(low, high, finite)
-        scale, zero_point = self.observer.calculate_qparams()
-        self.scale.data.copy_(scale)
-        if self.zero_point is not None:
-            self.zero_point.copy_(zero_point)
-        if not self.ready or self.learnable:
-            return None
-        if not waits and self.observer.nan_policy == "raise":
-            scale = torch.where(finite, scale, math.nan)
-        return scale, (None if self.symmetric else zero_point)
+        scale, zero_point = self.observer.observe_qparams(
+            x,
+            self.scale.data if self.learnable else self.scale,
+            self.zero_point,
+            check=waits,
+            marks_nonfinite=not waits and self.observer.nan_policy == "raise",
+        )
+        return None if not self.ready or self.learnable else (scale, None if self.symmetric else zero_point)
 
-    def _observes(self) -> bool:
+    def with_codes(self, x: Tensor) -> Quantized | Tensor:
+        """:meth:`forward`'s result with its codes, where there are some: one fixed scale, at most 8 bits, a gradient to come."""
+        fits = (
+            self.training and torch.is_grad_enabled() and self.has_codes() and self.fake_quant_enabled and self._ready
+        )
+        if not fits or self.calibrating or x.dim() < 2 or x.dtype == torch.float64 or x.numel() == 0:
+            return self(x)
+        observed = self.observe(x)
+        scale, zero_point = observed if observed is not None else self.calculate_qparams()
+        values, codes = torch.ops.quantrain.fake_quantize_codes(
+            x, scale, zero_point, quant_min=self.quant_min, quant_max=self.quant_max
+        )
+        return Quantized(values, codes, scale, zero_point)
+
+    def has_codes(self) -> bool:
+        """Whether a tensor becomes codes of a byte with one scale that no gradient reaches."""
+        limits = (0, 255) if self.quant_min >= 0 else (-128, 127)
+        within = limits[0] <= self.quant_min and self.quant_max <= limits[1]
+        return not self.dynamic and not self.learnable and self.scale.numel() == 1 and within
+
+    def takes_range(self) -> bool:
+        """Whether the extremes of a tensor are all that it needs to know of it: :meth:`observe_range` will do."""
+        if not self.has_codes() or self.calibrating or not self.fake_quant_enabled or not self._ready:
+            return False
+        return not self.observing or self.observer.of_extremes
+
+    def observe_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The (scale, zero_point) for a tensor of these extremes, which are observed as :meth:`forward` observes a tensor."""
+        if not self.observing:
+            return self.calculate_qparams()
+        raises = self.observer.nan_policy == "raise"
+        if raises and not low.is_cuda:
+            self.observer.check_range(low, high)
+        low, high = low.view(self.scale_shape), high.view(self.scale_shape)
+        scale, zero_point = self.observer.take(
+            low, high, None, self.scale, self.zero_point, marks_nonfinite=raises and low.is_cuda
+        )
+        return scale, None if self.symmetric else zero_point
+
+    @property
+    def observing(self) -> bool:
+        """Whether a tensor that it is called with now moves the range."""
         if self.observer is None or not (self.calibrating or (self.training and self._observing)):
             return False
         return (self.calibrating or not self._settled or not self.learnable) and not in_backward()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quantrain._C import Recipe
 
-from .fake_quantize import FakeQuantize
+from .fake_quantize import FakeQuantize, Quantized, has_hooks
 from .recipes import as_recipe, weight_scale_shape
 from .schemes import handler_of
 from .weight_hooks import run_weight_hooks
@@ -71,6 +71,8 @@ class QuantLayer(nn.Module):
             "output_hook",
             "_own_weight_rule",
             "_variance",
+            "_settings",
+            "readers",
         ):
             layer.__dict__.pop(attribute, None)
         return layer
@@ -311,7 +313,21 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         super()._add_fake_quants(recipe, name)
         self.product = handler_of(self.recipe).conv2d(self.recipe)
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def quantized_input(self, x: Tensor) -> Tensor | Quantized:
+        fake_quant = self.input_fake_quant
+        if fake_quant is None:
+            return x
+        plain = self.padding_mode == "zeros" and not isinstance(self.padding, str) and not self.quantizes_gradients
+        if plain and x.dim() == 4 and self.weight.requires_grad and not has_hooks(fake_quant):
+            return fake_quant.with_codes(x)
+        return fake_quant(x)
+
+    def _conv_forward(self, input: Tensor | Quantized, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if isinstance(input, Quantized):
+            if not self.quantizes_gradients and self.padding_mode == "zeros" and not isinstance(self.padding, str):
+                window = (self.stride, self.padding, self.dilation, self.groups)
+                return self.watched(torch.ops.quantrain.quant_conv2d(*input, weight, bias, *window))
+            input = input.values
         if not self.quantizes_gradients:
             return self.watched(super()._conv_forward(input, weight, bias))
         padding = self.padding
@@ -319,10 +335,13 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         return self.watched(self.product(input, weight, bias, self.stride, padding, self.dilation, self.groups))
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self.quantized_output(
-            self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
-        )
+    def forward(self, input: Tensor | Quantized, quantized: bool = False) -> Tensor:
+        """
+        Args:
+            quantized: the input was fake-quantized already; then it may come with its codes.
+        """
+        x = input if quantized else self.quantized_input(input)
+        return self.quantized_output(self._conv_forward(x, self.quantized_weight(), self.bias))
 
 
 class QuantEmbedding(QuantLayer, nn.Embedding):

@@ -116,11 +116,74 @@ class Observer(Float32State):
         return *self.batch_range(x, *extremes), finite
 
     @torch.no_grad()
+    def observe_qparams(
+        self, x: Tensor, scale: Tensor, zero_point: Tensor | None, *, check: bool, marks_nonfinite: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Takes the batch ``x`` into account and writes the range's ``scale`` and ``zero_point``.
+
+        Args:
+            check: as in :meth:`measure`.
+            marks_nonfinite: NaN, in what is returned, for blocks that are not finite.
+
+        Returns:
+            The scale and the zero point to use with this batch, copies of ``scale_shape``.
+        """
+        if check or not self.of_extremes:
+            low, high, finite = self.measure(x, check=check)
+        else:
+            low, high = torch.ops.quantrain._min_max(x.detach(), self.scale_shape)
+            finite = None
+        return self.take(low, high, finite, scale, zero_point, marks_nonfinite=marks_nonfinite)
+
+    @torch.no_grad()
+    def take(
+        self,
+        low: Tensor,
+        high: Tensor,
+        finite: Tensor | None,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        *,
+        marks_nonfinite: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`observe_qparams` of a range that was measured elsewhere; ``finite`` None: where it is finite itself."""
+        return torch.ops.quantrain._observe_qparams_(
+            self.min_val,
+            self.max_val,
+            scale,
+            zero_point,
+            low,
+            high,
+            finite,
+            averaging_constant=self.averaging_constant,
+            quant_min=self.quant_min,
+            quant_max=self.quant_max,
+            symmetric=self.symmetric,
+            marks_nonfinite=marks_nonfinite,
+        )
+
+    @torch.no_grad()
     def update(self, low: Tensor, high: Tensor, finite: Tensor) -> None:
         """Takes a batch's range into account, block by block."""
         torch.ops.quantrain._observe_(
             self.min_val, self.max_val, low, high, finite, averaging_constant=self.averaging_constant
         )
+
+    @property
+    def of_extremes(self) -> bool:
+        """Whether a batch's range is its extremes."""
+        return type(self).batch_range is Observer.batch_range
+
+    def check_range(self, low: Tensor, high: Tensor) -> None:
+        """Raises where a batch's extremes are not finite, as :meth:`measure` does."""
+        finite = torch.isfinite(low) & torch.isfinite(high)
+        if torch.compiler.is_compiling():
+            torch._assert_async(finite.all(), f"{self.label}: expected a finite batch, got NaN or Inf")
+        elif not bool(finite.all()):
+            raise ValueError(
+                f"{self.label}: expected a finite batch, got one from {low.min().item()} to {high.max().item()} "
+                "(nan_policy='skip' would leave it out)"
+            )
 
     def only_zeros(self) -> Tensor:
         """Blocks that were seen, but only as zeros: bool of ``scale_shape``."""
@@ -158,7 +221,7 @@ class Observer(Float32State):
         self.max_val.fill_(-math.inf)
 
     def _check(self, finite: Tensor, x: Tensor) -> None:
-        label = f"{type(self).__name__} '{self.name}'" if self.name else type(self).__name__
+        label = self.label
         if torch.compiler.is_compiling():
             torch._assert_async(finite.all(), f"{label}: expected a finite batch, got NaN or Inf")
         elif not bool(finite.all()):
@@ -166,6 +229,11 @@ class Observer(Float32State):
                 f"{label}: expected a finite batch, got {int(x.isnan().sum())} NaN and {int(x.isinf().sum())} Inf "
                 f"in a tensor of shape {list(x.shape)} (nan_policy='skip' would leave them out)"
             )
+
+    @property
+    def label(self) -> str:
+        """What error messages call it."""
+        return f"{type(self).__name__} '{self.name}'" if self.name else type(self).__name__
 
     def extra_repr(self) -> str:
         return f"scale_shape={self.scale_shape}, nan_policy={self.nan_policy!r}"

@@ -18,6 +18,7 @@ from quantrain.tables import Table
 
 from .conv_bn import FoldedBatchNorm2d, QuantConvBn2d
 from .convolutions import QuantConv1d, QuantConvTranspose2d
+from .fuse import fuse as fuse_blocks
 from .graph import ModelGraph, copied, trace_model
 from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear, QuantTransposedLinear
 from .new_parameters import new_parameters
@@ -44,18 +45,21 @@ class PrepareSummary(Table):
     """What ``prepare`` did: one row per quantized layer, and ``left_float``: name -> why a module stayed float.
 
     ``recipe`` is the model's recipe; ``new_parameters`` names the parameters that the float model does not have
-    (learned scales, clip levels). A scheme's columns (grad_input, grad_weight, ...) appear where a layer has a value.
+    (learned scales, clip levels), ``fused`` says what was joined (:mod:`quantrain.nn.fuse`). A scheme's columns (grad_input, grad_weight, ...) appear where a layer has a value.
     """
 
-    def __init__(self, rows: Sequence[Mapping], left_float: Mapping[str, str], recipe: Recipe):
+    def __init__(
+        self, rows: Sequence[Mapping], left_float: Mapping[str, str], recipe: Recipe, fused: Sequence[str] = ()
+    ):
         columns = {"layer": "layer", "type": "type", "weight": "weight", "input": "input", "output": "output"}
         for handler in handlers():
             columns |= {
                 key: header for key, header in handler.summary_columns.items() if any(row.get(key) for row in rows)
             }
         notes = [f"left float: {name} ({reason})" for name, reason in left_float.items()]
+        notes += [f"joined: {line}" for line in fused]
         super().__init__(columns, rows, title=f"recipe {recipe.name or '(unnamed)'}: {len(rows)} layers", notes=notes)
-        self.left_float, self.recipe = dict(left_float), recipe
+        self.left_float, self.recipe, self.fused = dict(left_float), recipe, tuple(fused)
         self.new_parameters: tuple[str, ...] = ()
 
 
@@ -67,6 +71,7 @@ def prepare(
     skip: Iterable[str] = (),
     example_inputs: tuple | None = None,
     inplace: bool = True,
+    fuse: bool = True,
 ) -> nn.Module:
     """Swaps every nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d and nn.Embedding, and transformers' Conv1D (a
     linear layer), for its quantized twin, at any depth, keeping the weights.
@@ -105,6 +110,9 @@ def prepare(
         skip: layer-name patterns to leave in floating point; one that names a batch norm keeps it unfolded.
         example_inputs: positional arguments of one call of the model, for torch.export.
         inplace: False works on a deep copy.
+        fuse: joins, in blocks that torch.fx can follow, what lies between two convolutions (:mod:`quantrain.nn.fuse`), and lets
+            layers that read one tensor under one spec share its range (learned scales too, which then are one); the summary
+            lists what was joined. False leaves every call where it is written.
 
     Returns:
         The model, with the attribute ``quantization_summary`` (:class:`PrepareSummary`; also logged to "quantrain"). A
@@ -201,7 +209,8 @@ def prepare(
     _leave_fast_path(model)
     for handler, mine in by_handler.items():
         handler.prepared(model, {name: twins[id(layers[name])] for name in mine}, left, base)
-    model.quantization_summary = PrepareSummary(rows, left, base)
+    fused = fuse_blocks(model) if fuse else []
+    model.quantization_summary = PrepareSummary(rows, left, base, fused)
     model.quantization_summary.new_parameters = new_parameters(model, parameters)
     logger.info("%s", model.quantization_summary)
     return model
