@@ -85,7 +85,7 @@ def prepared(model: nn.Module, recipe: str | None) -> nn.Module:
         return model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a vision transformer's attention, which stays float
-        return qnn.prepare(model, recipe)
+        return qnn.prepare(model, recipe, fuse=True)
 
 
 def step_of(model: nn.Module, batch: int, size: int, device: str, autocast: bool = True) -> Callable[[int], Tensor]:

@@ -452,20 +452,37 @@ at::Tensor QuantConvBn2dImpl::forward_act(const at::Tensor& input, const at::Ten
     zero = bn->weight.detach() == 0;
     zero = weight_fake_quant->scale.numel() > 1 ? zero.reshape({-1, 1, 1, 1}) : zero.all();
   }
-  const at::Tensor folded = quantized_weight(float_weight(), zero);
   if (!is_training()) {
-    return finished(quantized_output(watched(convolve(x, folded, float_bias()))));
+    return finished(quantized_output(watched(convolve(x, quantized_weight(float_weight(), zero), float_bias()))));
+  }
+  at::Tensor folded, sf;
+  if (folds()) {
+    const QuantSpec& spec = weight_fake_quant->spec();
+    std::tie(folded, sf) = quantrain::fold_fake_quantize(weight, bn->weight, bn->running_var, bn->options.eps(),
+                                                         spec.quant_min(), spec.quant_max(), spec.symmetric);
+  } else {
+    folded = quantized_weight(float_weight(), zero);
+    sf = scale_factor().flatten();
   }
   const at::Tensor y = watched(convolve(x, folded, {}));
   const bool beside = output_fake_quant || (residual.defined() && (residual.sizes() != y.sizes() ||
                                                                    residual.scalar_type() != y.scalar_type() ||
                                                                    activation == "hardswish" || activation == "silu"));
-  return beside ? finished(quantized_output(normalized(y, {}, "identity"))) : normalized(y, residual, activation);
+  return beside ? finished(quantized_output(normalized(y, sf, {}, "identity")))
+                : normalized(y, sf, residual, activation);
 }
 
-at::Tensor QuantConvBn2dImpl::normalized(const at::Tensor& y, const at::Tensor& residual,
+// With a scale per channel, of the weight itself, one operator folds and rounds it.
+bool QuantConvBn2dImpl::folds() const {
+  if (!weight_fake_quant || !weight_fake_quant->dynamic() || !weight_fake_quant->fake_quant_enabled()) return false;
+  const bool own_rule = recipe().scheme && recipe().scheme->has_weight_rule();
+  const std::vector<int64_t> rows{weight.size(0), 1, 1, 1};
+  return !own_rule && weight_fake_quant->scale_shape() == rows && weight.scalar_type() != at::kDouble &&
+         weight.numel() > 0;
+}
+
+at::Tensor QuantConvBn2dImpl::normalized(const at::Tensor& y, const at::Tensor& sf, const at::Tensor& residual,
                                          const std::string& activation) {
-  const at::Tensor sf = scale_factor().flatten();
   const bool fuses =
       !bias.defined() && bn->options.momentum().has_value() && y.scalar_type() != at::kDouble && y.numel() > 0;
   if (!fuses) {
@@ -474,7 +491,7 @@ at::Tensor QuantConvBn2dImpl::normalized(const at::Tensor& y, const at::Tensor& 
     return activated(residual.defined() ? z + residual : z, activation);
   }
   if (y.dim() == 3) {
-    return normalized(y.unsqueeze(0), residual.defined() ? residual.unsqueeze(0) : residual, activation).squeeze(0);
+    return normalized(y.unsqueeze(0), sf, residual.defined() ? residual.unsqueeze(0) : residual, activation).squeeze(0);
   }
   const std::optional<at::Tensor> other = defined_or_none(residual);
   if (bn->is_training()) {

@@ -231,7 +231,9 @@ class QUANTRAIN_API QuantConvBn2dImpl : public Copied<QuantConvBn2dImpl, QuantCo
   std::shared_ptr<QuantConvBn2dImpl> fresh() const;
   at::Tensor scale_factor() const;  // sf, [O, 1, 1, 1]
   // activation(bn(y / sf + b) + residual), without the division where batch_norm_act serves.
-  at::Tensor normalized(const at::Tensor& y, const at::Tensor& residual, const std::string& activation);
+  at::Tensor normalized(const at::Tensor& y, const at::Tensor& sf, const at::Tensor& residual,
+                        const std::string& activation);
+  bool folds() const;
 
   torch::nn::BatchNorm2dOptions bn_options_;
 };

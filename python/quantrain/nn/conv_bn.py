@@ -176,6 +176,9 @@ class QuantConvBn2d(QuantConv2d):
             quantize: the result is fake-quantized as ``readers`` say, and comes with its codes where there are some.
         """
         reader = self.readers[0] if quantize else None
+        if residual is not None and not isinstance(residual, Tensor):
+            y = kActivations[activation](self.forward(input, quantized=quantized) + residual)
+            return y if reader is None else reader.with_codes(y)
         if self.training and not torch.compiler.is_compiling() and self._in_one_step(input, residual, activation):
             return self._step(input if quantized else self.quantized_input(input), residual, activation, reader)
         if self.training and not torch.compiler.is_compiling() and not in_backward():
@@ -245,7 +248,8 @@ class QuantConvBn2d(QuantConv2d):
             if observes:
                 ends = (observer.min_val, observer.max_val, reader.scale, reader.zero_point)
                 raises = observer.nan_policy == "raise"
-                marks, label = raises and values.is_cuda, "" if values.is_cuda or not raises else observer.label
+                waits = not values.is_cuda or not reader.ready
+                marks, label = raises and not waits, observer.label if raises and waits else ""
             else:
                 ends = (None, None, *reader.calculate_qparams())
         output, out_codes, scale, zero_point, variance = conv_batch_norm(
@@ -269,6 +273,7 @@ class QuantConvBn2d(QuantConv2d):
         if not again:
             self._variance = variance
         if at_once:
+            reader.note_range()
             return Quantized(output, out_codes, scale, zero_point)
         return output if reader is None else reader.with_codes(output)
 

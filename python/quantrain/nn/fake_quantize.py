@@ -167,9 +167,8 @@ class FakeQuantize(Calibrates, Float32State):
 
     def with_codes(self, x: Tensor) -> Quantized | Tensor:
         """:meth:`forward`'s result with its codes, where there are some: one fixed scale, at most 8 bits, a gradient to come."""
-        fits = (
-            self.training and torch.is_grad_enabled() and self.has_codes() and self.fake_quant_enabled and self._ready
-        )
+        fits = self.training and torch.is_grad_enabled() and self.has_codes() and self.fake_quant_enabled
+        fits = fits and (self._ready or self.observing)
         if not fits or self.calibrating or x.dim() < 2 or x.dtype == torch.float64 or x.numel() == 0:
             return self(x)
         observed = self.observe(x)
@@ -187,9 +186,9 @@ class FakeQuantize(Calibrates, Float32State):
 
     def takes_range(self) -> bool:
         """Whether the extremes of a tensor are all that it needs to know of it: :meth:`observe_range` will do."""
-        if not self.has_codes() or self.calibrating or not self.fake_quant_enabled or not self._ready:
+        if not self.has_codes() or self.calibrating or not self.fake_quant_enabled:
             return False
-        return not self.observing or self.observer.of_extremes
+        return self.observer.of_extremes if self.observing else self.ready
 
     def observe_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         """The (scale, zero_point) for a tensor of these extremes, which are observed as :meth:`forward` observes a tensor."""
@@ -202,7 +201,13 @@ class FakeQuantize(Calibrates, Float32State):
         scale, zero_point = self.observer.take(
             low, high, None, self.scale, self.zero_point, marks_nonfinite=raises and low.is_cuda
         )
+        self.note_range()
         return scale, None if self.symmetric else zero_point
+
+    def note_range(self) -> None:
+        """After a first range: looks whether there is a scale now."""
+        if not self._ready and not torch.compiler.is_compiling():
+            self._ready = self._has_scale()
 
     @property
     def observing(self) -> bool:

@@ -12,10 +12,12 @@ form: the first's ``input_fake_quant`` is all of theirs. Nothing else of a block
 
 from __future__ import annotations
 
+import dis
 import importlib
+import inspect
 import operator
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
@@ -43,22 +45,28 @@ _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
 class FusedForward:
-    """The forward pass of a block with its calls joined; the written one where a module of what is joined has hooks.
+    """The forward pass of a block with its calls joined; the written one where the block is no longer what was traced.
 
-    It holds the text that torch.fx made, and the names of what that reads, so that a model can be copied and pickled.
+    That is: where a module that it calls or leaves out was replaced or has hooks, where a container that tracing went into has
+    other children, or where an attribute that the written forward pass reads has another value. It holds the text that torch.fx
+    made, and the names of what that reads, so that a model can be copied and pickled.
     """
 
-    def __init__(self, block: nn.Module, source: str, names: dict[str, Any], watched: list[nn.Module], rows: list[str]):
+    def __init__(self, block: nn.Module, source: str, names: dict[str, Any], traced: Traced, rows: list[str]):
         self.modules = {name for name, value in names.items() if isinstance(value, ModuleType)}
         self.block, self.source = block, source
         self.names = {name: value.__name__ if name in self.modules else value for name, value in names.items()}
-        self.watched, self.rows = watched, rows
+        self.traced, self.rows = traced, rows
         self._function = self._made()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if any(has_hooks(module) for module in self.watched):
+        if not self.traced.stands():
             return type(self.block).forward(self.block, *args, **kwargs)
         return self._function(self.block, *args, **kwargs)
+
+    @property
+    def __code__(self) -> CodeType:  # torch.export reads the arguments' names
+        return type(self.block).forward.__code__
 
     def _made(self) -> Callable:
         names = {k: importlib.import_module(v) if k in self.modules else v for k, v in self.names.items()}
@@ -73,6 +81,34 @@ class FusedForward:
         self._function = self._made()
 
 
+class Traced:
+    """What a trace rested on: modules in their places, the children of containers, values of attributes."""
+
+    def __init__(self, block: nn.Module, paths: list[str]):
+        self.block = block
+        self.places: list[tuple[nn.Module, str, nn.Module]] = []
+        for path in dict.fromkeys(paths):
+            parent, _, name = path.rpartition(".")
+            self.places.append((block.get_submodule(parent), name, block.get_submodule(path)))
+        self.containers = [(module, list(module._modules)) for _, module in _sequentials(block)]
+        if _is_sequential(block):
+            self.containers.append((block, list(block._modules)))
+        for container, names in self.containers:
+            self.places += [(container, name, container._modules[name]) for name in names]
+        self.places += [(block, name, module) for name, module in block.named_children() if _is_sequential(module)]
+        read = () if _is_sequential(block) else _attributes_read(block)
+        self.values = {name: getattr(block, name) for name in read if not isinstance(getattr(block, name), nn.Module)}
+
+    def stands(self) -> bool:
+        if any(getattr(self.block, name, None) != value for name, value in self.values.items()):
+            return False
+        if any(list(container._modules) != names for container, names in self.containers):
+            return False
+        return not any(
+            parent._modules.get(name) is not module or has_hooks(module) for parent, name, module in self.places
+        )
+
+
 def fuse(model: nn.Module) -> list[str]:
     """Joins what can be joined in every block of ``model``.
 
@@ -83,14 +119,18 @@ def fuse(model: nn.Module) -> list[str]:
     for name, block in list(model.named_modules()):
         if id(block) in inlined or "forward" in block.__dict__ or not _may_be_block(block):
             continue
+        if not _may_be_traced(block):
+            continue
         try:
             graphs = [_Tracer().trace(_in_mode(block, training)) for training in (True, False)]
         except Exception:  # any Python in forward may raise anything on a proxy: the block stays as written
             continue
-        if [str(node) for node in graphs[0].nodes] != [str(node) for node in graphs[1].nodes]:
+        sources = [graph.python_code("self").src for graph in graphs]
+        if sources[0] != sources[1] or any(node.op == "get_attr" for node in graphs[0].nodes):
             continue
-        inlined |= {id(module) for _, module in _sequentials(block)}
         _fuse_block(name, block, graphs[0])
+        if "forward" in block.__dict__:
+            inlined |= {id(module) for _, module in _sequentials(block)}
     return fused_rows(model)
 
 
@@ -112,8 +152,30 @@ def fused_rows(model: nn.Module) -> list[str]:
 # ---- tracing --------------------------------------------------------------------------------------------------------
 
 
+class _Proxy(fx.Proxy):
+    """Writes down an operation in place as what it is; torch.fx takes ``x += y`` for ``x = x + y``."""
+
+    def _in_place(self, function: Callable, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.itruediv, other)
+
+
 class _Tracer(fx.Tracer):
     """Calls of modules are calls, but for nn.Sequential's, whose modules are."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return not _is_sequential(module)
@@ -149,6 +211,79 @@ class _in_mode:  # noqa: N801
         return replica
 
 
+# ---- which blocks ---------------------------------------------------------------------------------------------------
+
+# What a graph does not show, or shows as it was while tracing.
+_HIDDEN_CALLS = {
+    "checkpoint",
+    "is_grad_enabled",
+    "no_grad",
+    "inference_mode",
+    "autocast",
+    "random",
+    "rand",
+    "randn",
+    "getattr",
+}
+
+
+def _may_be_traced(block: nn.Module) -> bool:
+    """Whether the written forward pass does only what a graph shows: takes tensors, reads attributes, calls."""
+    if _is_sequential(block):
+        return True
+    if not all(_is_plain(function) for function in _functions(block)):
+        return False
+    read = _attributes_read(block)
+    plain = (nn.Module, bool, int, float, str, tuple, type(None))
+    return "training" not in read and all(isinstance(getattr(block, name), plain) for name in read)
+
+
+def _is_plain(function: Callable) -> bool:
+    """Whether a function of a block's class shows what it does."""
+    if hasattr(function, "__wrapped__") or not hasattr(function, "__code__"):  # decorated
+        return False
+    code = function.__code__
+    if (
+        function.__defaults__
+        or function.__kwdefaults__
+        or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
+    ):
+        return False
+    if _HIDDEN_CALLS & {*code.co_names, *code.co_freevars}:
+        return False
+    hidden = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "STORE_SUBSCR", "BEFORE_WITH", "SETUP_WITH", "LOAD_SPECIAL")
+    return not any(instruction.opname in hidden for instruction in dis.get_instructions(code))
+
+
+def _functions(block: nn.Module) -> list[Callable]:
+    """The forward pass of ``block`` and the methods of its class that it may call."""
+    found, names = [type(block).forward], {"forward"}
+    for function in found:
+        for name in getattr(getattr(function, "__code__", None), "co_names", ()):
+            method = getattr(type(block), name, None)
+            if name not in names and inspect.isfunction(method) and not hasattr(nn.Module, name):
+                names.add(name)
+                found.append(method)
+    return found
+
+
+def _attributes_read(block: nn.Module) -> set[str]:
+    """Attributes of ``block`` itself that its written forward pass names."""
+    names = {name for function in _functions(block) for name in function.__code__.co_names}
+    own = {*block.__dict__, *block._modules, *block._parameters, *block._buffers}
+    return names & own
+
+
+# In place: what reads the tensor later sees the change, wherever a call was moved to.
+def _writes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(modules[node.target], "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    operators = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
+    return in_place or node.target in operators or bool(node.kwargs.get("inplace"))
+
+
 # ---- one block ------------------------------------------------------------------------------------------------------
 
 
@@ -156,14 +291,16 @@ def _fuse_block(name: str, block: nn.Module, graph: fx.Graph) -> None:
     modules = dict(block.named_modules(remove_duplicate=False))
     calls = [node for node in graph.nodes if node.op == "call_module"]
     once = {str(node.target) for node in calls if sum(modules[n.target] is modules[node.target] for n in calls) == 1}
-    watched: list[nn.Module] = []
+    paths = [str(node.target) for node in calls]
     joined: dict[fx.Node, list[str]] = {}
     for node in reversed(calls):  # of two branches that an addition joins, the later one takes it
         layer = modules[node.target]
         if node.target in once and type(layer) is QuantConvBn2d and not node.kwargs and len(node.args) == 1:
-            new, parts = _join(graph, node, modules, watched)
+            new, parts = _join(graph, node, modules)
             if new is not None:
                 joined[new] = parts
+    if any(_writes(node, modules) for node in graph.nodes if node.op.startswith("call")):
+        return
     shared = [text for node in list(graph.nodes) if (text := _share(graph, node, modules, joined, once))]
     rows = [_row(name, node, joined[node], modules) for node in graph.nodes if node in joined] + [
         f"{name}.{text}" if name else text for text in shared
@@ -172,22 +309,19 @@ def _fuse_block(name: str, block: nn.Module, graph: fx.Graph) -> None:
         return
     graph.lint()
     code = graph.python_code("self")
-    block.__dict__["forward"] = FusedForward(block, code.src, dict(code.globals), watched, rows)
+    block.__dict__["forward"] = FusedForward(block, code.src, dict(code.globals), Traced(block, paths), rows)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _join(
-    graph: fx.Graph, conv: fx.Node, modules: dict[str, nn.Module], watched: list[nn.Module]
-) -> tuple[fx.Node | None, list[str]]:
+def _join(graph: fx.Graph, conv: fx.Node, modules: dict[str, nn.Module]) -> tuple[fx.Node | None, list[str]]:
     """The call that stands for the convolution's and what follows it, and the names of that; None where nothing follows."""
-    layer, chain, parts, out = modules[conv.target], [conv], [], []
+    layer, chain, parts = modules[conv.target], [conv], []
     following = _only_user(conv)
     if following is not None and _is_placeholder_of(following, modules, layer):
         chain.append(following)
-        out.append(modules[following.target])
         following = _only_user(following)
     residual = None
     if following is not None and (other := _added(following, chain[-1])) is not None:
@@ -198,8 +332,6 @@ def _join(
             parts.append("add")
     kind = None if following is None else _activation(following, modules)
     if kind is not None:
-        if following.op == "call_module":
-            out.append(modules[following.target])
         chain.append(following)
         parts.append(kind)
     if not parts:
@@ -213,7 +345,6 @@ def _join(
     last.replace_all_uses_with(new)
     for node in reversed(chain):
         graph.erase_node(node)
-    watched += [layer, *out]
     return new, parts
 
 
@@ -231,6 +362,8 @@ def _added(node: fx.Node, one: fx.Node) -> fx.Node | None:
     if len(node.args) != 2 or not all(isinstance(arg, fx.Node) for arg in node.args):
         return None
     first, second = node.args
+    if node.target in (operator.iadd, "add_") and first is not one:  # the other is what is written
+        return None
     return None if first is second else second if first is one else first
 
 
@@ -264,8 +397,12 @@ def _share(
         return ""
     first = modules[readers[0].target].input_fake_quant
     readers = [node for node in readers if modules[node.target].input_fake_quant.spec == first.spec]
+    if first.learnable and len(readers) > 1:  # two parameters stay two
+        return ""
     alone = value in joined and len(readers) == len(value.users)
     if len(readers) < 2 and not alone:
+        return ""
+    if alone and modules[value.target].readers:  # of another block that calls the layer too
         return ""
     for node in readers:
         modules[node.target].input_fake_quant = first

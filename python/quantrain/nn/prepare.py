@@ -71,7 +71,7 @@ def prepare(
     skip: Iterable[str] = (),
     example_inputs: tuple | None = None,
     inplace: bool = True,
-    fuse: bool = True,
+    fuse: bool = False,
 ) -> nn.Module:
     """Swaps every nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d and nn.Embedding, and transformers' Conv1D (a
     linear layer), for its quantized twin, at any depth, keeping the weights.
@@ -110,9 +110,8 @@ def prepare(
         skip: layer-name patterns to leave in floating point; one that names a batch norm keeps it unfolded.
         example_inputs: positional arguments of one call of the model, for torch.export.
         inplace: False works on a deep copy.
-        fuse: joins, in blocks that torch.fx can follow, what lies between two convolutions (:mod:`quantrain.nn.fuse`), and lets
-            layers that read one tensor under one spec share its range (learned scales too, which then are one); the summary
-            lists what was joined. False leaves every call where it is written.
+        fuse: True joins, in blocks that torch.fx shows whole, what lies between two convolutions (:mod:`quantrain.nn.fuse`), and
+            lets layers that read one tensor under one spec share its range; the summary lists what was joined.
 
     Returns:
         The model, with the attribute ``quantization_summary`` (:class:`PrepareSummary`; also logged to "quantrain"). A

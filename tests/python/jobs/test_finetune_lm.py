@@ -127,7 +127,8 @@ def test_the_merged_folder_gives_the_merged_model(finished, text):
     assert tokenizer.decode(tokenizer(SENTENCE).input_ids) == SENTENCE
     data = load_lm_data(str(text), tokenizer, LENGTH)
     loss = CausalLM("float32", LENGTH).evaluate(model.float(), data, CPU)["loss"]
-    assert loss == read_results(finished, LmResult)["qlora"].stored_loss
+    # Not to the bit: the weights lie elsewhere in memory, and with their alignment a product's sums may change order.
+    assert loss == pytest.approx(read_results(finished, LmResult)["qlora"].stored_loss, rel=1e-6)
     # the logits are those of the adapter beside the packed weights, but for the rounding to 16 bits
     base = models.load_language_model(models.TINY)
     prepared = qnn.prepare(base.model, "qlora")

@@ -75,7 +75,6 @@ BLOCKS = {
     "identity": lambda: Block(6, 6, 1),
     "functions": Functions,
     "linear": Linear,
-    "hardswish": lambda: Block(6, 6, 1, nn.Hardswish),
     "sequential": lambda: nn.Sequential(
         Block(), nn.Sequential(Block(8, 8, 1), nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
     ),
@@ -90,8 +89,8 @@ def pair(kind, recipe):
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias)
-    apart = qnn.prepare(copy.deepcopy(model), recipe, fuse=False)
-    joined = qnn.prepare(model, recipe)
+    apart = qnn.prepare(copy.deepcopy(model), recipe)
+    joined = qnn.prepare(model, recipe, fuse=True)
     assert joined.quantization_summary.fused and not apart.quantization_summary.fused
     return apart, joined
 
@@ -143,7 +142,7 @@ def test_joined_and_written_agree(kind, recipe):
 
 
 def test_what_the_summary_says():
-    model = qnn.prepare(nn.Sequential(Block(), Linear()), "qat-w8a8", skip=["1.conv.6"])
+    model = qnn.prepare(nn.Sequential(Block(), Linear()), "qat-w8a8", skip=["1.conv.6"], fuse=True)
     assert model.quantization_summary.fused == (
         "0.conv1: batch norm + relu + input of conv2",
         "0.conv2: batch norm + add + relu",
@@ -288,7 +287,7 @@ def test_what_is_not_the_pattern_stays(forward):
     torch.manual_seed(0)
     model = Odd()
     with pytest.warns() if "sum" in forward.__code__.co_names else torch.no_grad():
-        joined = qnn.prepare(copy.deepcopy(model), "qat-w8a8")
+        joined = qnn.prepare(copy.deepcopy(model), "qat-w8a8", fuse=True)
     assert not joined.quantization_summary.fused
 
 
@@ -335,3 +334,151 @@ def test_a_step_is_captured_in_a_graph():
         want.backward()
         torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-5)
     agree(eager, joined, "graph")
+
+
+# ---- what a graph does not show -------------------------------------------------------------------------------------
+
+
+class Hidden(Block):
+    """A block whose forward pass a test writes."""
+
+    flag = True
+
+    def __init__(self):
+        super().__init__(6, 6, 1)
+        self.flag, self.skip = True, None
+
+    def first(self, x):
+        with torch.no_grad():
+            return self.act(self.bn1(self.conv1(x)))
+
+
+def _no_grad(self, x):
+    with torch.no_grad():
+        y = torch.relu(self.bn1(self.conv1(x)))
+    return torch.relu(self.bn2(self.conv2(y)))
+
+
+def _optional(self, x, skip=None):
+    return torch.relu(self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))) + (x if skip is None else skip))
+
+
+def _dropout(self, x):
+    return self.bn2(self.conv2(F.dropout(torch.relu(self.bn1(self.conv1(x))), 0.5, self.training)))
+
+
+def _in_place(self, x):
+    y = self.bn1(self.conv1(x))
+    x = x.relu_()
+    return torch.relu(y + x)
+
+
+def _other_in_place(self, x):
+    x = x * 1
+    x += self.bn1(self.conv1(x))
+    return torch.relu(x) + x
+
+
+def _counts(self, x):
+    self.calls = 1
+    return torch.relu(self.bn1(self.conv1(x)))
+
+
+def _constant(self, x):
+    return torch.relu(self.bn1(self.conv1(x))) * torch.tensor(0.5)
+
+
+def _own_method(self, x):
+    return torch.relu(self.bn2(self.conv2(self.first(x))))
+
+
+@pytest.mark.parametrize(
+    "forward", [_no_grad, _optional, _dropout, _in_place, _other_in_place, _counts, _constant, _own_method]
+)
+def test_a_forward_pass_that_hides_something_stays_as_written(forward):
+    class Written(Hidden):
+        pass
+
+    Written.forward = forward
+    torch.manual_seed(1)
+    model = Written()
+    apart = qnn.prepare(copy.deepcopy(model), "qat-w8a8")
+    joined = qnn.prepare(model, "qat-w8a8", fuse=True)
+    assert not fused_rows(joined)
+    x = torch.randn(2, 6, 8, 8)
+    for training in (True, False):
+        apart.train(training), joined.train(training)
+        torch.manual_seed(2)
+        want = apart(x.clone())
+        torch.manual_seed(2)
+        assert torch.equal(joined(x.clone()), want)
+    assert not hasattr(model, "calls") or forward is _counts
+
+
+def test_what_changes_after_prepare_brings_the_written_pass_back():
+    def written(self, x):
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return self.act(self.bn2(self.conv2(y if self.flag else x)) + x)
+
+    class Written(Hidden):
+        pass
+
+    Written.forward = written
+    x = torch.randn(2, 6, 8, 8)
+    changes = {
+        "an attribute": lambda m: setattr(m, "flag", False),
+        "an activation": lambda m: setattr(m, "act", nn.GELU()),
+        "a convolution": lambda m: setattr(m, "conv2", nn.Conv2d(6, 6, 3, 1, 1)),
+    }
+    for text, change in changes.items():
+        torch.manual_seed(3)
+        model = Written()
+        model.act = nn.ReLU()
+        apart = qnn.prepare(copy.deepcopy(model), "qat-w8a8")
+        joined = qnn.prepare(model, "qat-w8a8", fuse=True)
+        assert fused_rows(joined)
+        for m in (apart, joined):
+            m(x)
+            torch.manual_seed(4)
+            change(m)
+        assert torch.equal(apart(x), joined(x)), text
+
+
+def test_hooks_on_a_container_that_tracing_went_into_are_called():
+    _, joined = pair("sequential", "qat-w8a8")
+    x, seen = torch.randn(2, 6, 9, 9), []
+    joined[1].register_forward_hook(lambda *_: seen.append(1))
+    joined(x)
+    assert seen == [1]
+
+
+def test_a_layer_of_two_blocks_keeps_each_reader_s_range():
+    conv, bn = nn.Conv2d(6, 6, 1, bias=False), nn.BatchNorm2d(6)
+
+    def block():
+        return nn.Sequential(conv, bn, nn.ReLU(), nn.Conv2d(6, 4, 1))
+
+    model = nn.ModuleList([block(), block()])
+    model.forward = None
+    joined = qnn.prepare(model, "qat-w8a8", fuse=True)
+    for part in joined:
+        part(torch.randn(2, 6, 5, 5))
+    assert all(torch.isfinite(part[3].input_fake_quant.scale).all() for part in joined)
+
+
+def test_the_first_step_may_be_checkpointed():
+    for fuse in (False, True):
+        torch.manual_seed(0)
+        model = qnn.prepare(nn.Sequential(Block(6, 6, 1), nn.Conv2d(6, 4, 1)), "qat-w8a8", fuse=fuse)
+        x = torch.randn(2, 6, 8, 8, requires_grad=True)
+        torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False).sum().backward()
+        assert torch.isfinite(x.grad).all()
+
+
+def test_a_joined_root_exports():
+    _, joined = pair("identity", "qat-w8a8")
+    x = torch.randn(2, 6, 8, 8)
+    joined(x)
+    joined.eval()
+    program = torch.export.export(joined, (x,))
+    torch.testing.assert_close(program.module()(x), joined(x), rtol=1e-5, atol=1e-5)
