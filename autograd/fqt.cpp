@@ -68,11 +68,6 @@ struct FqtLinearFunction : torch::autograd::Function<FqtLinearFunction> {
   }
 };
 
-struct Convolution {
-  c10::SymIntArrayRef stride, padding, dilation;
-  c10::SymInt groups;
-};
-
 struct FqtConv2dFunction : torch::autograd::Function<FqtConv2dFunction> {
   static constexpr bool is_traceable = true;
 
@@ -82,10 +77,7 @@ struct FqtConv2dFunction : torch::autograd::Function<FqtConv2dFunction> {
     const at::AutoDispatchBelowADInplaceOrView below;
     const at::Tensor weight = regular_weight(given_weight);
     ctx->save_for_backward({input, weight});
-    ctx->saved_data["stride"] = conv.stride;
-    ctx->saved_data["padding"] = conv.padding;
-    ctx->saved_data["dilation"] = conv.dilation;
-    ctx->saved_data["groups"] = conv.groups;
+    conv.save(ctx);
     ctx->saved_data["has_bias"] = is_tensor(bias);
     save_gradient_quantizer(ctx, "grad_input", grad_input);
     save_gradient_quantizer(ctx, "grad_weight", grad_weight);

@@ -29,10 +29,22 @@ using torch::autograd::Variable;
 using torch::autograd::variable_list;
 using OptionalTensor = std::optional<at::Tensor>;
 
-struct Window {
-  c10::SymIntArrayRef stride, padding, dilation;
-  c10::SymInt groups;
-};
+OptionalTensor given(const at::Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
+
+std::string_view name_of(at::ScalarType type) {
+  return type == at::kFloat ? "float32" : type == at::kHalf ? "float16" : "bfloat16";
+}
+
+// An input that was kept as codes, for the products of the backward pass. The gradient of the input alone asks for its
+// sizes only: then nothing is decoded.
+at::Tensor decoded(const at::Tensor& codes, const at::Tensor& scale, const at::Tensor& zero_point, at::ScalarType type,
+                   bool needs_values) {
+  static const auto dequantize =
+      find_operator<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, std::string_view)>(
+          "dequantize", "typed");
+  if (!needs_values) return at::empty_like(codes, codes.options().dtype(type));
+  return dequantize.call(codes, scale, given(zero_point), name_of(type));
+}
 
 struct QuantConv2dFunction : torch::autograd::Function<QuantConv2dFunction> {
   static constexpr bool is_traceable = true;
@@ -40,35 +52,25 @@ struct QuantConv2dFunction : torch::autograd::Function<QuantConv2dFunction> {
   // An absent tensor has no place among those that needs_input_grad counts, so they stand last.
   static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& given_weight,
                           const Variable& codes, const Variable& scale, const OptionalTensor& bias,
-                          const OptionalTensor& zero_point, const Window& window) {
+                          const OptionalTensor& zero_point, const Convolution& window) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const at::Tensor weight = regular_weight(given_weight);
     ctx->save_for_backward({codes, scale, zero_point.value_or(at::Tensor()), weight});
     ctx->saved_data["type"] = input.scalar_type();
     ctx->saved_data["has_bias"] = bias.has_value();
-    ctx->saved_data["stride"] = window.stride;
-    ctx->saved_data["padding"] = window.padding;
-    ctx->saved_data["dilation"] = window.dilation;
-    ctx->saved_data["groups"] = window.groups;
+    window.save(ctx);
     return at::convolution_symint(input, weight, bias, window.stride, window.padding, window.dilation,
                                   /*transposed=*/false, {0, 0}, window.groups);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
-    static const auto dequantize =
-        find_operator<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, std::string_view)>(
-            "dequantize", "typed");
     const variable_list saved = ctx->get_saved_variables();
     const bool of_bias = ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(4);
     variable_list gradients(7);
     {
       const at::AutoDispatchBelowADInplaceOrView below;
-      const at::ScalarType type = ctx->saved_data["type"].toScalarType();
-      const std::string_view name = type == at::kFloat ? "float32" : type == at::kHalf ? "float16" : "bfloat16";
-      const OptionalTensor zero_point = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
-      // The gradient of the input asks for its sizes alone.
-      const at::Tensor input = ctx->needs_input_grad(1) ? dequantize.call(saved[0], saved[1], zero_point, name)
-                                                        : at::empty_like(saved[0], saved[0].options().dtype(type));
+      const at::Tensor input =
+          decoded(saved[0], saved[1], saved[2], ctx->saved_data["type"].toScalarType(), ctx->needs_input_grad(1));
       auto [grad_input, grad_weight, grad_bias] = at::convolution_backward_symint(
           grad_outputs[0], input, plain_weight(saved[3]),
           at::OptionalSymIntArrayRef(c10::SymIntArrayRef({saved[3].sym_size(0)})),
@@ -107,8 +109,6 @@ struct FakeQuantizeCodesFunction : torch::autograd::Function<FakeQuantizeCodesFu
 
 // ---- a layer's training step ----------------------------------------------------------------------------------------
 
-OptionalTensor given(const at::Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
-
 using Fold = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&,
                                                                         const at::Tensor&, double, int64_t, int64_t,
                                                                         bool, std::string_view);
@@ -124,10 +124,6 @@ using NormForward = std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Ten
 using NormBackward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
     const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::string_view, double, bool, bool);
-
-std::string_view name_of(at::ScalarType type) {
-  return type == at::kFloat ? "float32" : type == at::kHalf ? "float16" : "bfloat16";
-}
 
 // The scale and zero point in force for the output, after the batch's range was taken into account.
 std::tuple<at::Tensor, OptionalTensor> output_qparams(const ConvBatchNorm& call, const at::Tensor& range) {
@@ -204,9 +200,6 @@ struct ConvBatchNormFunction : torch::autograd::Function<ConvBatchNormFunction> 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     static const auto norm = find_operator<NormBackward>("_batch_norm_backward");
     static const auto fold = find_operator<FoldBackward>("_fold_fake_quantize_backward");
-    static const auto dequantize =
-        find_operator<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, std::string_view)>(
-            "dequantize", "typed");
     variable_list gradients(7);
     if (!grad_outputs[0].defined()) return gradients;
     const variable_list saved = ctx->get_saved_variables();
@@ -223,11 +216,9 @@ struct ConvBatchNormFunction : torch::autograd::Function<ConvBatchNormFunction> 
       auto [grad_y, grad_residual, of_weight, of_bias, of_scale] =
           norm.call(grad_output, y, mask, statistics[0], statistics[1], bn_weight, bn_bias, conv_scale,
                     data["activation"].toStringRef(), eps, true, data["with_residual"].toBool());
-      const bool coded = data["coded"].toBool(), needs_weight = ctx->needs_input_grad(1) || ctx->needs_input_grad(2);
-      const at::Tensor input = !coded ? kept_input
-                               : needs_weight
-                                   ? dequantize.call(kept_input, input_scale, given(input_point), name_of(type))
-                                   : at::empty_like(kept_input, kept_input.options().dtype(type));
+      const bool needs_weight = ctx->needs_input_grad(1) || ctx->needs_input_grad(2);
+      const at::Tensor input =
+          data["coded"].toBool() ? decoded(kept_input, input_scale, input_point, type, needs_weight) : kept_input;
       const auto stride = data["stride"].toIntVector(), padding = data["padding"].toIntVector(),
                  dilation = data["dilation"].toIntVector();
       const at::Tensor plain = plain_weight(rounded);
@@ -268,7 +259,7 @@ at::Tensor quant_conv2d_autograd(const at::Tensor& input, const at::Tensor& code
   refuse_transforms("quant_conv2d", {input, weight, bias ? *bias : weight});
   if (needs_grad(input) || needs_grad(weight) || (bias && needs_grad(*bias)))
     return QuantConv2dFunction::apply(input, weight, codes, scale, bias, zero_point,
-                                      Window{stride, padding, dilation, groups});
+                                      Convolution{stride, padding, dilation, groups});
   const at::AutoDispatchBelowADInplaceOrView below;
   return at::convolution_symint(input, regular_weight(weight), bias, stride, padding, dilation, /*transposed=*/false,
                                 {0, 0}, groups);

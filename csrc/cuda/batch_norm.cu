@@ -1,7 +1,7 @@
 #include "csrc/cuda/batch_norm.h"
 
 #include "csrc/cuda/common.cuh"
-#include "csrc/cuda/ptx.cuh"
+#include "csrc/cuda/joins.cuh"
 
 // Batch norm in training: two passes over a tensor forward, two backward, with everything that follows a convolution in
 // them. Where channels lie side by side (channels last) a thread keeps eight of them and goes down the rows; where a
@@ -78,18 +78,6 @@ __device__ __forceinline__ uint32_t mask_bits(const uint8_t* __restrict__ mask, 
   if constexpr (kSize == kVector) return mask[at / 8];
   return mask[at / 8] >> (at % 8) & 1u;
 }
-
-struct Sum {
-  __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
-};
-struct Min {
-  static constexpr float kNothing = HUGE_VALF;
-  __device__ __forceinline__ float operator()(float a, float b) const { return ptx::min_nan(a, b); }
-};
-struct Max {
-  static constexpr float kNothing = -HUGE_VALF;
-  __device__ __forceinline__ float operator()(float a, float b) const { return ptx::max_nan(a, b); }
-};
 
 // Joins a block's values into partial[statistic], in a fixed order. Every thread calls it, those without a channel too.
 template <Lie kLie, int kSize, typename Join>

@@ -1,6 +1,6 @@
 #include "csrc/cuda/batch_norm.h"
 #include "csrc/cuda/common.cuh"
-#include "csrc/cuda/ptx.cuh"
+#include "csrc/cuda/joins.cuh"
 
 // A convolution's weight folded with its batch norm and fake-quantized: a thread block a row, which is read from the
 // first cache the second time. Compiled with --fmad=false, as fake_quant.cu.
@@ -9,16 +9,6 @@ namespace quantrain::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-
-struct Sum {
-  __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
-};
-struct Min {
-  __device__ __forceinline__ float operator()(float a, float b) const { return ptx::min_nan(a, b); }
-};
-struct Max {
-  __device__ __forceinline__ float operator()(float a, float b) const { return ptx::max_nan(a, b); }
-};
 
 // Of a block's values, for every thread, in a fixed order.
 template <typename Join>
@@ -43,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(const FoldArgs a) {
   const T* __restrict__ weight = static_cast<const T*>(a.weight) + row * a.columns;
   Out* __restrict__ output = static_cast<Out*>(a.output) + row * a.columns;
   const float scale = folding_scale(a.gamma[row], a.variance[row], a.eps);
-  float low = HUGE_VALF, high = -HUGE_VALF;
+  float low = Min::kNothing, high = Max::kNothing;
   for (int64_t k = threadIdx.x; k < a.columns; k += kThreads) {
     const float value = to_float(weight[k]) * scale;
     low = Min{}(low, value);

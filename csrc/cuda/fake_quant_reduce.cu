@@ -1,6 +1,6 @@
 #include "csrc/cuda/common.cuh"
 #include "csrc/cuda/fake_quant.h"
-#include "csrc/cuda/ptx.cuh"
+#include "csrc/cuda/joins.cuh"
 
 // Row reductions of the fake_quant family: the gradient of a learned scale, the range of a group, the error of a range.
 // A row chunk (kRowChunk elements) is read by kLanes neighbouring threads, so short rows share a warp and long ones
@@ -31,18 +31,6 @@ __device__ __forceinline__ float reduce_over_lanes(float value, const Join& join
   }
   return value;
 }
-
-struct Sum {
-  __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
-};
-
-// NaN wins, from either side.
-struct Min {
-  __device__ __forceinline__ float operator()(float a, float b) const { return ptx::min_nan(a, b); }
-};
-struct Max {
-  __device__ __forceinline__ float operator()(float a, float b) const { return ptx::max_nan(a, b); }
-};
 
 struct Chunk {
   int64_t task;  // row * chunks + chunk

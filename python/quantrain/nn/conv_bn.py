@@ -228,7 +228,7 @@ class QuantConvBn2d(QuantConv2d):
         return (size + 2 * self.padding[d] - reach) // self.stride[d] + 1
 
     def _dtype(self, x: Tensor) -> torch.dtype:
-        """What the convolution computes in."""
+        """What the convolution takes ``x``, its input or its weight, in."""
         kind = x.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -313,8 +313,7 @@ class QuantConvBn2d(QuantConv2d):
 
     def _folded_weight(self) -> tuple[Tensor, Tensor]:
         """The fake-quantized folded weight, in the type that the convolution takes it in, and sf, ``[O]``."""
-        weight, fake_quant, kind = self.weight, self.weight_fake_quant, self.weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        weight, fake_quant = self.weight, self.weight_fake_quant
         return torch.ops.quantrain.fold_fake_quantize(
             weight,
             self.bn.weight,
@@ -323,7 +322,7 @@ class QuantConvBn2d(QuantConv2d):
             quant_min=fake_quant.quant_min,
             quant_max=fake_quant.quant_max,
             symmetric=fake_quant.symmetric,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=str(self._dtype(weight)).removeprefix("torch."),
         )
 
     def _normalized(

@@ -201,14 +201,12 @@ def _may_be_block(block: nn.Module) -> bool:
     )
 
 
-class _in_mode:  # noqa: N801
+def _in_mode(block: nn.Module, training: bool) -> nn.Module:
     """``block`` for a trace in one mode: a shallow stand-in, since tracing calls no module."""
-
-    def __new__(cls, block: nn.Module, training: bool) -> nn.Module:
-        replica = block.__class__.__new__(block.__class__)
-        replica.__dict__.update(block.__dict__)
-        replica.__dict__["training"] = training
-        return replica
+    replica = block.__class__.__new__(block.__class__)
+    replica.__dict__.update(block.__dict__)
+    replica.__dict__["training"] = training
+    return replica
 
 
 # ---- which blocks ---------------------------------------------------------------------------------------------------
