@@ -8,6 +8,7 @@
 
 #include "autograd/convolution.h"
 #include "autograd/gradient_quantizer.h"
+#include "autograd/kept_codes.h"
 #include "autograd/node.h"
 #include "autograd/second_derivative.h"
 #include "autograd/straight_through.h"
@@ -30,21 +31,6 @@ using torch::autograd::variable_list;
 using OptionalTensor = std::optional<at::Tensor>;
 
 OptionalTensor given(const at::Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
-
-std::string_view name_of(at::ScalarType type) {
-  return type == at::kFloat ? "float32" : type == at::kHalf ? "float16" : "bfloat16";
-}
-
-// An input that was kept as codes, for the products of the backward pass. The gradient of the input alone asks for its
-// sizes only: then nothing is decoded.
-at::Tensor decoded(const at::Tensor& codes, const at::Tensor& scale, const at::Tensor& zero_point, at::ScalarType type,
-                   bool needs_values) {
-  static const auto dequantize =
-      find_operator<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, std::string_view)>(
-          "dequantize", "typed");
-  if (!needs_values) return at::empty_like(codes, codes.options().dtype(type));
-  return dequantize.call(codes, scale, given(zero_point), name_of(type));
-}
 
 struct QuantConv2dFunction : torch::autograd::Function<QuantConv2dFunction> {
   static constexpr bool is_traceable = true;

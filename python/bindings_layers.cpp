@@ -1,11 +1,13 @@
-// The training step of a convolution with a folded batch norm, for the layers in Python.
+// The training steps of a convolution with a folded batch norm and of a linear layer, for the layers in Python.
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "autograd/quant_conv.h"
+#include "autograd/quant_linear.h"
 
 namespace py = pybind11;
 using quantrain::ConvBatchNorm;
+using quantrain::QuantLinear;
 using OptionalTensor = std::optional<at::Tensor>;
 
 namespace {
@@ -13,6 +15,20 @@ namespace {
 at::Tensor or_none(const OptionalTensor& tensor) { return tensor.value_or(at::Tensor()); }
 
 OptionalTensor or_none(const at::Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
+
+template <typename Settings>
+void bind_gradient_quantizers(py::class_<Settings>& settings) {
+  for (const auto& [name, quantizer] :
+       {std::pair{"grad_input", &Settings::grad_input}, std::pair{"grad_weight", &Settings::grad_weight}}) {
+    settings.def((std::string("set_") + name).c_str(),
+                 [quantizer = quantizer](Settings& self, std::string kind, int64_t bits, std::string rows,
+                                         bool preserve_zero, int64_t max_group) {
+                   self.*quantizer = {std::move(kind), bits, std::move(rows), preserve_zero, max_group};
+                 },
+                 py::arg("quantizer"), py::arg("bits"), py::arg("rows"), py::arg("preserve_zero"),
+                 py::arg("max_group"));
+  }
+}
 
 }  // namespace
 
@@ -36,16 +52,7 @@ void bind_layers(py::module_& module) {
       .def_readwrite("quant_min", &ConvBatchNorm::quant_min)
       .def_readwrite("quant_max", &ConvBatchNorm::quant_max)
       .def_readwrite("symmetric", &ConvBatchNorm::symmetric);
-  for (const auto& [name, quantizer] :
-       {std::pair{"grad_input", &ConvBatchNorm::grad_input}, std::pair{"grad_weight", &ConvBatchNorm::grad_weight}}) {
-    settings.def((std::string("set_") + name).c_str(),
-                 [quantizer = quantizer](ConvBatchNorm& self, std::string kind, int64_t bits, std::string rows,
-                                         bool preserve_zero, int64_t max_group) {
-                   self.*quantizer = {std::move(kind), bits, std::move(rows), preserve_zero, max_group};
-                 },
-                 py::arg("quantizer"), py::arg("bits"), py::arg("rows"), py::arg("preserve_zero"),
-                 py::arg("max_group"));
-  }
+  bind_gradient_quantizers(settings);
   module.def(
       "conv_batch_norm",
       [](const ConvBatchNorm& settings, const at::Tensor& input, const OptionalTensor& codes,
@@ -85,4 +92,27 @@ void bind_layers(py::module_& module) {
       },
       "activation(batch_norm(conv2d(input, fold_fake_quantize(weight))) + residual) and its fake-quantized form, as "
       "one node: (output, codes, scale, zero_point, the variance folded with).");
+
+  py::class_<QuantLinear> linear(module, "QuantLinear", "What does not change from step to step of a quant_linear.");
+  linear.def(py::init<>())
+      .def_readwrite("weight_groups", &QuantLinear::weight_groups)
+      .def_readwrite("weight_min", &QuantLinear::weight_min)
+      .def_readwrite("weight_max", &QuantLinear::weight_max);
+  bind_gradient_quantizers(linear);
+  module.def(
+      "quant_linear",
+      [](const QuantLinear& settings, const at::Tensor& input, const OptionalTensor& codes,
+         const OptionalTensor& input_scale, const OptionalTensor& input_zero_point, const at::Tensor& weight,
+         const OptionalTensor& bias) {
+        QuantLinear call = settings;
+        call.input = input;
+        call.codes = or_none(codes);
+        call.input_scale = or_none(input_scale);
+        call.input_zero_point = or_none(input_zero_point);
+        call.weight = weight;
+        call.bias = or_none(bias);
+        const py::gil_scoped_release released;
+        return quantrain::quant_linear(call);
+      },
+      "linear(input, fake_quantize(weight), bias), the input kept as codes, as one node.");
 }

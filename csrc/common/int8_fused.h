@@ -6,39 +6,10 @@
 #include <cmath>
 #include <cstdint>
 
+#include "csrc/common/activations.h"
 #include "csrc/common/int8.h"
 
 namespace quantrain {
-
-// Within a few units in the last place: these values are rounded to 8 bits. On the device by its fast instruction; on
-// the host as 2^n e^r with |r| at most ln(2) / 2 and a Taylor polynomial, so that a loop around it becomes vector
-// instructions, which a call of expf would prevent. Below e^-87 and above e^88 it stays there.
-QUANTRAIN_HOST_DEVICE float exponential(float x) {
-#if defined(__CUDA_ARCH__)
-  return __expf(x);
-#else
-  x = select(0u - static_cast<uint32_t>(x < -87.0f), -87.0f, x);  // NaN stays
-  x = select(0u - static_cast<uint32_t>(x > 88.0f), 88.0f, x);
-  const float shifted = x * 1.44269504f + 12582912.0f;  // 3 * 2^22: the integer n is in the low bits
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: n times the first is exact
-  float p = r * (1.0f / 720.0f) + 1.0f / 120.0f;
-  p = p * r + 1.0f / 24.0f;
-  p = p * r + 1.0f / 6.0f;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  return p * detail::bits_to_float((detail::float_to_bits(shifted) << 23) + 0x3f800000u);
-#endif
-}
-
-QUANTRAIN_HOST_DEVICE float quotient(float a, float b) {
-#if defined(__CUDA_ARCH__)
-  return __fdividef(a, b);
-#else
-  return a / b;
-#endif
-}
 
 // x Phi(x), with Phi by Abramowitz and Stegun, "Handbook of Mathematical Functions", 7.1.26: within 1e-7.
 QUANTRAIN_HOST_DEVICE float gelu_erf(float x) {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quantrain._C import ConvBatchNorm, Recipe, conv_batch_norm
 
 from .fake_quantize import FakeQuantize, Quantized, has_hooks, in_backward
-from .layers import QuantConv2d
+from .layers import QuantConv2d, set_gradient_quantizers
 from .observers import Observer
 
 __all__ = ["FoldedBatchNorm2d", "QuantConvBn2d"]
@@ -211,7 +211,7 @@ class QuantConvBn2d(QuantConv2d):
         values = x.values if isinstance(x, Quantized) else x
         if not (self.bn.training and self._folds() and self._fuses(values)) or values.dim() != 4:
             return False
-        if self.output_hook is not None or self.output_fake_quant is not None:
+        if self.output_hook is not None or self.output_fake_quant is not None or not self.keeps_codes():
             return False
         if self.padding_mode != "zeros" or isinstance(self.padding, str):
             return False
@@ -295,11 +295,7 @@ class QuantConvBn2d(QuantConv2d):
         settings.stride, settings.padding, settings.dilation, settings.groups = (*map(list, window[:3]), self.groups)
         settings.weight_min, settings.weight_max, settings.weight_symmetric = limits
         settings.quant_min, settings.quant_max, settings.symmetric, settings.averaging_constant = range_
-        arguments = {} if quantizes is None else quantizes.keywords
-        for name, setter in (("grad_input", settings.set_grad_input), ("grad_weight", settings.set_grad_weight)):
-            if name in arguments:
-                fields = ("bits", "rows", "preserve_zero", "max_group")
-                setter(arguments[name], *(arguments[f"{name}_{field}"] for field in fields))
+        set_gradient_quantizers(settings, quantizes)
         self._settings = (key, settings)
         return settings
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantrain._C import QuantSpec
@@ -50,6 +54,66 @@ class Quantized(NamedTuple):
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
+
+
+@dataclass(eq=False)
+class Before:
+    """What a tensor goes through before it is rounded for a linear layer: a function of :func:`quantrain.norm_act_fake_quantize`.
+
+    Attributes:
+        function: its name.
+        other: the second factor of "silu_mul".
+        norm: the module of "layer_norm" and "rms_norm", whose weight, bias and eps are read at each call.
+    """
+
+    function: str
+    other: Tensor | None = None
+    norm: nn.Module | None = None
+
+    def arguments(self) -> tuple[str, Tensor | None, Tensor | None, Tensor | None, float]:
+        """function, other, weight, bias, eps."""
+        norm = self.norm
+        if norm is None:
+            return self.function, self.other, None, None, 0.0
+        return self.function, None, norm.weight, getattr(norm, "bias", None), norm.eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The same by PyTorch's operators."""
+        if self.norm is not None:
+            return self.norm(x)
+        y = kFunctions[self.function](x)
+        return y if self.other is None else y * self.other
+
+
+kFloats = (torch.float32, torch.float16, torch.bfloat16)
+kFunctions: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "silu": F.silu,
+    "silu_mul": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+@dataclass
+class _Latest:
+    """A tensor that was rounded for several layers, and those that have had it."""
+
+    x: weakref.ref[Tensor]
+    version: int
+    before: Before | None
+    autocast: bool
+    served: set[int]
+    result: Quantized
+
+
+def _product_type(x: Tensor) -> torch.dtype:
+    """What a linear layer computes in."""
+    kind = x.device.type
+    autocast = x.dtype == torch.float32 and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+    return dtype if dtype in kFloats else x.dtype
 
 
 class FakeQuantize(Calibrates, Float32State):
@@ -131,8 +195,18 @@ class FakeQuantize(Calibrates, Float32State):
         if self.symmetric or self.dynamic:
             self.zero_point = None
 
-    def forward(self, x: Tensor, *, zero: Tensor | None = None, codes: bool = False) -> Tensor | Quantized:
-        """``x`` fake-quantized; ``zero`` as :meth:`observe` takes it. An empty ``x`` passes. ``codes``: as :meth:`with_codes`."""
+    def forward(
+        self, x: Tensor, *, zero: Tensor | None = None, codes: bool = False, before: Before | None = None
+    ) -> Tensor | Quantized:
+        """``x`` fake-quantized; ``zero`` as :meth:`observe` takes it. An empty ``x`` passes.
+
+        Args:
+            codes: as :meth:`with_codes`.
+            before: what ``x`` goes through first, in the same pass where that can be: then codes come with it too.
+        """
+        if before is not None:
+            result = self.of_rows(x, before)
+            return self.with_codes(before(x)) if result is None else result
         if codes:
             return self.with_codes(x)
         observed = self.observe(x, zero=zero)
@@ -178,11 +252,103 @@ class FakeQuantize(Calibrates, Float32State):
         )
         return Quantized(values, codes, scale, zero_point)
 
+    def of_rows(self, x: Tensor, before: Before | None = None, reader: nn.Module | None = None) -> Quantized | None:
+        """:meth:`forward`'s result for a linear layer, with its codes and in the type of the layer's product; None where the
+        plain call has to do: no gradient to come, more than 8 bits, another granularity, a learned scale, calibration.
+
+        Args:
+            before: what ``x`` goes through first.
+            reader: the layer that asks, where several read one tensor: they get the same result and observe it once.
+        """
+        if not (self.training and torch.is_grad_enabled() and self.fake_quant_enabled) or self.calibrating:
+            return None
+        if x.dtype not in kFloats or x.dim() < 2 or x.numel() == 0 or not (self.has_codes() or self._has_row_codes()):
+            return None
+        if not self.dynamic and not (self._ready or self.observing):
+            return None
+        if before is not None and not self._takes(before):
+            return None
+        if reader is not None and self.readers:
+            kept = self._shared_result(x, before, reader)
+            if kept is not None:
+                return kept
+        result = self._round_rows(x, before, observes=self._observes_for(reader))
+        if reader is not None and self.readers and not torch.compiler.is_compiling():
+            self._latest = _Latest(weakref.ref(x), x._version, before, torch.is_autocast_enabled(x.device.type), {id(reader)}, result)
+        return result
+
+    def _round_rows(self, x: Tensor, before: Before | None, observes: bool) -> Quantized:
+        function, other, weight, bias, eps = ("identity", None, None, None, 0.0) if before is None else before.arguments()
+        dtype = _product_type(x)
+        options = {
+            "function": function,
+            "eps": eps,
+            "quant_min": self.quant_min,
+            "quant_max": self.quant_max,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        if self.dynamic:
+            values, codes, scale, zero_point = torch.ops.quantrain.norm_act_fake_quantize_dynamic(
+                x, other, weight, bias, symmetric=self.symmetric, **options
+            )
+            return Quantized(values, codes, scale, None if self.symmetric else zero_point)
+        if not observes:
+            scale, zero_point = self.calculate_qparams()
+        elif before is None:
+            scale, zero_point = self.observe(x) or self.calculate_qparams()
+        else:
+            tensors = [None if t is None else t.detach() for t in (x, other, weight, bias)]
+            low, high = torch.ops.quantrain._norm_act_range(*tensors, function=function, eps=eps).split(1)
+            scale, zero_point = self.observe_range(low, high)
+        values, codes = torch.ops.quantrain.norm_act_fake_quantize(
+            x, other, weight, bias, scale, zero_point, **options
+        )
+        return Quantized(values, codes, scale, zero_point)
+
+    readers: tuple[nn.Module, ...] = ()  # layers that share this, as they read one tensor; set by fuse
+    _latest: _Latest | None = None
+
+    def _observes_for(self, reader: nn.Module | None) -> bool:
+        """In a compiled program, where readers are not told the tensor from another, the first of them observes for all."""
+        if reader is not None and self.readers and torch.compiler.is_compiling() and reader is not self.readers[0]:
+            return False
+        return self.observing
+
+    def _shared_result(self, x: Tensor, before: Before | None, reader: nn.Module) -> Quantized | None:
+        """What another reader got for this tensor, once for each reader; it is dropped with the last."""
+        latest = self._latest
+        if latest is None or torch.compiler.is_compiling():
+            return None
+        same = latest.x() is x and latest.version == x._version and latest.before == before
+        if not same or latest.autocast != torch.is_autocast_enabled(x.device.type) or id(reader) in latest.served:
+            return None
+        latest.served.add(id(reader))
+        if len(latest.served) == len(self.readers):
+            self._latest = None
+        return latest.result
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_latest"}
+
+    def _has_row_codes(self) -> bool:
+        """Whether each row of a linear layer's input has a scale of its own and codes of a byte."""
+        return self.dynamic and self.granularity == "per_token" and self.token_dims == 1 and self._fits_byte()
+
+    def rounds_rows(self) -> bool:
+        """Whether it rounds equal parts of a matrix's rows, each with a symmetric scale of its own, to codes of a byte."""
+        parts = self.dynamic and self.symmetric and len(self.scale_shape) == 2 and self._fits_byte()
+        return parts and self.fake_quant_enabled
+
+    def _takes(self, before: Before) -> bool:
+        """Whether what goes before can be joined: its extremes are all that has to be known of it."""
+        return self.dynamic or self.takes_range() or not self.observing
+
     def has_codes(self) -> bool:
         """Whether a tensor becomes codes of a byte with one scale that no gradient reaches."""
-        limits = (0, 255) if self.quant_min >= 0 else (-128, 127)
-        within = limits[0] <= self.quant_min and self.quant_max <= limits[1]
-        return not self.dynamic and not self.learnable and self.scale.numel() == 1 and within
+        return not self.dynamic and not self.learnable and self.scale.numel() == 1 and self._fits_byte()
+
+    def _fits_byte(self) -> bool:
+        return self.quant_max <= (255 if self.quant_min >= 0 else 127) and self.quant_min >= -128
 
     def takes_range(self) -> bool:
         """Whether the extremes of a tensor are all that it needs to know of it: :meth:`observe_range` will do."""

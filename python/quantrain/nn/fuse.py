@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .conv_bn import FoldedBatchNorm2d, QuantConvBn2d
-from .fake_quantize import has_hooks
+from .fake_quantize import FakeQuantize, has_hooks
+from .fuse_linear import RmsNormForward, fuse_norms, join_before, reads_rows, tie_inputs, what_traces_rest_on
 from .layers import QuantConv2d
 
 __all__ = ["FusedForward", "fuse", "fused_rows", "unfuse"]
@@ -97,10 +98,13 @@ class Traced:
             self.places += [(container, name, container._modules[name]) for name in names]
         self.places += [(block, name, module) for name, module in block.named_children() if _is_sequential(module)]
         read = () if _is_sequential(block) else _attributes_read(block)
+        self.settings = what_traces_rest_on(dict(block.named_modules(remove_duplicate=False)), paths)
         self.values = {name: getattr(block, name) for name in read if not isinstance(getattr(block, name), nn.Module)}
 
     def stands(self) -> bool:
         if any(getattr(self.block, name, None) != value for name, value in self.values.items()):
+            return False
+        if any(getattr(module, name, None) != value for module, name, value in self.settings):
             return False
         if any(list(container._modules) != names for container, names in self.containers):
             return False
@@ -131,14 +135,17 @@ def fuse(model: nn.Module) -> list[str]:
         _fuse_block(name, block, graphs[0])
         if "forward" in block.__dict__:
             inlined |= {id(module) for _, module in _sequentials(block)}
-    return fused_rows(model)
+    others = tie_inputs(model) + fuse_norms(model)
+    return fused_rows(model) + others
 
 
 def unfuse(model: nn.Module) -> None:
     """Every block's forward pass as it is written."""
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), FusedForward):
+        if isinstance(module.__dict__.get("forward"), (FusedForward, RmsNormForward)):
             del module.__dict__["forward"]
+        if isinstance(module, FakeQuantize):
+            module.readers = ()
         if isinstance(module, QuantConvBn2d):
             module.readers = ()
 
@@ -197,7 +204,7 @@ def _sequentials(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _may_be_block(block: nn.Module) -> bool:
     within = [block, *(module for _, module in _sequentials(block))]
     return not isinstance(block, QuantConv2d) and any(
-        isinstance(child, QuantConvBn2d) for module in within for child in module.children()
+        isinstance(child, QuantConvBn2d) or reads_rows(child) for module in within for child in module.children()
     )
 
 
@@ -300,6 +307,7 @@ def _fuse_block(name: str, block: nn.Module, graph: fx.Graph) -> None:
     if any(_writes(node, modules) for node in graph.nodes if node.op.startswith("call")):
         return
     shared = [text for node in list(graph.nodes) if (text := _share(graph, node, modules, joined, once))]
+    shared += [text for node in list(graph.nodes) if (text := join_before(graph, node, modules, once))]
     rows = [_row(name, node, joined[node], modules) for node in graph.nodes if node in joined] + [
         f"{name}.{text}" if name else text for text in shared
     ]

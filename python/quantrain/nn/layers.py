@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from quantrain._C import Recipe
+from quantrain._C import QuantLinear as LinearStep
+from quantrain._C import Recipe, quant_linear
+from quantrain.fqt import fqt_linear
 
-from .fake_quantize import FakeQuantize, Quantized, has_hooks
+from .fake_quantize import FakeQuantize, Quantized, has_hooks, kFloats
 from .recipes import as_recipe, weight_scale_shape
 from .schemes import handler_of
 from .weight_hooks import run_weight_hooks
@@ -39,6 +44,8 @@ class QuantLayer(nn.Module):
     gradient_quant_enabled = True
     _own_weight_rule = False  # the scheme rounds the weight by a rule of its own
     called = False  # whether a forward pass, not counting compiled ones, came by
+    # True: inputs are kept as they are, not as codes, so that gradients have gradients (a gradient penalty).
+    second_derivatives = False
     # Called with the layer and the result of its product, before batch norm and output_fake_quant; see GradientProbe.
     output_hook: Callable[[QuantLayer, Tensor], None] | None = None
     # The scheme's product, called as F.linear or F.conv2d; None where it has none or the layer is no product.
@@ -66,6 +73,7 @@ class QuantLayer(nn.Module):
         for attribute in (
             "recipe",
             "called",
+            "second_derivatives",
             "gradient_quant_enabled",
             "product",
             "output_hook",
@@ -127,6 +135,14 @@ class QuantLayer(nn.Module):
         if not torch.compiler.is_compiling() and not self.called:
             self.called = True
 
+    def keeps_codes(self) -> bool:
+        """Whether a node may stand in for the layer's operators: no second derivative, torch.func or forward mode to come."""
+        if not self.weight.requires_grad or self.second_derivatives:
+            return False
+        if torch.compiler.is_compiling():
+            return True
+        return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+
     def watched(self, y: Tensor) -> Tensor:
         self._note_call()
         if self.output_hook is not None:
@@ -161,6 +177,15 @@ class QuantLayer(nn.Module):
         return y if self.output_fake_quant is None else self.output_fake_quant(y)
 
 
+def set_gradient_quantizers(settings: Any, product: Callable[..., Tensor] | None) -> None:
+    """The quantizers of a scheme's product, as the nodes of csrc take them; None: none."""
+    arguments = {} if product is None else product.keywords
+    for name, setter in (("grad_input", settings.set_grad_input), ("grad_weight", settings.set_grad_weight)):
+        if name in arguments:
+            fields = ("bits", "rows", "preserve_zero", "max_group")
+            setter(arguments[name], *(arguments[f"{name}_{field}"] for field in fields))
+
+
 def twin_of(cls: type[nn.Module], module: nn.Module) -> nn.Module:
     """An object of ``cls``, without its constructor, that has ``module``'s attributes and its Parameter objects."""
     layer = cls.__new__(cls)
@@ -180,10 +205,83 @@ class _Linear(QuantLayer):
         super()._add_fake_quants(recipe, name)
         self.product = handler_of(self.recipe).linear(self.recipe)
 
-    def forward(self, input: Tensor) -> Tensor:
+    _settings: tuple[Any, LinearStep] | None = None  # of one step, and what they were made from
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_settings"}
+
+    def _has_known_product(self) -> bool:
+        """Whether the scheme's product, if it has one, is that of a node that takes codes."""
+        product = self.product if self.quantizes_gradients else None
+        return product is None or (isinstance(product, partial) and product.func is fqt_linear)
+
+    def quantized_input(self, x: Tensor) -> Tensor | Quantized:
+        fake_quant = self.input_fake_quant
+        if fake_quant is None:
+            return x
+        if self._has_known_product() and self.keeps_codes() and not has_hooks(fake_quant):
+            result = fake_quant.of_rows(x, reader=self)
+            if result is not None:
+                return result
+        return fake_quant(x)
+
+    def forward(self, input: Tensor | Quantized, quantized: bool = False) -> Tensor:
+        """
+        Args:
+            quantized: the input was fake-quantized already; then it may come with its codes.
+        """
+        x = input if quantized else self.quantized_input(input)
+        if self._in_one_step(x):
+            return self.quantized_output(self.watched(self._step(x)))
+        if isinstance(x, Quantized):
+            if not self.quantizes_gradients and self.weight.requires_grad:
+                y = torch.ops.quantrain.quant_linear(*x, self.quantized_weight(), self.bias)
+                return self.quantized_output(self.watched(y))
+            x = x.values
         product = self.product if self.quantizes_gradients else F.linear
-        y = product(self.quantized_input(input), self.quantized_weight(), self.bias)
+        y = product(x, self.quantized_weight(), self.bias)
         return self.quantized_output(self.watched(y))
+
+    def _in_one_step(self, x: Tensor | Quantized) -> bool:
+        """Whether the layer's training step is one node, which rounds the weight anew in its backward pass."""
+        fake_quant, weight = self.weight_fake_quant, self.weight
+        if fake_quant is None or not self.training or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return False
+        if not (self._has_known_product() and self.keeps_codes()) or self._own_weight_rule or has_hooks(fake_quant):
+            return False
+        if not fake_quant.rounds_rows() or weight.dim() != 2 or fake_quant.scale_shape[0] != self.out_features:
+            return False
+        values = x.values if isinstance(x, Quantized) else x
+        if values.dim() < 2 or values.numel() == 0 or weight.numel() == 0 or values.shape[-1] != self.in_features:
+            return False
+        dtype, autocast = self._product_type(values)
+        return dtype in kFloats and (weight.dtype == dtype or (autocast and weight.dtype == torch.float32))
+
+    def _product_type(self, values: Tensor) -> tuple[torch.dtype, bool]:
+        """What the product is computed in, and whether autocast says so."""
+        kind = values.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        return torch.get_autocast_dtype(kind) if autocast else values.dtype, autocast
+
+    def _step(self, x: Tensor | Quantized) -> Tensor:
+        values, codes = (x.values, x[1:]) if isinstance(x, Quantized) else (x, (None, None, None))
+        dtype, _ = self._product_type(values)
+        if values.dtype != dtype:
+            values = values.to(dtype)
+        return quant_linear(self._step_settings(), values, *codes, self.rows(self.weight), self.bias)
+
+    def _step_settings(self) -> LinearStep:
+        """What of a step does not change, made anew where it did."""
+        weights = self.weight_fake_quant
+        quantizes = self.product if self.quantizes_gradients else None
+        key = (weights.scale_shape, weights.quant_min, weights.quant_max, quantizes)
+        if self._settings is not None and self._settings[0] == key:
+            return self._settings[1]
+        settings = LinearStep()
+        settings.weight_groups, settings.weight_min, settings.weight_max = (weights.scale_shape[1], *key[1:3])
+        set_gradient_quantizers(settings, quantizes)
+        self._settings = (key, settings)
+        return settings
 
 
 class QuantLinear(_Linear, nn.Linear):
@@ -318,7 +416,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         if fake_quant is None:
             return x
         plain = self.padding_mode == "zeros" and not isinstance(self.padding, str) and not self.quantizes_gradients
-        if plain and x.dim() == 4 and self.weight.requires_grad and not has_hooks(fake_quant):
+        if plain and x.dim() == 4 and self.keeps_codes() and not has_hooks(fake_quant):
             return fake_quant.with_codes(x)
         return fake_quant(x)
 

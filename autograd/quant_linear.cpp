@@ -1,0 +1,145 @@
+#include "autograd/quant_linear.h"
+
+#include <ATen/ops/linear.h>
+#include <ATen/ops/matmul.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "autograd/gradient_quantizer.h"
+#include "autograd/kept_codes.h"
+#include "autograd/node.h"
+#include "autograd/second_derivative.h"
+#include "ops/common/check.h"
+#include "ops/common/dispatch.h"
+#include "ops/norm_act_operators.h"
+#include "ops/quant_linear_check.h"
+#include "quantrain/ops/quant_linear.h"
+
+// Gradients of quant_linear: PyTorch's products, of an input that is decoded from its codes.
+
+namespace quantrain {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+using OptionalTensor = std::optional<at::Tensor>;
+
+OptionalTensor given(const at::Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
+
+at::Tensor weight_gradient(const at::Tensor& grad_output, const at::Tensor& input) {
+  return matrix(grad_output).t().mm(matrix(input));
+}
+
+struct QuantLinearFunction : torch::autograd::Function<QuantLinearFunction> {
+  static constexpr bool is_traceable = true;
+
+  // An absent tensor has no place among those that needs_input_grad counts, so they stand last.
+  static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& weight, const Variable& codes,
+                          const Variable& scale, const OptionalTensor& bias, const OptionalTensor& zero_point) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({codes, scale, zero_point.value_or(at::Tensor()), weight});
+    ctx->saved_data["type"] = input.scalar_type();
+    ctx->saved_data["has_bias"] = bias.has_value();
+    return at::linear(input, weight, bias);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Variable& grad_output = grad_outputs[0];
+    variable_list gradients(6);
+    {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      if (ctx->needs_input_grad(0)) gradients[0] = at::matmul(grad_output, saved[3]);
+      if (ctx->needs_input_grad(1))
+        gradients[1] = weight_gradient(
+            grad_output, decoded(saved[0], saved[1], saved[2], ctx->saved_data["type"].toScalarType(), true));
+      if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(4)) gradients[4] = matrix(grad_output).sum(0);
+    }
+    refuse_second_derivative(gradients, grad_output, "quant_linear");
+    return gradients;
+  }
+};
+
+// ---- a layer's training step ----------------------------------------------------------------------------------------
+
+at::Tensor rounded_weight(const at::Tensor& weight, int64_t groups, int64_t quant_min, int64_t quant_max,
+                          at::ScalarType type) {
+  static const auto op = find_operator<NormActForward>("_norm_act_forward");
+  if (groups == 0) return in_type(weight, type);
+  const OptionalTensor none;
+  const at::Tensor rows = weight.reshape({weight.size(0) * groups, weight.size(1) / groups});
+  return std::get<0>(op.call(rows, none, none, none, none, none, "identity", 0.0, quant_min, quant_max,
+                             /*symmetric=*/true, name_of(type), /*with_codes=*/false, /*with_mask=*/false))
+      .view(weight.sizes());
+}
+
+struct QuantLinearStepFunction : torch::autograd::Function<QuantLinearStepFunction> {
+  static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& weight,
+                          const OptionalTensor& bias, const QuantLinear& call) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const at::ScalarType type = input.scalar_type();
+    ctx->save_for_backward(
+        {call.codes.defined() ? call.codes : input, call.input_scale, call.input_zero_point, weight});
+    auto& data = ctx->saved_data;
+    data["type"] = type;
+    data["coded"] = call.codes.defined();
+    data["groups"] = call.weight_groups;
+    data["weight_min"] = call.weight_min;
+    data["weight_max"] = call.weight_max;
+    data["has_bias"] = bias.has_value();
+    if (bias) data["bias_type"] = bias->scalar_type();
+    save_gradient_quantizer(ctx, "grad_input", call.grad_input);
+    save_gradient_quantizer(ctx, "grad_weight", call.grad_weight);
+    return at::linear(input, rounded_weight(weight, call.weight_groups, call.weight_min, call.weight_max, type),
+                      bias ? OptionalTensor(in_type(*bias, type)) : bias);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const variable_list saved = ctx->get_saved_variables();
+    const at::Tensor& weight = saved[3];
+    auto& data = ctx->saved_data;
+    variable_list gradients(4);
+    {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      const at::ScalarType type = data["type"].toScalarType();
+      const at::Tensor grad_output = in_type(grad_outputs[0], type);
+      if (ctx->needs_input_grad(0)) {
+        const at::Tensor rounded = rounded_weight(weight, data["groups"].toInt(), data["weight_min"].toInt(),
+                                                  data["weight_max"].toInt(), type);
+        gradients[0] =
+            at::matmul(quantized_gradient(grad_output, saved_gradient_quantizer(ctx, "grad_input")), rounded);
+      }
+      if (ctx->needs_input_grad(1)) {
+        const at::Tensor gradient = quantized_gradient(grad_output, saved_gradient_quantizer(ctx, "grad_weight"));
+        const at::Tensor input = data["coded"].toBool() ? decoded(saved[0], saved[1], saved[2], type, true) : saved[0];
+        gradients[1] = in_type(weight_gradient(gradient, input), weight.scalar_type());
+      }
+      if (data["has_bias"].toBool() && ctx->needs_input_grad(2))
+        gradients[2] = in_type(matrix(grad_output).sum(0), data["bias_type"].toScalarType());
+    }
+    refuse_second_derivative(gradients, grad_outputs[0], "quant_linear");
+    return gradients;
+  }
+};
+
+at::Tensor quant_linear_autograd(const at::Tensor& input, const at::Tensor& codes, const at::Tensor& scale,
+                                 const OptionalTensor& zero_point, const at::Tensor& weight,
+                                 const OptionalTensor& bias) {
+  check_quant_linear(input, codes, scale, zero_point, weight, bias);
+  refuse_transforms("quant_linear", {input, weight, bias ? *bias : weight});
+  if (needs_grad(input) || needs_grad(weight) || (bias && needs_grad(*bias)))
+    return QuantLinearFunction::apply(input, weight, codes, scale, bias, zero_point);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return at::linear(input, weight, bias);
+}
+
+}  // namespace
+
+at::Tensor quant_linear(const QuantLinear& call) {
+  return QuantLinearStepFunction::apply(call.input, call.weight, given(call.bias), call);
+}
+
+}  // namespace quantrain
+
+TORCH_LIBRARY_IMPL(quantrain, Autograd, m) { m.impl("quant_linear", &quantrain::quant_linear_autograd); }

@@ -1,0 +1,28 @@
+// A training step of a linear layer with a fake-quantized weight, as one node: what the layers call, eagerly. Its
+// operators (norm_act_fake_quantize, quant_linear, fqt_linear) say what is computed and what is kept.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+
+#include "quantrain/ops/export.h"
+#include "quantrain/ops/gradient_quant.h"
+
+namespace quantrain {
+
+// Undefined tensors are absent.
+struct QuantLinear {
+  // [..., K], of the type of the product: fake-quantized, and kept as its codes where it has some.
+  at::Tensor input, codes, input_scale, input_zero_point;
+  // [N, K], of that type or float32. Each row in `weight_groups` equal parts with a symmetric scale of their own, taken
+  // from them; rounded anew in the backward pass, so that nothing but the weight itself is kept. 0: taken as it is.
+  at::Tensor weight;
+  int64_t weight_groups = 1, weight_min = -128, weight_max = 127;
+  at::Tensor bias;
+  GradientQuantizer grad_input{.rows = "token"}, grad_weight{.rows = "token"};
+};
+
+QUANTRAIN_API at::Tensor quant_linear(const QuantLinear& call);
+
+}  // namespace quantrain

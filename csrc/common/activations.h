@@ -1,0 +1,81 @@
+// Activations and their derivatives, for host and device.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "csrc/common/fake_quant.h"
+#include "csrc/common/macros.h"
+#include "csrc/common/types.h"
+
+namespace quantrain {
+
+// Within a few units in the last place: what is made of it is rounded to few bits. On the device by its fast
+// instruction; on the host as 2^n e^r with |r| at most ln(2) / 2 and a Taylor polynomial, so that a loop around it
+// becomes vector instructions, which a call of expf would prevent. Below e^-87 and above e^88 it stays there.
+QUANTRAIN_HOST_DEVICE float exponential(float x) {
+#if defined(__CUDA_ARCH__)
+  return __expf(x);
+#else
+  x = select(0u - static_cast<uint32_t>(x < -87.0f), -87.0f, x);  // NaN stays
+  x = select(0u - static_cast<uint32_t>(x > 88.0f), 88.0f, x);
+  const float shifted = x * 1.44269504f + 12582912.0f;  // 3 * 2^22: the integer n is in the low bits
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: n times the first is exact
+  float p = r * (1.0f / 720.0f) + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return p * detail::bits_to_float((detail::float_to_bits(shifted) << 23) + 0x3f800000u);
+#endif
+}
+
+QUANTRAIN_HOST_DEVICE float quotient(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fdividef(a, b);
+#else
+  return a / b;
+#endif
+}
+
+// An activation and its derivative at one place. NaN passes.
+struct ValueAndSlope {
+  float value;
+  float slope;
+};
+
+// 0 where exp(-x) is too large for float32.
+QUANTRAIN_HOST_DEVICE float sigmoid_of(float x) {
+  const float gate = quotient(1.0f, 1.0f + exponential(-x));
+  return select(0u - static_cast<uint32_t>(x < -88.0f), 0.0f, gate);
+}
+
+QUANTRAIN_HOST_DEVICE ValueAndSlope silu_at(float x) {
+  const float gate = sigmoid_of(x);
+  return ValueAndSlope{x * gate, gate * fmaf(x, 1.0f - gate, 1.0f)};
+}
+
+// x Phi(x), with Phi by Abramowitz and Stegun, "Handbook of Mathematical Functions", 7.1.26: within 1e-7.
+QUANTRAIN_HOST_DEVICE ValueAndSlope gelu_at(float x) {
+  const float bell = exponential(-0.5f * (x * x));
+  const float t = quotient(1.0f, fmaf(0.3275911f * 0.70710678f, fabsf(x), 1.0f));
+  float p = fmaf(1.061405429f, t, -1.453152027f);
+  p = fmaf(p, t, 1.421413741f);
+  p = fmaf(p, t, -0.284496736f);
+  p = fmaf(p, t, 0.254829592f);
+  const float tail = 0.5f * (p * t) * bell;  // Phi(-|x|)
+  const float phi = select(0u - static_cast<uint32_t>(x < 0.0f), tail, 1.0f - tail);
+  return ValueAndSlope{x * phi, fmaf(x * bell, 0.39894228f, phi)};
+}
+
+// Hendrycks and Gimpel, arXiv:1606.08415, section 2; (1 + tanh u) / 2 is the sigmoid of 2 u.
+QUANTRAIN_HOST_DEVICE ValueAndSlope gelu_tanh_at(float x) {
+  const float square = 0.044715f * x * x;
+  const float gate = sigmoid_of(1.59576912f * fmaf(square, x, x));
+  const float inner = 1.59576912f * fmaf(3.0f, square, 1.0f);
+  return ValueAndSlope{x * gate, fmaf(x * inner, gate * (1.0f - gate), gate)};
+}
+
+}  // namespace quantrain
