@@ -1,5 +1,5 @@
-// A training step of a convolution with a folded batch norm, as one node: what the layers in Python call, eagerly. Its
-// operators (fold_fake_quantize, quant_conv2d, batch_norm_act, ...) say what is computed and what is kept.
+// A training step of a convolution with a folded batch norm, as one node: what the layers call, eagerly. Its operators
+// (fold_fake_quantize, quant_conv2d, batch_norm_act, ...) say what is computed and what is kept.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -58,6 +58,27 @@ Quantized finished(const at::Tensor& y, const at::Tensor& residual, const std::s
   return read_by(reader, activated(residual.defined() ? y + residual : y, activation));
 }
 
+// What a call has to know of the fake-quantizer that reads its result.
+void rounds_for(FakeQuantize reader, ConvBatchNorm& call) {
+  const QuantSpec& spec = reader->spec();
+  call.quant_min = spec.quant_min();
+  call.quant_max = spec.quant_max();
+  call.symmetric = spec.symmetric;
+  call.observes = reader->observing();
+  if (!call.observes) {
+    std::tie(call.scale, call.zero_point) = reader->calculate_qparams();
+    return;
+  }
+  const bool raises = spec.nan_policy == NanPolicy::kRaise, waits = !call.input.is_cuda() || !reader->has_scale();
+  call.min_val = reader->observer->min_val;
+  call.max_val = reader->observer->max_val;
+  call.scale = reader->scale;
+  call.zero_point = reader->zero_point;
+  call.averaging_constant = reader->observer->averaging_constant();
+  call.marks = raises && !waits;
+  if (raises && waits) call.label = reader->observer->label();
+}
+
 }  // namespace
 
 QuantConvBn2dImpl::QuantConvBn2dImpl(const torch::nn::Conv2dOptions& options, const Recipe& recipe,
@@ -214,26 +235,7 @@ Quantized QuantConvBn2dImpl::node_step(const Quantized& input, const at::Tensor&
   call.residual = residual;
   call.activation = activation;
   const bool at_once = reader && !residual.defined() && is_piecewise(activation) && reader->takes_range();
-  if (at_once) {
-    const QuantSpec& spec = reader->spec();
-    call.quant_min = spec.quant_min();
-    call.quant_max = spec.quant_max();
-    call.symmetric = spec.symmetric;
-    call.observes = reader->observing();
-    if (call.observes) {
-      const bool raises = spec.nan_policy == NanPolicy::kRaise;
-      const bool waits = !call.input.is_cuda() || !reader->has_scale();
-      call.min_val = reader->observer->min_val;
-      call.max_val = reader->observer->max_val;
-      call.scale = reader->scale;
-      call.zero_point = reader->zero_point;
-      call.averaging_constant = reader->observer->averaging_constant();
-      call.marks = raises && !waits;
-      if (raises && waits) call.label = reader->observer->label();
-    } else {
-      std::tie(call.scale, call.zero_point) = reader->calculate_qparams();
-    }
-  }
+  if (at_once) rounds_for(reader, call);
   const ConvBatchNormResult result = conv_batch_norm(call);
   if (!again) variance_ = result.folding_variance;
   if (at_once) return {result.output, result.codes, result.scale, result.zero_point};
