@@ -24,6 +24,8 @@ struct ConvBatchNorm {
   // The folded weight's codes.
   int64_t weight_min = -128, weight_max = 127;
   bool weight_symmetric = true;
+  at::Tensor weight_scale;  // learned, one per row; undefined: each row's own
+  double weight_grad_factor = 1.0;
   // The batch norm, with the statistics of the batch; they move the running ones, where `moves`. folding_variance: what
   // is folded with, where it is not the running variance.
   at::Tensor bn_weight, bn_bias, running_mean, running_var, batches, folding_variance;
@@ -39,6 +41,7 @@ struct ConvBatchNorm {
   double averaging_constant = 0.0;
   int64_t quant_min = -128, quant_max = 127;
   bool symmetric = true, observes = false, marks = false;
+  double grad_factor = 1.0;  // of a scale that is learned: one that requires a gradient
   std::string label;
 };
 
