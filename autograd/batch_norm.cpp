@@ -26,9 +26,10 @@ using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&
                                                                const OptionalTensor&, const OptionalTensor&,
                                                                const OptionalTensor&, std::string_view, double, int64_t,
                                                                int64_t, bool);
-using Backward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
+using Backward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
     const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::string_view, double, bool, bool);
+    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::string_view, double, bool, bool,
+    const OptionalTensor&, const OptionalTensor&, int64_t, int64_t);
 
 // ---- the node -------------------------------------------------------------------------------------------------------
 
@@ -80,10 +81,10 @@ struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
       const at::AutoDispatchBelowADInplaceOrView below;
       const at::Tensor grad_output =
           given.scalar_type() == saved[0].scalar_type() ? given : given.to(saved[0].scalar_type());
-      auto [grad_input, grad_residual, grad_weight, grad_bias, grad_scale] =
+      auto [grad_input, grad_residual, grad_weight, grad_bias, grad_scale, none] =
           op.call(grad_output, saved[0], saved[1], saved[2], saved[3], weight, bias, conv_scale,
                   ctx->saved_data["activation"].toStringRef(), ctx->saved_data["eps"].toDouble(),
-                  ctx->saved_data["batch_statistics"].toBool(), with_residual);
+                  ctx->saved_data["batch_statistics"].toBool(), with_residual, std::nullopt, std::nullopt, -128, 127);
       gradients[0] = grad_input;
       if (weight) gradients[3] = grad_weight.to(weight->scalar_type());
       if (bias) gradients[4] = grad_bias.to(bias->scalar_type());

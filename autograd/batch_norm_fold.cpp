@@ -31,12 +31,12 @@ struct FoldFunction : torch::autograd::Function<FoldFunction> {
   static variable_list forward(AutogradContext* ctx, const Variable& weight, const Variable& bn_weight,
                                const Variable& running_var, const FoldSettings& settings) {
     static const auto op = find_operator<std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
-        const at::Tensor&, const at::Tensor&, const at::Tensor&, double, int64_t, int64_t, bool, std::string_view)>(
-        "_fold_fake_quantize");
+        const at::Tensor&, const at::Tensor&, const at::Tensor&, double, int64_t, int64_t, bool, std::string_view,
+        const std::optional<at::Tensor>&)>("_fold_fake_quantize");
     const at::AutoDispatchBelowADInplaceOrView below;
     auto [output, conv_scale, mask, variance] =
         op.call(weight, bn_weight, running_var, settings.eps, settings.quant_min, settings.quant_max,
-                settings.symmetric, settings.dtype);
+                settings.symmetric, settings.dtype, std::nullopt);
     ctx->save_for_backward({weight, mask, bn_weight, variance});  // the buffer may move before the backward pass
     ctx->saved_data["eps"] = settings.eps;
     ctx->set_materialize_grads(false);
@@ -44,9 +44,9 @@ struct FoldFunction : torch::autograd::Function<FoldFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
-    static const auto op = find_operator<std::tuple<at::Tensor, at::Tensor>(
+    static const auto op = find_operator<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
         const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-        const at::Tensor&, double)>("_fold_fake_quantize_backward");
+        const at::Tensor&, double, const std::optional<at::Tensor>&, int64_t, int64_t)>("_fold_fake_quantize_backward");
     const variable_list saved = ctx->get_saved_variables();
     variable_list gradients(4);
     if (!grad_outputs[0].defined() && !grad_outputs[1].defined()) return gradients;
@@ -55,8 +55,8 @@ struct FoldFunction : torch::autograd::Function<FoldFunction> {
     {
       const at::AutoDispatchBelowADInplaceOrView below;
       const at::Tensor of_output = grad_outputs[0].defined() ? grad_outputs[0] : at::zeros_like(saved[0]);
-      auto [grad_weight, grad_gamma] =
-          op.call(of_output, of_scale, saved[0], saved[1], saved[2], saved[3], ctx->saved_data["eps"].toDouble());
+      auto [grad_weight, grad_gamma, none] = op.call(of_output, of_scale, saved[0], saved[1], saved[2], saved[3],
+                                                     ctx->saved_data["eps"].toDouble(), std::nullopt, -128, 127);
       gradients[0] = grad_weight;
       gradients[1] = grad_gamma.to(saved[2].scalar_type());
     }

@@ -93,23 +93,61 @@ struct FakeQuantizeCodesFunction : torch::autograd::Function<FakeQuantizeCodesFu
   }
 };
 
+// With a learned scale: LSQ's gradient needs the input itself.
+struct FakeQuantizeLearnedCodesFunction : torch::autograd::Function<FakeQuantizeLearnedCodesFunction> {
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext* ctx, const Variable& input, const Variable& scale,
+                               const OptionalTensor& zero_point, int64_t quant_min, int64_t quant_max,
+                               double grad_factor) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    auto [output, codes, mask] = fake_quantize_codes_forward(input, scale, zero_point, quant_min, quant_max, false);
+    ctx->save_for_backward({input, scale, zero_point.value_or(at::Tensor())});
+    ctx->saved_data["quant_min"] = quant_min;
+    ctx->saved_data["quant_max"] = quant_max;
+    ctx->saved_data["grad_factor"] = grad_factor;
+    ctx->set_materialize_grads(false);  // the codes have none
+    ctx->mark_non_differentiable({codes});
+    return {output, codes};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    static const auto op = find_operator<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+        const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t, double)>(
+        "_fake_quantize_learnable_backward");
+    variable_list gradients(6);
+    if (!grad_outputs[0].defined()) return gradients;
+    const variable_list saved = ctx->get_saved_variables();
+    {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      std::tie(gradients[0], gradients[1], std::ignore) =
+          op.call(grad_outputs[0], saved[0], saved[1], given(saved[2]), ctx->saved_data["quant_min"].toInt(),
+                  ctx->saved_data["quant_max"].toInt(), ctx->saved_data["grad_factor"].toDouble());
+    }
+    refuse_second_derivative(gradients, grad_outputs[0], "fake_quantize_codes");
+    return gradients;
+  }
+};
+
 // ---- a layer's training step ----------------------------------------------------------------------------------------
 
 using Fold = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&,
                                                                         const at::Tensor&, double, int64_t, int64_t,
-                                                                        bool, std::string_view);
-using FoldBackward = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const OptionalTensor&, const at::Tensor&,
-                                                        const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                                        double);
+                                                                        bool, std::string_view, const OptionalTensor&);
+using FoldBackward = std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const OptionalTensor&,
+                                                                    const at::Tensor&, const at::Tensor&,
+                                                                    const at::Tensor&, const at::Tensor&, double,
+                                                                    const OptionalTensor&, int64_t, int64_t);
 using NormForward = std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const OptionalTensor&,
                                                                    const OptionalTensor&, const OptionalTensor&,
                                                                    const OptionalTensor&, const OptionalTensor&,
                                                                    const OptionalTensor&, const OptionalTensor&,
                                                                    const OptionalTensor&, std::string_view, double,
                                                                    int64_t, int64_t, bool);
-using NormBackward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
+using NormBackward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
     const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::string_view, double, bool, bool);
+    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::string_view, double, bool, bool,
+    const OptionalTensor&, const OptionalTensor&, int64_t, int64_t);
 
 // The scale and zero point in force for the output, after the batch's range was taken into account.
 std::tuple<at::Tensor, OptionalTensor> output_qparams(const ConvBatchNorm& call, const at::Tensor& range) {
@@ -130,9 +168,10 @@ std::tuple<at::Tensor, OptionalTensor> output_qparams(const ConvBatchNorm& call,
 
 struct ConvBatchNormFunction : torch::autograd::Function<ConvBatchNormFunction> {
   // Present always: input, weight, bn_weight, bn_bias. Absent ones have no place among those that needs_input_grad
-  // counts.
+  // counts. weight_scale and learned_scale: where they are learned.
   static variable_list forward(AutogradContext* ctx, const Variable& input, const Variable& weight,
                                const Variable& bn_weight, const Variable& bn_bias, const OptionalTensor& residual,
+                               const OptionalTensor& weight_scale, const OptionalTensor& learned_scale,
                                const ConvBatchNorm& call, ConvBatchNormResult* result) {
     static const auto fold = find_operator<Fold>("_fold_fake_quantize");
     static const auto norm = find_operator<NormForward>("_batch_norm_forward");
@@ -140,7 +179,7 @@ struct ConvBatchNormFunction : torch::autograd::Function<ConvBatchNormFunction> 
     const at::Tensor variance = call.folding_variance.defined() ? call.folding_variance : call.running_var;
     auto [rounded, conv_scale, weight_mask, kept] =
         fold.call(weight, bn_weight, variance, call.eps, call.weight_min, call.weight_max, call.weight_symmetric,
-                  name_of(input.scalar_type()));
+                  name_of(input.scalar_type()), weight_scale);
     const at::Tensor y = at::convolution(input, rounded, {}, call.stride, call.padding, call.dilation,
                                          /*transposed=*/false, {0, 0}, call.groups);
     const bool quantizes = call.scale.defined(), with_range = quantizes && call.observes;
@@ -160,7 +199,9 @@ struct ConvBatchNormFunction : torch::autograd::Function<ConvBatchNormFunction> 
         norm.call(y, statistics[0], statistics[1], bn_weight, bn_bias, conv_scale, residual, scale, zero_point,
                   call.activation, call.eps, call.quant_min, call.quant_max, bends || quantizes);
     ctx->save_for_backward({call.codes.defined() ? call.codes : input, call.input_scale, call.input_zero_point, weight,
-                            rounded, weight_mask, kept, bn_weight, bn_bias, conv_scale, y, statistics, mask});
+                            rounded, weight_mask, kept, bn_weight, bn_bias, conv_scale, y, statistics, mask,
+                            weight_scale.value_or(at::Tensor()), learned_scale.value_or(at::Tensor()),
+                            learned_scale && zero_point ? *zero_point : at::Tensor()});
     auto& data = ctx->saved_data;
     data["type"] = input.scalar_type();
     data["coded"] = call.codes.defined();
@@ -171,6 +212,12 @@ struct ConvBatchNormFunction : torch::autograd::Function<ConvBatchNormFunction> 
     data["activation"] = call.activation;
     data["eps"] = call.eps;
     data["with_residual"] = residual.has_value();
+    data["weight_min"] = call.weight_min;
+    data["weight_max"] = call.weight_max;
+    data["weight_grad_factor"] = call.weight_grad_factor;
+    data["quant_min"] = call.quant_min;
+    data["quant_max"] = call.quant_max;
+    data["grad_factor"] = call.grad_factor;
     save_gradient_quantizer(ctx, "grad_input", call.grad_input);
     save_gradient_quantizer(ctx, "grad_weight", call.grad_weight);
     ctx->set_materialize_grads(false);  // most results have none
@@ -186,9 +233,10 @@ struct ConvBatchNormFunction : torch::autograd::Function<ConvBatchNormFunction> 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     static const auto norm = find_operator<NormBackward>("_batch_norm_backward");
     static const auto fold = find_operator<FoldBackward>("_fold_fake_quantize_backward");
-    variable_list gradients(7);
+    variable_list gradients(9);
     if (!grad_outputs[0].defined()) return gradients;
     const variable_list saved = ctx->get_saved_variables();
+    const OptionalTensor weight_scale = given(saved[13]), learned_scale = given(saved[14]);
     const auto& [kept_input, input_scale, input_point, weight, rounded, weight_mask, variance, bn_weight, bn_bias,
                  conv_scale, y, statistics, mask] =
         std::tie(saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], saved[7], saved[8], saved[9],
@@ -199,10 +247,11 @@ struct ConvBatchNormFunction : torch::autograd::Function<ConvBatchNormFunction> 
       const at::ScalarType type = data["type"].toScalarType();
       const double eps = data["eps"].toDouble();
       const at::Tensor grad_output = grad_outputs[0].scalar_type() == type ? grad_outputs[0] : grad_outputs[0].to(type);
-      auto [grad_y, grad_residual, of_weight, of_bias, of_scale] =
+      auto [grad_y, grad_residual, of_weight, of_bias, of_scale, of_step] =
           norm.call(grad_output, y, mask, statistics[0], statistics[1], bn_weight, bn_bias, conv_scale,
-                    data["activation"].toStringRef(), eps, true, data["with_residual"].toBool());
-      const bool needs_weight = ctx->needs_input_grad(1) || ctx->needs_input_grad(2);
+                    data["activation"].toStringRef(), eps, true, data["with_residual"].toBool(), learned_scale,
+                    given(saved[15]), data["quant_min"].toInt(), data["quant_max"].toInt());
+      const bool needs_weight = ctx->needs_input_grad(1) || ctx->needs_input_grad(2) || weight_scale;
       const at::Tensor input =
           data["coded"].toBool() ? decoded(kept_input, input_scale, input_point, type, needs_weight) : kept_input;
       const auto stride = data["stride"].toIntVector(), padding = data["padding"].toIntVector(),
@@ -224,13 +273,17 @@ struct ConvBatchNormFunction : torch::autograd::Function<ConvBatchNormFunction> 
         if (needs_weight) grad_rounded = std::get<1>(products(quantized_gradient(grad_y, for_weight), false, true));
       }
       if (needs_weight) {
-        auto [grad_weight, of_folding] =
-            fold.call(grad_rounded, OptionalTensor(of_scale), weight, weight_mask, bn_weight, variance, eps);
+        auto [grad_weight, of_folding, of_weight_scale] =
+            fold.call(grad_rounded, OptionalTensor(of_scale), weight, weight_mask, bn_weight, variance, eps,
+                      weight_scale, data["weight_min"].toInt(), data["weight_max"].toInt());
         gradients[1] = grad_weight;
         gradients[2] = of_weight.add_(of_folding).to(bn_weight.scalar_type());
+        if (weight_scale)
+          gradients[5] = of_weight_scale.mul_(data["weight_grad_factor"].toDouble()).view(weight_scale->sizes());
       }
       gradients[3] = of_bias.to(bn_bias.scalar_type());
       if (data["with_residual"].toBool()) gradients[4] = grad_residual;
+      if (learned_scale) gradients[6] = of_step.sum().mul_(data["grad_factor"].toDouble()).view(learned_scale->sizes());
     }
     refuse_second_derivative(gradients, grad_outputs[0], "conv_batch_norm");
     return gradients;
@@ -253,24 +306,29 @@ at::Tensor quant_conv2d_autograd(const at::Tensor& input, const at::Tensor& code
 
 std::tuple<at::Tensor, at::Tensor> fake_quantize_codes_autograd(const at::Tensor& input, const at::Tensor& scale,
                                                                 const OptionalTensor& zero_point, int64_t quant_min,
-                                                                int64_t quant_max) {
-  refuse_transforms("fake_quantize_codes", {input});
-  QUANTRAIN_CHECK_VALUE(!needs_grad(scale), "{}: expected scale without requires_grad, got {}", "fake_quantize_codes",
-                        "a scale that requires a gradient");
+                                                                int64_t quant_max, double grad_factor) {
+  refuse_transforms("fake_quantize_codes", {input, scale});
+  if (needs_grad(scale)) {
+    const variable_list results =
+        FakeQuantizeLearnedCodesFunction::apply(input, scale, zero_point, quant_min, quant_max, grad_factor);
+    return {results[0], results[1]};
+  }
   if (needs_grad(input)) {
     const variable_list results = FakeQuantizeCodesFunction::apply(input, scale, zero_point, quant_min, quant_max);
     return {results[0], results[1]};
   }
   const at::AutoDispatchBelowADInplaceOrView below;
-  return fake_quantize_codes(input, scale, zero_point, quant_min, quant_max);
+  return fake_quantize_codes(input, scale, zero_point, quant_min, quant_max, grad_factor);
 }
 
 }  // namespace
 
 ConvBatchNormResult conv_batch_norm(const ConvBatchNorm& call) {
   ConvBatchNormResult result;
+  const bool learns = call.scale.defined() && call.scale.requires_grad();
   result.output = ConvBatchNormFunction::apply(call.input, call.weight, call.bn_weight, call.bn_bias,
-                                               given(call.residual), call, &result)[0];
+                                               given(call.residual), given(call.weight_scale),
+                                               learns ? OptionalTensor(call.scale) : std::nullopt, call, &result)[0];
   return result;
 }
 

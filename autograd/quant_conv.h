@@ -1,5 +1,5 @@
-// A training step of a convolution with a folded batch norm, as one node: what the layers in Python call, eagerly. Its
-// operators (fold_fake_quantize, quant_conv2d, batch_norm_act, ...) say what is computed and what is kept.
+// A training step of a convolution with a folded batch norm, as one node: what the layers call, eagerly. Its operators
+// (fold_fake_quantize, quant_conv2d, batch_norm_act, ...) say what is computed and what is kept.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -24,6 +24,8 @@ struct ConvBatchNorm {
   // The folded weight's codes.
   int64_t weight_min = -128, weight_max = 127;
   bool weight_symmetric = true;
+  at::Tensor weight_scale;  // learned, one per row; undefined: each row's own
+  double weight_grad_factor = 1.0;
   // The batch norm, with the statistics of the batch; they move the running ones, where `moves`. folding_variance: what
   // is folded with, where it is not the running variance.
   at::Tensor bn_weight, bn_bias, running_mean, running_var, batches, folding_variance;
@@ -39,6 +41,7 @@ struct ConvBatchNorm {
   double averaging_constant = 0.0;
   int64_t quant_min = -128, quant_max = 127;
   bool symmetric = true, observes = false, marks = false;
+  double grad_factor = 1.0;  // of a scale that is learned: one that requires a gradient
   std::string label;
 };
 

@@ -20,6 +20,7 @@
 #include <torch/csrc/autograd/graph_task.h>
 
 #include "quantrain/ops/fake_quant.h"
+#include "quantrain/ops/quant_conv.h"
 
 namespace quantrain::nn {
 namespace {
@@ -65,7 +66,7 @@ void FakeQuantizeImpl::copy_switches(const FakeQuantizeImpl& other) {
 }
 
 at::Tensor FakeQuantizeImpl::forward(const at::Tensor& input, const at::Tensor& zero) {
-  const at::Tensor scale_now = observe(input, zero);
+  const auto [scale_now, zero_point_now] = observe(input, zero);
   if (!fake_quant_enabled_) {
     return input;
   }
@@ -76,8 +77,40 @@ at::Tensor FakeQuantizeImpl::forward(const at::Tensor& input, const at::Tensor& 
   if (input.numel() == 0 && !has_scale()) {
     return input;
   }
-  const auto [scale_in_force, zero_point_in_force] = calculate_qparams();
-  return quantize_dequantize(input, scale_now.defined() ? scale_now : scale_in_force, zero_point_in_force);
+  const auto [scale_in_force, zero_point_in_force] =
+      scale_now.defined() ? std::make_tuple(scale_now, zero_point_now) : calculate_qparams();
+  return quantize_dequantize(input, scale_in_force, zero_point_in_force);
+}
+
+Quantized FakeQuantizeImpl::with_codes(const at::Tensor& input) {
+  const bool fits = is_training() && at::GradMode::is_enabled() && has_codes() && fake_quant_enabled_ && !calibrating_;
+  if (!fits || input.dim() < 2 || input.scalar_type() == at::kDouble || input.numel() == 0) return {forward(input)};
+  auto [scale_in_force, zero_point_in_force] = observe(input);
+  if (!scale_in_force.defined()) std::tie(scale_in_force, zero_point_in_force) = calculate_qparams();
+  const auto [values, codes] = quantrain::fake_quantize_codes(
+      input, scale_in_force, defined_or_none(zero_point_in_force), spec_.quant_min(), spec_.quant_max());
+  return {values, codes, scale_in_force, zero_point_in_force};
+}
+
+bool FakeQuantizeImpl::has_codes() const {
+  const int64_t least = spec_.quant_min() >= 0 ? 0 : -128, greatest = least + 255;
+  return !dynamic() && !spec_.learnable && scale.numel() == 1 && least <= spec_.quant_min() &&
+         spec_.quant_max() <= greatest;
+}
+
+bool FakeQuantizeImpl::takes_range() {
+  if (!has_codes() || calibrating_ || !fake_quant_enabled_) return false;
+  return observing() ? observer->of_extremes() : has_scale();
+}
+
+std::tuple<at::Tensor, at::Tensor> FakeQuantizeImpl::observe_range(const at::Tensor& low, const at::Tensor& high) {
+  if (!observing()) return calculate_qparams();
+  const bool raises = spec_.nan_policy == NanPolicy::kRaise, waits = !low.is_cuda() || !has_scale();
+  if (raises && waits) observer->check_range(low, high);
+  auto qparams = observer->take(low.view(scale_shape_), high.view(scale_shape_), std::nullopt, scale, zero_point,
+                                raises && !waits);
+  if (spec_.symmetric) std::get<1>(qparams) = at::Tensor();
+  return qparams;
 }
 
 bool FakeQuantizeImpl::has_scale() {
@@ -140,13 +173,13 @@ void FakeQuantizeImpl::state_changed() {
   version_.reset();
 }
 
-at::Tensor FakeQuantizeImpl::observe(const at::Tensor& input, const at::Tensor& zero) {
-  if (!observer || !(calibrating_ || (is_training() && observer_enabled())) || input.numel() == 0) {
-    return {};
-  }
-  if ((spec_.learnable && !calibrating_ && settled_) || in_backward()) {
-    return {};
-  }
+bool FakeQuantizeImpl::observing() const {
+  if (!observer || !(calibrating_ || (is_training() && observer_enabled()))) return false;
+  return (calibrating_ || !settled_ || !spec_.learnable) && !in_backward();
+}
+
+std::tuple<at::Tensor, at::Tensor> FakeQuantizeImpl::observe(const at::Tensor& input, const at::Tensor& zero) {
+  if (input.numel() == 0 || !observing()) return {};
   const at::NoGradGuard no_grad;
   if (spec_.learnable && !calibrating_) {
     observe_first(input, zero);
@@ -154,8 +187,10 @@ at::Tensor FakeQuantizeImpl::observe(const at::Tensor& input, const at::Tensor& 
   }
   const bool waits = calibrating_ || !has_scale_ || !input.is_cuda();
   const bool marks = !waits && spec_.nan_policy == NanPolicy::kRaise;
-  const at::Tensor in_force = observer->observe_qparams(input, scale, zero_point, waits, marks);
-  return marks ? in_force : at::Tensor();
+  auto qparams = observer->observe_qparams(input, scale, zero_point, waits, marks);
+  if (spec_.learnable || !has_scale()) return {};
+  if (spec_.symmetric) std::get<1>(qparams) = at::Tensor();
+  return qparams;
 }
 
 at::Tensor FakeQuantizeImpl::unset() const {

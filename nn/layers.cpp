@@ -12,25 +12,17 @@
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/hardswish.h>
-#include <ATen/ops/hardtanh.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/linear.h>
-#include <ATen/ops/ones_like.h>
-#include <ATen/ops/relu.h>
-#include <ATen/ops/silu.h>
-#include <ATen/ops/sqrt.h>
-#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <c10/util/Exception.h>
 
 #include "nn/labels.h"
 #include "nn/layer_arguments.h"
 #include "nn/parameters.h"
-#include "quantrain/ops/batch_norm.h"
 #include "quantrain/ops/fake_quant.h"
 #include "quantrain/ops/int8.h"
+#include "quantrain/ops/quant_conv.h"
 
 namespace quantrain::nn {
 
@@ -39,17 +31,6 @@ using detail::defined_or_none;
 namespace {
 
 constexpr int64_t kPackedBits = 4;  // codes of at most this many bits are stored two per byte
-
-at::Tensor activated(const at::Tensor& x, const std::string& activation) {
-  if (activation == "identity") return x;
-  if (activation == "relu") return at::relu(x);
-  if (activation == "relu6") return at::hardtanh(x, 0.0, 6.0);
-  if (activation == "hardswish") return at::hardswish(x);
-  TORCH_CHECK_VALUE(activation == "silu",
-                    "QuantConvBn2d: expected activation to be identity, relu, relu6, hardswish or silu, got '",
-                    activation, "'");
-  return at::silu(x);
-}
 
 std::vector<int64_t> conv_weight_shape(const std::string& name, const torch::nn::Conv2dOptions& options) {
   const int64_t groups = options.groups();
@@ -371,7 +352,7 @@ std::shared_ptr<QuantConv2dImpl> QuantConv2dImpl::fresh() const {
   return std::make_shared<QuantConv2dImpl>(options_, recipe());
 }
 
-at::Tensor QuantConv2dImpl::convolve(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const {
+Conv2dArguments QuantConv2dImpl::window() const {
   const auto sizes = [](const torch::ExpandingArray<2>& array) {
     return std::vector<int64_t>((*array).begin(), (*array).end());
   };
@@ -381,136 +362,33 @@ at::Tensor QuantConv2dImpl::convolve(const at::Tensor& input, const at::Tensor& 
   } else {
     arguments.padding_mode = std::holds_alternative<torch::enumtype::kSame>(options_.padding()) ? "same" : "valid";
   }
-  return conv2d_product(input, weight, bias, arguments);
+  return arguments;
 }
 
-at::Tensor QuantConv2dImpl::forward(const at::Tensor& input) {
-  const at::Tensor x = quantized_input(input);
+// The codes are kept in the input's place where the product is the float one.
+at::Tensor QuantConv2dImpl::convolve(const Quantized& input, const at::Tensor& weight, const at::Tensor& bias) const {
+  const Conv2dArguments window = this->window();
+  if (!input.codes.defined() || quantizes_gradients() || !window.padding_mode.empty())
+    return conv2d_product(input.values, weight, bias, window);
+  return quantrain::quant_conv2d(input.values, input.codes, input.scale, defined_or_none(input.zero_point), weight,
+                                 defined_or_none(bias), window.stride, window.padding, window.dilation, window.groups);
+}
+
+Quantized QuantConv2dImpl::quantize_input(const at::Tensor& input) {
+  if (!input_fake_quant) return {input};
+  const bool keeps_codes = !converted() && !quantizes_gradients() && window().padding_mode.empty() &&
+                           input.dim() == 4 && weight.requires_grad();
+  return keeps_codes ? input_fake_quant->with_codes(input) : Quantized{input_fake_quant->forward(input)};
+}
+
+at::Tensor QuantConv2dImpl::forward(const at::Tensor& input) { return forward_quantized(quantize_input(input)); }
+
+at::Tensor QuantConv2dImpl::forward_quantized(const Quantized& input) {
   if (!converted()) {
-    return quantized_output(watched(convolve(x, quantized_weight(weight), bias)));
+    return quantized_output(watched(convolve(input, quantized_weight(weight), bias)));
   }
-  const at::Tensor bias_in_dtype = bias.defined() ? bias.to(x.scalar_type()) : bias;
-  return quantized_output(convolve(x, dequantized_weight(x.scalar_type()), bias_in_dtype));
-}
-
-QuantConvBn2dImpl::QuantConvBn2dImpl(const torch::nn::Conv2dOptions& options, const Recipe& recipe,
-                                     const torch::nn::BatchNorm2dOptions& bn_options)
-    : Copied("QuantConvBn2d", options, recipe), bn_options_(bn_options) {
-  TORCH_CHECK_VALUE(
-      bn_options.num_features() == options.out_channels() && bn_options.affine() && bn_options.track_running_stats(),
-      "QuantConvBn2d: expected an affine batch norm with running statistics over ", options.out_channels(),
-      " channels, got ", bn_options.num_features(), " channels, affine ", bn_options.affine(), ", track_running_stats ",
-      bn_options.track_running_stats());
-  bn = register_module("bn", torch::nn::BatchNorm2d(bn_options));
-}
-
-std::shared_ptr<QuantConvBn2dImpl> QuantConvBn2dImpl::fresh() const {
-  return std::make_shared<QuantConvBn2dImpl>(options_, recipe(), bn_options_);
-}
-
-void QuantConvBn2dImpl::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {
-  const at::Tensor count = bn ? bn->num_batches_tracked.clone() : at::Tensor();
-  QuantModule::to(device, dtype, non_blocking);
-  if (bn) bn->num_batches_tracked.set_data(count.to(device));
-}
-
-void QuantConvBn2dImpl::to(torch::Dtype dtype, bool non_blocking) { to(weight.device(), dtype, non_blocking); }
-
-at::Tensor QuantConvBn2dImpl::scale_factor() const {
-  at::Tensor sf = bn->weight / at::sqrt(bn->running_var + bn->options.eps());
-  if (is_training()) {
-    sf = at::where(sf == 0, at::ones_like(sf), sf);
-  }
-  return sf.reshape({-1, 1, 1, 1});
-}
-
-at::Tensor QuantConvBn2dImpl::float_weight() const { return weight * scale_factor(); }
-
-at::Tensor QuantConvBn2dImpl::float_bias() const {
-  const at::Tensor shift = bias.defined() ? bn->running_mean - bias : bn->running_mean;
-  return bn->bias - shift * scale_factor().flatten();
-}
-
-void QuantConvBn2dImpl::drop_float_children() {
-  unregister_module("bn");
-  bn = nullptr;
-}
-
-at::Tensor QuantConvBn2dImpl::forward(const at::Tensor& input) { return forward_act(input, {}, "identity"); }
-
-at::Tensor QuantConvBn2dImpl::forward_act(const at::Tensor& input, const at::Tensor& residual,
-                                          const std::string& activation) {
-  const auto finished = [&](const at::Tensor& y) {
-    return activated(residual.defined() ? y + residual : y, activation);
-  };
-  if (converted()) {
-    return finished(QuantConv2dImpl::forward(input));
-  }
-  const at::Tensor x = quantized_input(input);
-  at::Tensor zero;  // where gamma is 0 and counts as 1, the weight that will be folded is still 0
-  if (is_training() && weight_fake_quant && weight_fake_quant->spec().learnable) {
-    zero = bn->weight.detach() == 0;
-    zero = weight_fake_quant->scale.numel() > 1 ? zero.reshape({-1, 1, 1, 1}) : zero.all();
-  }
-  if (!is_training()) {
-    return finished(quantized_output(watched(convolve(x, quantized_weight(float_weight(), zero), float_bias()))));
-  }
-  at::Tensor folded, sf;
-  if (folds()) {
-    const QuantSpec& spec = weight_fake_quant->spec();
-    std::tie(folded, sf) = quantrain::fold_fake_quantize(weight, bn->weight, bn->running_var, bn->options.eps(),
-                                                         spec.quant_min(), spec.quant_max(), spec.symmetric);
-  } else {
-    folded = quantized_weight(float_weight(), zero);
-    sf = scale_factor().flatten();
-  }
-  const at::Tensor y = watched(convolve(x, folded, {}));
-  const bool beside = output_fake_quant || (residual.defined() && (residual.sizes() != y.sizes() ||
-                                                                   residual.scalar_type() != y.scalar_type() ||
-                                                                   activation == "hardswish" || activation == "silu"));
-  return beside ? finished(quantized_output(normalized(y, sf, {}, "identity")))
-                : normalized(y, sf, residual, activation);
-}
-
-// With a scale per channel, of the weight itself, one operator folds and rounds it.
-bool QuantConvBn2dImpl::folds() const {
-  if (!weight_fake_quant || !weight_fake_quant->dynamic() || !weight_fake_quant->fake_quant_enabled()) return false;
-  const bool own_rule = recipe().scheme && recipe().scheme->has_weight_rule();
-  const std::vector<int64_t> rows{weight.size(0), 1, 1, 1};
-  return !own_rule && weight_fake_quant->scale_shape() == rows && weight.scalar_type() != at::kDouble &&
-         weight.numel() > 0;
-}
-
-at::Tensor QuantConvBn2dImpl::normalized(const at::Tensor& y, const at::Tensor& sf, const at::Tensor& residual,
-                                         const std::string& activation) {
-  const bool fuses =
-      !bias.defined() && bn->options.momentum().has_value() && y.scalar_type() != at::kDouble && y.numel() > 0;
-  if (!fuses) {
-    const at::Tensor divided = y / sf.reshape({-1, 1, 1});
-    const at::Tensor z = bn->forward(bias.defined() ? divided + bias.reshape({-1, 1, 1}) : divided);
-    return activated(residual.defined() ? z + residual : z, activation);
-  }
-  if (y.dim() == 3) {
-    return normalized(y.unsqueeze(0), sf, residual.defined() ? residual.unsqueeze(0) : residual, activation).squeeze(0);
-  }
-  const std::optional<at::Tensor> other = defined_or_none(residual);
-  if (bn->is_training()) {
-    const at::Tensor statistics = quantrain::detail::batch_norm_statistics(y.detach());
-    if (!in_backward()) {  // of a pass that is computed anew, the first moved them
-      const at::NoGradGuard no_grad;
-      bn->num_batches_tracked.add_(1);
-      quantrain::detail::batch_norm_update_(statistics, std::nullopt, std::nullopt, sf.detach(), bn->running_mean,
-                                            bn->running_var, y.numel() / y.size(1), *bn->options.momentum(),
-                                            bn->options.eps(), "identity", /*range=*/false);
-    }
-    return quantrain::batch_norm_act(y, statistics[0], statistics[1], bn->weight, bn->bias, sf, other, activation,
-                                     bn->options.eps());
-  }
-  // With running statistics the division's factor is known beforehand: 1, or 0 where weight is.
-  const at::Tensor factor = bn->weight / at::sqrt(bn->running_var + bn->options.eps());
-  return quantrain::batch_norm_act(y, at::zeros_like(bn->running_mean), at::ones_like(bn->running_var), factor / sf,
-                                   bn->bias - bn->running_mean * factor, std::nullopt, other, activation, 0.0,
-                                   /*batch_statistics=*/false);
+  const at::ScalarType type = input.values.scalar_type();
+  return quantized_output(convolve(input, dequantized_weight(type), bias.defined() ? bias.to(type) : bias));
 }
 
 QuantEmbeddingImpl::QuantEmbeddingImpl(const torch::nn::EmbeddingOptions& options, const Recipe& recipe)

@@ -77,18 +77,16 @@ ObserverImpl::Range ObserverImpl::measure(const at::Tensor& input, bool check) c
 
 void ObserverImpl::update(const Range& range) {
   const at::NoGradGuard no_grad;
-  const bool averages = spec_.observer != ObserverKind::kMinMax;
-  quantrain::detail::observe_(min_val, max_val, range.low, range.high, range.finite,
-                              averages ? spec_.averaging_constant : 0.0);
+  quantrain::detail::observe_(min_val, max_val, range.low, range.high, range.finite, averaging_constant());
 }
 
-at::Tensor ObserverImpl::observe_qparams(const at::Tensor& input, at::Tensor& scale, const at::Tensor& zero_point,
-                                         bool check, bool marks_nonfinite) {
+std::tuple<at::Tensor, at::Tensor> ObserverImpl::observe_qparams(const at::Tensor& input, at::Tensor& scale,
+                                                                 const at::Tensor& zero_point, bool check,
+                                                                 bool marks_nonfinite) {
   const at::NoGradGuard no_grad;
-  const bool extremes = spec_.observer == ObserverKind::kMinMax || spec_.observer == ObserverKind::kMovingAverage;
   at::Tensor low, high;
   std::optional<at::Tensor> finite;
-  if (check || !extremes) {
+  if (check || !of_extremes()) {
     const Range range = measure(input, check);
     low = range.low;
     high = range.high;
@@ -96,10 +94,31 @@ at::Tensor ObserverImpl::observe_qparams(const at::Tensor& input, at::Tensor& sc
   } else {
     std::tie(low, high) = quantrain::detail::min_max(input.detach(), scale_shape_);
   }
-  return std::get<0>(quantrain::detail::observe_qparams_(
+  return take(low, high, finite, scale, zero_point, marks_nonfinite);
+}
+
+std::tuple<at::Tensor, at::Tensor> ObserverImpl::take(const at::Tensor& low, const at::Tensor& high,
+                                                      const std::optional<at::Tensor>& finite, at::Tensor& scale,
+                                                      const at::Tensor& zero_point, bool marks_nonfinite) {
+  const at::NoGradGuard no_grad;
+  return quantrain::detail::observe_qparams_(
       min_val, max_val, scale, zero_point.defined() ? std::optional<at::Tensor>(zero_point) : std::nullopt, low, high,
-      finite, spec_.observer == ObserverKind::kMinMax ? 0.0 : spec_.averaging_constant, spec_.quant_min(),
-      spec_.quant_max(), spec_.symmetric, marks_nonfinite));
+      finite, averaging_constant(), spec_.quant_min(), spec_.quant_max(), spec_.symmetric, marks_nonfinite);
+}
+
+bool ObserverImpl::of_extremes() const {
+  return spec_.observer == ObserverKind::kMinMax || spec_.observer == ObserverKind::kMovingAverage;
+}
+
+void ObserverImpl::check_range(const at::Tensor& low, const at::Tensor& high) const {
+  const at::Tensor finite = at::logical_and(at::isfinite(low), at::isfinite(high));
+  TORCH_CHECK_VALUE(finite.all().item<bool>(), label_, ": expected a finite batch, got one from ",
+                    low.min().item<float>(), " to ", high.max().item<float>(),
+                    " (nan_policy 'skip' would leave it out)");
+}
+
+double ObserverImpl::averaging_constant() const {
+  return spec_.observer == ObserverKind::kMinMax ? 0.0 : spec_.averaging_constant;
 }
 
 at::Tensor ObserverImpl::only_zeros() const { return at::logical_and(min_val == 0, max_val == 0); }

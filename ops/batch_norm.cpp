@@ -162,15 +162,28 @@ Forward batch_norm_forward_meta(const at::Tensor& input, const OptionalTensor& m
           with_mask ? allocate_mask(input) : at::empty({0}, input.options().dtype(at::kByte))};
 }
 
-using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// Of input, residual ([0] where there is none), weight, bias, conv_scale.
+// Of input, residual ([0] where there is none), weight, bias, conv_scale, and of a learned scale what each channel adds
+// ([0] where none is given).
 Gradients batch_norm_backward_meta(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mask,
                                    const at::Tensor& mean, const at::Tensor& variance, const OptionalTensor& weight,
                                    const OptionalTensor& bias, const OptionalTensor& conv_scale,
-                                   std::string_view activation, double, bool, bool with_residual) {
+                                   std::string_view activation, double, bool, bool with_residual,
+                                   const OptionalTensor& scale, const OptionalTensor& zero_point, int64_t quant_min,
+                                   int64_t quant_max) {
   constexpr std::string_view kOp = "_batch_norm_backward";
   const Activation act = activation_named(kOp, activation);
+  if (scale) {
+    check_range(kOp, quant_min, quant_max);
+    check_qparams(kOp, input, *scale, zero_point);
+    QUANTRAIN_CHECK_VALUE(TORCH_GUARD_OR_TRUE(scale->sym_numel().sym_eq(1)),
+                          "{}: expected one scale for the tensor, got {}", kOp, detail::shape_text(*scale));
+    QUANTRAIN_CHECK_VALUE(
+        is_piecewise(act) && !with_residual,
+        "{}: expected a learned scale without a residual and with identity, relu or relu6, got '{}'{}", kOp, activation,
+        with_residual ? " and a residual" : "");
+  }
   const OptionalTensor means = mean, variances = variance;
   check_norm(kOp, input, {means, variances, weight, bias, conv_scale}, std::nullopt, act);
   check_same(kOp, "grad_output", grad_output, input);
@@ -183,8 +196,12 @@ Gradients batch_norm_backward_meta(const at::Tensor& grad_output, const at::Tens
                         detail::shape_text(input), detail::shape_text(mask));
   const auto per_channel = [&] { return floats(input, {input.sym_size(1)}); };
   const at::ScalarType type = input.scalar_type();
-  return {empty_regular(input, type), with_residual ? empty_regular(input, type) : at::empty({0}, input.options()),
-          per_channel(), per_channel(), per_channel()};
+  return {empty_regular(input, type),
+          with_residual ? empty_regular(input, type) : at::empty({0}, input.options()),
+          per_channel(),
+          per_channel(),
+          per_channel(),
+          scale ? per_channel() : floats(input, {0})};
 }
 
 // ---- CPU and CUDA ---------------------------------------------------------------------------------------------------
@@ -315,14 +332,15 @@ Forward batch_norm_forward_kernel(const at::Tensor& given, const OptionalTensor&
 Gradients batch_norm_backward_kernel(const at::Tensor& given_grad, const at::Tensor& given, const at::Tensor& mask,
                                      const at::Tensor& mean, const at::Tensor& variance, const OptionalTensor& weight,
                                      const OptionalTensor& bias, const OptionalTensor& conv_scale,
-                                     std::string_view activation, double eps, bool batch_statistics,
-                                     bool with_residual) {
-  auto [grad_input, grad_residual, grad_weight, grad_bias, grad_scale] =
+                                     std::string_view activation, double eps, bool batch_statistics, bool with_residual,
+                                     const OptionalTensor& scale, const OptionalTensor& zero_point, int64_t quant_min,
+                                     int64_t quant_max) {
+  auto [grad_input, grad_residual, grad_weight, grad_bias, grad_scale, grad_step] =
       batch_norm_backward_meta(given_grad, given, mask, mean, variance, weight, bias, conv_scale, activation, eps,
-                               batch_statistics, with_residual);
+                               batch_statistics, with_residual, scale, zero_point, quant_min, quant_max);
   if (given.numel() == 0) {
-    for (const at::Tensor& gradient : {grad_weight, grad_bias, grad_scale}) gradient.zero_();
-    return {grad_input, grad_residual, grad_weight, grad_bias, grad_scale};
+    for (const at::Tensor& gradient : {grad_weight, grad_bias, grad_scale, grad_step}) gradient.zero_();
+    return {grad_input, grad_residual, grad_weight, grad_bias, grad_scale, grad_step};
   }
   const at::Tensor input = strided_as(given, grad_input), grad_output = strided_as(given_grad, grad_input);
   const at::Tensor bits = mask.contiguous();
@@ -331,9 +349,13 @@ Gradients batch_norm_backward_kernel(const at::Tensor& given_grad, const at::Ten
   const Activation act = activation_named("_batch_norm_backward", activation);
   const Activation left =
       is_piecewise(act) && mask.numel() > 0 ? Activation::kIdentity : act;  // what the mask does not say
+  const OptionalTensor scales = as_floats(scale);
+  const OptionalTensor points = zero_point ? OptionalTensor(as_int32(*zero_point).contiguous()) : zero_point;
+  const QParamTensors qparams{scales ? scales->const_data_ptr<float>() : nullptr,
+                              points ? points->const_data_ptr<int32_t>() : nullptr, nullptr};
   const ChannelLayout layout = layout_of(input);
   const int64_t parts = parts_of(layout, input.is_cuda());
-  const at::Tensor partial = at::empty({parts, 2, layout.channels}, grad_weight.options());
+  const at::Tensor partial = at::empty({parts, scale ? 3 : 2, layout.channels}, grad_weight.options());
   const at::Tensor terms = at::empty({2, layout.channels}, grad_weight.options());
   const uint8_t* mask_pointer = mask.numel() > 0 ? bits.const_data_ptr<uint8_t>() : nullptr;
   const BatchNormReduceArgs reduce{input.const_data_ptr(),
@@ -344,13 +366,17 @@ Gradients batch_norm_backward_kernel(const at::Tensor& given_grad, const at::Ten
                                    dtype_of(input),
                                    layout,
                                    params.pointers(),
-                                   left,
-                                   parts};
+                                   scale ? act : left,
+                                   parts,
+                                   scale.has_value(),
+                                   qparams,
+                                   scale ? make_range(quant_min, quant_max) : QuantRange{}};
   run_tasks(reduce, parts, 1, input, QUANTRAIN_KERNELS(batch_norm_reduce));
   const BatchNormGradientArgs sums{partial.const_data_ptr<float>(),
                                    grad_weight.mutable_data_ptr<float>(),
                                    grad_bias.mutable_data_ptr<float>(),
                                    grad_scale.mutable_data_ptr<float>(),
+                                   scale ? grad_step.mutable_data_ptr<float>() : nullptr,
                                    terms.mutable_data_ptr<float>(),
                                    params.pointers(),
                                    layout.channels,
@@ -369,7 +395,7 @@ Gradients batch_norm_backward_kernel(const at::Tensor& given_grad, const at::Ten
                                    params.pointers(),
                                    with_residual ? Activation::kIdentity : left};
   run_elementwise(args, grad_input, QUANTRAIN_KERNELS(batch_norm_backward));
-  return {grad_input, grad_residual, grad_weight, grad_bias, grad_scale};
+  return {grad_input, grad_residual, grad_weight, grad_bias, grad_scale, grad_step};
 }
 
 // Where no gradient is needed.
@@ -460,8 +486,9 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
       {at::Tag::needs_exact_strides});
   m.def(
       "_batch_norm_backward(Tensor grad_output, Tensor input, Tensor mask, Tensor mean, Tensor variance, Tensor? "
-      "weight, Tensor? bias, Tensor? conv_scale, str activation, float eps, bool batch_statistics, bool with_residual) "
-      "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias, Tensor grad_conv_scale)",
+      "weight, Tensor? bias, Tensor? conv_scale, str activation, float eps, bool batch_statistics, bool with_residual, "
+      "Tensor? scale=None, Tensor? zero_point=None, int quant_min=-128, int quant_max=127) -> (Tensor grad_input, "
+      "Tensor grad_residual, Tensor grad_weight, Tensor grad_bias, Tensor grad_conv_scale, Tensor grad_scale)",
       {at::Tag::needs_exact_strides});
 }
 

@@ -35,13 +35,24 @@ void check_fold(std::string_view op, const at::Tensor& weight, const at::Tensor&
   }
 }
 
+// float32, one element per row of weight, in any shape of them.
+void check_row(std::string_view op, std::string_view name, const at::Tensor& tensor, const at::Tensor& weight) {
+  detail::check_type(op, name, tensor, at::kFloat, "float32");
+  detail::check_device(op, name, tensor, weight, "weight's");
+  QUANTRAIN_CHECK_VALUE(TORCH_GUARD_OR_TRUE(tensor.sym_numel().sym_eq(weight.sym_size(0))),
+                        "{}: expected {} of one element per row of weight, got {} for {}", op, name,
+                        detail::shape_text(tensor), detail::shape_text(weight));
+}
+
 using Folded = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // output, conv_scale, mask, a copy of running_var.
 Folded fold_meta(const at::Tensor& weight, const at::Tensor& gamma, const at::Tensor& variance, double,
-                 int64_t quant_min, int64_t quant_max, bool, std::string_view dtype) {
+                 int64_t quant_min, int64_t quant_max, bool, std::string_view dtype,
+                 const std::optional<at::Tensor>& step) {
   constexpr std::string_view kOp = "fold_fake_quantize";
   check_fold(kOp, weight, gamma, variance);
+  if (step) check_row(kOp, "scale", *step, weight);
   check_range(kOp, quant_min, quant_max);
   QUANTRAIN_CHECK_VALUE(quant_min < quant_max, "{}: expected quant_min < quant_max, got {} and {}", kOp, quant_min,
                         quant_max);
@@ -54,12 +65,17 @@ Folded fold_meta(const at::Tensor& weight, const at::Tensor& gamma, const at::Te
 }
 
 using Pair = std::tuple<at::Tensor, at::Tensor>;
+using Triple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-Pair fold_backward_meta(const at::Tensor& grad_output, const std::optional<at::Tensor>& grad_scale,
-                        const at::Tensor& weight, const at::Tensor& mask, const at::Tensor& gamma,
-                        const at::Tensor& variance, double) {
+// Of weight, bn_weight and a learned scale ([0] where there is none).
+Triple fold_backward_meta(const at::Tensor& grad_output, const std::optional<at::Tensor>& grad_scale,
+                          const at::Tensor& weight, const at::Tensor& mask, const at::Tensor& gamma,
+                          const at::Tensor& variance, double, const std::optional<at::Tensor>& step, int64_t quant_min,
+                          int64_t quant_max) {
   constexpr std::string_view kOp = "_fold_fake_quantize_backward";
   check_fold(kOp, weight, gamma, variance);
+  check_range(kOp, quant_min, quant_max);
+  if (step) check_row(kOp, "scale", *step, weight);
   detail::check_float(kOp, "grad_output", grad_output.scalar_type());
   detail::check_device(kOp, "grad_output", grad_output, weight, "weight's");
   bool same = grad_output.dim() == weight.dim();
@@ -67,13 +83,7 @@ Pair fold_backward_meta(const at::Tensor& grad_output, const std::optional<at::T
     same = TORCH_GUARD_OR_TRUE(grad_output.sym_size(d).sym_eq(weight.sym_size(d)));
   QUANTRAIN_CHECK_VALUE(same, "{}: expected grad_output of weight's shape {}, got {}", kOp, detail::shape_text(weight),
                         detail::shape_text(grad_output));
-  if (grad_scale) {
-    detail::check_type(kOp, "grad_scale", *grad_scale, at::kFloat, "float32");
-    detail::check_device(kOp, "grad_scale", *grad_scale, weight, "weight's");
-    QUANTRAIN_CHECK_VALUE(
-        grad_scale->dim() == 1 && TORCH_GUARD_OR_TRUE(grad_scale->sym_size(0).sym_eq(weight.sym_size(0))),
-        "{}: expected grad_scale of one element per row of weight, got {}", kOp, detail::shape_text(*grad_scale));
-  }
+  if (grad_scale) check_row(kOp, "grad_scale", *grad_scale, weight);
   detail::check_type(kOp, "mask", mask, at::kByte, "uint8");
   detail::check_device(kOp, "mask", mask, weight, "weight's");
   const c10::SymInt rows = weight.sym_size(0), columns = rows == 0 ? rows : weight.sym_numel() / rows;
@@ -81,7 +91,9 @@ Pair fold_backward_meta(const at::Tensor& grad_output, const std::optional<at::T
                             TORCH_GUARD_OR_TRUE(mask.sym_size(1).sym_eq((columns + 7) / 8)),
                         "{}: expected mask of one bit per element of each row of weight {}, got {}", kOp,
                         detail::shape_text(weight), detail::shape_text(mask));
-  return {empty_regular(weight, weight.scalar_type()), at::empty_symint({rows}, weight.options().dtype(at::kFloat))};
+  const auto floats = weight.options().dtype(at::kFloat);
+  return {empty_regular(weight, weight.scalar_type()), at::empty_symint({rows}, floats),
+          at::empty_symint({step ? rows : c10::SymInt(0)}, floats)};
 }
 
 // ---- CPU and CUDA ---------------------------------------------------------------------------------------------------
@@ -89,15 +101,18 @@ Pair fold_backward_meta(const at::Tensor& grad_output, const std::optional<at::T
 at::Tensor as_floats(const at::Tensor& tensor) { return tensor.to(at::kFloat).contiguous(); }
 
 Folded fold_kernel(const at::Tensor& given, const at::Tensor& bn_weight, const at::Tensor& running_var, double eps,
-                   int64_t quant_min, int64_t quant_max, bool symmetric, std::string_view dtype) {
+                   int64_t quant_min, int64_t quant_max, bool symmetric, std::string_view dtype,
+                   const std::optional<at::Tensor>& given_step) {
   auto [output, conv_scale, mask, kept] =
-      fold_meta(given, bn_weight, running_var, eps, quant_min, quant_max, symmetric, dtype);
+      fold_meta(given, bn_weight, running_var, eps, quant_min, quant_max, symmetric, dtype, given_step);
   if (given.size(0) == 0) return {output, conv_scale, mask, kept};
+  const at::Tensor step = given_step ? given_step->contiguous() : at::Tensor();
   const at::Tensor weight = regular(given), gamma = as_floats(bn_weight), variance = as_floats(running_var);
   const int64_t rows = weight.size(0), columns = weight.numel() / rows;
   const FoldArgs args{weight.const_data_ptr(),
                       gamma.const_data_ptr<float>(),
                       variance.const_data_ptr<float>(),
+                      given_step ? step.const_data_ptr<float>() : nullptr,
                       output.mutable_data_ptr(),
                       mask.mutable_data_ptr<uint8_t>(),
                       conv_scale.mutable_data_ptr<float>(),
@@ -113,12 +128,14 @@ Folded fold_kernel(const at::Tensor& given, const at::Tensor& bn_weight, const a
   return {output, conv_scale, mask, kept};
 }
 
-Pair fold_backward_kernel(const at::Tensor& given_grad, const std::optional<at::Tensor>& given_scale_grad,
-                          const at::Tensor& given, const at::Tensor& mask, const at::Tensor& bn_weight,
-                          const at::Tensor& running_var, double eps) {
-  auto [grad_weight, grad_gamma] =
-      fold_backward_meta(given_grad, given_scale_grad, given, mask, bn_weight, running_var, eps);
-  if (given.size(0) == 0) return {grad_weight, grad_gamma};
+Triple fold_backward_kernel(const at::Tensor& given_grad, const std::optional<at::Tensor>& given_scale_grad,
+                            const at::Tensor& given, const at::Tensor& mask, const at::Tensor& bn_weight,
+                            const at::Tensor& running_var, double eps, const std::optional<at::Tensor>& given_step,
+                            int64_t quant_min, int64_t quant_max) {
+  auto [grad_weight, grad_gamma, grad_step] = fold_backward_meta(given_grad, given_scale_grad, given, mask, bn_weight,
+                                                                 running_var, eps, given_step, quant_min, quant_max);
+  if (given.size(0) == 0) return {grad_weight, grad_gamma, grad_step};
+  const at::Tensor step = given_step ? given_step->contiguous() : at::Tensor();
   const at::Tensor weight = strided_as(given, grad_weight), grad_output = strided_as(given_grad, grad_weight);
   const at::Tensor bits = mask.contiguous();
   const at::Tensor gamma = as_floats(bn_weight), variance = as_floats(running_var);
@@ -130,15 +147,18 @@ Pair fold_backward_kernel(const at::Tensor& given_grad, const std::optional<at::
                               bits.const_data_ptr<uint8_t>(),
                               gamma.const_data_ptr<float>(),
                               variance.const_data_ptr<float>(),
+                              given_step ? step.const_data_ptr<float>() : nullptr,
                               grad_weight.mutable_data_ptr(),
                               grad_gamma.mutable_data_ptr<float>(),
+                              given_step ? grad_step.mutable_data_ptr<float>() : nullptr,
                               dtype_of(weight),
                               dtype_of(grad_output),
                               rows,
                               columns,
-                              static_cast<float>(eps)};
+                              static_cast<float>(eps),
+                              make_range(quant_min, quant_max)};
   run_tasks(args, rows, grain_of(columns), weight, QUANTRAIN_KERNELS(fold_fake_quantize_backward));
-  return {grad_weight, grad_gamma};
+  return {grad_weight, grad_gamma, grad_step};
 }
 
 // Where no gradient is needed.
@@ -147,7 +167,7 @@ Pair fold_fake_quantize_kernel(const at::Tensor& weight, const at::Tensor& bn_we
                                std::string_view dtype) {
   static const auto op = find_operator<decltype(fold_kernel)>("_fold_fake_quantize");
   auto [output, conv_scale, mask, kept] =
-      op.call(weight, bn_weight, running_var, eps, quant_min, quant_max, symmetric, dtype);
+      op.call(weight, bn_weight, running_var, eps, quant_min, quant_max, symmetric, dtype, std::nullopt);
   return {output, conv_scale};
 }
 
@@ -172,10 +192,12 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
       "int quant_max=127, bool symmetric=True, str dtype=\"\") -> (Tensor output, Tensor conv_scale)");
   m.def(
       "_fold_fake_quantize(Tensor weight, Tensor bn_weight, Tensor running_var, float eps, int quant_min, int "
-      "quant_max, bool symmetric, str dtype) -> (Tensor output, Tensor conv_scale, Tensor mask, Tensor variance)");
+      "quant_max, bool symmetric, str dtype, Tensor? scale=None) -> (Tensor output, Tensor conv_scale, Tensor mask, "
+      "Tensor variance)");
   m.def(
       "_fold_fake_quantize_backward(Tensor grad_output, Tensor? grad_scale, Tensor weight, Tensor mask, Tensor "
-      "bn_weight, Tensor running_var, float eps) -> (Tensor grad_weight, Tensor grad_bn_weight)");
+      "bn_weight, Tensor running_var, float eps, Tensor? scale=None, int quant_min=-128, int quant_max=127) -> (Tensor "
+      "grad_weight, Tensor grad_bn_weight, Tensor grad_scale)");
 }
 
 #define QUANTRAIN_REGISTER_FOLD(kind)                     \

@@ -79,7 +79,7 @@ std::vector<c10::SymInt> two(at::IntArrayRef sizes) {
 // Where no gradient is needed. The norm's pass without a norm.
 std::tuple<at::Tensor, at::Tensor> fake_quantize_codes_kernel(const at::Tensor& input, const at::Tensor& scale,
                                                               const OptionalTensor& zero_point, int64_t quant_min,
-                                                              int64_t quant_max) {
+                                                              int64_t quant_max, double) {
   auto [output, codes, mask] = fake_quantize_codes_forward(input, scale, zero_point, quant_min, quant_max, false);
   return {output, codes};
 }
@@ -112,9 +112,9 @@ at::Tensor quant_conv2d(const at::Tensor& input, const at::Tensor& codes, const 
 
 std::tuple<at::Tensor, at::Tensor> fake_quantize_codes(const at::Tensor& input, const at::Tensor& scale,
                                                        const std::optional<at::Tensor>& zero_point, int64_t quant_min,
-                                                       int64_t quant_max) {
+                                                       int64_t quant_max, double grad_factor) {
   static const auto op = find_operator<decltype(fake_quantize_codes_kernel)>("fake_quantize_codes");
-  return op.call(input, scale, zero_point, quant_min, quant_max);
+  return op.call(input, scale, zero_point, quant_min, quant_max, grad_factor);
 }
 
 }  // namespace quantrain
@@ -127,7 +127,7 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
       "SymInt[2] stride=1, SymInt[2] padding=0, SymInt[2] dilation=1, SymInt groups=1) -> Tensor");
   m.def(
       "fake_quantize_codes(Tensor input, Tensor scale, Tensor? zero_point=None, *, int quant_min=-128, "
-      "int quant_max=127) -> (Tensor output, Tensor codes)");
+      "int quant_max=127, float grad_factor=1.) -> (Tensor output, Tensor codes)");
 }
 
 TORCH_LIBRARY_IMPL(quantrain, CompositeExplicitAutograd, m) {

@@ -51,23 +51,26 @@ void bind_layers(py::module_& module) {
       .def_readwrite("averaging_constant", &ConvBatchNorm::averaging_constant)
       .def_readwrite("quant_min", &ConvBatchNorm::quant_min)
       .def_readwrite("quant_max", &ConvBatchNorm::quant_max)
-      .def_readwrite("symmetric", &ConvBatchNorm::symmetric);
+      .def_readwrite("symmetric", &ConvBatchNorm::symmetric)
+      .def_readwrite("weight_grad_factor", &ConvBatchNorm::weight_grad_factor)
+      .def_readwrite("grad_factor", &ConvBatchNorm::grad_factor);
   bind_gradient_quantizers(settings);
   module.def(
       "conv_batch_norm",
       [](const ConvBatchNorm& settings, const at::Tensor& input, const OptionalTensor& codes,
          const OptionalTensor& input_scale, const OptionalTensor& input_zero_point, const at::Tensor& weight,
-         const at::Tensor& bn_weight, const at::Tensor& bn_bias, const at::Tensor& running_mean,
-         const at::Tensor& running_var, const at::Tensor& batches, const OptionalTensor& folding_variance, bool moves,
-         const OptionalTensor& residual, const OptionalTensor& min_val, const OptionalTensor& max_val,
-         const OptionalTensor& scale, const OptionalTensor& zero_point, bool observes, bool marks,
-         const std::string& label) {
+         const OptionalTensor& weight_scale, const at::Tensor& bn_weight, const at::Tensor& bn_bias,
+         const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& batches,
+         const OptionalTensor& folding_variance, bool moves, const OptionalTensor& residual,
+         const OptionalTensor& min_val, const OptionalTensor& max_val, const OptionalTensor& scale,
+         const OptionalTensor& zero_point, bool observes, bool marks, const std::string& label) {
         ConvBatchNorm call = settings;
         call.input = input;
         call.codes = or_none(codes);
         call.input_scale = or_none(input_scale);
         call.input_zero_point = or_none(input_zero_point);
         call.weight = weight;
+        call.weight_scale = or_none(weight_scale);
         call.bn_weight = bn_weight;
         call.bn_bias = bn_bias;
         call.running_mean = running_mean;

@@ -199,25 +199,34 @@ struct BatchNormReduceArgs {
   const void* grad_output;
   const uint8_t* mask;  // or null
   void* grad_residual;  // g, or null
-  float* partial;       // [parts, 2, C]
+  float* partial;       // [parts, sums(), C]
   DType dtype;
   ChannelLayout layout;
   BatchNormParams params;
-  Activation activation;  // of which the mask does not hold the derivative, else kIdentity
+  Activation activation;  // of which the mask does not hold the derivative, else kIdentity; all of it where `learned`
   int64_t parts;
+  // Whether the output was fake-quantized with a learned scale, whose gradient is the third sum.
+  bool learned;
+  QParamTensors qparams;
+  QuantRange range;
+
+  QUANTRAIN_HOST_DEVICE int64_t sums() const { return learned ? 3 : 2; }
 };
 
 struct BatchNormGradientArgs {
-  const float* partial;  // [parts, 2, C]
+  const float* partial;  // [parts, sums, C]
   float* grad_weight;    // [C]
   float* grad_bias;      // [C]
   float* grad_scale;     // [C]: of conv_scale
+  float* grad_step;      // [C]: of the learned scale, from this channel; null: two sums
   float* terms;          // [2, C]: what is taken from g, and what from it per y - m
   BatchNormParams params;
   int64_t channels;
   int64_t per_channel;
   int64_t parts;
   bool batch_statistics;
+
+  QUANTRAIN_HOST_DEVICE int64_t sums() const { return grad_step ? 3 : 2; }
 };
 
 struct BatchNormBackwardArgs {
@@ -237,6 +246,7 @@ struct FoldArgs {
   const void* weight;     // [O, K]
   const float* gamma;     // [O]: the batch norm's weight
   const float* variance;  // [O]: its running variance
+  const float* step;      // [O]: a learned scale, or null: each row's own
   void* output;           // [O, K]
   uint8_t* mask;          // [O, ceil(K / 8)] or null
   float* conv_scale;      // [O]: s = gamma / sqrt(variance + eps), 1 where that is 0
@@ -257,13 +267,16 @@ struct FoldBackwardArgs {
   const uint8_t* mask;      // [O, ceil(K / 8)]
   const float* gamma;       // [O]
   const float* variance;    // [O]
+  const float* step;        // [O] or null
   void* grad_weight;        // [O, K]
   float* grad_gamma;        // [O]
+  float* grad_step;         // [O], where step is given
   DType dtype;
   DType output_dtype;
   int64_t rows;
   int64_t columns;
   float eps;
+  QuantRange range;
 };
 
 // s of a row; 0 counts as 1, so that nothing is lost where gamma is 0.

@@ -240,6 +240,15 @@ QUANTRAIN_INLINE void load_mask(const uint8_t* mask, int64_t at, int n, float* _
   }
 }
 
+// What each element adds to the gradient of a learned scale.
+template <Activation kActivation, typename Channels>
+QUANTRAIN_INLINE void step_gradients(const float* __restrict__ grad, const float* __restrict__ y, int n,
+                                     const Channels& channels, QParams p, QuantRange range,
+                                     float* __restrict__ result) {
+  for (int i = 0; i < n; ++i)
+    result[i] = grad[i] * learnable_gradient(activated<kActivation>(normalized(y[i], channels.of(i))), p, range).scale;
+}
+
 template <typename T, Activation kActivation>
 void reduce_typed(const BatchNormReduceArgs& a, int64_t begin, int64_t end) {
   const T* y = static_cast<const T*>(a.y);
@@ -250,9 +259,11 @@ void reduce_typed(const BatchNormReduceArgs& a, int64_t begin, int64_t end) {
   const ChannelTable table(a.params, channels);
   vectorized([&]() QUANTRAIN_INLINE_LAMBDA {
     alignas(64) float y_buffer[kBlock], grad_buffer[kBlock], keep[kBlock], g[kBlock];
+    const QParams p = a.learned ? load_qparams(a.qparams, 0, a.range) : QParams{};
+    const QuantRange range = a.range;
     for (int64_t part = begin; part < end; ++part) {
-      float* partial = a.partial + part * 2 * channels;
-      for (int64_t c = 0; c < 2 * channels; ++c) partial[c] = 0.0f;
+      float* partial = a.partial + part * a.sums() * channels;
+      for (int64_t c = 0; c < a.sums() * channels; ++c) partial[c] = 0.0f;
       for_each_part_run(a.layout, a.parts, part, [&](int64_t at, int n, int64_t c) QUANTRAIN_INLINE_LAMBDA {
         const float* __restrict__ ys = load_block(y + at, n, y_buffer);
         const float* __restrict__ grad = load_block(grad_output + at, n, grad_buffer);
@@ -267,6 +278,11 @@ void reduce_typed(const BatchNormReduceArgs& a, int64_t begin, int64_t end) {
             sum[i] += g[i];
             product[i] += g[i] * (ys[i] - mean[i]);
           }
+          if (a.learned) {
+            step_gradients<kActivation>(grad, ys, n, own, p, range, keep);
+            float* __restrict__ of_step = partial + 2 * channels + c;
+            for (int i = 0; i < n; ++i) of_step[i] += keep[i];
+          }
         } else {
           const ChannelNorm norm{table.mean[c], table.factor[c], table.bias[c]};
           norm_gradients<kActivation>(grad, keep, ys, n, OneChannel{norm, 0.0f, 0.0f}, g);
@@ -276,6 +292,12 @@ void reduce_typed(const BatchNormReduceArgs& a, int64_t begin, int64_t end) {
           product.add(keep, n);
           partial[c] += sum.total();
           partial[channels + c] += product.total();
+          if (a.learned) {
+            LaneSum of_step;
+            step_gradients<kActivation>(grad, ys, n, OneChannel{norm, 0.0f, 0.0f}, p, range, keep);
+            of_step.add(keep, n);
+            partial[2 * channels + c] += of_step.total();
+          }
         }
         if (grad_residual)
           for (int i = 0; i < n; ++i) grad_residual[at + i] = from_float<T>(g[i]);
@@ -369,12 +391,15 @@ void batch_norm_reduce(const BatchNormReduceArgs& args, int64_t begin, int64_t e
 
 void batch_norm_gradients(const BatchNormGradientArgs& a, int64_t begin, int64_t end) {
   for (int64_t c = begin; c < end; ++c) {
-    double sum = 0.0, product = 0.0;
+    double sum = 0.0, product = 0.0, of_step = 0.0;
     for (int64_t part = 0; part < a.parts; ++part) {
-      sum += a.partial[part * 2 * a.channels + c];
-      product += a.partial[(part * 2 + 1) * a.channels + c];
+      const float* partial = a.partial + part * a.sums() * a.channels + c;
+      sum += partial[0];
+      product += partial[a.channels];
+      if (a.grad_step) of_step += partial[2 * a.channels];
     }
     store_gradients(a, c, sum, product);
+    if (a.grad_step) a.grad_step[c] = static_cast<float>(of_step);
   }
 }
 

@@ -42,8 +42,9 @@ void fold_typed(const FoldArgs& a, int64_t begin, int64_t end) {
         high = std::max(high, highs[j]);
         nan |= nans[j];
       }
-      const QParams p = nan ? qparams_from_range(NAN, NAN, a.range, a.symmetric)
-                            : qparams_from_range(low, high, a.range, a.symmetric);
+      const QParams p = a.step ? make_qparams(a.step[row], 0.0f)
+                        : nan  ? qparams_from_range(NAN, NAN, a.range, a.symmetric)
+                               : qparams_from_range(low, high, a.range, a.symmetric);
       for_each_block(0, a.columns, [&](int64_t at, int n) QUANTRAIN_INLINE_LAMBDA {
         const float* __restrict__ w = load_block(weight + at, n, buffer);
         float* __restrict__ out = store_target(output + at, out_buffer);
@@ -73,7 +74,9 @@ void fold_backward_typed(const FoldBackwardArgs& a, int64_t begin, int64_t end) 
       T* grad_weight = static_cast<T*>(a.grad_weight) + row * a.columns;
       const uint8_t* mask = a.mask + row * bytes;
       const float scale = folding_scale(a.gamma[row], a.variance[row], a.eps);
-      LaneSum along;
+      LaneSum along, of_step;
+      const QParams p = a.step ? make_qparams(a.step[row], 0.0f) : QParams{};
+      const QuantRange range = a.range;
       for_each_block(0, a.columns, [&](int64_t at, int n) QUANTRAIN_INLINE_LAMBDA {
         const float* __restrict__ w = load_block(weight + at, n, buffer);
         const float* __restrict__ grad = load_block(grad_output + at, n, grad_buffer);
@@ -85,7 +88,11 @@ void fold_backward_typed(const FoldBackwardArgs& a, int64_t begin, int64_t end) 
         }
         store_block(grad_weight + at, n, out_buffer);
         along.add(product, n);
+        if (!a.step) return;
+        for (int i = 0; i < n; ++i) product[i] = grad[i] * learnable_gradient(w[i] * scale, p, range).scale;
+        of_step.add(product, n);
       });
+      if (a.step) a.grad_step[row] = of_step.total();
       const float of_scale = along.total() + (a.grad_scale ? a.grad_scale[row] : 0.0f);
       a.grad_gamma[row] = folding_gradient(of_scale, a.gamma[row], a.variance[row], a.eps);
     }

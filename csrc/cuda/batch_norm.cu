@@ -331,13 +331,17 @@ __device__ __forceinline__ float norm_gradient(float grad_output, uint32_t passe
   return g * activation_slope<kActivation>(normalized(y, norm));
 }
 
-template <typename T, Lie kLie, int kSize, Activation kActivation>
+template <typename T, Lie kLie, int kSize, Activation kActivation, bool kLearned>
 __global__ void __launch_bounds__(kThreads) reduce_kernel(const BatchNormReduceArgs a, int lanes) {
   const int64_t channels = a.layout.channels;
   const ThreadNorms<kLie, kSize> norms(a.params, channels, lanes);
-  float sum[kSize], product[kSize];
+  const QParams p = kLearned ? load_qparams(a.qparams, 0, a.range) : QParams{};
+  float sum[kSize], product[kSize], of_step[kLearned ? kSize : 1];
 #pragma unroll
-  for (int j = 0; j < kSize; ++j) sum[j] = product[j] = 0.0f;
+  for (int j = 0; j < kSize; ++j) {
+    sum[j] = product[j] = 0.0f;
+    if constexpr (kLearned) of_step[j] = 0.0f;
+  }
   for_each_of_part<kLie, kSize>(a.layout, a.parts, lanes, [&](const int64_t (&at)[kUnroll], int count) {
     Pack<T, kSize> ys[kUnroll], gradients[kUnroll];
     uint32_t bits[kUnroll];
@@ -353,6 +357,8 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const BatchNormReduceA
       unpack(gradients[u], g);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
+        if constexpr (kLearned)
+          of_step[j] += g[j] * learnable_gradient(activated<kActivation>(normalized(y[j], norms[j])), p, a.range).scale;
         g[j] = norm_gradient<kActivation>(g[j], bits[u] >> j & 1u, y[j], norms[j]);
         sum[j] += g[j];
         product[j] = __fmaf_rn(g[j], y[j] - norms[j].mean, product[j]);
@@ -360,30 +366,36 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const BatchNormReduceA
       if (a.grad_residual) store_values<T>(a.grad_residual, at[u], g);
     }
   });
-  float* __restrict__ partial = a.partial + blockIdx.y * 2 * channels;
+  float* __restrict__ partial = a.partial + blockIdx.y * a.sums() * channels;
   join_block<kLie>(sum, lanes, channels, partial, Sum{});
   join_block<kLie>(product, lanes, channels, partial + channels, Sum{});
+  if constexpr (kLearned) join_block<kLie>(of_step, lanes, channels, partial + 2 * channels, Sum{});
 }
 
 __global__ void __launch_bounds__(kThreads) gradients_kernel(const BatchNormGradientArgs a) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x % (kThreads / 32);
   const int lane = threadIdx.x / (kThreads / 32);
-  __shared__ double sums[kThreads], products[kThreads];
-  double sum = 0.0, product = 0.0;
+  __shared__ double sums[kThreads], products[kThreads], steps[kThreads];
+  double sum = 0.0, product = 0.0, of_step = 0.0;
   if (c < a.channels)
     for (int64_t part = lane; part < a.parts; part += 32) {
-      sum += a.partial[part * 2 * a.channels + c];
-      product += a.partial[(part * 2 + 1) * a.channels + c];
+      const float* __restrict__ partial = a.partial + part * a.sums() * a.channels + c;
+      sum += partial[0];
+      product += partial[a.channels];
+      if (a.grad_step) of_step += partial[2 * a.channels];
     }
   sums[threadIdx.x] = sum;
   products[threadIdx.x] = product;
+  steps[threadIdx.x] = of_step;
   __syncthreads();
   if (lane != 0 || c >= a.channels) return;
   for (int other = 1; other < 32; ++other) {
     sum += sums[other * (kThreads / 32) + threadIdx.x];
     product += products[other * (kThreads / 32) + threadIdx.x];
+    of_step += steps[other * (kThreads / 32) + threadIdx.x];
   }
   store_gradients(a, c, sum, product);
+  if (a.grad_step) a.grad_step[c] = static_cast<float>(of_step);
 }
 
 template <typename T, Lie kLie, Activation kActivation>
@@ -545,8 +557,14 @@ int batch_norm_reduce(const BatchNormReduceArgs& a, void* stream) {
     dispatch_activation(a.activation, [&](auto activation) {
       dispatch_walk<T>(a.layout, aligned({a.y, a.grad_output, a.grad_residual}), [&](const auto& walk) {
         const dim3 grid(walk.columns, static_cast<unsigned>(a.parts));
-        reduce_kernel<T, walk.lie, walk.size, activation.value>
-            <<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(a, walk.lanes);
+        const auto launch = [&](auto learned) {
+          reduce_kernel<T, walk.lie, walk.size, activation.value, learned.value>
+              <<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(a, walk.lanes);
+        };
+        if constexpr (is_piecewise(activation.value))
+          dispatch_bool(a.learned, launch);
+        else
+          launch(std::false_type{});
       });
     });
   });

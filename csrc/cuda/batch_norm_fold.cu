@@ -33,15 +33,20 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(const FoldArgs a) {
   const T* __restrict__ weight = static_cast<const T*>(a.weight) + row * a.columns;
   Out* __restrict__ output = static_cast<Out*>(a.output) + row * a.columns;
   const float scale = folding_scale(a.gamma[row], a.variance[row], a.eps);
-  float low = Min::kNothing, high = Max::kNothing;
-  for (int64_t k = threadIdx.x; k < a.columns; k += kThreads) {
-    const float value = to_float(weight[k]) * scale;
-    low = Min{}(low, value);
-    high = Max{}(high, value);
+  QParams p;
+  if (a.step) {
+    p = make_qparams(load_parameter(a.step + row), 0.0f);
+  } else {
+    float low = Min::kNothing, high = Max::kNothing;
+    for (int64_t k = threadIdx.x; k < a.columns; k += kThreads) {
+      const float value = to_float(weight[k]) * scale;
+      low = Min{}(low, value);
+      high = Max{}(high, value);
+    }
+    low = joined(low, Min{});
+    high = joined(high, Max{});
+    p = quantrain::qparams_from_range(low, high, a.range, a.symmetric);
   }
-  low = joined(low, Min{});
-  high = joined(high, Max{});
-  const QParams p = quantrain::qparams_from_range(low, high, a.range, a.symmetric);
   if (threadIdx.x == 0) {
     a.conv_scale[row] = scale;
     a.kept_variance[row] = a.variance[row];
@@ -70,11 +75,18 @@ __global__ void __launch_bounds__(kThreads) fold_backward_kernel(const FoldBackw
   T* __restrict__ grad_weight = static_cast<T*>(a.grad_weight) + row * a.columns;
   const uint8_t* __restrict__ mask = a.mask + row * bytes;
   const float gamma = a.gamma[row], variance = a.variance[row], scale = folding_scale(gamma, variance, a.eps);
-  float along = 0.0f;
+  const QParams p = a.step ? make_qparams(load_parameter(a.step + row), 0.0f) : QParams{};
+  float along = 0.0f, of_step = 0.0f;
   for (int64_t k = threadIdx.x; k < a.columns; k += kThreads) {
-    const float g = mask[k / 8] >> (k % 8) & 1u ? to_float(grad_output[k]) : 0.0f;
-    along += g * to_float(weight[k]);
+    const float given = to_float(grad_output[k]), w = to_float(weight[k]);
+    const float g = mask[k / 8] >> (k % 8) & 1u ? given : 0.0f;
+    along += g * w;
+    if (a.step) of_step += given * learnable_gradient(w * scale, p, a.range).scale;
     grad_weight[k] = from_float<T>(g * scale);
+  }
+  if (a.step) {
+    of_step = joined(of_step, Sum{});
+    if (threadIdx.x == 0) a.grad_step[row] = of_step;
   }
   along = joined(along, Sum{});
   if (threadIdx.x != 0) return;

@@ -34,8 +34,11 @@ class BasicBlockImpl : public torch::nn::Module {
         stride_(stride),
         extra_planes_(planes - in_planes) {}
 
+  // As Python's block after prepare(fuse=True): the first batch norm's pass also rounds the second convolution's input.
   at::Tensor forward(const at::Tensor& input) {
-    return conv2->forward_act(conv1->forward_act(input, {}, "relu"), shortcut(input), "relu");
+    const qnn::Quantized inner =
+        conv1->forward_act_quantized(conv1->quantize_input(input), {}, "relu", conv2->input_fake_quant);
+    return conv2->forward_act_quantized(inner, shortcut(input), "relu").values;
   }
 
   qnn::QuantConvBn2d conv1;

@@ -66,10 +66,14 @@ at::Tensor GradientQuantSpec::linear(const at::Tensor& input, const at::Tensor& 
                                quantizer(grad_weight, "grad_weight", /*convolution=*/false));
 }
 
+std::optional<std::pair<GradientQuantizer, GradientQuantizer>> GradientQuantSpec::conv2d_quantizers() const {
+  return std::pair{quantizer(grad_input, "grad_input", /*convolution=*/true),
+                   quantizer(grad_weight, "grad_weight", true)};
+}
+
 at::Tensor GradientQuantSpec::conv2d(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
                                      const Conv2dArguments& arguments) const {
-  const GradientQuantizer for_input = quantizer(grad_input, "grad_input", /*convolution=*/true);
-  const GradientQuantizer for_weight = quantizer(grad_weight, "grad_weight", true);
+  const auto [for_input, for_weight] = *conv2d_quantizers();
   const auto& [stride, padding, dilation, padding_mode, groups] = arguments;
   if (padding_mode.empty()) {
     return quantrain::fqt_conv2d(input, weight, defined_or_none(bias), stride, padding, dilation, groups, for_input,

@@ -21,11 +21,13 @@ def fake_quantize_codes(
     *,
     quant_min: int = -128,
     quant_max: int = 127,
+    grad_factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """``(fake_quantize(input), codes)`` in one pass over ``input`` ``[N, C, ...]`` (float32, float16 or bfloat16).
 
     One scale and zero point for the tensor; codes of at most 8 bits: int8, or uint8 where ``quant_min >= 0``. Contiguous or channels
-    last, as ``input`` is. Gradient: :func:`quantrain.fake_quantize`'s. Errors are ``ValueError`` and ``TypeError``.
+    last, as ``input`` is. Gradient: :func:`quantrain.fake_quantize`'s; where ``scale`` requires one,
+    :func:`quantrain.fake_quantize_learnable`'s, that of scale times ``grad_factor``. Errors are ``ValueError`` and ``TypeError``.
 
     >>> fake_quantize_codes(torch.tensor([[0.3, -9.0]]), 0.25, quant_min=-8, quant_max=7)
     (tensor([[ 0.2500, -2.0000]]), tensor([[ 1, -8]], dtype=torch.int8))
@@ -41,7 +43,7 @@ def fake_quantize_codes(
         "quant_min": _arguments.integer(op, "quant_min", quant_min),
         "quant_max": _arguments.integer(op, "quant_max", quant_max),
     }
-    return _ops.fake_quantize_codes(input, scale, zero_point, **limits)
+    return _ops.fake_quantize_codes(input, scale, zero_point, **limits, grad_factor=grad_factor)
 
 
 def quant_conv2d(

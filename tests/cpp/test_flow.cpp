@@ -1,3 +1,4 @@
+#include "recomputed.h"
 #include "support.h"
 
 #include <cmath>
@@ -23,6 +24,7 @@
 using Catch::Matchers::Contains;
 using namespace quantrain::nn;
 using support::read_file;
+using support::Recomputed;
 using support::same_bits;
 using support::TemporaryFolder;
 using support::value_error;
@@ -82,25 +84,6 @@ std::vector<double> train(Net& net, torch::optim::Optimizer& optimizer, int firs
   }
   return losses;
 }
-
-// Activation checkpointing: the forward pass runs without a graph, and once more in the backward pass.
-template <typename Module>
-struct Recomputed : torch::autograd::Function<Recomputed<Module>> {
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, Module* module) {
-    ctx->save_for_backward({x});
-    ctx->saved_data["module"] = reinterpret_cast<int64_t>(module);
-    const at::NoGradGuard no_grad;
-    return module->get()->forward(x);
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
-                                                 torch::autograd::variable_list grads) {
-    auto* module = reinterpret_cast<Module*>(ctx->saved_data["module"].toInt());
-    const at::Tensor x = ctx->get_saved_variables()[0].detach().requires_grad_();
-    const at::AutoGradMode with_grad(true);
-    module->get()->forward(x).backward(grads[0]);
-    return {x.grad(), at::Tensor()};
-  }
-};
 
 }  // namespace
 

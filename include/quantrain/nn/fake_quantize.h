@@ -18,6 +18,13 @@
 
 namespace quantrain::nn {
 
+// A fake-quantized tensor and, where it has some, its codes, which a layer may keep in its place:
+// values = (codes - zero_point) scale. zero_point is undefined where the codes are symmetric.
+struct QUANTRAIN_API Quantized {
+  at::Tensor values;
+  at::Tensor codes = {}, scale = {}, zero_point = {};
+};
+
 // Rounds its input to the codes of `spec` and back:
 //   y = (clamp(rint(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale
 // (quantrain::fake_quantize; straight-through gradient).
@@ -54,6 +61,19 @@ class QUANTRAIN_API FakeQuantizeImpl : public Copied<FakeQuantizeImpl, FixedDtyp
   // input passes.
   at::Tensor forward(const at::Tensor& input, const at::Tensor& zero = {});
 
+  // forward's result with its codes, where there are some: one fixed scale, at most 8 bits, a gradient to come.
+  Quantized with_codes(const at::Tensor& input);
+
+  // Whether a tensor becomes codes of a byte with one scale that no gradient reaches.
+  bool has_codes() const;
+
+  // Whether the extremes of a tensor are all that it needs to know of it: observe_range will do.
+  bool takes_range();
+
+  // (scale, zero_point) for a tensor of these extremes ([1] each), which are observed as forward observes a tensor;
+  // undefined ones do where nothing is observed.
+  std::tuple<at::Tensor, at::Tensor> observe_range(const at::Tensor& low, const at::Tensor& high);
+
   // Lets the range follow training, or freezes it. A learnable scale that has its first value is not observed again.
   void enable_observer(bool on = true) override;
   bool observer_enabled() const;
@@ -66,9 +86,13 @@ class QUANTRAIN_API FakeQuantizeImpl : public Copied<FakeQuantizeImpl, FixedDtyp
   // Whether a scale is there: dynamic, observed or loaded. The first call that finds one waits for the device.
   bool has_scale();
 
-  // Takes the input's range into account where the rule above says so; what forward does first. The result is the scale
-  // for this input where it is not the stored one, else undefined.
-  at::Tensor observe(const at::Tensor& input, const at::Tensor& zero = {});
+  // Whether a tensor that it is called with now moves the range.
+  bool observing() const;
+
+  // Takes the input's range into account where the rule above says so; what forward does first. Returns the scale and
+  // the zero point for this input, copies, where a range was observed and gave a scale that is not learned; else
+  // undefined ones.
+  std::tuple<at::Tensor, at::Tensor> observe(const at::Tensor& input, const at::Tensor& zero = {});
 
   // Whether an observer saw tensors, and all of them zeros. Waits for the device.
   bool sees_only_zeros() const;

@@ -18,6 +18,7 @@
 #include <optional>
 #include <ostream>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -134,6 +135,7 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module, public HasRecipe, pu
   at::Tensor linear_product(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const;
   at::Tensor conv2d_product(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
                             const Conv2dArguments& arguments) const;
+  bool is_watched() const { return static_cast<bool>(output_hook_); }
   const at::Tensor& watched(const at::Tensor& output) const {
     if (output_hook_) output_hook_(output, !quantizes_gradients());
     return output;
@@ -183,9 +185,16 @@ class QUANTRAIN_API QuantConv2dImpl : public Copied<QuantConv2dImpl, QuantModule
       : QuantConv2dImpl("QuantConv2d", options, recipe) {}
   virtual at::Tensor forward(const at::Tensor& input);
 
+  // The two halves of forward: the fake-quantized input, in training with the codes that are kept for the backward pass
+  // in its place where it has some (FakeQuantize::with_codes; not with "same" and "valid" padding, nor where gradients
+  // are quantized), and what is computed from it, or from one that another layer's call gave.
+  Quantized quantize_input(const at::Tensor& input);
+  virtual at::Tensor forward_quantized(const Quantized& input);
+
  protected:
   QuantConv2dImpl(const std::string& name, const torch::nn::Conv2dOptions& options, const Recipe& recipe);
-  at::Tensor convolve(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const;
+  Conv2dArguments window() const;
+  at::Tensor convolve(const Quantized& input, const at::Tensor& weight, const at::Tensor& bias) const;
 
  private:
   friend Copied<QuantConv2dImpl, QuantModule>;
@@ -209,10 +218,20 @@ class QUANTRAIN_API QuantConvBn2dImpl : public Copied<QuantConvBn2dImpl, QuantCo
   QuantConvBn2dImpl(const torch::nn::Conv2dOptions& options, const Recipe& recipe,
                     const torch::nn::BatchNorm2dOptions& bn_options);
   at::Tensor forward(const at::Tensor& input) override;
+  at::Tensor forward_quantized(const Quantized& input) override;
 
   // activation(y + residual), in the same passes over y in training (batch_norm.h). activation: "identity", "relu",
   // "relu6", "hardswish" or "silu"; residual may be undefined.
   at::Tensor forward_act(const at::Tensor& input, const at::Tensor& residual, const std::string& activation);
+
+  // The same of an input that is fake-quantized already. reader: the input_fake_quant of the layers that read the
+  // result and nothing else does. The result is then fake-quantized by it, with codes where it has some, and goes to
+  // those layers' forward_quantized or forward_act_quantized:
+  //
+  //   const Quantized y = conv1->forward_act_quantized(conv1->quantize_input(x), {}, "relu", conv2->input_fake_quant);
+  //   return conv2->forward_act_quantized(y, x, "relu").values;
+  Quantized forward_act_quantized(const Quantized& input, const at::Tensor& residual = {},
+                                  const std::string& activation = "identity", const FakeQuantize& reader = nullptr);
 
   // bn.num_batches_tracked stays an integer.
   void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;
@@ -229,13 +248,21 @@ class QUANTRAIN_API QuantConvBn2dImpl : public Copied<QuantConvBn2dImpl, QuantCo
  private:
   friend Copied<QuantConvBn2dImpl, QuantConv2dImpl>;
   std::shared_ptr<QuantConvBn2dImpl> fresh() const;
+  const at::Tensor& folding_variance() const;
   at::Tensor scale_factor() const;  // sf, [O, 1, 1, 1]
-  // activation(bn(y / sf + b) + residual), without the division where batch_norm_act serves.
-  at::Tensor normalized(const at::Tensor& y, const at::Tensor& sf, const at::Tensor& residual,
-                        const std::string& activation);
+  std::tuple<at::Tensor, at::Tensor> folded_weight();
   bool folds() const;
+  bool fuses(const at::Tensor& y) const;
+  bool runs_as_one_node(const at::Tensor& input, const at::Tensor& residual, const std::string& activation) const;
+  Quantized node_step(const Quantized& input, const at::Tensor& residual, const std::string& activation,
+                      FakeQuantize reader);
+  Quantized normalized(const at::Tensor& y, const at::Tensor& sf, const at::Tensor& residual,
+                       const std::string& activation, FakeQuantize reader);
+  at::Tensor move_statistics(const at::Tensor& statistics, const at::Tensor& y, const at::Tensor& sf,
+                             const std::string& activation, bool with_range);
 
   torch::nn::BatchNorm2dOptions bn_options_;
+  at::Tensor variance_;  // what the latest forward pass of training folded with
 };
 TORCH_MODULE(QuantConvBn2d);
 

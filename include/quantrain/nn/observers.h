@@ -106,9 +106,23 @@ class QUANTRAIN_API ObserverImpl : public Copied<ObserverImpl, FixedDtypeModule>
   void update(const Range& range);
 
   // forward, and scale and zero_point (where defined) from the range, in one operator after the measurement. Returns
-  // the scale to use with this batch: NaN in blocks that are not finite, where marks_nonfinite.
-  at::Tensor observe_qparams(const at::Tensor& input, at::Tensor& scale, const at::Tensor& zero_point, bool check,
-                             bool marks_nonfinite);
+  // those to use with this batch, copies: the scale is NaN in blocks that are not finite, where marks_nonfinite.
+  std::tuple<at::Tensor, at::Tensor> observe_qparams(const at::Tensor& input, at::Tensor& scale,
+                                                     const at::Tensor& zero_point, bool check, bool marks_nonfinite);
+
+  // The same of a range that was measured elsewhere; without `finite` a block counts where its range is finite.
+  std::tuple<at::Tensor, at::Tensor> take(const at::Tensor& low, const at::Tensor& high,
+                                          const std::optional<at::Tensor>& finite, at::Tensor& scale,
+                                          const at::Tensor& zero_point, bool marks_nonfinite);
+
+  // Whether a batch's range is its extremes.
+  bool of_extremes() const;
+
+  // ValueError where a batch's extremes are not finite.
+  void check_range(const at::Tensor& low, const at::Tensor& high) const;
+
+  // The weight of a new batch; 0: the extremes of all batches.
+  double averaging_constant() const;
 
   at::Tensor only_zeros() const;  // bool: blocks that were seen, but only as zeros
   at::Tensor unseen() const;      // bool: blocks that saw nothing
@@ -125,6 +139,7 @@ class QUANTRAIN_API ObserverImpl : public Copied<ObserverImpl, FixedDtypeModule>
 
   // What error messages call it.
   void set_label(std::string label) { label_ = std::move(label); }
+  const std::string& label() const { return label_; }
 
   // Archives of earlier releases have no `frozen`; the module's own value stays.
   void load(torch::serialize::InputArchive& archive) override;

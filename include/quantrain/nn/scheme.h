@@ -16,6 +16,7 @@
 
 #include "quantrain/nn/fields.h"
 #include "quantrain/ops/export.h"
+#include "quantrain/ops/gradient_quant.h"
 
 namespace quantrain::nn {
 
@@ -71,6 +72,9 @@ class QUANTRAIN_API Scheme {
   virtual at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const;
   virtual at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
                             const Conv2dArguments& arguments) const;
+  // Where conv2d is fqt_conv2d: its grad_input and grad_weight, with which a layer may run that together with what
+  // follows it. None: the layer calls conv2d.
+  virtual std::optional<std::pair<GradientQuantizer, GradientQuantizer>> conv2d_quantizers() const { return {}; }
 
   // Whether converted Linear layers multiply integers: integer_linear is then what such a layer computes from its
   // unrounded input, before output_fake_quant.

@@ -28,9 +28,10 @@ QUANTRAIN_API at::Tensor quant_conv2d(const at::Tensor& input, const at::Tensor&
                                       at::IntArrayRef padding = 0, at::IntArrayRef dilation = 1, int64_t groups = 1);
 
 // (fake_quantize(input), its codes) in one pass: int8, or uint8 where quant_min >= 0. One scale for the tensor, codes
-// of at most 8 bits; input [N, C, ...]. Gradient: fake_quantize's.
+// of at most 8 bits; input [N, C, ...]. Gradient: fake_quantize's; where scale requires one, fake_quantize_learnable's,
+// that of scale times grad_factor, and then input is kept instead of a bit per element.
 QUANTRAIN_API std::tuple<at::Tensor, at::Tensor> fake_quantize_codes(
     const at::Tensor& input, const at::Tensor& scale, const std::optional<at::Tensor>& zero_point = std::nullopt,
-    int64_t quant_min = -128, int64_t quant_max = 127);
+    int64_t quant_min = -128, int64_t quant_max = 127, double grad_factor = 1.0);
 
 }  // namespace quantrain
