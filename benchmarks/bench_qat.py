@@ -1,14 +1,17 @@
 """A training step under quantization-aware training over that of the float model, and the passes it is made of.
 
     python benchmarks/bench_qat.py [--device cpu|cuda] [--only SECTION,...] [--quick] [--json FILE]
+    QAT_MODELS=resnet50,llama python benchmarks/bench_qat.py    some of the models
 
 Sections, in this order:
     passes    batch norm + relu + fake-quantization, 64 x 256 x 56 x 56 bfloat16, channels last: the share of the time that its bytes take
               at the copy rate of the same run, forward (6 bytes per element) and backward (10)
-    step      torchvision's models, bfloat16 autocast, channels last, SGD: the float model's time over ours, eager, by whole steps
-              on the host's clock; "memory": the peak of a step over the float model's (less is better). PyTorch's own QAT
-              (torch.ao, float32, as it comes) stands beside ResNet-50
+    step      torchvision's models, bfloat16 autocast, channels last, SGD, and transformers' Llama (2048 wide, 8 layers) in
+              bfloat16 with fused AdamW: the float model's time over ours, eager, by whole steps on the host's clock; "memory":
+              the peak of a step over the float model's (less is better). PyTorch's own QAT (torch.ao, float32, as it comes)
+              stands beside ResNet-50
     compiled  the same after torch.compile
+    captured  the same, forward, backward and update as one CUDA graph of each: no host in either
     launches  kernels of one step, by the profiler: ours over the float model's
 
 On the CPU: ResNet-20 of 32 x 32 images in float32, two threads.
@@ -17,6 +20,8 @@ On the CPU: ResNet-20 of 32 x 32 images in float32, two threads.
 from __future__ import annotations
 
 import gc
+import os
+import statistics
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,7 +29,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from common.sections import SectionReport, run_sections
-from common.timing import copy_rate, kernel_seconds, step_seconds
+from common.timing import Captured, copy_rate, kernel_seconds, step_seconds, turns
 from torch import Tensor, nn
 
 import quantrain.nn as qnn
@@ -36,8 +41,12 @@ MODELS = {
     "efficientnet_b0": (128, 224, {"qat-w8a8": (1.15, 1.0)}),
     "convnext_tiny": (128, 224, {"qat-w8a8": (1.15, 1.0)}),
     "vit_b_16": (64, 224, {"qat-w8a8": (1.05, 0.95), "qat-w4a8": (1.05, 0.95)}),
+    "llama": (4, 2048, {"qat-w8a8-token": (1.04, 0.9), "qat-w4a8": (1.04, 0.9), "fqt-psq8": (1.35, 1.0)}),
 }
+if "QAT_MODELS" in os.environ:
+    MODELS = {name: MODELS[name] for name in os.environ["QAT_MODELS"].split(",")}
 QUICK = {"resnet18": (2, 32, {"qat-w8a8": (None, None)})}
+VOCABULARY = 32000
 ON_CPU = {"resnet20": (64, 32, {"qat-w8a8": (1.15, None), "qat-w4a4": (1.2, None), "fqt-bhq5": (1.6, None)})}
 
 
@@ -72,10 +81,23 @@ class ResNet20(nn.Module):
         return self.fc(self.blocks(F.relu(self.bn(self.conv(x)))).mean((2, 3)))
 
 
+def llama(device: str) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=16,
+        vocab_size=VOCABULARY, use_cache=False,
+    )  # fmt: skip
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
 def built(name: str, device: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name == "llama":
+        return llama(device)
     import torchvision
 
-    torch.manual_seed(0)
     model = ResNet20() if name == "resnet20" else getattr(torchvision.models, name)(weights=None)
     return model.to(device).to(memory_format=torch.channels_last if device == "cuda" else torch.contiguous_format)
 
@@ -90,8 +112,10 @@ def prepared(model: nn.Module, recipe: str | None) -> nn.Module:
 
 def step_of(model: nn.Module, batch: int, size: int, device: str, autocast: bool = True) -> Callable[[int], Tensor]:
     model.train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     g = torch.Generator(device).manual_seed(1)
+    if "Llama" in type(model).__name__ or hasattr(model, "_orig_mod") and "Llama" in type(model._orig_mod).__name__:
+        return language_step(model, batch, size, g)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     x = torch.randn(batch, 3, size, size, device=device, generator=g)
     x = x.contiguous(memory_format=torch.channels_last) if device == "cuda" else x
     labels = torch.randint(10, (batch,), device=device, generator=g)
@@ -107,8 +131,22 @@ def step_of(model: nn.Module, batch: int, size: int, device: str, autocast: bool
     return step
 
 
-def measured(make: Callable[[], Callable], device: str) -> dict[str, float]:
-    """ms of a step, and its peak in GiB, of one model at a time."""
+def language_step(model: nn.Module, batch: int, tokens: int, g: torch.Generator) -> Callable[[int], Tensor]:
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True, capturable=True)
+    ids = torch.randint(VOCABULARY, (batch, tokens), device=g.device, generator=g)
+
+    def step(_: int) -> Tensor:
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def measured(make: Callable[[], Callable], device: str, captured: bool = False) -> dict[str, float]:
+    """ms of a step, and its peak in GiB where it is not captured, of one model at a time."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -117,6 +155,8 @@ def measured(make: Callable[[], Callable], device: str) -> dict[str, float]:
         loss = float(step(number))
     if not loss == loss:
         raise AssertionError("expected a finite loss, got NaN")
+    if captured:
+        return {"ms": 1e3 * statistics.median(turns([Captured(step).seconds], 9)[0])}
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step(0)
@@ -192,13 +232,13 @@ def steps(section: str, report: SectionReport, device: str, quick: bool) -> None
                     model = torch.compile(model)
                 return step_of(model, batch, size, device)
 
-            found[recipe] = measured(make, device)
+            found[recipe] = measured(make, device, section == "captured")
         plain = found.pop(None)
         for recipe, ours in found.items():
             time, memory = recipes[recipe]
             case = f"{name} {recipe}"
             report.row(section, case, plain["ms"] / ours["ms"], time and 1 / time, ms=ours["ms"], float_ms=plain["ms"])
-            if device == "cuda":
+            if device == "cuda" and section != "captured":
                 report.row("memory", case, ours["gib"] / plain["gib"], memory, gib=ours["gib"], float_gib=plain["gib"])
         if section == "step" and name == "resnet50":
             theirs = measured(
@@ -211,7 +251,7 @@ def steps(section: str, report: SectionReport, device: str, quick: bool) -> None
 def launches(report: SectionReport, device: str, quick: bool) -> None:
     if device == "cpu":
         return
-    for name, (batch, size, recipes) in (QUICK if quick else {"resnet50": MODELS["resnet50"]}).items():
+    for name, (batch, size, recipes) in (QUICK if quick else MODELS).items():
         counts, seconds = {}, {}
         for recipe in (None, *recipes):
             step = step_of(prepared(built(name, device), recipe), batch, size, device)
@@ -222,7 +262,7 @@ def launches(report: SectionReport, device: str, quick: bool) -> None:
                 torch.cuda.synchronize()
             events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
             counts[recipe], seconds[recipe] = len(events), sum(e.device_time for e in events) / 1e3
-            if recipe == "qat-w8a8":
+            if recipe in (None, next(iter(recipes))):
                 table = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)[:24]
                 for event in table:
                     report.say(f"    {event.self_device_time_total / 1e3:8.3f} ms {event.count:5d} x {event.key[:110]}")
@@ -239,6 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
         "passes": passes,
         "step": lambda *rest: steps("step", *rest),
         "compiled": lambda *rest: steps("compiled", *rest),
+        "captured": lambda *rest: steps("captured", *rest),
         "launches": launches,
     }
     return run_sections("bench_qat", __doc__, sections, arguments)
