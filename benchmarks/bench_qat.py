@@ -1,30 +1,44 @@
 """A training step under quantization-aware training over that of the float model, and the passes it is made of.
 
     python benchmarks/bench_qat.py [--device cpu|cuda] [--only SECTION,...] [--quick] [--json FILE]
+    QAT_MODELS=resnet50,llama python benchmarks/bench_qat.py    some of the models
 
 Sections, in this order:
     passes    batch norm + relu + fake-quantization, 64 x 256 x 56 x 56 bfloat16, channels last: the share of the time that its bytes take
               at the copy rate of the same run, forward (6 bytes per element) and backward (10)
-    step      torchvision's models, bfloat16 autocast, channels last, SGD: the float model's time over ours, eager, by whole steps
-              on the host's clock; "memory": the peak of a step over the float model's (less is better). PyTorch's own QAT
-              (torch.ao, float32, as it comes) stands beside ResNet-50
-    compiled  the same after torch.compile
+    step      torchvision's models, bfloat16 autocast, channels last, SGD, and transformers' Llama (2048 wide, 8 layers) in
+              bfloat16 with fused AdamW: the float model's time over ours, eager, by whole steps on the host's clock; "memory":
+              the peak of a step over the float model's (less is better)
+    compiled  the same after torch.compile, by itself three minutes for a model: whoever's turn comes later is left out with a note
+    captured  the same, forward, backward and update as one CUDA graph of each: no host in either
     launches  kernels of one step, by the profiler: ours over the float model's
 
-On the CPU: ResNet-20 of 32 x 32 images in float32, two threads.
+Beside ours, in step, compiled and captured, stand the training steps of torchao, brevitas and torch.ao, those that are installed
+(common/qat_peers.py says what each rounds, and how). Such a row's ratio is their time over ours, in "memory" our peak over theirs.
+They run as ours do, under the same autocast or in bfloat16, but for torch.ao, whose observers take float32 alone. Before it is timed, the
+values that a peer's products read are counted: it must round both. A step that fails is noted and does not stop the others; one of ours
+counts in the exit status.
+
+On the CPU: ResNet-20 of 32 x 32 images in float32, two threads; with --quick, of compiled models the traced graphs, run eagerly.
 """
 
 from __future__ import annotations
 
 import gc
+import os
+import signal
+import statistics
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from common.qat_peers import PEERS, Peer, prepared_by, products_that_round
 from common.sections import SectionReport, run_sections
-from common.timing import copy_rate, kernel_seconds, step_seconds
+from common.timing import Captured, copy_rate, kernel_seconds, step_seconds, turns
 from torch import Tensor, nn
 
 import quantrain.nn as qnn
@@ -36,9 +50,21 @@ MODELS = {
     "efficientnet_b0": (128, 224, {"qat-w8a8": (1.15, 1.0)}),
     "convnext_tiny": (128, 224, {"qat-w8a8": (1.15, 1.0)}),
     "vit_b_16": (64, 224, {"qat-w8a8": (1.05, 0.95), "qat-w4a8": (1.05, 0.95)}),
+    "llama": (4, 2048, {"qat-w8a8-token": (1.04, 0.9), "qat-w4a8": (1.04, 0.9), "fqt-psq8": (1.35, 1.0)}),
 }
-QUICK = {"resnet18": (2, 32, {"qat-w8a8": (None, None)})}
+if "QAT_MODELS" in os.environ:
+    MODELS = {name: MODELS[name] for name in os.environ["QAT_MODELS"].split(",")}
+QUICK = {
+    "resnet18": (2, 32, {"qat-w8a8": (None, None), "qat-w4a4": (None, None)}),
+    "llama-tiny": (2, 32, {"qat-w8a8-token": (None, None), "qat-w4a8": (None, None), "fqt-psq8": (None, None)}),
+}
 ON_CPU = {"resnet20": (64, 32, {"qat-w8a8": (1.15, None), "qat-w4a4": (1.2, None), "fqt-bhq5": (1.6, None)})}
+VOCABULARY = 32000
+COMPILE_SECONDS = 180.0  # for all of a model's steps in "compiled"
+
+
+def models_of(device: str, quick: bool) -> dict[str, tuple[int, int, dict]]:
+    return QUICK if quick else ON_CPU if device == "cpu" else MODELS
 
 
 class ResNet20(nn.Module):
@@ -72,15 +98,32 @@ class ResNet20(nn.Module):
         return self.fc(self.blocks(F.relu(self.bn(self.conv(x)))).mean((2, 3)))
 
 
+def llama(device: str, tiny: bool) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    width, intermediate, layers, heads = (64, 128, 2, 4) if tiny else (2048, 5632, 8, 16)
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads, vocab_size=VOCABULARY, use_cache=False,
+    )  # fmt: skip
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
 def built(name: str, device: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name.startswith("llama"):
+        return llama(device, name == "llama-tiny")
     import torchvision
 
-    torch.manual_seed(0)
     model = ResNet20() if name == "resnet20" else getattr(torchvision.models, name)(weights=None)
     return model.to(device).to(memory_format=torch.channels_last if device == "cuda" else torch.contiguous_format)
 
 
-def prepared(model: nn.Module, recipe: str | None) -> nn.Module:
+def prepared(model: nn.Module, recipe: str | None, peer: Peer | None, size: int, device: str) -> nn.Module:
+    """The float model, ours, or a peer's."""
+    if peer is not None:
+        return prepared_by(peer, model, torch.randn(1, 3, size, size, device=device)).to(device)
     if recipe is None:
         return model
     with warnings.catch_warnings():
@@ -88,10 +131,13 @@ def prepared(model: nn.Module, recipe: str | None) -> nn.Module:
         return qnn.prepare(model, recipe, fuse=True)
 
 
-def step_of(model: nn.Module, batch: int, size: int, device: str, autocast: bool = True) -> Callable[[int], Tensor]:
+def step_of(model: nn.Module, name: str, batch: int, size: int, device: str, autocast: bool = True) -> Callable:
+    """A step of training by the same batch, of its number; gives the loss."""
     model.train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     g = torch.Generator(device).manual_seed(1)
+    if name.startswith("llama"):
+        return language_step(model, batch, size, g)
+    optimizer = torch.optim.SGD(model.parameters(), 0.001, momentum=0.9)
     x = torch.randn(batch, 3, size, size, device=device, generator=g)
     x = x.contiguous(memory_format=torch.channels_last) if device == "cuda" else x
     labels = torch.randint(10, (batch,), device=device, generator=g)
@@ -107,8 +153,23 @@ def step_of(model: nn.Module, batch: int, size: int, device: str, autocast: bool
     return step
 
 
-def measured(make: Callable[[], Callable], device: str) -> dict[str, float]:
-    """ms of a step, and its peak in GiB, of one model at a time."""
+def language_step(model: nn.Module, batch: int, tokens: int, g: torch.Generator) -> Callable[[int], Tensor]:
+    on_gpu = g.device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=on_gpu, capturable=on_gpu)
+    ids = torch.randint(VOCABULARY, (batch, tokens), device=g.device, generator=g)
+
+    def step(_: int) -> Tensor:
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def measured(make: Callable[[], Callable], device: str, captured: bool = False) -> dict[str, float]:
+    """ms of a step, and its peak in GiB where it is not captured, of one model at a time."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -117,6 +178,8 @@ def measured(make: Callable[[], Callable], device: str) -> dict[str, float]:
         loss = float(step(number))
     if not loss == loss:
         raise AssertionError("expected a finite loss, got NaN")
+    if captured:
+        return {"ms": 1e3 * statistics.median(turns([Captured(step).seconds], 9)[0])}
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step(0)
@@ -125,16 +188,20 @@ def measured(make: Callable[[], Callable], device: str) -> dict[str, float]:
     return {"ms": 1e3 * step_seconds([step], device)[0], "gib": peak}
 
 
-def torch_qat(model: nn.Module, size: int) -> nn.Module:
-    """PyTorch's own, by tracing, with its default settings."""
-    from torch.ao.quantization import get_default_qat_qconfig_mapping
-    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in what takes longer; again every 5 s, where something swallows it."""
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return prepare_qat_fx(
-            model.train(), get_default_qat_qconfig_mapping("fbgemm"), (torch.randn(1, 3, size, size),)
-        )
+    def over(*_: object) -> None:
+        raise TimeoutError("no time is left for this model")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------
@@ -179,42 +246,102 @@ def passes(report: SectionReport, device: str, quick: bool) -> None:
     report.row("passes", "backward", elements * (5 * width + 2 / 8) / rate / back, bars[1], us=back * 1e6)
 
 
-def steps(section: str, report: SectionReport, device: str, quick: bool) -> None:
-    models = QUICK if quick else ON_CPU if device == "cpu" else MODELS
-    for name, (batch, size, recipes) in models.items():
-        found = {}
-        for recipe in (None, *recipes):
+Candidate = tuple[str, str | None, Peer | None]  # model, recipe (None: float), and who else runs it (None: we)
 
-            def make(recipe: str | None = recipe) -> Callable:
-                model = prepared(built(name, device), recipe)
-                step_of(model, batch, size, device)(0)  # first ranges are set outside of what is compiled
-                if section == "compiled":
-                    model = torch.compile(model)
-                return step_of(model, batch, size, device)
 
-            found[recipe] = measured(make, device)
-        plain = found.pop(None)
-        for recipe, ours in found.items():
-            time, memory = recipes[recipe]
-            case = f"{name} {recipe}"
-            report.row(section, case, plain["ms"] / ours["ms"], time and 1 / time, ms=ours["ms"], float_ms=plain["ms"])
-            if device == "cuda":
-                report.row("memory", case, ours["gib"] / plain["gib"], memory, gib=ours["gib"], float_gib=plain["gib"])
-        if section == "step" and name == "resnet50":
-            theirs = measured(
-                lambda: step_of(torch_qat(built(name, "cpu"), 224).to(device), batch, size, device, False), device
-            )
-            report.row("step", f"{name}, PyTorch's QAT", plain["ms"] / theirs["ms"], None, ms=theirs["ms"])
-            report.row("memory", f"{name}, PyTorch's QAT", theirs["gib"] / plain["gib"], None, gib=theirs["gib"])
+def plan_of(section: str, models: dict) -> list[Candidate]:
+    """In the order of measuring: of each model float, our recipes, then their peers."""
+    plan: list[Candidate] = []
+    for name, (_, _, recipes) in models.items():
+        plan.append((name, None, None))
+        plan += [(name, recipe, None) for recipe in recipes]
+        plan += [(name, recipe, peer) for recipe in recipes for peer in PEERS.get(name, {}).get(recipe, ())]
+    if section == "captured":  # a capture that fails may leave the device in a bad state: ours come first
+        plan.sort(key=lambda candidate: candidate[2] is not None)
+    return plan
+
+
+def case_of(name: str, recipe: str | None, peer: Peer | None) -> str:
+    return f"{name} {recipe or 'float'}" + (f", {peer.name}" if peer else "")
+
+
+def made(section: str, report: SectionReport, device: str, quick: bool, candidate: Candidate) -> Callable:
+    """The step of a candidate, after its first ranges are set."""
+    name, recipe, peer = candidate
+    batch, size, _ = models_of(device, quick)[name]
+    model = prepared(built(name, device), recipe, peer, size, device)
+    rest = (name, batch, size, device, peer is None or peer.autocast)
+    step = step_of(model, *rest)
+    for number in range(2):  # ranges are set, brevitas' become parameters, outside of what is compiled
+        step(number)
+    if peer is not None and section == "step":
+        report.note(f"{case_of(*candidate)}: {products_that_round(peer, lambda: step(0))}")
+    if section == "compiled":
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="aot_eager" if quick and device == "cpu" else "inductor")
+        return step_of(compiled, *rest)
+    return step
+
+
+def steps(section: str, report: SectionReport, device: str, quick: bool) -> int:
+    """Returns how many of our own steps failed."""
+    if section == "captured" and device == "cpu":
+        return 0
+    models, found, failed = models_of(device, quick), {}, 0
+    left = dict.fromkeys(models, (8.0 if quick else COMPILE_SECONDS) if section == "compiled" else 1e6)
+    for candidate in plan_of(section, models):
+        name, recipe, peer = candidate
+        case, started = case_of(*candidate), time.monotonic()
+        if peer is not None and not peer.installed:
+            report.note(f"{section} {case}: left out, {peer.package} is not installed")
+            continue
+        if left[name] <= 0:
+            report.note(f"{section} {case}: left out, no time is left for this model")
+            continue
+        try:
+            with limited(left[name]):
+                found[candidate] = measured(
+                    lambda of=candidate: made(section, report, device, quick, of), device, section == "captured"
+                )
+        except Exception as error:
+            report.note(f"{section} {case}: FAILED, {type(error).__name__}: {str(error).strip()[:300]}")
+            failed += peer is None
+        else:
+            row_of(section, report, device, models[name][2].get(recipe), candidate, found)
+        left[name] -= time.monotonic() - started
+    return failed
+
+
+def row_of(section: str, report: SectionReport, device: str, bars: tuple | None, of: Candidate, found: dict) -> None:
+    """Ours against the float model, a peer against ours."""
+    name, recipe, peer = of
+    if recipe is None:
+        return
+    case, mine, base = case_of(*of), found[of], found.get((name, recipe if peer else None, None))
+    if base is None:
+        report.row(section, case, None, None, ms=mine["ms"])
+        return
+    has_peak = device == "cuda" and section != "captured"
+    if peer is None:
+        time_bar, peak_bar = bars
+        against = {"float_ms": base["ms"]}, {"float_gib": base.get("gib")}
+        ratio, peaks = base["ms"] / mine["ms"], (mine, base)
+    else:
+        time_bar, peak_bar = (1.0, None) if device == "cuda" else (None, None)
+        against = {"ours_ms": base["ms"]}, {"ours_gib": base.get("gib")}
+        ratio, peaks = mine["ms"] / base["ms"], (base, mine)
+    report.row(section, case, ratio, time_bar and 1 / time_bar, ms=mine["ms"], **against[0])
+    if has_peak:
+        report.row("memory", case, peaks[0]["gib"] / peaks[1]["gib"], peak_bar, gib=mine["gib"], **against[1])
 
 
 def launches(report: SectionReport, device: str, quick: bool) -> None:
     if device == "cpu":
         return
-    for name, (batch, size, recipes) in (QUICK if quick else {"resnet50": MODELS["resnet50"]}).items():
+    for name, (batch, size, recipes) in models_of(device, quick).items():
         counts, seconds = {}, {}
         for recipe in (None, *recipes):
-            step = step_of(prepared(built(name, device), recipe), batch, size, device)
+            step = step_of(prepared(built(name, device), recipe, None, size, device), name, batch, size, device)
             for number in range(3):
                 step(number)
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -222,7 +349,7 @@ def launches(report: SectionReport, device: str, quick: bool) -> None:
                 torch.cuda.synchronize()
             events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
             counts[recipe], seconds[recipe] = len(events), sum(e.device_time for e in events) / 1e3
-            if recipe == "qat-w8a8":
+            if recipe in (None, next(iter(recipes))):
                 table = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)[:24]
                 for event in table:
                     report.say(f"    {event.self_device_time_total / 1e3:8.3f} ms {event.count:5d} x {event.key[:110]}")
@@ -239,6 +366,7 @@ def main(arguments: list[str] | None = None) -> int:
         "passes": passes,
         "step": lambda *rest: steps("step", *rest),
         "compiled": lambda *rest: steps("compiled", *rest),
+        "captured": lambda *rest: steps("captured", *rest),
         "launches": launches,
     }
     return run_sections("bench_qat", __doc__, sections, arguments)

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Draws docs/figures/*.png: the formulas of docs/fake_quant.md, and the committed results of the benchmarks and
-studies.
+"""Draws docs/figures/*.png: the formulas of docs/fake_quant.md, the passes of docs/batch_norm.md, and the committed
+results of the benchmarks and studies.
 
 Usage: make_figures.py [--out DIR]. Needs numpy and matplotlib; the formulas are written out here in NumPy, nothing of
 the package is imported. What a figure is drawn from stands below it; one whose result is not committed is not drawn.
@@ -19,7 +19,21 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from common.drawing import BLUE, GREY, INK, ORANGE, PALE_BLUE, SKY, panels, plt, save, source  # noqa: E402
+from common.drawing import (  # noqa: E402
+    BLUE,
+    GREY,
+    INK,
+    ORANGE,
+    PALE_BLUE,
+    PALE_GREEN,
+    PALE_GREY,
+    PALE_ORANGE,
+    SKY,
+    panels,
+    plt,
+    save,
+    source,
+)
 from studies.fixed_point import figures as fixed_point  # noqa: E402
 from studies.gradient_quant import figures as gradient_quant  # noqa: E402
 from studies.int8_training import figures as int8_training  # noqa: E402
@@ -88,6 +102,92 @@ def lsq_gradients(out: Path) -> None:
     tidy(axes[1], "LSQ+: codes 0 to 7, scale 0.5, zero point 2", "gradient")
     axes[1].set_ylim(-5, 10.5)
     save(figure, out / "lsq_gradients.png")
+
+
+BIT = 1 / 8  # bytes
+NORM, BEND, ROUND, DIVIDE, JOINED = PALE_BLUE, PALE_GREEN, PALE_ORANGE, PALE_GREY, "#a9cdee"
+# What lies between two convolutions: name, bytes read and written per element of 16 bits, colour. docs/batch_norm.md,
+# "Bytes moved", has the joined passes, and 14 and 6 bytes for the forward calls. What each backward call must at least
+# read and write follows from its formula (of the division that of its input alone), what is saved from PyTorch's
+# formulas and, joined, from autograd/quant_conv.cpp, which also decodes the codes for the next weight's gradient.
+PASSES = {
+    "float": {
+        "forward": [("statistics", 2, 0, NORM), ("normalize", 2, 2, NORM), ("ReLU", 2, 2, BEND)],
+        "backward": [("ReLU", 4, 2, BEND), ("sums", 4, 0, NORM), ("normalize", 4, 2, NORM)],
+        "saved": [("convolution's output", 2, NORM), ("ReLU's output", 2, BEND)],
+    },
+    "QAT, call by call": {
+        "forward": [
+            ("unfold", 2, 2, DIVIDE), ("statistics", 2, 0, NORM), ("normalize", 2, 2, NORM), ("ReLU", 2, 2, BEND),
+            ("range", 2, 0, ROUND), ("round", 2, 2 + BIT, ROUND),
+        ],
+        "backward": [
+            ("round", 2 + BIT, 2, ROUND), ("ReLU", 4, 2, BEND), ("sums", 4, 0, NORM), ("normalize", 4, 2, NORM),
+            ("unfold", 2, 2, DIVIDE),
+        ],
+        "saved": [
+            ("convolution's output", 2, DIVIDE), ("unfolded", 2, NORM), ("ReLU's output", 2, BEND), ("rounded", 2, ROUND),
+        ],
+    },
+    "QAT, joined": {
+        "forward": [("statistics, range", 2, 0, JOINED), ("normalize, ReLU,\nround, codes", 2, 3 + BIT, JOINED)],
+        "backward": [
+            ("round, ReLU, sums", 4 + BIT, 0, JOINED), ("round, ReLU,\nnormalize", 4 + BIT, 2, JOINED),
+            ("decode codes", 1, 2, ROUND),
+        ],
+        "saved": [("convolution's output", 2, JOINED), ("codes", 1, ROUND)],
+    },
+}  # fmt: skip
+MASKED = {"QAT, call by call", "QAT, joined"}  # save a bit per element too
+
+
+def number(value: float) -> str:
+    """2, or 2⅛."""
+    return f"{int(value)}{'' if value == int(value) else {1: '⅛', 2: '¼'}[round(value % 1 * 8)]}"
+
+
+def passes(out: Path) -> None:
+    """The passes over memory between two convolutions, as high as the bytes that they move, and what is saved."""
+    rows = ("forward", "backward", "saved")
+    heights = [max(sum(sum(p[1:-1]) for p in ways[row]) for ways in PASSES.values()) + 2.6 for row in rows]
+    figure, axes = panels(3, 0.165 * sum(heights) + 0.6, ratios=heights)
+    for axis, row, height in zip(axes, rows, heights, strict=True):
+        axis.set(xlim=(-0.02, 2.98), ylim=(height - 1.6, -1.0))
+        axis.set_axis_off()
+        for column, (way, parts) in enumerate(PASSES.items()):
+            top = 0.0
+            for name, *moved, colour in parts[row]:
+                high = sum(moved)
+                box = plt.Rectangle((column, top), 0.95, high, facecolor=colour, edgecolor=INK, linewidth=0.8)
+                axis.add_patch(box)
+                at = {"y": top + high / 2, "va": "center", "fontsize": 9.5 if high > 1 else 8}
+                axis.text(column + 0.03, s=name, ha="left", **at)
+                axis.text(column + 0.92, s=" + ".join(map(number, moved)), ha="right", **at)
+                top += high
+            bit = BIT if row == "saved" and way in MASKED else 0
+            what = f"{number(top + bit)} bytes" + (" (mask ⅛)" if bit else "")
+            axis.text(column + 0.475, top + 0.25, what, ha="center", va="top", fontsize=10, weight="bold")
+        titles = {
+            "forward": "forward, from a convolution to the next: bytes read + written per element",
+            "backward": "backward, from that convolution to this: bytes read + written per element",
+            "saved": "saved in between for the backward pass: bytes per element",
+        }
+        axis.set_title(titles[row], loc="left", fontsize=11, pad=18 if row == "forward" else 4)
+    for column, way in enumerate(PASSES):
+        axes[0].text(column + 0.475, -0.35, way, ha="center", va="bottom", fontsize=11, weight="bold", color=BLUE)
+    handles = [
+        plt.Rectangle((0, 0), 1, 1, facecolor=c, edgecolor=INK, linewidth=0.8)
+        for c in (DIVIDE, NORM, BEND, ROUND, JOINED)
+    ]
+    names = ["folded scale", "batch norm", "activation", "rounding", "joined"]
+    figure.legend(
+        handles, names, loc="outside upper center", ncols=5, fontsize=9.5, columnspacing=1.0, handlelength=1.3
+    )
+    save(
+        figure,
+        out / "passes.png",
+        "at the least, counted from docs/batch_norm.md, Bytes moved, and autograd/quant_conv.cpp",
+    )
 
 
 def range_search(out: Path) -> None:
@@ -224,7 +324,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    for draw in (staircase, lsq_gradients, range_search, bandwidth, amp_losses, fixed_point_error):
+    for draw in (staircase, lsq_gradients, passes, range_search, bandwidth, amp_losses, fixed_point_error):
         draw(out)
     for study in (fixed_point, gradient_quant, int8_training):
         study.draw_all(RESULTS, out)
