@@ -146,7 +146,7 @@ def test_what_the_summary_says():
     assert model.quantization_summary.fused == (
         "0.conv1: batch norm + relu + input of conv2",
         "0.conv2: batch norm + add + relu",
-        "0.one fake-quantized input of down.0, conv1",
+        "0: one fake-quantized input of down.0, conv1",
         "1.conv.0: batch norm + relu6 + input of conv.3",
         "1.conv.3: batch norm + hardswish",
     )
