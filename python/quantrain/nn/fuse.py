@@ -6,7 +6,7 @@ A block (a module whose forward pass calls convolutions) is traced with torch.fx
 
 becomes one call of the :class:`QuantConvBn2d`, with the residual and the activation's name, which then goes over its output in the
 two passes of :func:`quantrain.batch_norm_act`. Layers of the block that read one tensor under one spec share its fake-quantized
-form: the first's ``input_fake_quant`` is all of theirs. Nothing else of a block changes: its
+form: the first's ``input_fake_quant`` is all of theirs, and so is its scale where it is learned. Nothing else of a block changes: its
 class, children and state dict stay, ``forward`` is what is replaced, and :func:`unfuse` puts the written one back.
 """
 
@@ -15,20 +15,20 @@ from __future__ import annotations
 import importlib
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .conv_bn import FoldedBatchNorm2d, QuantConvBn2d
 from .fake_quantize import FakeQuantize, has_hooks
 from .fuse_source import attributes_read
 from .layers import QuantConv2d
 
-__all__ = ["FusedForward", "fuse", "fused_rows", "unfuse"]
+__all__ = ["FusedForward", "differing_shares", "fuse", "fused_rows", "unfuse"]
 
 _MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.SiLU: "silu"}
 _FUNCTIONS = {
@@ -273,6 +273,7 @@ def _fuse_block(name: str, block: nn.Module, graph: fx.Graph, elsewhere: set[int
         return
     graph.lint()
     code = graph.python_code("self")
+    block.register_load_state_dict_pre_hook(_refuse_differing_shares)
     block.__dict__["forward"] = FusedForward(block, code.src, dict(code.globals), Traced(block, paths), rows)
 
 
@@ -359,8 +360,10 @@ def _reads(node: fx.Node, value: fx.Node, modules: dict[str, nn.Module], alone: 
 
 
 def _alike(one: FakeQuantize, other: FakeQuantize) -> bool:
-    """Whether one may stand for both: the same spec and the same state."""
+    """Whether one may stand for both: the same spec and the same state, learned by both or by neither."""
     if one.spec != other.spec or one.fake_quant_enabled != other.fake_quant_enabled:
+        return False
+    if one.learnable and one.scale.requires_grad != other.scale.requires_grad:
         return False
     pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
     return all(a.is_meta or torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
@@ -375,8 +378,6 @@ def _share(
         return ""
     first = modules[readers[0].target].input_fake_quant
     readers = [node for node in readers if _alike(first, modules[node.target].input_fake_quant)]
-    if first.learnable and len(readers) > 1:  # two parameters stay two
-        return ""
     by_call = value in joined and len(readers) == len(value.users)
     if len(readers) < 2 and not by_call:
         return ""
@@ -386,18 +387,49 @@ def _share(
         modules[node.target].input_fake_quant = first
         node.kwargs = node.kwargs | {"quantized": True}
     names = ", ".join(str(node.target) for node in readers)
+    learned = ", with one learned scale" if first.learnable and len(readers) > 1 else ""
     if by_call:
         modules[value.target].readers = (first,)
         value.kwargs = value.kwargs | {"quantize": True}
-        joined[value] = [*joined[value], f"input of {names}"]
+        joined[value] = [*joined[value], f"input of {names}{learned}"]
         return ""
     with graph.inserting_before(readers[0]):
         quantized = graph.call_module(f"{readers[0].target}.input_fake_quant", (value,), {"codes": True})
     for node in readers:
         node.args = (quantized,)
-    return f"one fake-quantized input of {names}"
+    return f"one fake-quantized input of {names}{learned}"
 
 
 def _row(name: str, node: fx.Node, parts: list[str], modules: dict[str, nn.Module]) -> str:
     path = f"{name}.{node.target}" if name else str(node.target)
     return f"{path}: " + " + ".join(["batch norm", *parts])
+
+
+# ---- loading what is shared -----------------------------------------------------------------------------------------
+
+
+def differing_shares(model: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> list[str]:
+    """Lines on fake-quantizers that layers of ``model`` share and to which ``state`` gives two values."""
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, FakeQuantize):
+            places.setdefault(id(module), []).append(prefix + name)
+    lines = []
+    for first, *others in places.values():
+        for other in others:
+            pairs = [(state.get(f"{first}.{name}"), state.get(f"{other}.{name}")) for name in ("scale", "zero_point")]
+            pairs = [(a, b) for a, b in pairs if a is not None and b is not None and not a.is_meta]
+            if any(a.shape == b.shape and not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs):
+                lines.append(
+                    f"{other}: expected the values of {first}, as prepare(fuse=True) made one fake-quantizer of both, got "
+                    f"scale {pairs[0][1].flatten().tolist()} beside {pairs[0][0].flatten().tolist()} "
+                    "(a model prepared without fuse takes them)"
+                )
+    return lines
+
+
+def _refuse_differing_shares(
+    block: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, *names_and_errors: list[str]
+) -> None:
+    """Of load_state_dict: of two values for one scale the last would win."""
+    names_and_errors[-1].extend(differing_shares(block, state, prefix))

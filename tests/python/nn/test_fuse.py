@@ -236,7 +236,7 @@ def test_synchronized_batch_norms_go_the_long_way():
     for model in (apart, joined):
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     x = torch.randn(4, 6, 8, 8)
-    apart.eval(), joined.eval()  # in training it wants a GPU
+    apart.eval(), joined.eval()  # under a process group training wants a GPU
     for model in (apart, joined):
         qnn.calibrate(model, [x])
     torch.testing.assert_close(apart(x), joined(x), rtol=1e-5, atol=1e-5)
