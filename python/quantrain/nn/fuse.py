@@ -132,7 +132,7 @@ def fuse(model: nn.Module) -> list[str]:
             continue
         _fuse_block(name, block, graphs[0], shared)
         if "forward" in block.__dict__:
-            inlined |= {id(module) for _, module in _sequentials(block)}
+            inlined |= {id(module) for module in _containers(block)}
     return fused_rows(model)
 
 
@@ -188,14 +188,6 @@ def _is_sequential(module: nn.Module) -> bool:
     return plain and not has_hooks(module) and "forward" not in module.__dict__
 
 
-def _sequentials(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules under ``block`` that tracing it goes into."""
-    for name, child in block.named_children():
-        if _is_sequential(child):
-            yield name, child
-            yield from ((f"{name}.{below}", module) for below, module in _sequentials(child))
-
-
 def _is_container(module: nn.Module) -> bool:
     """Whether what it holds is called by the block around it."""
     uncalled = isinstance(module, (nn.ModuleList, nn.ModuleDict)) and type(module).forward is nn.Module.forward
@@ -203,6 +195,7 @@ def _is_container(module: nn.Module) -> bool:
 
 
 def _containers(block: nn.Module) -> Iterator[nn.Module]:
+    """The modules under ``block`` whose children it calls itself."""
     for child in block.children():
         if _is_container(child):
             yield child
@@ -210,7 +203,7 @@ def _containers(block: nn.Module) -> Iterator[nn.Module]:
 
 
 def _may_be_block(block: nn.Module) -> bool:
-    within = [block, *(module for _, module in _sequentials(block))]
+    within = [block, *_containers(block)]
     return not isinstance(block, QuantConv2d) and any(
         isinstance(child, QuantConvBn2d) for module in within for child in module.children()
     )

@@ -280,3 +280,38 @@ def test_a_layer_of_two_blocks_has_the_range_of_both_inputs():
     states = joined.state_dict()
     assert all(torch.equal(value, states[name]) for name, value in apart.state_dict().items())
     assert torch.equal(qnn.convert(apart.eval())(X), qnn.convert(joined.eval())(X))
+
+
+class Loops(nn.Module):
+    """Convolutions in lists alone; a nn.Sequential in a list belongs to the block that calls it."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(2, 2, 3, 1, 1, bias=False) for _ in range(3))
+        self.bns = nn.ModuleList(nn.BatchNorm2d(2) for _ in range(3))
+        self.tails = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(6, 6, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 1))
+            for _ in range(2)
+        )
+
+    def forward(self, x):
+        parts, y = [], 0
+        for n, conv in enumerate(self.convs):
+            y = F.relu(self.bns[n](conv(x[:, 2 * n : 2 * n + 2] + y)))
+            parts.append(y)
+        x = torch.cat(parts, 1)
+        return self.tails[1](self.tails[0](x))
+
+
+def test_a_block_whose_convolutions_are_in_lists():
+    apart, joined = pair(Loops)
+    assert fused_rows(joined) == [
+        *(f"convs.{n}: batch norm + relu" for n in range(3)),
+        *(f"tails.{n}.0: batch norm + relu + input of tails.{n}.3" for n in range(2)),
+    ]
+    for _ in range(2):
+        assert torch.equal(apart(X), joined(X))
+    other = nn.Conv2d(2, 2, 1)
+    for model in (apart, joined):
+        model.convs[1] = copy.deepcopy(other)
+    assert torch.equal(apart(X), joined(X))
