@@ -21,6 +21,7 @@ from quantrain._C import QuantSpec, Recipe, write_safetensors
 
 from .convert import convert, is_converted
 from .four_bit import FORMS, FourBitLayer, skeletons
+from .fuse import differing_shares
 from .layers import QuantEmbedding, QuantLayer
 from .prepare import prepare, quantizable
 from .quantized import QuantizedEmbedding, QuantizedLayer, name_codes
@@ -127,6 +128,8 @@ def load_checkpoint(path: str | os.PathLike, model: nn.Module) -> dict[str, str]
         floating = tensor.is_floating_point() and want.is_floating_point()
         if tensor.dtype != want.dtype and not floating:
             _fail(path, f"{name!r} of dtype {want.dtype}", tensor.dtype)
+    if differing := differing_shares(model, tensors):
+        _fail(path, "one value of what layers share", differing[0])
     given = type(state)({**{name: value for name, value in state.items() if _may_lack(name)}, **tensors})
     given._metadata = getattr(state, "_metadata", None)  # the versions that some modules' loading asks for
     model.load_state_dict(given)

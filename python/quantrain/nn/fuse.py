@@ -6,30 +6,30 @@ A block (a module whose forward pass calls convolutions) is traced with torch.fx
 
 becomes one call of the :class:`QuantConvBn2d`, with the residual and the activation's name, which then goes over its output in the
 two passes of :func:`quantrain.batch_norm_act`. Layers of the block that read one tensor under one spec share its fake-quantized
-form: the first's ``input_fake_quant`` is all of theirs. Nothing else of a block changes: its class, children and state dict stay,
-``forward`` is what is replaced, and :func:`unfuse` puts the written one back.
+form: the first's ``input_fake_quant`` is all of theirs, and so is its scale where it is learned. Nothing else of a block changes: its
+class, children and state dict stay, ``forward`` is what is replaced, and :func:`unfuse` puts the written one back.
 """
 
 from __future__ import annotations
 
-import dis
 import importlib
-import inspect
 import operator
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .conv_bn import FoldedBatchNorm2d, QuantConvBn2d
 from .fake_quantize import FakeQuantize, has_hooks
 from .fuse_linear import RmsNormForward, fuse_norms, join_before, reads_rows, tie_inputs, what_traces_rest_on
+from .fuse_source import attributes_read
 from .layers import QuantConv2d
 
-__all__ = ["FusedForward", "fuse", "fused_rows", "unfuse"]
+__all__ = ["FusedForward", "differing_shares", "fuse", "fused_rows", "unfuse"]
 
 _MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.SiLU: "silu"}
 _FUNCTIONS = {
@@ -48,9 +48,9 @@ _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 class FusedForward:
     """The forward pass of a block with its calls joined; the written one where the block is no longer what was traced.
 
-    That is: where a module that it calls or leaves out was replaced or has hooks, where a container that tracing went into has
-    other children, or where an attribute that the written forward pass reads has another value. It holds the text that torch.fx
-    made, and the names of what that reads, so that a model can be copied and pickled.
+    That is: where an argument is None, which no stand-in for a tensor is, where a module that it calls or leaves out was replaced
+    or has hooks, where a container has other children, or where an attribute that the written forward pass reads has another
+    value. It holds the text that torch.fx made, and the names of what that reads, so that a model can be copied and pickled.
     """
 
     def __init__(self, block: nn.Module, source: str, names: dict[str, Any], traced: Traced, rows: list[str]):
@@ -61,7 +61,7 @@ class FusedForward:
         self._function = self._made()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.traced.stands():
+        if any(value is None for value in (*args, *kwargs.values())) or not self.traced.stands():
             return type(self.block).forward(self.block, *args, **kwargs)
         return self._function(self.block, *args, **kwargs)
 
@@ -91,13 +91,13 @@ class Traced:
         for path in dict.fromkeys(paths):
             parent, _, name = path.rpartition(".")
             self.places.append((block.get_submodule(parent), name, block.get_submodule(path)))
-        self.containers = [(module, list(module._modules)) for _, module in _sequentials(block)]
+        self.containers = [(module, list(module._modules)) for module in _containers(block)]
         if _is_sequential(block):
             self.containers.append((block, list(block._modules)))
         for container, names in self.containers:
             self.places += [(container, name, container._modules[name]) for name in names]
-        self.places += [(block, name, module) for name, module in block.named_children() if _is_sequential(module)]
-        read = () if _is_sequential(block) else _attributes_read(block)
+        read = () if _is_sequential(block) else attributes_read(block)
+        self.places += [(block, name, module) for name, module in block.named_children() if name in read]
         self.settings = what_traces_rest_on(dict(block.named_modules(remove_duplicate=False)), paths)
         self.values = {name: getattr(block, name) for name in read if not isinstance(getattr(block, name), nn.Module)}
 
@@ -120,6 +120,8 @@ def fuse(model: nn.Module) -> list[str]:
         A line for each call: what was joined, and where its result goes.
     """
     inlined: set[int] = set()
+    children = [id(child) for module in model.modules() for child in module._modules.values() if child is not None]
+    shared = {child for child, places in Counter(children).items() if places > 1}
     for name, block in list(model.named_modules()):
         if id(block) in inlined or "forward" in block.__dict__ or not _may_be_block(block):
             continue
@@ -132,9 +134,9 @@ def fuse(model: nn.Module) -> list[str]:
         sources = [graph.python_code("self").src for graph in graphs]
         if sources[0] != sources[1] or any(node.op == "get_attr" for node in graphs[0].nodes):
             continue
-        _fuse_block(name, block, graphs[0])
+        _fuse_block(name, block, graphs[0], shared)
         if "forward" in block.__dict__:
-            inlined |= {id(module) for _, module in _sequentials(block)}
+            inlined |= {id(module) for module in _containers(block)}
     others = tie_inputs(model) + fuse_norms(model)
     return fused_rows(model) + others
 
@@ -193,16 +195,22 @@ def _is_sequential(module: nn.Module) -> bool:
     return plain and not has_hooks(module) and "forward" not in module.__dict__
 
 
-def _sequentials(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules under ``block`` that tracing it goes into."""
-    for name, child in block.named_children():
-        if _is_sequential(child):
-            yield name, child
-            yield from ((f"{name}.{below}", module) for below, module in _sequentials(child))
+def _is_container(module: nn.Module) -> bool:
+    """Whether what it holds is called by the block around it."""
+    uncalled = isinstance(module, (nn.ModuleList, nn.ModuleDict)) and type(module).forward is nn.Module.forward
+    return uncalled or _is_sequential(module)
+
+
+def _containers(block: nn.Module) -> Iterator[nn.Module]:
+    """The modules under ``block`` whose children it calls itself."""
+    for child in block.children():
+        if _is_container(child):
+            yield child
+            yield from _containers(child)
 
 
 def _may_be_block(block: nn.Module) -> bool:
-    within = [block, *(module for _, module in _sequentials(block))]
+    within = [block, *_containers(block)]
     return not isinstance(block, QuantConv2d) and any(
         isinstance(child, QuantConvBn2d) or reads_rows(child) for module in within for child in module.children()
     )
@@ -218,65 +226,14 @@ def _in_mode(block: nn.Module, training: bool) -> nn.Module:
 
 # ---- which blocks ---------------------------------------------------------------------------------------------------
 
-# What a graph does not show, or shows as it was while tracing.
-_HIDDEN_CALLS = {
-    "checkpoint",
-    "is_grad_enabled",
-    "no_grad",
-    "inference_mode",
-    "autocast",
-    "random",
-    "rand",
-    "randn",
-    "getattr",
-}
-
 
 def _may_be_traced(block: nn.Module) -> bool:
     """Whether the written forward pass does only what a graph shows: takes tensors, reads attributes, calls."""
     if _is_sequential(block):
         return True
-    if not all(_is_plain(function) for function in _functions(block)):
-        return False
-    read = _attributes_read(block)
+    read = attributes_read(block)
     plain = (nn.Module, bool, int, float, str, tuple, type(None))
-    return "training" not in read and all(isinstance(getattr(block, name), plain) for name in read)
-
-
-def _is_plain(function: Callable) -> bool:
-    """Whether a function of a block's class shows what it does."""
-    if hasattr(function, "__wrapped__") or not hasattr(function, "__code__"):  # decorated
-        return False
-    code = function.__code__
-    if (
-        function.__defaults__
-        or function.__kwdefaults__
-        or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
-    ):
-        return False
-    if _HIDDEN_CALLS & {*code.co_names, *code.co_freevars}:
-        return False
-    hidden = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "STORE_SUBSCR", "BEFORE_WITH", "SETUP_WITH", "LOAD_SPECIAL")
-    return not any(instruction.opname in hidden for instruction in dis.get_instructions(code))
-
-
-def _functions(block: nn.Module) -> list[Callable]:
-    """The forward pass of ``block`` and the methods of its class that it may call."""
-    found, names = [type(block).forward], {"forward"}
-    for function in found:
-        for name in getattr(getattr(function, "__code__", None), "co_names", ()):
-            method = getattr(type(block), name, None)
-            if name not in names and inspect.isfunction(method) and not hasattr(nn.Module, name):
-                names.add(name)
-                found.append(method)
-    return found
-
-
-def _attributes_read(block: nn.Module) -> set[str]:
-    """Attributes of ``block`` itself that its written forward pass names."""
-    names = {name for function in _functions(block) for name in function.__code__.co_names}
-    own = {*block.__dict__, *block._modules, *block._parameters, *block._buffers}
-    return names & own
+    return read is not None and "training" not in read and all(isinstance(getattr(block, n), plain) for n in read)
 
 
 # In place: what reads the tensor later sees the change, wherever a call was moved to.
@@ -292,7 +249,8 @@ def _writes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 # ---- one block ------------------------------------------------------------------------------------------------------
 
 
-def _fuse_block(name: str, block: nn.Module, graph: fx.Graph) -> None:
+def _fuse_block(name: str, block: nn.Module, graph: fx.Graph, elsewhere: set[int]) -> None:
+    """Joins the calls of ``graph``; ``elsewhere``: ids of modules with several places in the model."""
     modules = dict(block.named_modules(remove_duplicate=False))
     calls = [node for node in graph.nodes if node.op == "call_module"]
     once = {str(node.target) for node in calls if sum(modules[n.target] is modules[node.target] for n in calls) == 1}
@@ -306,15 +264,17 @@ def _fuse_block(name: str, block: nn.Module, graph: fx.Graph) -> None:
                 joined[new] = parts
     if any(_writes(node, modules) for node in graph.nodes if node.op.startswith("call")):
         return
-    shared = [text for node in list(graph.nodes) if (text := _share(graph, node, modules, joined, once))]
-    shared += [text for node in list(graph.nodes) if (text := join_before(graph, node, modules, once))]
+    alone = {path for path in once if id(modules[path]) not in elsewhere and _of_block(path, modules)}
+    shared = [text for node in list(graph.nodes) if (text := _share(graph, node, modules, joined, alone))]
+    shared += [text for node in list(graph.nodes) if (text := join_before(graph, node, modules, alone))]
     rows = [_row(name, node, joined[node], modules) for node in graph.nodes if node in joined] + [
-        f"{name}.{text}" if name else text for text in shared
+        f"{name}: {text}" if name else text for text in shared
     ]
     if not rows:
         return
     graph.lint()
     code = graph.python_code("self")
+    block.register_load_state_dict_pre_hook(_refuse_differing_shares)
     block.__dict__["forward"] = FusedForward(block, code.src, dict(code.globals), Traced(block, paths), rows)
 
 
@@ -385,47 +345,92 @@ def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
 # ---- who reads a result ---------------------------------------------------------------------------------------------
 
 
-def _reads(node: fx.Node, value: fx.Node, modules: dict[str, nn.Module], once: set[str]) -> bool:
+def _of_block(path: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether the block alone calls a module of this path, and no block between the two."""
+    parts = path.split(".")
+    return all(_is_container(modules[".".join(parts[:end])]) for end in range(1, len(parts)))
+
+
+def _reads(node: fx.Node, value: fx.Node, modules: dict[str, nn.Module], alone: set[str]) -> bool:
     """Whether ``node`` calls a layer that fake-quantizes ``value`` and does nothing else with it."""
-    if node.op != "call_module" or node.target not in once or node.args != (value,) or value in node.kwargs.values():
+    if node.op != "call_module" or node.target not in alone or node.args != (value,) or value in node.kwargs.values():
         return False
     layer = modules[node.target]
     quantizes = isinstance(layer, QuantConv2d) and layer.input_fake_quant is not None
     return quantizes and not has_hooks(layer) and not has_hooks(layer.input_fake_quant)
 
 
+def _alike(one: FakeQuantize, other: FakeQuantize) -> bool:
+    """Whether one may stand for both: the same spec and the same state, learned by both or by neither."""
+    if one.spec != other.spec or one.fake_quant_enabled != other.fake_quant_enabled:
+        return False
+    if one.learnable and one.scale.requires_grad != other.scale.requires_grad:
+        return False
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(a.is_meta or torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+
+
 def _share(
-    graph: fx.Graph, value: fx.Node, modules: dict[str, nn.Module], joined: dict[fx.Node, list[str]], once: set[str]
+    graph: fx.Graph, value: fx.Node, modules: dict[str, nn.Module], joined: dict[fx.Node, list[str]], alone: set[str]
 ) -> str:
     """Gives the readers of ``value`` one fake-quantized form of it; says so, or "". A joined call makes it itself."""
-    readers = [node for node in graph.nodes if node in value.users and _reads(node, value, modules, once)]
+    readers = [node for node in graph.nodes if node in value.users and _reads(node, value, modules, alone)]
     if not readers:
         return ""
     first = modules[readers[0].target].input_fake_quant
-    readers = [node for node in readers if modules[node.target].input_fake_quant.spec == first.spec]
-    if first.learnable and len(readers) > 1:  # two parameters stay two
+    readers = [node for node in readers if _alike(first, modules[node.target].input_fake_quant)]
+    by_call = value in joined and len(readers) == len(value.users)
+    if len(readers) < 2 and not by_call:
         return ""
-    alone = value in joined and len(readers) == len(value.users)
-    if len(readers) < 2 and not alone:
-        return ""
-    if alone and modules[value.target].readers:  # of another block that calls the layer too
+    if by_call and modules[value.target].readers:  # of another block that calls the layer too
         return ""
     for node in readers:
         modules[node.target].input_fake_quant = first
         node.kwargs = node.kwargs | {"quantized": True}
     names = ", ".join(str(node.target) for node in readers)
-    if alone:
+    learned = ", with one learned scale" if first.learnable and len(readers) > 1 else ""
+    if by_call:
         modules[value.target].readers = (first,)
         value.kwargs = value.kwargs | {"quantize": True}
-        joined[value] = [*joined[value], f"input of {names}"]
+        joined[value] = [*joined[value], f"input of {names}{learned}"]
         return ""
     with graph.inserting_before(readers[0]):
         quantized = graph.call_module(f"{readers[0].target}.input_fake_quant", (value,), {"codes": True})
     for node in readers:
         node.args = (quantized,)
-    return f"one fake-quantized input of {names}"
+    return f"one fake-quantized input of {names}{learned}"
 
 
 def _row(name: str, node: fx.Node, parts: list[str], modules: dict[str, nn.Module]) -> str:
     path = f"{name}.{node.target}" if name else str(node.target)
     return f"{path}: " + " + ".join(["batch norm", *parts])
+
+
+# ---- loading what is shared -----------------------------------------------------------------------------------------
+
+
+def differing_shares(model: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> list[str]:
+    """Lines on fake-quantizers that layers of ``model`` share and to which ``state`` gives two values."""
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, FakeQuantize):
+            places.setdefault(id(module), []).append(prefix + name)
+    lines = []
+    for first, *others in places.values():
+        for other in others:
+            pairs = [(state.get(f"{first}.{name}"), state.get(f"{other}.{name}")) for name in ("scale", "zero_point")]
+            pairs = [(a, b) for a, b in pairs if a is not None and b is not None and not a.is_meta]
+            if any(a.shape == b.shape and not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs):
+                lines.append(
+                    f"{other}: expected the values of {first}, as prepare(fuse=True) made one fake-quantizer of both, got "
+                    f"scale {pairs[0][1].flatten().tolist()} beside {pairs[0][0].flatten().tolist()} "
+                    "(a model prepared without fuse takes them)"
+                )
+    return lines
+
+
+def _refuse_differing_shares(
+    block: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, *names_and_errors: list[str]
+) -> None:
+    """Of load_state_dict: of two values for one scale the last would win."""
+    names_and_errors[-1].extend(differing_shares(block, state, prefix))

@@ -161,7 +161,7 @@ def _collect(model: nn.Module, nodes: Iterable[fx.Node], module_of: Callable[[fx
             continue
         user = names.get(next(iter(node.users)), "")
         bn = modules.get(user)
-        plain = type(bn) is nn.BatchNorm2d and bn.affine and bn.track_running_stats
+        plain = type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm) and bn.affine and bn.track_running_stats
         # A hook may change what lies between the two, or behind.
         if plain and calls[id(bn)] == 1 and not (conv._forward_hooks or bn._forward_hooks or bn._forward_pre_hooks):
             graph.pairs[name] = user

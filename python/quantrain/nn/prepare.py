@@ -38,6 +38,7 @@ _TWINS: dict[type[nn.Module], type[QuantLayer]] = {
     nn.ConvTranspose2d: QuantConvTranspose2d,
     nn.Embedding: QuantEmbedding,
 }
+_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 kWarnedShare = 0.1  # of the parameters left in floating point for want of a twin
 
 
@@ -79,8 +80,8 @@ def prepare(
     Parameters stay the same objects (tied weights stay tied, an optimizer made before keeps training them; one that
     lacks learned scales, which are new, is warned of) and a module that appears twice is swapped once. Where a layer's
     weight is frozen (``requires_grad`` False), so are its learned scales. A convolution whose only user is an
-    nn.BatchNorm2d (found by torch.fx, else by torch.export when ``example_inputs`` are given, in training and in
-    evaluation) becomes a :class:`QuantConvBn2d` under the convolution's name, the batch norm a
+    nn.BatchNorm2d or nn.SyncBatchNorm (found by torch.fx, else by torch.export when ``example_inputs`` are given, in
+    training and in evaluation) becomes a :class:`QuantConvBn2d` under the convolution's name, the batch norm a
     :class:`FoldedBatchNorm2d` that stands for it; other batch norms stay in floating point. What is traced is a copy:
     the model's buffers and attributes and the random states stay as they are. Subclasses of the layers are left alone,
     and so are layers whose weight a parametrization computes and those that tracing shows to be read by a function and
@@ -111,7 +112,7 @@ def prepare(
         example_inputs: positional arguments of one call of the model, for torch.export.
         inplace: False works on a deep copy.
         fuse: True joins, in blocks that torch.fx shows whole, what lies between two convolutions (:mod:`quantrain.nn.fuse`), and
-            lets layers that read one tensor under one spec share its range; the summary lists what was joined.
+            lets layers that read one tensor under one spec share its range, a learned scale too; the summary lists what was joined.
 
     Returns:
         The model, with the attribute ``quantization_summary`` (:class:`PrepareSummary`; also logged to "quantrain"). A
@@ -150,7 +151,7 @@ def prepare(
     if done := sum(isinstance(module, (QuantLayer, QuantizedLayer)) for module in model.modules()):
         warnings.warn(f"prepare: {done} layers are quantized already and stay as they are", stacklevel=2)
     parameters = list(model.parameters())
-    batch_norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    batch_norms = {name: module for name, module in model.named_modules() if isinstance(module, _BATCH_NORMS)}
     skipped = {name for p in skip for name in matching("skip", p, [*layers, *batch_norms], layers)}
     matches = {pattern: matching("overrides", pattern, layers, layers) for pattern in overrides}
 
@@ -408,7 +409,7 @@ def _left_float(
             continue
         if name in skipped:
             left[name] = "skip"
-        elif isinstance(module, nn.BatchNorm2d):
+        elif isinstance(module, _BATCH_NORMS):
             left[name] = "model not traced" if graph.error else "not the only user of a quantized convolution"
         elif isinstance(module, tuple(_twins())):
             subclass = unknown_weight(module) or f"{type(module).__name__} is a subclass"

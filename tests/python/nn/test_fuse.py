@@ -146,7 +146,7 @@ def test_what_the_summary_says():
     assert model.quantization_summary.fused == (
         "0.conv1: batch norm + relu + input of conv2",
         "0.conv2: batch norm + add + relu",
-        "0.one fake-quantized input of down.0, conv1",
+        "0: one fake-quantized input of down.0, conv1",
         "1.conv.0: batch norm + relu6 + input of conv.3",
         "1.conv.3: batch norm + hardswish",
     )
@@ -236,7 +236,7 @@ def test_synchronized_batch_norms_go_the_long_way():
     for model in (apart, joined):
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     x = torch.randn(4, 6, 8, 8)
-    apart.eval(), joined.eval()  # in training it wants a GPU
+    apart.eval(), joined.eval()  # under a process group training wants a GPU
     for model in (apart, joined):
         qnn.calibrate(model, [x])
     torch.testing.assert_close(apart(x), joined(x), rtol=1e-5, atol=1e-5)
