@@ -80,7 +80,7 @@ struct QuantLinearStepFunction : torch::autograd::Function<QuantLinearStepFuncti
     const at::AutoDispatchBelowADInplaceOrView below;
     const at::ScalarType type = input.scalar_type();
     ctx->save_for_backward(
-        {call.codes.defined() ? call.codes : input, call.input_scale, call.input_zero_point, weight});
+        {call.codes.defined() ? call.codes : input, call.input_scale, call.input_zero_point, weight, call.rounded});
     auto& data = ctx->saved_data;
     data["type"] = type;
     data["coded"] = call.codes.defined();
@@ -91,8 +91,10 @@ struct QuantLinearStepFunction : torch::autograd::Function<QuantLinearStepFuncti
     if (bias) data["bias_type"] = bias->scalar_type();
     save_gradient_quantizer(ctx, "grad_input", call.grad_input);
     save_gradient_quantizer(ctx, "grad_weight", call.grad_weight);
-    return at::linear(input, rounded_weight(weight, call.weight_groups, call.weight_min, call.weight_max, type),
-                      bias ? OptionalTensor(in_type(*bias, type)) : bias);
+    const at::Tensor rounded = call.rounded.defined()
+                                   ? call.rounded
+                                   : rounded_weight(weight, call.weight_groups, call.weight_min, call.weight_max, type);
+    return at::linear(input, rounded, bias ? OptionalTensor(in_type(*bias, type)) : bias);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
@@ -105,8 +107,10 @@ struct QuantLinearStepFunction : torch::autograd::Function<QuantLinearStepFuncti
       const at::ScalarType type = data["type"].toScalarType();
       const at::Tensor grad_output = in_type(grad_outputs[0], type);
       if (ctx->needs_input_grad(0)) {
-        const at::Tensor rounded = rounded_weight(weight, data["groups"].toInt(), data["weight_min"].toInt(),
-                                                  data["weight_max"].toInt(), type);
+        const at::Tensor rounded = saved[4].defined()
+                                       ? saved[4]
+                                       : rounded_weight(weight, data["groups"].toInt(), data["weight_min"].toInt(),
+                                                        data["weight_max"].toInt(), type);
         gradients[0] =
             at::matmul(quantized_gradient(grad_output, saved_gradient_quantizer(ctx, "grad_input")), rounded);
       }
@@ -135,6 +139,11 @@ at::Tensor quant_linear_autograd(const at::Tensor& input, const at::Tensor& code
 }
 
 }  // namespace
+
+at::Tensor rounded_weight(const QuantLinear& call) {
+  const at::NoGradGuard no_grad;
+  return rounded_weight(call.weight, call.weight_groups, call.weight_min, call.weight_max, call.input.scalar_type());
+}
 
 at::Tensor quant_linear(const QuantLinear& call) {
   return QuantLinearStepFunction::apply(call.input, call.weight, given(call.bias), call);

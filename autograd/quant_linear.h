@@ -19,10 +19,14 @@ struct QuantLinear {
   // from them; rounded anew in the backward pass, so that nothing but the weight itself is kept. 0: taken as it is.
   at::Tensor weight;
   int64_t weight_groups = 1, weight_min = -128, weight_max = 127;
+  at::Tensor rounded;  // the rounded weight, where it was made before (for another part of the batch): it is kept then
   at::Tensor bias;
   GradientQuantizer grad_input{.rows = "token"}, grad_weight{.rows = "token"};
 };
 
 QUANTRAIN_API at::Tensor quant_linear(const QuantLinear& call);
+
+// What `rounded` above is, without a gradient.
+QUANTRAIN_API at::Tensor rounded_weight(const QuantLinear& call);
 
 }  // namespace quantrain

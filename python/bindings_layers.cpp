@@ -106,16 +106,26 @@ void bind_layers(py::module_& module) {
       "quant_linear",
       [](const QuantLinear& settings, const at::Tensor& input, const OptionalTensor& codes,
          const OptionalTensor& input_scale, const OptionalTensor& input_zero_point, const at::Tensor& weight,
-         const OptionalTensor& bias) {
+         const OptionalTensor& rounded, const OptionalTensor& bias) {
         QuantLinear call = settings;
         call.input = input;
         call.codes = or_none(codes);
         call.input_scale = or_none(input_scale);
         call.input_zero_point = or_none(input_zero_point);
         call.weight = weight;
+        call.rounded = or_none(rounded);
         call.bias = or_none(bias);
         const py::gil_scoped_release released;
         return quantrain::quant_linear(call);
       },
       "linear(input, fake_quantize(weight), bias), the input kept as codes, as one node.");
+  module.def(
+      "rounded_weight",
+      [](const QuantLinear& settings, const at::Tensor& weight, const at::Tensor& like) {
+        QuantLinear call = settings;
+        call.weight = weight;
+        call.input = like;
+        return quantrain::rounded_weight(call);
+      },
+      "The fake-quantized weight, in the type of `like`, without a gradient.");
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -209,7 +210,7 @@ class QuantConvBn2d(QuantConv2d):
     def _in_one_step(self, x: Tensor | Quantized, residual: Tensor | None, activation: str) -> bool:
         """Whether the layer's training step is that of conv_batch_norm, one node for what the lines below do in several."""
         values = x.values if isinstance(x, Quantized) else x
-        if not (self.bn.training and self._folds() and self._fuses(values)) or values.dim() != 4:
+        if not (self.bn.training and (self._folds() or self._learns_rows()) and self._fuses(values)) or values.dim() != 4:
             return False
         if self.output_hook is not None or self.output_fake_quant is not None or not self.keeps_codes():
             return False
@@ -219,9 +220,11 @@ class QuantConvBn2d(QuantConv2d):
             return False  # the convolution refuses it
         if residual is None:
             return True
-        sizes = (values.shape[0], self.out_channels, *map(self._size, values.shape[2:], (0, 1)))
-        same = residual.shape == sizes and residual.dtype == self._dtype(values)
+        same = residual.shape == self._output_sizes(values) and residual.dtype == self._dtype(values)
         return same and activation in kPiecewise
+
+    def _output_sizes(self, values: Tensor) -> tuple[int, ...]:
+        return (values.shape[0], self.out_channels, *map(self._size, values.shape[2:], (0, 1)))
 
     def _size(self, size: int, d: int) -> int:
         reach = self.dilation[d] * (self.kernel_size[d] - 1) + 1
@@ -241,10 +244,12 @@ class QuantConvBn2d(QuantConv2d):
         dtype = self._dtype(values)
         if values.dtype != dtype:
             values = values.to(dtype)
-        at_once = reader is not None and residual is None and activation in kPiecewise and reader.takes_range()
+        joins = reader is not None and residual is None and activation in kPiecewise
+        learns = joins and reader.learns_codes()
+        at_once = learns or (joins and reader.takes_range())
         observer, ends, observes, marks, label = None, (None, None, None, None), False, False, ""
         if at_once:
-            observes, observer = reader.observing, reader.observer
+            observes, observer = reader.observing, None if learns else reader.observer
             if observes:
                 ends = (observer.min_val, observer.max_val, reader.scale, reader.zero_point)
                 raises = observer.nan_policy == "raise"
@@ -253,10 +258,11 @@ class QuantConvBn2d(QuantConv2d):
             else:
                 ends = (None, None, *reader.calculate_qparams())
         output, out_codes, scale, zero_point, variance = conv_batch_norm(
-            self._settings_of(activation, reader if at_once else None, observer),
+            self._settings_of(activation, reader if at_once else None, observer, values),
             values,
             *codes,
             self.weight,
+            self.weight_fake_quant.calculate_qparams()[0] if self.weight_fake_quant.learnable else None,
             bn.weight,
             bn.bias,
             bn.running_mean,
@@ -274,10 +280,12 @@ class QuantConvBn2d(QuantConv2d):
             self._variance = variance
         if at_once:
             reader.note_range()
-            return Quantized(output, out_codes, scale, zero_point)
+            return Quantized(output, out_codes, scale.detach(), zero_point)
         return output if reader is None else reader.with_codes(output)
 
-    def _settings_of(self, activation: str, reader: FakeQuantize | None, observer: Observer | None) -> ConvBatchNorm:
+    def _settings_of(
+        self, activation: str, reader: FakeQuantize | None, observer: Observer | None, values: Tensor
+    ) -> ConvBatchNorm:
         """What of a step does not change, made anew where it did."""
         bn, weights = self.bn, self.weight_fake_quant
         range_ = (-128, 127, True, 0.0)
@@ -287,7 +295,9 @@ class QuantConvBn2d(QuantConv2d):
         quantizes = self.product if self.quantizes_gradients else None
         window = (self.stride, self.padding, self.dilation, self.groups)
         limits = (weights.quant_min, weights.quant_max, weights.symmetric)
-        key = (activation, range_, window, limits, bn.momentum, bn.eps, quantizes)
+        learned = reader is not None and reader.learnable
+        factor = reader.grad_factor(math.prod(self._output_sizes(values))) if learned else 1.0
+        key = (activation, range_, window, limits, bn.momentum, bn.eps, quantizes, factor)
         if self._settings is not None and self._settings[0] == key:
             return self._settings[1]
         settings = ConvBatchNorm()
@@ -295,6 +305,8 @@ class QuantConvBn2d(QuantConv2d):
         settings.stride, settings.padding, settings.dilation, settings.groups = (*map(list, window[:3]), self.groups)
         settings.weight_min, settings.weight_max, settings.weight_symmetric = limits
         settings.quant_min, settings.quant_max, settings.symmetric, settings.averaging_constant = range_
+        settings.grad_factor = factor
+        settings.weight_grad_factor = weights.grad_factor(self.weight.numel()) if weights.learnable else 1.0
         set_gradient_quantizers(settings, quantizes)
         self._settings = (key, settings)
         return settings
@@ -306,6 +318,16 @@ class QuantConvBn2d(QuantConv2d):
             return False
         rows = (weight.shape[0], *[1] * (weight.dim() - 1))
         return fake_quant.dynamic and fake_quant.scale_shape == rows and weight.dtype in kFused and weight.numel() > 0
+
+    def _learns_rows(self) -> bool:
+        """Whether the folded weight has a learned scale per channel that has its first value."""
+        fake_quant, weight = self.weight_fake_quant, self.weight
+        if fake_quant is None or not fake_quant.learnable or self._own_weight_rule or has_hooks(fake_quant):
+            return False
+        rows = (weight.shape[0], *[1] * (weight.dim() - 1))
+        fits = fake_quant.symmetric and fake_quant.scale_shape == rows and fake_quant.fake_quant_enabled
+        fits = fits and fake_quant.scale.dtype == torch.float32 and weight.dtype in kFused and weight.numel() > 0
+        return fits and fake_quant.ready and not fake_quant.observing
 
     def _folded_weight(self) -> tuple[Tensor, Tensor]:
         """The fake-quantized folded weight, in the type that the convolution takes it in, and sf, ``[O]``."""

@@ -241,16 +241,17 @@ class FakeQuantize(Calibrates, Float32State):
 
     def with_codes(self, x: Tensor) -> Quantized | Tensor:
         """:meth:`forward`'s result with its codes, where there are some: one fixed scale, at most 8 bits, a gradient to come."""
-        fits = self.training and torch.is_grad_enabled() and self.has_codes() and self.fake_quant_enabled
-        fits = fits and (self._ready or self.observing)
+        fits = self.training and torch.is_grad_enabled() and (self.has_codes() or self.learns_codes())
+        fits = fits and self.fake_quant_enabled and (self._ready or self.observing)
         if not fits or self.calibrating or x.dim() < 2 or x.dtype == torch.float64 or x.numel() == 0:
             return self(x)
-        observed = self.observe(x)
+        observed = None if self.learnable else self.observe(x)
         scale, zero_point = observed if observed is not None else self.calculate_qparams()
+        options = {"grad_factor": self.grad_factor(x.numel())} if self.learnable else {}
         values, codes = torch.ops.quantrain.fake_quantize_codes(
-            x, scale, zero_point, quant_min=self.quant_min, quant_max=self.quant_max
+            x, scale, zero_point, quant_min=self.quant_min, quant_max=self.quant_max, **options
         )
-        return Quantized(values, codes, scale, zero_point)
+        return Quantized(values, codes, scale.detach(), zero_point)
 
     def of_rows(self, x: Tensor, before: Before | None = None, reader: nn.Module | None = None) -> Quantized | None:
         """:meth:`forward`'s result for a linear layer, with its codes and in the type of the layer's product; None where the
@@ -346,6 +347,15 @@ class FakeQuantize(Calibrates, Float32State):
     def has_codes(self) -> bool:
         """Whether a tensor becomes codes of a byte with one scale that no gradient reaches."""
         return not self.dynamic and not self.learnable and self.scale.numel() == 1 and self._fits_byte()
+
+    def learns_codes(self) -> bool:
+        """Whether it learns one scale that has its first value, for codes of a byte."""
+        learns = self.learnable and self.ready and not self.observing and self.fake_quant_enabled
+        return learns and self.scale.numel() == 1 and self._fits_byte()
+
+    def grad_factor(self, numel: int) -> float:
+        """Of a learned scale's gradient, 1 / sqrt(elements per scale * quant_max) (LSQ, section 2.2)."""
+        return 1.0 / math.sqrt(max(numel / max(self.scale.numel(), 1) * max(self.quant_max, 1), 1.0))
 
     def _fits_byte(self) -> bool:
         return self.quant_max <= (255 if self.quant_min >= 0 else 127) and self.quant_min >= -128
@@ -466,10 +476,13 @@ class FakeQuantize(Calibrates, Float32State):
             return torch.ops.quantrain.fake_quantize(
                 x, scale, zero_point, quant_min=self.quant_min, quant_max=self.quant_max
             )
-        per_scale = x.numel() / max(scale.numel(), 1)
-        grad_factor = 1.0 / math.sqrt(max(per_scale * max(self.quant_max, 1), 1.0))
         return torch.ops.quantrain.fake_quantize_learnable(
-            x, scale, zero_point, quant_min=self.quant_min, quant_max=self.quant_max, grad_factor=grad_factor
+            x,
+            scale,
+            zero_point,
+            quant_min=self.quant_min,
+            quant_max=self.quant_max,
+            grad_factor=self.grad_factor(x.numel()),
         )
 
     def quantize_dequantize_dynamic(self, x: Tensor, scale_shape: Sequence[int]) -> Tensor:

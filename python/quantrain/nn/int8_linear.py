@@ -7,31 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from quantrain._C import Recipe
 
-from .layers import QuantLayer, Transposed
+from .layers import OptimizerSteps, QuantLayer, QuantLinear, QuantTransposedLinear, Transposed
 
 __all__ = ["Int8Layer", "Int8Linear", "Int8TransposedLinear", "enable_weight_cache"]
-
-
-class _Steps:
-    """Counts the steps of all optimizers: fused ones change parameters without raising their versions."""
-
-    count = 0
-    _hook = None
-
-    @classmethod
-    def counted(cls) -> int:
-        """The count, from the first call on."""
-        if cls._hook is None:
-            cls._hook = register_optimizer_step_post_hook(cls._add)
-        return cls.count
-
-    @classmethod
-    def _add(cls, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        cls.count += 1
 
 
 class Int8Layer(QuantLayer):
@@ -74,7 +55,7 @@ class Int8Layer(QuantLayer):
         weight = self.weight
         if not torch.is_grad_enabled() or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
             return {}
-        state = (weight._version, weight.data_ptr(), _Steps.counted())
+        state = (weight._version, weight.data_ptr(), OptimizerSteps.counted())
         if self._kept is None or self._kept[0] is not weight or self._kept[1] != state:
             with torch.no_grad():
                 self._kept = (weight, state, *torch.ops.quantrain.int8_quantize_rows.nearest(self.weight_to_quantize()))
@@ -145,11 +126,15 @@ class Int8TransposedLinear(Transposed, Int8Layer):
 
 
 def enable_weight_cache(model: nn.Module, enabled: bool = True) -> None:
-    """Sets ``cache_weight`` of every :class:`Int8Linear` and :class:`Int8TransposedLinear` in ``model``; off, what was
-    kept is dropped.
+    """Lets linear layers keep their rounded weight from one micro-batch to the next and for what is computed anew in the
+    backward pass; off, what was kept is dropped.
+
+    :class:`Int8Linear` and :class:`Int8TransposedLinear` keep codes (1 byte per parameter), :class:`QuantLinear` and
+    :class:`QuantTransposedLinear` with a dynamic weight range the values (2 bytes in 16 bits, 4 in float32). ``cache_weight``
+    of :class:`Int8Linear` says how a change is noticed. A convolution before a batch norm folds anew at each batch.
 
     >>> enable_weight_cache(nn.Sequential(Int8Linear(4, 2)))
     """
     for module in model.modules():
-        if isinstance(module, Int8Layer):
+        if isinstance(module, (Int8Layer, QuantLinear, QuantTransposedLinear)):
             module.cache_weight, module._kept = enabled, None

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from quantrain._C import QuantLinear as LinearStep
-from quantrain._C import Recipe, quant_linear
+from quantrain._C import Recipe, quant_linear, rounded_weight
 from quantrain.fqt import fqt_linear
 
 from .fake_quantize import FakeQuantize, Quantized, has_hooks, kFloats
@@ -28,6 +29,24 @@ from .schemes import handler_of
 from .weight_hooks import run_weight_hooks
 
 __all__ = ["QuantConv2d", "QuantEmbedding", "QuantLayer", "QuantLinear", "QuantTransposedLinear"]
+
+
+class OptimizerSteps:
+    """Counts the steps of all optimizers: fused ones change parameters without raising their versions."""
+
+    count = 0
+    _hook = None
+
+    @classmethod
+    def counted(cls) -> int:
+        """The count, from the first call on."""
+        if cls._hook is None:
+            cls._hook = register_optimizer_step_post_hook(cls._add)
+        return cls.count
+
+    @classmethod
+    def _add(cls, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        cls.count += 1
 
 
 class QuantLayer(nn.Module):
@@ -80,6 +99,8 @@ class QuantLayer(nn.Module):
             "_own_weight_rule",
             "_variance",
             "_settings",
+            "_kept",
+            "cache_weight",
             "readers",
         ):
             layer.__dict__.pop(attribute, None)
@@ -208,7 +229,7 @@ class _Linear(QuantLayer):
     _settings: tuple[Any, LinearStep] | None = None  # of one step, and what they were made from
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_settings"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_settings", "_kept")}
 
     def _has_known_product(self) -> bool:
         """Whether the scheme's product, if it has one, is that of a node that takes codes."""
@@ -268,7 +289,26 @@ class _Linear(QuantLayer):
         dtype, _ = self._product_type(values)
         if values.dtype != dtype:
             values = values.to(dtype)
-        return quant_linear(self._step_settings(), values, *codes, self.rows(self.weight), self.bias)
+        settings, weight = self._step_settings(), self.rows(self.weight)
+        rounded = self._rounded_weight(settings, weight, values) if self.cache_weight else None
+        return quant_linear(settings, values, *codes, weight, rounded, self.bias)
+
+    cache_weight = False  # see enable_weight_cache
+    _kept: tuple[Tensor, tuple[Any, ...], Tensor] | None = None  # the weight, its state, its rounded form
+
+    def _rounded_weight(self, settings: LinearStep, rows: Tensor, like: Tensor) -> Tensor | None:
+        """The rounded weight, kept or made now; None where it could be stale later."""
+        weight = self.weight
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        state = (weight._version, weight.data_ptr(), like.dtype, OptimizerSteps.counted())
+        if self._kept is None or self._kept[0] is not weight or self._kept[1] != state:
+            self._kept = (weight, state, rounded_weight(settings, rows, like))
+        return self._kept[2]
+
+    def _apply(self, fn, recurse=True):
+        self._kept = None
+        return super()._apply(fn, recurse)
 
     def _step_settings(self) -> LinearStep:
         """What of a step does not change, made anew where it did."""
