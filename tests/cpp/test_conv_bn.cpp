@@ -463,6 +463,37 @@ TEST_CASE("the node runs in autocast's type, as the operators one by one do", "[
   }
 }
 
+TEST_CASE("on a GPU the node equals its operators, and a range that stands waits for no check", "[conv_bn][cuda]") {
+  if (!support::has_cuda()) {
+    WARN("skipped: no GPU");
+    return;
+  }
+  at::globalContext().setAllowTF32CuDNN(false);
+  Pair pair(Recipe::from_name("qat-w8a8"), "relu"), other(Recipe::from_name("qat-w8a8"), "relu");
+  pair->to(at::kCUDA);
+  other->to(at::kCUDA);
+  other->first->set_output_hook([](const at::Tensor&, bool) {});
+  for (int batch = 0; batch < 3; ++batch) {
+    const at::Tensor x = at::randn({4, 4, 9, 8}).cuda().contiguous(at::MemoryFormat::ChannelsLast);
+    pair->zero_grad();
+    other->zero_grad();
+    const at::Tensor y = pair->forward(x), want = other->forward(x);
+    CHECK(pair->between.codes.scalar_type() == at::kByte);
+    CHECK(largest_difference(y, want) < 1e-4);
+    y.square().sum().backward();
+    want.square().sum().backward();
+    check_gradients(*pair, *other, 1e-3);
+    check_state(*pair, *other, 1e-4);
+  }
+  const at::Tensor range = pair->second->input_fake_quant->observer->max_val.clone();
+  {
+    const at::NoGradGuard no_grad;
+    pair->first->bn->bias.fill_(std::nan(""));
+  }
+  CHECK(pair->forward(at::randn({4, 4, 9, 8}).cuda()).isnan().all().item<bool>());
+  CHECK(same_bits(pair->second->input_fake_quant->observer->max_val, range));
+}
+
 TEST_CASE("a sequential of QuantConvBn2d calls the node", "[conv_bn]") {
   const Recipe recipe = Recipe::from_name("qat-w8a8");
   torch::nn::Sequential model(layer_of(Options(4, 6, 3).bias(false), recipe),
