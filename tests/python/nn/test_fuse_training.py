@@ -248,6 +248,14 @@ def loading_between(model):
     return found + again
 
 
+def with_frozen_parameters(model):
+    """Every other one."""
+    for parameter in list(model.parameters())[::2]:
+        parameter.requires_grad_(False)
+    optimizer = sgd(model)
+    return step(model, optimizer, batch()) + step(model, optimizer, batch(1))
+
+
 def evaluating_between(model):
     optimizer = sgd(model)
     found = step(model, optimizer, batch())
@@ -270,6 +278,7 @@ WAYS = {
     "without gradients": without_gradients,
     "frozen batch norms": with_frozen_batch_norms,
     "frozen ranges": with_frozen_ranges,
+    "frozen parameters": with_frozen_parameters,
     "without rounding": without_rounding,
     "loading between": loading_between,
     "evaluating between": evaluating_between,
@@ -290,6 +299,16 @@ def test_trains_as_the_written_calls_do(recipe, pattern, way):
     for number, (a, b) in enumerate(zip(want, found, strict=True)):
         same(b, a, pattern, f"result {number}")
     agree(apart, joined, pattern)
+
+
+@pytest.mark.parametrize("pattern", [name for name in PATTERNS if name != "transposed"])
+def test_one_image_without_a_batch(pattern):
+    found = []
+    for model in pair(pattern):
+        optimizer = sgd(model)
+        found.append(step(model, optimizer, batch()) + step(model, optimizer, batch(1)[0], batch(2)[0]))
+    for number, (a, b) in enumerate(zip(*found, strict=True)):
+        same(b, a, pattern, f"result {number}")
 
 
 @pytest.mark.parametrize("pattern", ["relu", "relu6, next", "depthwise", "transposed"])
