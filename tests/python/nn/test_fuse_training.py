@@ -1,6 +1,7 @@
 """Each pattern that prepare joins, trained in every way that a network is trained: as the written calls would be."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -226,10 +227,23 @@ def test_patterns_compile_to_one_graph(recipe, patterns):
         torch.testing.assert_close(joined.state_dict()[name], value)
 
 
-@pytest.mark.parametrize("pattern", ["shared", "shortcut"])
-def test_a_block_exports(pattern):
+@pytest.mark.parametrize("pattern", ["relu, next", "shared", "shortcut"])
+def test_a_block_exports_for_any_batch(pattern):
     _, joined = pair(pattern)
     plainly(joined)
-    x = batch(8)
-    program = torch.export.export(joined.eval(), (x,))
-    assert torch.equal(program.module()(x), joined(x))
+    joined.eval()
+    program = torch.export.export(joined, (batch(),), dynamic_shapes=({0: torch.export.Dim("images", min=2)},))
+    for images in (4, 7):
+        x = batch(8, (images, 6, 5, 6))
+        assert torch.equal(program.module()(x), joined(x))
+
+
+@pytest.mark.parametrize("pattern", ["relu, next", "shortcut"])
+def test_a_block_says_what_its_forward_pass_takes(pattern):
+    """calibrate gives a model as many items of a batch as that."""
+    apart, joined = pair(pattern)
+    assert inspect.signature(joined.forward) == inspect.signature(apart.forward)
+    for model in (apart, joined):
+        plainly(model)
+        qnn.calibrate(model, [(batch(seed), torch.zeros(4)) for seed in range(2)])
+    agree(apart, joined, pattern)
