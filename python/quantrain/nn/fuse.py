@@ -13,6 +13,7 @@ class, children and state dict stay, ``forward`` is what is replaced, and :func:
 from __future__ import annotations
 
 import importlib
+import inspect
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -68,6 +69,10 @@ class FusedForward:
     @property
     def __code__(self) -> CodeType:  # torch.export reads the arguments' names
         return type(self.block).forward.__code__
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # calibrate and torch.export ask what forward takes
+        return inspect.signature(type(self.block).forward.__get__(self.block))
 
     def _made(self) -> Callable:
         names = {k: importlib.import_module(v) if k in self.modules else v for k, v in self.names.items()}

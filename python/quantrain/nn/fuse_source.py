@@ -23,6 +23,7 @@ _HIDDEN = {
     "apply",  # of a torch.autograd.Function
     "autocast",
     "checkpoint",
+    "checkpoint_sequential",
     "enable_grad",
     "inference_mode",
     "is_autocast_enabled",
@@ -31,6 +32,7 @@ _HIDDEN = {
     "is_grad_enabled",
     "is_tracing",
     "item",
+    "manual_seed",
     "no_grad",
     "rand",
     "randn",

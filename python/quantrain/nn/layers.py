@@ -462,7 +462,8 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
     def _conv_forward(self, input: Tensor | Quantized, weight: Tensor, bias: Tensor | None) -> Tensor:
         if isinstance(input, Quantized):
-            if not self.quantizes_gradients and self.padding_mode == "zeros" and not isinstance(self.padding, str):
+            plain = self.padding_mode == "zeros" and not isinstance(self.padding, str) and not self.quantizes_gradients
+            if plain and input.values.dim() == 4:
                 window = (self.stride, self.padding, self.dilation, self.groups)
                 return self.watched(torch.ops.quantrain.quant_conv2d(*input, weight, bias, *window))
             input = input.values
