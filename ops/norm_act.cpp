@@ -206,7 +206,7 @@ struct Given {
   }
 };
 
-void run_norm_act(const NormActArgs& args, const at::Tensor& on) {
+void run_norm_act(const NormActArgs& args, [[maybe_unused]] const at::Tensor& on) {
 #if defined(QUANTRAIN_WITH_CUDA)
   if (run_on_cuda(args, on, &cuda::norm_act)) return;
 #endif
@@ -385,8 +385,8 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
       "with_mask) -> (Tensor output, Tensor codes, Tensor mask, Tensor moments, Tensor row_scale, Tensor "
       "row_zero_point)");
   m.def(
-      "_norm_act_backward(Tensor grad_output, Tensor input, Tensor? other, Tensor? weight, Tensor moments, Tensor mask, "
-      "str function) -> (Tensor grad_input, Tensor grad_other, Tensor grad_weight, Tensor grad_bias)");
+      "_norm_act_backward(Tensor grad_output, Tensor input, Tensor? other, Tensor? weight, Tensor moments, Tensor "
+      "mask, str function) -> (Tensor grad_input, Tensor grad_other, Tensor grad_weight, Tensor grad_bias)");
 }
 
 #define QUANTRAIN_REGISTER_NORM_ACT(kind)                           \
