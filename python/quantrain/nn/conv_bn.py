@@ -210,7 +210,10 @@ class QuantConvBn2d(QuantConv2d):
     def _in_one_step(self, x: Tensor | Quantized, residual: Tensor | None, activation: str) -> bool:
         """Whether the layer's training step is that of conv_batch_norm, one node for what the lines below do in several."""
         values = x.values if isinstance(x, Quantized) else x
-        if not (self.bn.training and (self._folds() or self._learns_rows()) and self._fuses(values)) or values.dim() != 4:
+        if (
+            not (self.bn.training and (self._folds() or self._learns_rows()) and self._fuses(values))
+            or values.dim() != 4
+        ):
             return False
         if self.output_hook is not None or self.output_fake_quant is not None or not self.keeps_codes():
             return False

@@ -275,11 +275,15 @@ class FakeQuantize(Calibrates, Float32State):
                 return kept
         result = self._round_rows(x, before, observes=self._observes_for(reader))
         if reader is not None and self.readers and not torch.compiler.is_compiling():
-            self._latest = _Latest(weakref.ref(x), x._version, before, torch.is_autocast_enabled(x.device.type), {id(reader)}, result)
+            self._latest = _Latest(
+                weakref.ref(x), x._version, before, torch.is_autocast_enabled(x.device.type), {id(reader)}, result
+            )
         return result
 
     def _round_rows(self, x: Tensor, before: Before | None, observes: bool) -> Quantized:
-        function, other, weight, bias, eps = ("identity", None, None, None, 0.0) if before is None else before.arguments()
+        function, other, weight, bias, eps = (
+            ("identity", None, None, None, 0.0) if before is None else before.arguments()
+        )
         dtype = _product_type(x)
         options = {
             "function": function,
@@ -301,9 +305,7 @@ class FakeQuantize(Calibrates, Float32State):
             tensors = [None if t is None else t.detach() for t in (x, other, weight, bias)]
             low, high = torch.ops.quantrain._norm_act_range(*tensors, function=function, eps=eps).split(1)
             scale, zero_point = self.observe_range(low, high)
-        values, codes = torch.ops.quantrain.norm_act_fake_quantize(
-            x, other, weight, bias, scale, zero_point, **options
-        )
+        values, codes = torch.ops.quantrain.norm_act_fake_quantize(x, other, weight, bias, scale, zero_point, **options)
         return Quantized(values, codes, scale, zero_point)
 
     readers: tuple[nn.Module, ...] = ()  # layers that share this, as they read one tensor; set by fuse
