@@ -428,8 +428,11 @@ def test_a_captured_step_is_the_eager_one(make, recipe):
     """Forward, backward and update as one CUDA graph, ranges included."""
     model, loss, x = prepared(make, recipe, fuse=True)
     model, x = model.cuda(), x.cuda()
-    loss(model, x).backward()  # first ranges
-    model.zero_grad()
+    first = torch.optim.SGD(model.parameters(), 0.05)
+    for _ in range(3):  # first ranges, and scales of weights that began as zeros
+        loss(model, x).backward()
+        first.step()
+        first.zero_grad()
     eager = copy.deepcopy(model)
     start = copy.deepcopy(model.state_dict())
     optimizers = [torch.optim.SGD(m.parameters(), 0.05) for m in (model, eager)]
