@@ -330,7 +330,7 @@ class QuantConvBn2d(QuantConv2d):
         rows = (weight.shape[0], *[1] * (weight.dim() - 1))
         fits = fake_quant.symmetric and fake_quant.scale_shape == rows and fake_quant.fake_quant_enabled
         fits = fits and fake_quant.scale.dtype == torch.float32 and weight.dtype in kFused and weight.numel() > 0
-        return fits and fake_quant.ready and not fake_quant.observing
+        return fits and fake_quant.has_learned()
 
     def _folded_weight(self) -> tuple[Tensor, Tensor]:
         """The fake-quantized folded weight, in the type that the convolution takes it in, and sf, ``[O]``."""
