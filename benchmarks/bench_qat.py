@@ -13,7 +13,7 @@ Sections, in this order:
     captured  the same, forward, backward and update as one CUDA graph of each: no host in either
     launches  kernels of one step, by the profiler: ours over the float model's
 
-Beside ours, in step, compiled and captured, stand the training steps of torchao, brevitas and torch.ao, those that are installed
+Beside ours, in step and compiled, stand the training steps of torchao, brevitas and torch.ao, those that are installed
 (common/qat_peers.py says what each rounds, and how). Such a row's ratio is their time over ours, in "memory" our peak over theirs.
 They run as ours do, under the same autocast or in bfloat16, but for torch.ao, whose observers take float32 alone. Before it is timed, the
 values that a peer's products read are counted: it must round both. A step that fails is noted and does not stop the others; one of ours
@@ -59,7 +59,7 @@ QUICK = {
     "llama-tiny": (2, 32, {"qat-w8a8-token": (None, None), "qat-w4a8": (None, None), "fqt-psq8": (None, None)}),
 }
 ON_CPU = {"resnet20": (64, 32, {"qat-w8a8": (1.15, None), "qat-w4a4": (1.2, None), "fqt-bhq5": (1.6, None)})}
-VOCABULARY = 32000
+VOCABULARY, TINY_VOCABULARY = 32000, 512
 COMPILE_SECONDS = 180.0  # for all of a model's steps in "compiled"
 
 
@@ -101,10 +101,10 @@ class ResNet20(nn.Module):
 def llama(device: str, tiny: bool) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    width, intermediate, layers, heads = (64, 128, 2, 4) if tiny else (2048, 5632, 8, 16)
+    width, intermediate, layers, heads = (320, 640, 2, 4) if tiny else (2048, 5632, 8, 16)
     config = LlamaConfig(
         hidden_size=width, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=heads, vocab_size=VOCABULARY, use_cache=False,
+        num_key_value_heads=heads, vocab_size=TINY_VOCABULARY if tiny else VOCABULARY, use_cache=False,
     )  # fmt: skip
     with torch.device(device):
         return LlamaForCausalLM(config).to(torch.bfloat16)
@@ -156,7 +156,7 @@ def step_of(model: nn.Module, name: str, batch: int, size: int, device: str, aut
 def language_step(model: nn.Module, batch: int, tokens: int, g: torch.Generator) -> Callable[[int], Tensor]:
     on_gpu = g.device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=on_gpu, capturable=on_gpu)
-    ids = torch.randint(VOCABULARY, (batch, tokens), device=g.device, generator=g)
+    ids = torch.randint(model.config.vocab_size, (batch, tokens), device=g.device, generator=g)
 
     def step(_: int) -> Tensor:
         loss = model(ids, labels=ids).loss
@@ -255,9 +255,8 @@ def plan_of(section: str, models: dict) -> list[Candidate]:
     for name, (_, _, recipes) in models.items():
         plan.append((name, None, None))
         plan += [(name, recipe, None) for recipe in recipes]
-        plan += [(name, recipe, peer) for recipe in recipes for peer in PEERS.get(name, {}).get(recipe, ())]
-    if section == "captured":  # a capture that fails may leave the device in a bad state: ours come first
-        plan.sort(key=lambda candidate: candidate[2] is not None)
+        if section != "captured":  # their steps wait for the host, and a capture that fails spoils the random state
+            plan += [(name, recipe, peer) for recipe in recipes for peer in PEERS.get(name, {}).get(recipe, ())]
     return plan
 
 
@@ -304,8 +303,11 @@ def steps(section: str, report: SectionReport, device: str, quick: bool) -> int:
                     lambda of=candidate: made(section, report, device, quick, of), device, section == "captured"
                 )
         except Exception as error:
-            report.note(f"{section} {case}: FAILED, {type(error).__name__}: {str(error).strip()[:300]}")
-            failed += peer is None
+            if time.monotonic() - started >= left[name]:  # whatever became of the TimeoutError
+                report.note(f"{section} {case}: stopped, no time is left for this model")
+            else:
+                report.note(f"{section} {case}: FAILED, {type(error).__name__}: {str(error).strip()[:300]}")
+                failed += peer is None
         else:
             row_of(section, report, device, models[name][2].get(recipe), candidate, found)
         left[name] -= time.monotonic() - started

@@ -102,8 +102,8 @@ from quantrain.nn import (  # noqa: E402
     quantization_error,
     save_checkpoint,
 )
-from quantrain.ptq.operators import awq_scale, column_statistics_, gptq_round, smooth_factor  # noqa: E402
 from quantrain.norm_act import norm_act_fake_quantize, norm_act_fake_quantize_dynamic  # noqa: E402
+from quantrain.ptq.operators import awq_scale, column_statistics_, gptq_round, smooth_factor  # noqa: E402
 from quantrain.quant_conv import fake_quantize_codes, quant_conv2d  # noqa: E402
 from quantrain.quant_linear import quant_linear  # noqa: E402
 

@@ -92,7 +92,9 @@ class Job(BaseJob):
             for name, recipe in trials.items():
                 settings = config.baseline_settings() if recipe is None else config.recipe_settings(recipe)
                 try:
-                    step = rehearse(self.baseline, recipe, config.skip, self.data, settings, self.device, steps=steps)
+                    step = rehearse(
+                        self.baseline, recipe, config.skip, self.data, settings, self.device, steps=steps, fuse=True
+                    )
                 except Exception as error:
                     faults.append(f"{name}: {reason_of(error)}")
                     continue
@@ -191,7 +193,7 @@ class Job(BaseJob):
 
     def _prepared(self, name: str, recipe) -> nn.Module:
         """A copy of the baseline prepared with the recipe and calibrated."""
-        model = qnn.prepare(copy.deepcopy(self.baseline), recipe, skip=self.config.skip)
+        model = qnn.prepare(copy.deepcopy(self.baseline), recipe, skip=self.config.skip, fuse=True)
         return self._calibrated(name, recipe, model)
 
     def _probe(self) -> Batch:

@@ -67,6 +67,7 @@ def rehearse(
     *,
     steps: int,
     task: Task = CLASSIFICATION,
+    fuse: bool = False,
 ) -> float:
     """Take training steps (forward only where the recipe does not train) on a prepared copy of ``baseline``.
 
@@ -76,6 +77,7 @@ def rehearse(
     Args:
         baseline: On ``device``, or with a recipe elsewhere: the copy is moved when it is prepared.
         recipe: None tries the model as it is.
+        fuse: As quantrain.nn.prepare's.
 
     Returns:
         The median seconds of a step.
@@ -83,7 +85,7 @@ def rehearse(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself says them again
         model = copy.deepcopy(baseline)
-        model = model if recipe is None else qnn.prepare(model, recipe, skip=skip).to(device)
+        model = model if recipe is None else qnn.prepare(model, recipe, skip=skip, fuse=fuse).to(device)
         rows = min(settings.batch_size if steps > 1 else ROWS, data.train_size)
         batch = to_device(data.train_batch(torch.arange(rows), None), device)
         batch = batch if steps > 1 else task.trial(batch)

@@ -210,7 +210,10 @@ class QuantConvBn2d(QuantConv2d):
     def _in_one_step(self, x: Tensor | Quantized, residual: Tensor | None, activation: str) -> bool:
         """Whether the layer's training step is that of conv_batch_norm, one node for what the lines below do in several."""
         values = x.values if isinstance(x, Quantized) else x
-        if not (self.bn.training and (self._folds() or self._learns_rows()) and self._fuses(values)) or values.dim() != 4:
+        if (
+            not (self.bn.training and (self._folds() or self._learns_rows()) and self._fuses(values))
+            or values.dim() != 4
+        ):
             return False
         if self.output_hook is not None or self.output_fake_quant is not None or not self.keeps_codes():
             return False
@@ -327,7 +330,7 @@ class QuantConvBn2d(QuantConv2d):
         rows = (weight.shape[0], *[1] * (weight.dim() - 1))
         fits = fake_quant.symmetric and fake_quant.scale_shape == rows and fake_quant.fake_quant_enabled
         fits = fits and fake_quant.scale.dtype == torch.float32 and weight.dtype in kFused and weight.numel() > 0
-        return fits and fake_quant.ready and not fake_quant.observing
+        return fits and fake_quant.has_learned()
 
     def _folded_weight(self) -> tuple[Tensor, Tensor]:
         """The fake-quantized folded weight, in the type that the convolution takes it in, and sf, ``[O]``."""

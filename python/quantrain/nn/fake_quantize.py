@@ -275,11 +275,15 @@ class FakeQuantize(Calibrates, Float32State):
                 return kept
         result = self._round_rows(x, before, observes=self._observes_for(reader))
         if reader is not None and self.readers and not torch.compiler.is_compiling():
-            self._latest = _Latest(weakref.ref(x), x._version, before, torch.is_autocast_enabled(x.device.type), {id(reader)}, result)
+            self._latest = _Latest(
+                weakref.ref(x), x._version, before, torch.is_autocast_enabled(x.device.type), {id(reader)}, result
+            )
         return result
 
     def _round_rows(self, x: Tensor, before: Before | None, observes: bool) -> Quantized:
-        function, other, weight, bias, eps = ("identity", None, None, None, 0.0) if before is None else before.arguments()
+        function, other, weight, bias, eps = (
+            ("identity", None, None, None, 0.0) if before is None else before.arguments()
+        )
         dtype = _product_type(x)
         options = {
             "function": function,
@@ -301,9 +305,7 @@ class FakeQuantize(Calibrates, Float32State):
             tensors = [None if t is None else t.detach() for t in (x, other, weight, bias)]
             low, high = torch.ops.quantrain._norm_act_range(*tensors, function=function, eps=eps).split(1)
             scale, zero_point = self.observe_range(low, high)
-        values, codes = torch.ops.quantrain.norm_act_fake_quantize(
-            x, other, weight, bias, scale, zero_point, **options
-        )
+        values, codes = torch.ops.quantrain.norm_act_fake_quantize(x, other, weight, bias, scale, zero_point, **options)
         return Quantized(values, codes, scale, zero_point)
 
     readers: tuple[nn.Module, ...] = ()  # layers that share this, as they read one tensor; set by fuse
@@ -350,8 +352,21 @@ class FakeQuantize(Calibrates, Float32State):
 
     def learns_codes(self) -> bool:
         """Whether it learns one scale that has its first value, for codes of a byte."""
-        learns = self.learnable and self.ready and not self.observing and self.fake_quant_enabled
-        return learns and self.scale.numel() == 1 and self._fits_byte()
+        return self.learnable and self.scale.numel() == 1 and self._fits_byte() and self.has_learned()
+
+    _had_learned = False  # what the latest call outside of a backward pass found
+
+    def has_learned(self) -> bool:
+        """Whether a learned scale has its first value everywhere; what is computed anew goes by what the first pass found."""
+        if in_backward():
+            return self._had_learned
+        if self.calibrating or not (self.fake_quant_enabled and self.ready):
+            self._had_learned = False
+            return False
+        if not self._settled and not self._follows_zeros and not torch.compiler.is_compiling():
+            self._settled = not bool(self._unset().any())
+        self._had_learned = not self.observing
+        return self._had_learned
 
     def grad_factor(self, numel: int) -> float:
         """Of a learned scale's gradient, 1 / sqrt(elements per scale * quant_max) (LSQ, section 2.2)."""

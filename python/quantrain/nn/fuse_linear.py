@@ -32,7 +32,12 @@ __all__ = ["RmsNormForward", "fuse_norms", "join_before", "reads_rows", "tie_inp
 _MODULES = {nn.ReLU: "relu", nn.SiLU: "silu"}
 _FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.silu: "silu", "relu": "relu"}
 # Activations of transformers, which are modules of their own.
-_BY_NAME = {"SiLUActivation": "silu", "NewGELUActivation": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh", "GELUTanh": "gelu_tanh"}
+_BY_NAME = {
+    "SiLUActivation": "silu",
+    "NewGELUActivation": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+}
 _PRODUCTS = (operator.mul, torch.mul, "mul")
 
 
@@ -99,7 +104,12 @@ def _source(
     kind = _function(node, modules)
     if kind is not None:
         return kind, node.args[0], None, None, chain
-    if node.op in ("call_function", "call_method") and node.target in _PRODUCTS and len(node.args) == 2 and not node.kwargs:
+    if (
+        node.op in ("call_function", "call_method")
+        and node.target in _PRODUCTS
+        and len(node.args) == 2
+        and not node.kwargs
+    ):
         for gate, other in (node.args, node.args[::-1]):
             both = isinstance(gate, fx.Node) and isinstance(other, fx.Node) and gate is not other
             if both and len(gate.users) == 1 and _function(gate, modules) == "silu":
@@ -202,7 +212,9 @@ def _called_alike(cls: type[nn.Module], layers: dict[str, nn.Module]) -> list[li
         if not isinstance(node, ast.Call) or node.keywords or len(node.args) != 1:
             continue
         called, argument = node.func, node.args[0]
-        of_self = isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == self_name
+        of_self = (
+            isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == self_name
+        )
         if of_self and isinstance(argument, ast.Name) and called.attr in layers:
             events.append((place, argument.id, called.attr))
     groups: list[list[str]] = []

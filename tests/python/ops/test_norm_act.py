@@ -85,7 +85,11 @@ def test_a_scale_per_row(device, dtype, symmetric, shape, function):
     y, codes, scale, point = quantrain.norm_act_fake_quantize_dynamic(
         *inputs, function=function, eps=0.01, quant_min=limits[0], quant_max=limits[1], symmetric=symmetric
     )
-    assert scale.shape == (*shape[:-1], 1) and point.shape == scale.shape and not (scale.requires_grad or codes.requires_grad)
+    assert (
+        scale.shape == (*shape[:-1], 1)
+        and point.shape == scale.shape
+        and not (scale.requires_grad or codes.requires_grad)
+    )
     z = reference.norm_act(function, *(None if t is None else t.detach().cpu().double() for t in inputs), eps=0.01)
     width = z.abs().amax(-1, keepdim=True) / 127
     if not symmetric:
@@ -111,7 +115,11 @@ def test_the_range_is_that_of_the_result(device, function, shape):
 def test_rows_are_those_of_fake_quantize_dynamic(device):
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
-        for shape, low, high, symmetric in (((6, 64), -128, 127, True), ((2, 3, 200), 0, 255, False), ((5, 33), -8, 7, True)):
+        for shape, low, high, symmetric in (
+            ((6, 64), -128, 127, True),
+            ((2, 3, 200), 0, 255, False),
+            ((5, 33), -8, 7, True),
+        ):
             x = torch.randn(shape, device=device).to(dtype)
             y, codes, scale, point = quantrain.norm_act_fake_quantize_dynamic(
                 x, quant_min=low, quant_max=high, symmetric=symmetric
@@ -210,7 +218,7 @@ def test_what_is_kept():
         for dynamic in (True, False):
             *given, _ = operands(function, (6, 64))
             inputs, kept = leaves(given), []
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
                 if dynamic:
                     quantrain.norm_act_fake_quantize_dynamic(*inputs, function=function)
                 else:
