@@ -1,5 +1,5 @@
-// QuantConvBn2d with learned scales: the training step as one node past the scales' first values, against the same layer
-// run operator by operator.
+// QuantConvBn2d with learned scales: the training step as one node past the scales' first values, against the same
+// layer run operator by operator.
 
 #include <cmath>
 #include <string>
