@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantrain._C import QuantSpec
+from quantrain._C import QuantSpec, RowRounding, round_rows
 
 from .calibrates import Calibrates
 from .observers import Float32State, make_observer
@@ -85,7 +85,8 @@ class Before:
         return y if self.other is None else y * self.other
 
 
-kFloats = (torch.float32, torch.float16, torch.bfloat16)
+_TYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+kFloats = tuple(_TYPE_NAMES)
 kFunctions: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "relu": F.relu,
@@ -281,6 +282,38 @@ class FakeQuantize(Calibrates, Float32State):
         return result
 
     def _round_rows(self, x: Tensor, before: Before | None, observes: bool) -> Quantized:
+        if torch.compiler.is_compiling() or not (self.dynamic or not observes or self.observer.of_extremes):
+            return self._round_rows_by_operators(x, before, observes)
+        function, other, weight, bias, eps = (
+            ("identity", None, None, None, 0.0) if before is None else before.arguments()
+        )
+        dtype, settings = _TYPE_NAMES[_product_type(x)], self._row_settings()
+        if self.dynamic:
+            return Quantized(
+                *round_rows(settings, x, function, other, weight, bias, eps, dtype, *[None] * 4, False, False, "")
+            )
+        if not observes:
+            state, marks, label = (None, None, *self.calculate_qparams()), False, ""
+        else:
+            observer = self.observer
+            state = (observer.min_val, observer.max_val, self.scale, self.zero_point)
+            raises, waits = observer.nan_policy == "raise", not self._ready or not x.is_cuda
+            marks, label = raises and not waits, observer.label if raises and waits else ""
+        result = round_rows(settings, x, function, other, weight, bias, eps, dtype, *state, observes, marks, label)
+        self.note_range()
+        return Quantized(*result)
+
+    _rows: RowRounding | None = None  # what does not change from call to call
+
+    def _row_settings(self) -> RowRounding:
+        if self._rows is None:
+            self._rows = RowRounding()
+            self._rows.dynamic, self._rows.symmetric = self.dynamic, self.symmetric
+            self._rows.quant_min, self._rows.quant_max = self.quant_min, self.quant_max
+            self._rows.averaging_constant = 0.0 if self.dynamic else self.observer.averaging_constant
+        return self._rows
+
+    def _round_rows_by_operators(self, x: Tensor, before: Before | None, observes: bool) -> Quantized:
         function, other, weight, bias, eps = (
             ("identity", None, None, None, 0.0) if before is None else before.arguments()
         )
@@ -331,7 +364,7 @@ class FakeQuantize(Calibrates, Float32State):
         return latest.result
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_latest"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_latest", "_rows")}
 
     def _has_row_codes(self) -> bool:
         """Whether each row of a linear layer's input has a scale of its own and codes of a byte."""
@@ -414,7 +447,8 @@ class FakeQuantize(Calibrates, Float32State):
         if decides and self._ready and not self._follows_zeros and not bool(unset.any()):
             self._settled = True
             return
-        low, high, finite = observer.measure(x)
+        waits = not (x.is_cuda and self._ready and self._follows_zeros)  # a captured step cannot
+        low, high, finite = observer.measure(x, check=waits)
         if not self.of_weight:
             low, high, finite = agreed_range(low, high, finite)
         zeros = observer.only_zeros() if zero is None else observer.only_zeros() | (zero & unset)
@@ -427,7 +461,7 @@ class FakeQuantize(Calibrates, Float32State):
         self.scale.data.copy_(torch.where(finite & unset, scale, self.scale))
         if self.zero_point is not None:
             self.zero_point.data.copy_(torch.where(finite & unset, zero_point, self.zero_point))
-        if decides:
+        if decides and waits:
             self._ready = self._ready or self._has_scale()
             self._settled = not bool(self._unset().any())
             self._follows_zeros = self.of_weight and self._ready and not self._settled
