@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 
 from .conv_bn import FoldedBatchNorm2d, QuantConvBn2d
 from .fake_quantize import FakeQuantize, has_hooks
-from .fuse_linear import RmsNormForward, fuse_norms, join_before, reads_rows, tie_inputs, what_traces_rest_on
+from .fuse_linear import RmsNormForward, alike, fuse_norms, join_before, reads_rows, tie_inputs, what_traces_rest_on
 from .fuse_source import attributes_read
 from .layers import QuantConv2d
 
@@ -142,7 +142,7 @@ def fuse(model: nn.Module) -> list[str]:
         _fuse_block(name, block, graphs[0], shared)
         if "forward" in block.__dict__:
             inlined |= {id(module) for module in _containers(block)}
-    others = tie_inputs(model) + fuse_norms(model)
+    others = tie_inputs(model, _refuse_differing_shares) + fuse_norms(model)
     return fused_rows(model) + others
 
 
@@ -151,8 +151,6 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), (FusedForward, RmsNormForward)):
             del module.__dict__["forward"]
-        if isinstance(module, FakeQuantize):
-            module.readers = ()
         if isinstance(module, QuantConvBn2d):
             module.readers = ()
 
@@ -365,16 +363,6 @@ def _reads(node: fx.Node, value: fx.Node, modules: dict[str, nn.Module], alone: 
     return quantizes and not has_hooks(layer) and not has_hooks(layer.input_fake_quant)
 
 
-def _alike(one: FakeQuantize, other: FakeQuantize) -> bool:
-    """Whether one may stand for both: the same spec and the same state, learned by both or by neither."""
-    if one.spec != other.spec or one.fake_quant_enabled != other.fake_quant_enabled:
-        return False
-    if one.learnable and one.scale.requires_grad != other.scale.requires_grad:
-        return False
-    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
-    return all(a.is_meta or torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
-
-
 def _share(
     graph: fx.Graph, value: fx.Node, modules: dict[str, nn.Module], joined: dict[fx.Node, list[str]], alone: set[str]
 ) -> str:
@@ -383,7 +371,7 @@ def _share(
     if not readers:
         return ""
     first = modules[readers[0].target].input_fake_quant
-    readers = [node for node in readers if _alike(first, modules[node.target].input_fake_quant)]
+    readers = [node for node in readers if alike(first, modules[node.target].input_fake_quant)]
     by_call = value in joined and len(readers) == len(value.users)
     if len(readers) < 2 and not by_call:
         return ""

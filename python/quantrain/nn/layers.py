@@ -102,6 +102,7 @@ class QuantLayer(nn.Module):
             "_kept",
             "cache_weight",
             "readers",
+            "reader",
         ):
             layer.__dict__.pop(attribute, None)
         return layer
@@ -231,6 +232,8 @@ class _Linear(QuantLayer):
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_settings", "_kept")}
 
+    reader: int | None = None  # its place among the layers that share its input_fake_quant; set by fuse
+
     def _has_known_product(self) -> bool:
         """Whether the scheme's product, if it has one, is that of a node that takes codes."""
         product = self.product if self.quantizes_gradients else None
@@ -241,10 +244,10 @@ class _Linear(QuantLayer):
         if fake_quant is None:
             return x
         if self._has_known_product() and self.keeps_codes() and not has_hooks(fake_quant):
-            result = fake_quant.of_rows(x, reader=self)
+            result = fake_quant.of_rows(x, reader=self.reader)
             if result is not None:
                 return result
-        return fake_quant(x)
+        return fake_quant(x) if self.reader is None else fake_quant(x, reader=self.reader)
 
     def forward(self, input: Tensor | Quantized, quantized: bool = False) -> Tensor:
         """
