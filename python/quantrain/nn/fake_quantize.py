@@ -272,7 +272,7 @@ class FakeQuantize(Calibrates, Float32State):
         fits = fits and self.fake_quant_enabled and (self._ready or self.observing)
         if not fits or self.calibrating or x.dim() < 2 or x.dtype == torch.float64 or x.numel() == 0:
             return self(x)
-        observed = None if self.learnable else self.observe(x)
+        observed = self.observe(x)
         scale, zero_point = observed if observed is not None else self.calculate_qparams()
         options = {"grad_factor": self.grad_factor(x.numel())} if self.learnable else {}
         values, codes = torch.ops.quantrain.fake_quantize_codes(
@@ -382,22 +382,9 @@ class FakeQuantize(Calibrates, Float32State):
         return not self.dynamic and not self.learnable and self.scale.numel() == 1 and self._fits_byte()
 
     def learns_codes(self) -> bool:
-        """Whether it learns one scale that has its first value, for codes of a byte."""
-        return self.learnable and self.scale.numel() == 1 and self._fits_byte() and self.has_learned()
-
-    _had_learned = False  # what the latest call outside of a backward pass found
-
-    def has_learned(self) -> bool:
-        """Whether a learned scale has its first value everywhere; what is computed anew goes by what the first pass found."""
-        if in_backward():
-            return self._had_learned
-        if self.calibrating or not (self.fake_quant_enabled and self.ready):
-            self._had_learned = False
-            return False
-        if not self._settled and not self._follows_zeros and not torch.compiler.is_compiling():
-            self._settled = not bool(self._unset().any())
-        self._had_learned = not self.observing
-        return self._had_learned
+        """Whether it learns one scale, for codes of a byte."""
+        learns = self.learnable and self.fake_quant_enabled and not self.calibrating
+        return learns and self.scale.numel() == 1 and self._fits_byte()
 
     def grad_factor(self, numel: int) -> float:
         """Of a learned scale's gradient, 1 / sqrt(elements per scale * quant_max) (LSQ, section 2.2)."""
