@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .conv_bn import FoldedBatchNorm2d, QuantConvBn2d
-from .fake_quantize import FakeQuantize, has_hooks
+from .fake_quantize import FakeQuantize, has_hooks, transforms_active
 from .fuse_linear import RmsNormForward, alike, fuse_norms, join_before, reads_rows, tie_inputs, what_traces_rest_on
 from .fuse_source import attributes_read
 from .layers import QuantConv2d
@@ -49,8 +49,8 @@ _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 class FusedForward:
     """The forward pass of a block with its calls joined; the written one where the block is no longer what was traced.
 
-    That is: where an argument is None, which no stand-in for a tensor is, where a module that it calls or leaves out was replaced
-    or has hooks, where a container has other children, or where an attribute that the written forward pass reads has another
+    That is: where an argument is None, which no stand-in for a tensor is, where a module that it calls or leaves out, or the
+    input's fake-quantizer of one, was replaced or has hooks, where a layer is to have second derivatives, under torch.func, where a container has other children, or where an attribute that the written forward pass reads has another
     value. It holds the text that torch.fx made, and the names of what that reads, so that a model can be copied and pickled.
     """
 
@@ -62,7 +62,8 @@ class FusedForward:
         self._function = self._made()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if any(value is None for value in (*args, *kwargs.values())) or not self.traced.stands():
+        given = not any(value is None for value in (*args, *kwargs.values()))
+        if not given or transforms_active() or not self.traced.stands():
             return type(self.block).forward(self.block, *args, **kwargs)
         return self._function(self.block, *args, **kwargs)
 
@@ -93,7 +94,8 @@ class Traced:
     def __init__(self, block: nn.Module, paths: list[str]):
         self.block = block
         self.places: list[tuple[nn.Module, str, nn.Module]] = []
-        for path in dict.fromkeys(paths):
+        children = [f"{path}.input_fake_quant" for path in paths]
+        for path in dict.fromkeys([*paths, *(path for path in children if _module_at(block, path) is not None)]):
             parent, _, name = path.rpartition(".")
             self.places.append((block.get_submodule(parent), name, block.get_submodule(path)))
         self.containers = [(module, list(module._modules)) for module in _containers(block)]
@@ -116,6 +118,11 @@ class Traced:
         return not any(
             parent._modules.get(name) is not module or has_hooks(module) for parent, name, module in self.places
         )
+
+
+def _module_at(block: nn.Module, path: str) -> nn.Module | None:
+    parent, _, name = path.rpartition(".")
+    return block.get_submodule(parent)._modules.get(name)
 
 
 def fuse(model: nn.Module) -> list[str]:

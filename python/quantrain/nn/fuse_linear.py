@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .fake_quantize import Before, has_hooks
-from .layers import QuantLinear, QuantTransposedLinear
+from .layers import QuantLayer, QuantLinear, QuantTransposedLinear
 
 __all__ = ["RmsNormForward", "fuse_norms", "join_before", "reads_rows", "tie_inputs"]
 
@@ -162,6 +162,8 @@ def what_traces_rest_on(modules: dict[str, nn.Module], paths: list[str]) -> list
         for name in ("p", "approximate", "normalized_shape", "act"):
             if name in module.__dict__:
                 found.append((module, name, module.__dict__[name]))
+        if isinstance(module, QuantLayer):
+            found.append((module, "second_derivatives", False))
     return found
 
 
@@ -226,9 +228,9 @@ def _called_alike(cls: type[nn.Module], layers: dict[str, nn.Module]) -> list[li
     groups: list[list[str]] = []
     open_groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for node, branches in _in_order(tree.body[0], ()):
-        if isinstance(node, ast.Name):
-            if not isinstance(node.ctx, ast.Load):
-                open_groups = {key: group for key, group in open_groups.items() if key[0] != node.id}
+        changed = _changed(node)
+        open_groups = {key: group for key, group in open_groups.items() if key[0] != changed}
+        if not isinstance(node, ast.Call):
             continue
         called, argument = node.func, node.args[0] if len(node.args) == 1 and not node.keywords else None
         of_self = (
@@ -241,6 +243,18 @@ def _called_alike(cls: type[nn.Module], layers: dict[str, nn.Module]) -> list[li
             open_groups[key].append(called.attr)
     once = [name for group in groups for name in group]
     return [group for group in groups if len(group) > 1 and all(once.count(name) == 1 for name in group)]
+
+
+def _changed(node: ast.AST) -> str | None:
+    """The variable that ``node`` assigns or writes into: ``x = ...``, ``x[i] = ...``, ``x.add_(...)``."""
+    if isinstance(node, ast.Name):
+        return None if isinstance(node.ctx, ast.Load) else node.id
+    if isinstance(node, ast.Subscript):
+        of = node.value if not isinstance(node.ctx, ast.Load) else None
+    else:
+        in_place = isinstance(node.func, ast.Attribute) and node.func.attr.endswith("_")
+        of = node.func.value if in_place else None
+    return of.id if isinstance(of, ast.Name) else None
 
 
 # Of what need not run, or not once, the parts that do whenever the whole does.
@@ -261,8 +275,8 @@ _BRANCHES = {
 }
 
 
-def _in_order(node: ast.AST, branches: tuple[int, ...]) -> Iterator[tuple[ast.Name | ast.Call, tuple[int, ...]]]:
-    """The names and calls under ``node`` as they are evaluated, an assignment's targets after its value, each with the
+def _in_order(node: ast.AST, branches: tuple[int, ...]) -> Iterator[tuple[ast.Name | ast.Subscript | ast.Call, tuple[int, ...]]]:
+    """The names, subscripts and calls under ``node`` as they are evaluated, an assignment's targets after its value, each with the
     branches that it stands in."""
     always = _BRANCHES.get(type(node))
     fields = list(ast.iter_fields(node))
@@ -277,7 +291,7 @@ def _in_order(node: ast.AST, branches: tuple[int, ...]) -> Iterator[tuple[ast.Na
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST):
                 yield from _in_order(child, inside)
-    if isinstance(node, (ast.Name, ast.Call)):
+    if isinstance(node, (ast.Name, ast.Subscript, ast.Call)):
         yield node, branches
 
 

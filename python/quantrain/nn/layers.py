@@ -16,14 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from quantrain._C import QuantLinear as LinearStep
 from quantrain._C import Recipe, quant_linear, rounded_weight
 from quantrain.fqt import fqt_linear
 
-from .fake_quantize import FakeQuantize, Quantized, has_hooks, kFloats
+from .fake_quantize import FakeQuantize, Quantized, has_hooks, kFloats, transforms_active
 from .recipes import as_recipe, weight_scale_shape
 from .schemes import handler_of
 from .weight_hooks import run_weight_hooks
@@ -159,11 +158,7 @@ class QuantLayer(nn.Module):
 
     def keeps_codes(self) -> bool:
         """Whether a node may stand in for the layer's operators: no second derivative, torch.func or forward mode to come."""
-        if not self.weight.requires_grad or self.second_derivatives:
-            return False
-        if torch.compiler.is_compiling():
-            return True
-        return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+        return self.weight.requires_grad and not self.second_derivatives and not transforms_active()
 
     def watched(self, y: Tensor) -> Tensor:
         self._note_call()
