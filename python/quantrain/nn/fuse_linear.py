@@ -209,7 +209,7 @@ def tie_inputs(model: nn.Module, check_load: Callable) -> list[str]:
             tie(tied)
             module.register_load_state_dict_pre_hook(check_load)
             shown = ", ".join(name for name in names if layers[name] in tied)
-            rows.append(f"{path + '.' if path else ''}one fake-quantized input of {shown}")
+            rows.append(f"{path + ': ' if path else ''}one fake-quantized input of {shown}")
     return rows
 
 
