@@ -4,8 +4,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <cmath>
-
 #include "autograd/convolution.h"
 #include "autograd/gradient_quantizer.h"
 #include "autograd/kept_codes.h"
@@ -149,23 +147,6 @@ using NormBackward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, 
     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::string_view, double, bool, bool,
     const OptionalTensor&, const OptionalTensor&, int64_t, int64_t);
 
-// The scale and zero point in force for the output, after the batch's range was taken into account.
-std::tuple<at::Tensor, OptionalTensor> output_qparams(const ConvBatchNorm& call, const at::Tensor& range) {
-  if (!call.observes) return {call.scale, given(call.zero_point)};
-  if (!call.label.empty()) {
-    const float low = range[0].item<float>(), high = range[1].item<float>();
-    QUANTRAIN_CHECK_VALUE(std::isfinite(low) && std::isfinite(high),
-                          "{}: expected a finite batch, got one from {} to {} (nan_policy='skip' would leave it out)",
-                          call.label, low, high);
-  }
-  at::Tensor min = call.min_val, max = call.max_val, scale = call.scale;
-  const auto shape = min.sizes();
-  auto [in_force, point] = detail::observe_qparams_(
-      min, max, scale, given(call.zero_point), range.narrow(0, 0, 1).view(shape), range.narrow(0, 1, 1).view(shape),
-      std::nullopt, call.averaging_constant, call.quant_min, call.quant_max, call.symmetric, call.marks);
-  return {in_force, call.zero_point.defined() ? OptionalTensor(point) : std::nullopt};
-}
-
 struct ConvBatchNormFunction : torch::autograd::Function<ConvBatchNormFunction> {
   // Present always: input, weight, bn_weight, bn_bias. Absent ones have no place among those that needs_input_grad
   // counts. weight_scale and learned_scale: where they are learned.
@@ -193,7 +174,7 @@ struct ConvBatchNormFunction : torch::autograd::Function<ConvBatchNormFunction> 
       if (call.moves) call.batches.add_(1);
     }
     OptionalTensor scale, zero_point;
-    if (quantizes) std::tie(scale, zero_point) = output_qparams(call, range);
+    if (quantizes) std::tie(scale, zero_point) = qparams_in_force(call, range);
     const bool bends = call.activation == "relu" || call.activation == "relu6";
     auto [output, codes, mask] =
         norm.call(y, statistics[0], statistics[1], bn_weight, bn_bias, conv_scale, residual, scale, zero_point,

@@ -13,6 +13,7 @@
 #include "ops/common/dispatch.h"
 #include "ops/norm_act_operators.h"
 #include "ops/quant_linear_check.h"
+#include "quantrain/ops/norm_act.h"
 #include "quantrain/ops/quant_linear.h"
 
 // Gradients of quant_linear: PyTorch's products, of an input that is decoded from its codes.
@@ -139,6 +140,25 @@ at::Tensor quant_linear_autograd(const at::Tensor& input, const at::Tensor& code
 }
 
 }  // namespace
+
+RoundedRows round_rows(const RowRounding& call) {
+  const OptionalTensor other = given(call.other), weight = given(call.weight), bias = given(call.bias);
+  if (call.dynamic) {
+    auto [values, codes, scale, zero_point] =
+        norm_act_fake_quantize_dynamic(call.input, call.function, other, weight, bias, call.eps, call.quant_min,
+                                       call.quant_max, call.symmetric, call.dtype);
+    return {values, codes, scale, call.symmetric ? at::Tensor() : zero_point};
+  }
+  at::Tensor range;
+  if (call.observes) {
+    const at::NoGradGuard no_grad;
+    range = detail::norm_act_range(call.input, call.function, other, weight, bias, call.eps);
+  }
+  const auto [scale, zero_point] = qparams_in_force(call, range);
+  auto [values, codes] = norm_act_fake_quantize(call.input, call.function, other, weight, bias, scale, zero_point,
+                                                call.eps, call.quant_min, call.quant_max, call.dtype);
+  return {values, codes, scale, zero_point.value_or(at::Tensor())};
+}
 
 at::Tensor rounded_weight(const QuantLinear& call) {
   const at::NoGradGuard no_grad;

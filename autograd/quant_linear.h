@@ -5,11 +5,27 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <string>
 
+#include "autograd/observed.h"
 #include "quantrain/ops/export.h"
 #include "quantrain/ops/gradient_quant.h"
 
 namespace quantrain {
+
+// What a linear layer reads, rounded: norm_act_fake_quantize with an observer, or norm_act_fake_quantize_dynamic.
+struct RowRounding : Observed {
+  at::Tensor input, other, weight, bias;
+  std::string function = "identity", dtype;
+  double eps = 0.0;
+  bool dynamic = false;  // each row's own scale
+};
+
+struct RoundedRows {
+  at::Tensor values, codes, scale, zero_point;  // zero_point undefined: symmetric
+};
+
+QUANTRAIN_API RoundedRows round_rows(const RowRounding& call);
 
 // Undefined tensors are absent.
 struct QuantLinear {

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from quantrain._C import QuantSpec
+from quantrain._C import QuantSpec, RowRounding, round_rows
 
 from .calibrates import Calibrates
 from .observers import Float32State, make_observer
@@ -94,7 +94,8 @@ class Before:
         return y if self.other is None else y * self.other
 
 
-kFloats = (torch.float32, torch.float16, torch.bfloat16)
+_TYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+kFloats = tuple(_TYPE_NAMES)
 kFunctions: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "relu": F.relu,
@@ -244,7 +245,7 @@ class FakeQuantize(Calibrates, Float32State):
             return self.with_codes(before(x)) if result is None else result
         if codes:
             return self.with_codes(x)
-        observed = self.observe(x, zero=zero) if reader is None else self._observed_for(x, self._reading(x, reader), reader)
+        observed = self.observe(x, zero=zero) if reader is None else self._observed_for(x, reader)
         if not self._ready and x.numel() == 0:
             return x
         if not self.fake_quant_enabled:
@@ -306,13 +307,53 @@ class FakeQuantize(Calibrates, Float32State):
             return None
         latest, dtype = self._reading(x, reader), _product_type(x)
         if latest is None or latest.result is None or latest.dtype != dtype:
-            result = self._round_rows(x, before, latest, reader)
-            if latest is None or latest is not self._latest:
+            observes, known = self._observes_for(latest, reader), None if latest is None else latest.observed
+            result = self._round_rows(x, before, observes, known)
+            if latest is None:
+                return result
+            latest.observed = (result.scale, result.zero_point) if observes else known
+            if latest is not self._latest:  # it was the last of them
                 return result
             latest.keep(result, dtype)
         return latest.result
 
-    def _round_rows(self, x: Tensor, before: Before | None, latest: _Latest | None, reader: int | None) -> Quantized:
+    def _round_rows(
+        self, x: Tensor, before: Before | None, observes: bool, known: tuple[Tensor, Tensor | None] | None
+    ) -> Quantized:
+        if torch.compiler.is_compiling() or not (self.dynamic or not observes or self.observer.of_extremes):
+            return self._round_rows_by_operators(x, before, observes, known)
+        function, other, weight, bias, eps = (
+            ("identity", None, None, None, 0.0) if before is None else before.arguments()
+        )
+        dtype, settings = _TYPE_NAMES[_product_type(x)], self._row_settings()
+        if self.dynamic:
+            return Quantized(
+                *round_rows(settings, x, function, other, weight, bias, eps, dtype, *[None] * 4, False, False, "")
+            )
+        if not observes:
+            state, marks, label = (None, None, *(known or self.calculate_qparams())), False, ""
+        else:
+            observer = self.observer
+            state = (observer.min_val, observer.max_val, self.scale, self.zero_point)
+            raises, waits = observer.nan_policy == "raise", not self._ready or not x.is_cuda
+            marks, label = raises and not waits, observer.label if raises and waits else ""
+        result = round_rows(settings, x, function, other, weight, bias, eps, dtype, *state, observes, marks, label)
+        self.note_range()
+        return Quantized(*result)
+
+    _rows: RowRounding | None = None  # what does not change from call to call
+
+    def _row_settings(self) -> RowRounding:
+        if self._rows is None:
+            self._rows = RowRounding()
+            self._rows.dynamic, self._rows.symmetric = self.dynamic, self.symmetric
+            self._rows.quant_min, self._rows.quant_max = self.quant_min, self.quant_max
+            self._rows.averaging_constant = 0.0 if self.dynamic else self.observer.averaging_constant
+        return self._rows
+
+    def _round_rows_by_operators(
+        self, x: Tensor, before: Before | None, observes: bool, known: tuple[Tensor, Tensor | None] | None
+    ) -> Quantized:
         function, other, weight, bias, eps = (
             ("identity", None, None, None, 0.0) if before is None else before.arguments()
         )
@@ -329,10 +370,10 @@ class FakeQuantize(Calibrates, Float32State):
                 x, other, weight, bias, symmetric=self.symmetric, **options
             )
             return Quantized(values, codes, scale, None if self.symmetric else zero_point)
-        if before is None:
-            scale, zero_point = self._observed_for(x, latest, reader) or self.calculate_qparams()
-        elif not self.observing:
-            scale, zero_point = self.calculate_qparams()
+        if not observes:
+            scale, zero_point = known or self.calculate_qparams()
+        elif before is None:
+            scale, zero_point = self.observe(x) or self.calculate_qparams()
         else:
             tensors = [None if t is None else t.detach() for t in (x, other, weight, bias)]
             low, high = torch.ops.quantrain._norm_act_range(*tensors, function=function, eps=eps).split(1)
@@ -357,20 +398,23 @@ class FakeQuantize(Calibrates, Float32State):
             self._latest = None
         return latest
 
-    def _observed_for(
-        self, x: Tensor, latest: _Latest | None, reader: int | None
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """:meth:`observe`, once for all readers of ``x``. A compiled program tells no tensor from another: the first of them."""
+    def _observes_for(self, latest: _Latest | None, reader: int | None) -> bool:
+        """Whether ``reader`` observes: the first of them, which a compiled program cannot tell but by its place."""
         if reader and self.readers > 1 and torch.compiler.is_compiling():
-            return None
+            return False
+        return self.observing and (latest is None or len(latest.served) == 1)
+
+    def _observed_for(self, x: Tensor, reader: int) -> tuple[Tensor, Tensor | None] | None:
+        """:meth:`observe`, once for all readers of ``x``."""
+        latest = self._reading(x, reader)
+        observed = self.observe(x) if self._observes_for(latest, reader) else None
         if latest is None:
-            return self.observe(x)
-        if len(latest.served) == 1:
-            latest.observed = self.observe(x)
+            return observed
+        latest.observed = observed or latest.observed
         return latest.observed
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_latest"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_latest", "_rows")}
 
     def _has_row_codes(self) -> bool:
         """Whether each row of a linear layer's input has a scale of its own and codes of a byte."""
@@ -445,7 +489,8 @@ class FakeQuantize(Calibrates, Float32State):
         if decides and self._ready and not self._follows_zeros and not bool(unset.any()):
             self._settled = True
             return
-        low, high, finite = observer.measure(x)
+        waits = not (x.is_cuda and self._ready and self._follows_zeros)  # a captured step cannot
+        low, high, finite = observer.measure(x, check=waits)
         if not self.of_weight:
             low, high, finite = agreed_range(low, high, finite)
         zeros = observer.only_zeros() if zero is None else observer.only_zeros() | (zero & unset)
@@ -458,7 +503,7 @@ class FakeQuantize(Calibrates, Float32State):
         self.scale.data.copy_(torch.where(finite & unset, scale, self.scale))
         if self.zero_point is not None:
             self.zero_point.data.copy_(torch.where(finite & unset, zero_point, self.zero_point))
-        if decides:
+        if decides and waits:
             self._ready = self._ready or self._has_scale()
             self._settled = not bool(self._unset().any())
             self._follows_zeros = self.of_weight and self._ready and not self._settled

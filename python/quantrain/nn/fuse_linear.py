@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .fake_quantize import Before, has_hooks
+from .fake_quantize import Before, FakeQuantize, has_hooks
 from .layers import QuantLayer, QuantLinear, QuantTransposedLinear
 
 __all__ = ["RmsNormForward", "fuse_norms", "join_before", "reads_rows", "tie_inputs"]
@@ -275,7 +275,9 @@ _BRANCHES = {
 }
 
 
-def _in_order(node: ast.AST, branches: tuple[int, ...]) -> Iterator[tuple[ast.Name | ast.Subscript | ast.Call, tuple[int, ...]]]:
+def _in_order(
+    node: ast.AST, branches: tuple[int, ...]
+) -> Iterator[tuple[ast.Name | ast.Subscript | ast.Call, tuple[int, ...]]]:
     """The names, subscripts and calls under ``node`` as they are evaluated, an assignment's targets after its value, each with the
     branches that it stands in."""
     always = _BRANCHES.get(type(node))
