@@ -257,7 +257,7 @@ def test_what_a_call_left_is_not_taken_by_the_next():
     model.q(x)
     x.mul_(2.0)
     plain = copy.deepcopy(model.k)
-    plain.input_fake_quant.readers = ()
+    plain.reader = None
     assert torch.equal(model.k(x), plain(x))
 
 
@@ -279,7 +279,7 @@ def test_copies_files_and_the_way_back():
     for other in (again, loaded):
         layer = other.model.layers[0].self_attn
         assert layer.q_proj.input_fake_quant is layer.k_proj.input_fake_quant
-        assert layer.q_proj in layer.q_proj.input_fake_quant.readers
+        assert layer.q_proj.input_fake_quant.readers == 3
         assert other.model.norm.forward.norm is other.model.norm
         assert torch.equal(loss(other, x), loss(model, x))
     qnn.convert(model.eval())
@@ -342,7 +342,7 @@ def test_before_is_what_pytorch_computes(recipe):
         plain = copy.deepcopy(fake_quant)
         for training in (True, False):
             found = fake_quant.train(training)(x, before=before)
-            assert isinstance(found, Quantized) == (training and recipe != "qat-w4a4")
+            assert isinstance(found, Quantized) == training
             values = found.values if isinstance(found, Quantized) else found
             torch.testing.assert_close(values, plain.train(training)(want), rtol=1e-5, atol=1e-5)
 
