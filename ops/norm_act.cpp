@@ -207,7 +207,7 @@ struct Given {
   }
 };
 
-void run_norm_act(const NormActArgs& args, const at::Tensor& on) {
+void run_norm_act(const NormActArgs& args, [[maybe_unused]] const at::Tensor& on) {
 #if defined(QUANTRAIN_WITH_CUDA)
   if (run_on_cuda(args, on, &cuda::norm_act)) return;
 #endif
