@@ -4,8 +4,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <cmath>
-
 #include "autograd/convolution.h"
 #include "autograd/gradient_quantizer.h"
 #include "autograd/kept_codes.h"
@@ -149,23 +147,6 @@ using NormBackward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, 
     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::string_view, double, bool, bool,
     const OptionalTensor&, const OptionalTensor&, int64_t, int64_t);
 
-// The scale and zero point in force for the output, after the batch's range was taken into account.
-std::tuple<at::Tensor, OptionalTensor> output_qparams(const ConvBatchNorm& call, const at::Tensor& range) {
-  if (!call.observes) return {call.scale, given(call.zero_point)};
-  if (!call.label.empty()) {
-    const float low = range[0].item<float>(), high = range[1].item<float>();
-    QUANTRAIN_CHECK_VALUE(std::isfinite(low) && std::isfinite(high),
-                          "{}: expected a finite batch, got one from {} to {} (nan_policy='skip' would leave it out)",
-                          call.label, low, high);
-  }
-  at::Tensor min = call.min_val, max = call.max_val, scale = call.scale;
-  const auto shape = min.sizes();
-  auto [in_force, point] = detail::observe_qparams_(
-      min, max, scale, given(call.zero_point), range.narrow(0, 0, 1).view(shape), range.narrow(0, 1, 1).view(shape),
-      std::nullopt, call.averaging_constant, call.quant_min, call.quant_max, call.symmetric, call.marks);
-  return {in_force, call.zero_point.defined() ? OptionalTensor(point) : std::nullopt};
-}
-
 struct ConvBatchNormFunction : torch::autograd::Function<ConvBatchNormFunction> {
   // Present always: input, weight, bn_weight, bn_bias. Absent ones have no place among those that needs_input_grad
   // counts. weight_scale and learned_scale: where they are learned.
@@ -193,14 +174,16 @@ struct ConvBatchNormFunction : torch::autograd::Function<ConvBatchNormFunction> 
       if (call.moves) call.batches.add_(1);
     }
     OptionalTensor scale, zero_point;
-    if (quantizes) std::tie(scale, zero_point) = output_qparams(call, range);
+    if (quantizes) std::tie(scale, zero_point) = qparams_in_force(call, range);
     const bool bends = call.activation == "relu" || call.activation == "relu6";
     auto [output, codes, mask] =
         norm.call(y, statistics[0], statistics[1], bn_weight, bn_bias, conv_scale, residual, scale, zero_point,
                   call.activation, call.eps, call.quant_min, call.quant_max, bends || quantizes);
-    ctx->save_for_backward({call.codes.defined() ? call.codes : input, call.input_scale, call.input_zero_point, weight,
-                            rounded, weight_mask, kept, bn_weight, bn_bias, conv_scale, y, statistics, mask,
-                            weight_scale.value_or(at::Tensor()), learned_scale.value_or(at::Tensor()),
+    ctx->saved_data["packing"] = packing_of(call.codes, call.packs_codes);
+    ctx->save_for_backward({call.codes.defined() ? packed(call.codes, call.packs_codes) : input, call.input_scale,
+                            call.input_zero_point, weight, rounded, weight_mask, kept, bn_weight, bn_bias, conv_scale,
+                            y, statistics, mask, weight_scale.value_or(at::Tensor()),
+                            learned_scale.value_or(at::Tensor()),
                             learned_scale && zero_point ? *zero_point : at::Tensor()});
     auto& data = ctx->saved_data;
     data["type"] = input.scalar_type();
@@ -252,8 +235,9 @@ struct ConvBatchNormFunction : torch::autograd::Function<ConvBatchNormFunction> 
                     data["activation"].toStringRef(), eps, true, data["with_residual"].toBool(), learned_scale,
                     given(saved[15]), data["quant_min"].toInt(), data["quant_max"].toInt());
       const bool needs_weight = ctx->needs_input_grad(1) || ctx->needs_input_grad(2) || weight_scale;
-      const at::Tensor input =
-          data["coded"].toBool() ? decoded(kept_input, input_scale, input_point, type, needs_weight) : kept_input;
+      const at::Tensor input = data["coded"].toBool() ? decoded(unpacked(kept_input, data["packing"]), input_scale,
+                                                                input_point, type, needs_weight)
+                                                      : kept_input;
       const auto stride = data["stride"].toIntVector(), padding = data["padding"].toIntVector(),
                  dilation = data["dilation"].toIntVector();
       const at::Tensor plain = plain_weight(rounded);

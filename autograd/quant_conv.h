@@ -8,15 +8,18 @@
 #include <string>
 #include <vector>
 
+#include "autograd/observed.h"
 #include "quantrain/ops/export.h"
 #include "quantrain/ops/gradient_quant.h"
 
 namespace quantrain {
 
-// Undefined tensors are absent.
-struct ConvBatchNorm {
+// Undefined tensors are absent. Observed: the fake-quantizer of the layers that read the result, where its scale is
+// given.
+struct ConvBatchNorm : Observed {
   // The convolution of a fake-quantized input, which is kept as its codes where it has some.
   at::Tensor input, codes, input_scale, input_zero_point;
+  bool packs_codes = false;  // two codes are kept in a byte: they have at most 4 bits
   at::Tensor weight;
   std::vector<int64_t> stride, padding, dilation;
   int64_t groups = 1;
@@ -34,13 +37,6 @@ struct ConvBatchNorm {
   // What follows.
   at::Tensor residual;
   std::string activation = "identity";
-  // The fake-quantizer of the layers that read the result, where it is given: an observer's range, which the batch
-  // moves where `observes`, and its scale. `label`: a batch that is not finite raises, in that name; empty: its scale
-  // is NaN where `marks`.
-  at::Tensor min_val, max_val, scale, zero_point;
-  double averaging_constant = 0.0;
-  int64_t quant_min = -128, quant_max = 127;
-  bool symmetric = true, observes = false, marks = false;
   double grad_factor = 1.0;  // of a scale that is learned: one that requires a gradient
   std::string label;
 };

@@ -113,6 +113,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     QUANTRAIN_CHECK_VALUE(TORCH_GUARD_OR_TRUE(scale->sym_numel().sym_eq(1)),
                           "{}: expected one scale for the tensor, got {}", op, detail::shape_text(*scale));
   }
+  QUANTRAIN_CHECK_VALUE(scale || !zero_point, "{}: expected zero_point beside a scale, got it alone", op);
   const at::ScalarType type = dtype.empty() ? input.scalar_type() : detail::named_type(op, "dtype", dtype);
   detail::check_float(op, "dtype", type);
   QUANTRAIN_CHECK_TYPE(type == input.scalar_type() || input.scalar_type() == at::kFloat,
@@ -229,6 +230,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const std::string_view op = scale ? "norm_act_fake_quantize" : "norm_act_fake_quantize_dynamic";
   if (scale && scale->is_cpu()) check_qparam_values(op, *scale, zero_point, quant_min, quant_max);
   if (input.numel() == 0) {
+    moments.zero_();  // of rows without columns
     if (!scale) row_scale.fill_(1.0), row_zero_point.zero_();
     return {output, codes, mask, moments, row_scale, row_zero_point};
   }

@@ -8,6 +8,7 @@
 namespace py = pybind11;
 using quantrain::ConvBatchNorm;
 using quantrain::QuantLinear;
+using quantrain::RowRounding;
 using OptionalTensor = std::optional<at::Tensor>;
 
 namespace {
@@ -52,6 +53,7 @@ void bind_layers(py::module_& module) {
       .def_readwrite("quant_min", &ConvBatchNorm::quant_min)
       .def_readwrite("quant_max", &ConvBatchNorm::quant_max)
       .def_readwrite("symmetric", &ConvBatchNorm::symmetric)
+      .def_readwrite("packs_codes", &ConvBatchNorm::packs_codes)
       .def_readwrite("weight_grad_factor", &ConvBatchNorm::weight_grad_factor)
       .def_readwrite("grad_factor", &ConvBatchNorm::grad_factor);
   bind_gradient_quantizers(settings);
@@ -96,8 +98,45 @@ void bind_layers(py::module_& module) {
       "activation(batch_norm(conv2d(input, fold_fake_quantize(weight))) + residual) and its fake-quantized form, as "
       "one node: (output, codes, scale, zero_point, the variance folded with).");
 
+  py::class_<RowRounding>(module, "RowRounding", "What does not change from call to call of round_rows.")
+      .def(py::init<>())
+      .def_readwrite("dynamic", &RowRounding::dynamic)
+      .def_readwrite("averaging_constant", &RowRounding::averaging_constant)
+      .def_readwrite("quant_min", &RowRounding::quant_min)
+      .def_readwrite("quant_max", &RowRounding::quant_max)
+      .def_readwrite("symmetric", &RowRounding::symmetric);
+  module.def(
+      "round_rows",
+      [](const RowRounding& settings, const at::Tensor& input, const std::string& function, const OptionalTensor& other,
+         const OptionalTensor& weight, const OptionalTensor& bias, double eps, const std::string& dtype,
+         const OptionalTensor& min_val, const OptionalTensor& max_val, const OptionalTensor& scale,
+         const OptionalTensor& zero_point, bool observes, bool marks, const std::string& label) {
+        RowRounding call = settings;
+        call.input = input;
+        call.function = function;
+        call.other = or_none(other);
+        call.weight = or_none(weight);
+        call.bias = or_none(bias);
+        call.eps = eps;
+        call.dtype = dtype;
+        call.min_val = or_none(min_val);
+        call.max_val = or_none(max_val);
+        call.scale = or_none(scale);
+        call.zero_point = or_none(zero_point);
+        call.observes = observes;
+        call.marks = marks;
+        call.label = label;
+        const quantrain::RoundedRows result = [&] {
+          const py::gil_scoped_release released;
+          return quantrain::round_rows(call);
+        }();
+        return std::make_tuple(result.values, result.codes, result.scale, or_none(result.zero_point));
+      },
+      "norm_act_fake_quantize with an observer's step before it, or its dynamic form: (values, codes, scale, "
+      "zero_point).");
   py::class_<QuantLinear> linear(module, "QuantLinear", "What does not change from step to step of a quant_linear.");
   linear.def(py::init<>())
+      .def_readwrite("packs_codes", &QuantLinear::packs_codes)
       .def_readwrite("weight_groups", &QuantLinear::weight_groups)
       .def_readwrite("weight_min", &QuantLinear::weight_min)
       .def_readwrite("weight_max", &QuantLinear::weight_max);

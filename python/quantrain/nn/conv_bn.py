@@ -147,9 +147,12 @@ class QuantConvBn2d(QuantConv2d):
         fake_quant, weight = self.weight_fake_quant, self.weight_to_quantize()
         if fake_quant is None or not (fake_quant.learnable and self.training):
             return weight if fake_quant is None else fake_quant(weight)
-        # Where gamma is 0 and counts as 1, the weight that will be folded is still 0.
+        return fake_quant(weight, zero=self._zeros())
+
+    def _zeros(self) -> Tensor:
+        """Where gamma is 0 and counts as 1: there the weight that will be folded is still 0."""
         zero = self.bn.weight.detach() == 0
-        return fake_quant(weight, zero=zero.reshape(-1, 1, 1, 1) if fake_quant.scale.numel() > 1 else zero.all())
+        return zero.reshape(-1, 1, 1, 1) if self.weight_fake_quant.scale.numel() > 1 else zero.all()
 
     def bias_to_store(self) -> Tensor:
         shift = self.bn.running_mean if self.bias is None else self.bn.running_mean - self.bias
@@ -247,9 +250,20 @@ class QuantConvBn2d(QuantConv2d):
         dtype = self._dtype(values)
         if values.dtype != dtype:
             values = values.to(dtype)
+        weight_scale = self._learned_scale() if self.weight_fake_quant.learnable else None
         joins = reader is not None and residual is None and activation in kPiecewise
         learns = joins and reader.learns_codes()
         at_once = learns or (joins and reader.takes_range())
+        variance = self._variance if again else None
+        if learns and reader.observing:  # a first value, of the output without rounding: the pass is one node at once
+            with torch.no_grad():
+                fixed = (self.weight, weight_scale, bn.weight, bn.bias, bn.running_mean, bn.running_var)
+                settings = self._settings_of(activation, None, None, values)
+                nothing = (None, None, None, None, False, False, "")
+                y, *_ = conv_batch_norm(
+                    settings, values, *codes, *fixed, bn.num_batches_tracked, variance, False, residual, *nothing
+                )
+            reader.observe(y)
         observer, ends, observes, marks, label = None, (None, None, None, None), False, False, ""
         if at_once:
             observes, observer = reader.observing, None if learns else reader.observer
@@ -265,13 +279,13 @@ class QuantConvBn2d(QuantConv2d):
             values,
             *codes,
             self.weight,
-            self.weight_fake_quant.calculate_qparams()[0] if self.weight_fake_quant.learnable else None,
+            weight_scale,
             bn.weight,
             bn.bias,
             bn.running_mean,
             bn.running_var,
             bn.num_batches_tracked,
-            self._variance if again else None,
+            variance,
             not again,
             residual,
             *ends,
@@ -285,6 +299,15 @@ class QuantConvBn2d(QuantConv2d):
             reader.note_range()
             return Quantized(output, out_codes, scale.detach(), zero_point)
         return output if reader is None else reader.with_codes(output)
+
+    def _learned_scale(self) -> Tensor:
+        """The folded weight's, which sees it first where it has no first value everywhere."""
+        fake_quant = self.weight_fake_quant
+        if not fake_quant.observing:
+            return fake_quant.calculate_qparams()[0]
+        with torch.no_grad():
+            fake_quant.observe(self.weight_to_quantize(), zero=self._zeros())
+        return fake_quant.calculate_qparams()[0].clone()  # another call before the backward pass may move it
 
     def _settings_of(
         self, activation: str, reader: FakeQuantize | None, observer: Observer | None, values: Tensor
@@ -309,6 +332,7 @@ class QuantConvBn2d(QuantConv2d):
         settings.weight_min, settings.weight_max, settings.weight_symmetric = limits
         settings.quant_min, settings.quant_max, settings.symmetric, settings.averaging_constant = range_
         settings.grad_factor = factor
+        settings.packs_codes = self.input_fake_quant is not None and self.input_fake_quant.fits_half_byte
         settings.weight_grad_factor = weights.grad_factor(self.weight.numel()) if weights.learnable else 1.0
         set_gradient_quantizers(settings, quantizes)
         self._settings = (key, settings)
@@ -323,14 +347,14 @@ class QuantConvBn2d(QuantConv2d):
         return fake_quant.dynamic and fake_quant.scale_shape == rows and weight.dtype in kFused and weight.numel() > 0
 
     def _learns_rows(self) -> bool:
-        """Whether the folded weight has a learned scale per channel that has its first value."""
+        """Whether the folded weight has a learned scale per channel."""
         fake_quant, weight = self.weight_fake_quant, self.weight
         if fake_quant is None or not fake_quant.learnable or self._own_weight_rule or has_hooks(fake_quant):
             return False
         rows = (weight.shape[0], *[1] * (weight.dim() - 1))
         fits = fake_quant.symmetric and fake_quant.scale_shape == rows and fake_quant.fake_quant_enabled
         fits = fits and fake_quant.scale.dtype == torch.float32 and weight.dtype in kFused and weight.numel() > 0
-        return fits and fake_quant.has_learned()
+        return fits and not fake_quant.calibrating
 
     def _folded_weight(self) -> tuple[Tensor, Tensor]:
         """The fake-quantized folded weight, in the type that the convolution takes it in, and sf, ``[O]``."""

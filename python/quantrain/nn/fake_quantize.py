@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from quantrain._C import QuantSpec
+from quantrain._C import QuantSpec, RowRounding, round_rows
 
 from .calibrates import Calibrates
 from .observers import Float32State, make_observer
@@ -33,6 +35,13 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def transforms_active() -> bool:
+    """Whether torch.func or forward mode differentiates, which nodes that keep codes do not take."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def agreed_range(low: Tensor, high: Tensor, finite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +94,8 @@ class Before:
         return y if self.other is None else y * self.other
 
 
-kFloats = (torch.float32, torch.float16, torch.bfloat16)
+_TYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+kFloats = tuple(_TYPE_NAMES)
 kFunctions: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "relu": F.relu,
@@ -96,16 +106,35 @@ kFunctions: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@dataclass
 class _Latest:
-    """A tensor that was rounded for several layers, and those that have had it."""
+    """A tensor that several layers read in one pass: which have read it, its range, and its rounded form for those to come.
 
-    x: weakref.ref[Tensor]
-    version: int
-    before: Before | None
-    autocast: bool
-    served: set[int]
-    result: Quantized
+    The rounded form is dropped with the tensor, and as a gradient reaches it: a later call would find its graph freed.
+    """
+
+    def __init__(self, x: Tensor):
+        this = weakref.ref(self)
+        self.x = weakref.ref(x, lambda _: _drop(this))
+        self.version, self.thread = x._version, threading.get_ident()
+        self.served: set[int] = set()
+        self.observed: tuple[Tensor, Tensor | None] | None = None
+        self.dtype: torch.dtype | None = None
+        self.result: Quantized | None = None
+
+    def is_of(self, x: Tensor) -> bool:
+        return self.x() is x and self.version == x._version and self.thread == threading.get_ident()
+
+    def keep(self, result: Quantized, dtype: torch.dtype) -> None:
+        self.result, self.dtype = result, dtype
+        if result.values.requires_grad:
+            this = weakref.ref(self)
+            result.values.register_hook(lambda _: _drop(this))
+
+
+def _drop(latest: weakref.ref[_Latest]) -> None:
+    this = latest()
+    if this is not None:
+        this.result = None
 
 
 def _product_type(x: Tensor) -> torch.dtype:
@@ -196,20 +225,27 @@ class FakeQuantize(Calibrates, Float32State):
             self.zero_point = None
 
     def forward(
-        self, x: Tensor, *, zero: Tensor | None = None, codes: bool = False, before: Before | None = None
+        self,
+        x: Tensor,
+        *,
+        zero: Tensor | None = None,
+        codes: bool = False,
+        before: Before | None = None,
+        reader: int | None = None,
     ) -> Tensor | Quantized:
         """``x`` fake-quantized; ``zero`` as :meth:`observe` takes it. An empty ``x`` passes.
 
         Args:
             codes: as :meth:`with_codes`.
             before: what ``x`` goes through first, in the same pass where that can be: then codes come with it too.
+            reader: as :meth:`of_rows`.
         """
         if before is not None:
             result = self.of_rows(x, before)
             return self.with_codes(before(x)) if result is None else result
         if codes:
             return self.with_codes(x)
-        observed = self.observe(x, zero=zero)
+        observed = self.observe(x, zero=zero) if reader is None else self._observed_for(x, reader)
         if not self._ready and x.numel() == 0:
             return x
         if not self.fake_quant_enabled:
@@ -245,7 +281,7 @@ class FakeQuantize(Calibrates, Float32State):
         fits = fits and self.fake_quant_enabled and (self._ready or self.observing)
         if not fits or self.calibrating or x.dim() < 2 or x.dtype == torch.float64 or x.numel() == 0:
             return self(x)
-        observed = None if self.learnable else self.observe(x)
+        observed = self.observe(x)
         scale, zero_point = observed if observed is not None else self.calculate_qparams()
         options = {"grad_factor": self.grad_factor(x.numel())} if self.learnable else {}
         values, codes = torch.ops.quantrain.fake_quantize_codes(
@@ -253,13 +289,13 @@ class FakeQuantize(Calibrates, Float32State):
         )
         return Quantized(values, codes, scale.detach(), zero_point)
 
-    def of_rows(self, x: Tensor, before: Before | None = None, reader: nn.Module | None = None) -> Quantized | None:
+    def of_rows(self, x: Tensor, before: Before | None = None, reader: int | None = None) -> Quantized | None:
         """:meth:`forward`'s result for a linear layer, with its codes and in the type of the layer's product; None where the
         plain call has to do: no gradient to come, more than 8 bits, another granularity, a learned scale, calibration.
 
         Args:
             before: what ``x`` goes through first.
-            reader: the layer that asks, where several read one tensor: they get the same result and observe it once.
+            reader: which of several layers that read one tensor asks: they get the same result and observe it once.
         """
         if not (self.training and torch.is_grad_enabled() and self.fake_quant_enabled) or self.calibrating:
             return None
@@ -269,18 +305,55 @@ class FakeQuantize(Calibrates, Float32State):
             return None
         if before is not None and not self._takes(before):
             return None
-        if reader is not None and self.readers:
-            kept = self._shared_result(x, before, reader)
-            if kept is not None:
-                return kept
-        result = self._round_rows(x, before, observes=self._observes_for(reader))
-        if reader is not None and self.readers and not torch.compiler.is_compiling():
-            self._latest = _Latest(
-                weakref.ref(x), x._version, before, torch.is_autocast_enabled(x.device.type), {id(reader)}, result
-            )
-        return result
+        latest, dtype = self._reading(x, reader), _product_type(x)
+        if latest is None or latest.result is None or latest.dtype != dtype:
+            observes, known = self._observes_for(latest, reader), None if latest is None else latest.observed
+            result = self._round_rows(x, before, observes, known)
+            if latest is None:
+                return result
+            latest.observed = (result.scale, result.zero_point) if observes else known
+            if latest is not self._latest:  # it was the last of them
+                return result
+            latest.keep(result, dtype)
+        return latest.result
 
-    def _round_rows(self, x: Tensor, before: Before | None, observes: bool) -> Quantized:
+    def _round_rows(
+        self, x: Tensor, before: Before | None, observes: bool, known: tuple[Tensor, Tensor | None] | None
+    ) -> Quantized:
+        if torch.compiler.is_compiling() or not (self.dynamic or not observes or self.observer.of_extremes):
+            return self._round_rows_by_operators(x, before, observes, known)
+        function, other, weight, bias, eps = (
+            ("identity", None, None, None, 0.0) if before is None else before.arguments()
+        )
+        dtype, settings = _TYPE_NAMES[_product_type(x)], self._row_settings()
+        if self.dynamic:
+            return Quantized(
+                *round_rows(settings, x, function, other, weight, bias, eps, dtype, *[None] * 4, False, False, "")
+            )
+        if not observes:
+            state, marks, label = (None, None, *(known or self.calculate_qparams())), False, ""
+        else:
+            observer = self.observer
+            state = (observer.min_val, observer.max_val, self.scale, self.zero_point)
+            raises, waits = observer.nan_policy == "raise", not self._ready or not x.is_cuda
+            marks, label = raises and not waits, observer.label if raises and waits else ""
+        result = round_rows(settings, x, function, other, weight, bias, eps, dtype, *state, observes, marks, label)
+        self.note_range()
+        return Quantized(*result)
+
+    _rows: RowRounding | None = None  # what does not change from call to call
+
+    def _row_settings(self) -> RowRounding:
+        if self._rows is None:
+            self._rows = RowRounding()
+            self._rows.dynamic, self._rows.symmetric = self.dynamic, self.symmetric
+            self._rows.quant_min, self._rows.quant_max = self.quant_min, self.quant_max
+            self._rows.averaging_constant = 0.0 if self.dynamic else self.observer.averaging_constant
+        return self._rows
+
+    def _round_rows_by_operators(
+        self, x: Tensor, before: Before | None, observes: bool, known: tuple[Tensor, Tensor | None] | None
+    ) -> Quantized:
         function, other, weight, bias, eps = (
             ("identity", None, None, None, 0.0) if before is None else before.arguments()
         )
@@ -298,7 +371,7 @@ class FakeQuantize(Calibrates, Float32State):
             )
             return Quantized(values, codes, scale, None if self.symmetric else zero_point)
         if not observes:
-            scale, zero_point = self.calculate_qparams()
+            scale, zero_point = known or self.calculate_qparams()
         elif before is None:
             scale, zero_point = self.observe(x) or self.calculate_qparams()
         else:
@@ -308,30 +381,40 @@ class FakeQuantize(Calibrates, Float32State):
         values, codes = torch.ops.quantrain.norm_act_fake_quantize(x, other, weight, bias, scale, zero_point, **options)
         return Quantized(values, codes, scale, zero_point)
 
-    readers: tuple[nn.Module, ...] = ()  # layers that share this, as they read one tensor; set by fuse
+    readers: int = 0  # layers that share this, as they read one tensor; set by fuse
     _latest: _Latest | None = None
 
-    def _observes_for(self, reader: nn.Module | None) -> bool:
-        """In a compiled program, where readers are not told the tensor from another, the first of them observes for all."""
-        if reader is not None and self.readers and torch.compiler.is_compiling() and reader is not self.readers[0]:
-            return False
-        return self.observing
-
-    def _shared_result(self, x: Tensor, before: Before | None, reader: nn.Module) -> Quantized | None:
-        """What another reader got for this tensor, once for each reader; it is dropped with the last."""
+    def _reading(self, x: Tensor, reader: int | None) -> _Latest | None:
+        """The pass in which ``reader`` reads ``x``, begun where it is the first; None where nothing is shared."""
+        if reader is None or self.readers < 2 or not (self.training or self.calibrating):
+            return None
+        if torch.compiler.is_compiling() or x.is_inference():
+            return None
         latest = self._latest
-        if latest is None or torch.compiler.is_compiling():
-            return None
-        same = latest.x() is x and latest.version == x._version and latest.before == before
-        if not same or latest.autocast != torch.is_autocast_enabled(x.device.type) or id(reader) in latest.served:
-            return None
-        latest.served.add(id(reader))
-        if len(latest.served) == len(self.readers):
+        if latest is None or not latest.is_of(x) or reader in latest.served:
+            latest = self._latest = _Latest(x)
+        latest.served.add(reader)
+        if len(latest.served) == self.readers:
             self._latest = None
-        return latest.result
+        return latest
+
+    def _observes_for(self, latest: _Latest | None, reader: int | None) -> bool:
+        """Whether ``reader`` observes: the first of them, which a compiled program cannot tell but by its place."""
+        if reader and self.readers > 1 and torch.compiler.is_compiling():
+            return False
+        return self.observing and (latest is None or len(latest.served) == 1)
+
+    def _observed_for(self, x: Tensor, reader: int) -> tuple[Tensor, Tensor | None] | None:
+        """:meth:`observe`, once for all readers of ``x``."""
+        latest = self._reading(x, reader)
+        observed = self.observe(x) if self._observes_for(latest, reader) else None
+        if latest is None:
+            return observed
+        latest.observed = observed or latest.observed
+        return latest.observed
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_latest"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_latest", "_rows")}
 
     def _has_row_codes(self) -> bool:
         """Whether each row of a linear layer's input has a scale of its own and codes of a byte."""
@@ -340,33 +423,20 @@ class FakeQuantize(Calibrates, Float32State):
     def rounds_rows(self) -> bool:
         """Whether it rounds equal parts of a matrix's rows, each with a symmetric scale of its own, to codes of a byte."""
         parts = self.dynamic and self.symmetric and len(self.scale_shape) == 2 and self._fits_byte()
-        return parts and self.fake_quant_enabled
+        return parts and self.fake_quant_enabled and self.quant_min < 0 < self.quant_max  # nothing clips
 
     def _takes(self, before: Before) -> bool:
         """Whether what goes before can be joined: its extremes are all that has to be known of it."""
-        return self.dynamic or self.takes_range() or not self.observing
+        return self.dynamic or self.takes_range() or not self._follows
 
     def has_codes(self) -> bool:
         """Whether a tensor becomes codes of a byte with one scale that no gradient reaches."""
         return not self.dynamic and not self.learnable and self.scale.numel() == 1 and self._fits_byte()
 
     def learns_codes(self) -> bool:
-        """Whether it learns one scale that has its first value, for codes of a byte."""
-        return self.learnable and self.scale.numel() == 1 and self._fits_byte() and self.has_learned()
-
-    _had_learned = False  # what the latest call outside of a backward pass found
-
-    def has_learned(self) -> bool:
-        """Whether a learned scale has its first value everywhere; what is computed anew goes by what the first pass found."""
-        if in_backward():
-            return self._had_learned
-        if self.calibrating or not (self.fake_quant_enabled and self.ready):
-            self._had_learned = False
-            return False
-        if not self._settled and not self._follows_zeros and not torch.compiler.is_compiling():
-            self._settled = not bool(self._unset().any())
-        self._had_learned = not self.observing
-        return self._had_learned
+        """Whether it learns one scale, for codes of a byte."""
+        learns = self.learnable and self.fake_quant_enabled and not self.calibrating
+        return learns and self.scale.numel() == 1 and self._fits_byte()
 
     def grad_factor(self, numel: int, scales: int | None = None) -> float:
         """Of a learned scale's gradient, 1 / sqrt(elements per scale * quant_max) (LSQ, section 2.2); ``scales``: not all of them."""
@@ -376,11 +446,21 @@ class FakeQuantize(Calibrates, Float32State):
     def _fits_byte(self) -> bool:
         return self.quant_max <= (255 if self.quant_min >= 0 else 127) and self.quant_min >= -128
 
+    @property
+    def fits_half_byte(self) -> bool:
+        """Whether two of its codes fit a byte."""
+        return (self.quant_min >= -8 and self.quant_max <= 7) or (self.quant_min >= 0 and self.quant_max <= 15)
+
     def takes_range(self) -> bool:
         """Whether the extremes of a tensor are all that it needs to know of it: :meth:`observe_range` will do."""
         if not self.has_codes() or self.calibrating or not self.fake_quant_enabled:
             return False
-        return self.observer.of_extremes if self.observing else self.ready
+        return self.observer.of_extremes if self._follows else self.ready
+
+    @property
+    def _follows(self) -> bool:
+        """Whether the range follows training, in a pass that is computed anew too, which takes the way of the first."""
+        return self.observer is not None and self.training and self._observing
 
     def observe_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         """The (scale, zero_point) for a tensor of these extremes, which are observed as :meth:`forward` observes a tensor."""
@@ -415,7 +495,8 @@ class FakeQuantize(Calibrates, Float32State):
         if decides and self._ready and not self._follows_zeros and not bool(unset.any()):
             self._settled = True
             return
-        low, high, finite = observer.measure(x)
+        waits = not (x.is_cuda and self._ready and self._follows_zeros)  # a captured step cannot
+        low, high, finite = observer.measure(x, check=waits)
         if not self.of_weight:
             low, high, finite = agreed_range(low, high, finite)
         zeros = observer.only_zeros() if zero is None else observer.only_zeros() | (zero & unset)
@@ -428,7 +509,7 @@ class FakeQuantize(Calibrates, Float32State):
         self.scale.data.copy_(torch.where(finite & unset, scale, self.scale))
         if self.zero_point is not None:
             self.zero_point.data.copy_(torch.where(finite & unset, zero_point, self.zero_point))
-        if decides:
+        if decides and waits:
             self._ready = self._ready or self._has_scale()
             self._settled = not bool(self._unset().any())
             self._follows_zeros = self.of_weight and self._ready and not self._settled
@@ -545,7 +626,7 @@ class FakeQuantize(Calibrates, Float32State):
     def frozen(self) -> FakeQuantize:
         """A copy for inference: no observer, a learned scale turned into a buffer of the same name. Same values."""
         result = copy.deepcopy(self)
-        result.observer, result.learnable, result._observing = None, False, False
+        result.observer, result.learnable, result._observing, result.readers = None, False, False, 0
         if self.learnable:
             del result.scale
             result.register_buffer("scale", self.scale.detach().clamp(min=kMinScale))

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .conv_bn import FoldedBatchNorm2d, QuantConvBn2d
-from .fake_quantize import FakeQuantize, has_hooks
-from .fuse_linear import RmsNormForward, fuse_norms, join_before, reads_rows, tie_inputs, what_traces_rest_on
+from .fake_quantize import FakeQuantize, has_hooks, transforms_active
+from .fuse_linear import RmsNormForward, alike, fuse_norms, join_before, reads_rows, tie_inputs, what_traces_rest_on
 from .fuse_source import attributes_read
 from .layers import QuantConv2d
 
@@ -49,8 +49,8 @@ _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 class FusedForward:
     """The forward pass of a block with its calls joined; the written one where the block is no longer what was traced.
 
-    That is: where an argument is None, which no stand-in for a tensor is, where a module that it calls or leaves out was replaced
-    or has hooks, where a container has other children, or where an attribute that the written forward pass reads has another
+    That is: where an argument is None, which no stand-in for a tensor is, where a module that it calls or leaves out, or the
+    input's fake-quantizer of one, was replaced or has hooks, where a layer is to have second derivatives, under torch.func, where a container has other children, or where an attribute that the written forward pass reads has another
     value. It holds the text that torch.fx made, and the names of what that reads, so that a model can be copied and pickled.
     """
 
@@ -62,7 +62,8 @@ class FusedForward:
         self._function = self._made()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if any(value is None for value in (*args, *kwargs.values())) or not self.traced.stands():
+        given = not any(value is None for value in (*args, *kwargs.values()))
+        if not given or transforms_active() or not self.traced.stands():
             return type(self.block).forward(self.block, *args, **kwargs)
         return self._function(self.block, *args, **kwargs)
 
@@ -93,7 +94,8 @@ class Traced:
     def __init__(self, block: nn.Module, paths: list[str]):
         self.block = block
         self.places: list[tuple[nn.Module, str, nn.Module]] = []
-        for path in dict.fromkeys(paths):
+        children = [f"{path}.input_fake_quant" for path in paths]
+        for path in dict.fromkeys([*paths, *(path for path in children if _module_at(block, path) is not None)]):
             parent, _, name = path.rpartition(".")
             self.places.append((block.get_submodule(parent), name, block.get_submodule(path)))
         self.containers = [(module, list(module._modules)) for module in _containers(block)]
@@ -116,6 +118,11 @@ class Traced:
         return not any(
             parent._modules.get(name) is not module or has_hooks(module) for parent, name, module in self.places
         )
+
+
+def _module_at(block: nn.Module, path: str) -> nn.Module | None:
+    parent, _, name = path.rpartition(".")
+    return block.get_submodule(parent)._modules.get(name)
 
 
 def fuse(model: nn.Module) -> list[str]:
@@ -142,7 +149,7 @@ def fuse(model: nn.Module) -> list[str]:
         _fuse_block(name, block, graphs[0], shared)
         if "forward" in block.__dict__:
             inlined |= {id(module) for module in _containers(block)}
-    others = tie_inputs(model) + fuse_norms(model)
+    others = tie_inputs(model, _refuse_differing_shares) + fuse_norms(model)
     return fused_rows(model) + others
 
 
@@ -151,8 +158,6 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), (FusedForward, RmsNormForward)):
             del module.__dict__["forward"]
-        if isinstance(module, FakeQuantize):
-            module.readers = ()
         if isinstance(module, QuantConvBn2d):
             module.readers = ()
 
@@ -365,16 +370,6 @@ def _reads(node: fx.Node, value: fx.Node, modules: dict[str, nn.Module], alone: 
     return quantizes and not has_hooks(layer) and not has_hooks(layer.input_fake_quant)
 
 
-def _alike(one: FakeQuantize, other: FakeQuantize) -> bool:
-    """Whether one may stand for both: the same spec and the same state, learned by both or by neither."""
-    if one.spec != other.spec or one.fake_quant_enabled != other.fake_quant_enabled:
-        return False
-    if one.learnable and one.scale.requires_grad != other.scale.requires_grad:
-        return False
-    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
-    return all(a.is_meta or torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
-
-
 def _share(
     graph: fx.Graph, value: fx.Node, modules: dict[str, nn.Module], joined: dict[fx.Node, list[str]], alone: set[str]
 ) -> str:
@@ -383,7 +378,7 @@ def _share(
     if not readers:
         return ""
     first = modules[readers[0].target].input_fake_quant
-    readers = [node for node in readers if _alike(first, modules[node.target].input_fake_quant)]
+    readers = [node for node in readers if alike(first, modules[node.target].input_fake_quant)]
     by_call = value in joined and len(readers) == len(value.users)
     if len(readers) < 2 and not by_call:
         return ""

@@ -17,6 +17,7 @@ import ast
 import inspect
 import operator
 import textwrap
+from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
@@ -24,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .fake_quantize import Before, has_hooks
-from .layers import QuantLinear, QuantTransposedLinear
+from .fake_quantize import Before, FakeQuantize, has_hooks
+from .layers import QuantLayer, QuantLinear, QuantTransposedLinear
 
 __all__ = ["RmsNormForward", "fuse_norms", "join_before", "reads_rows", "tie_inputs"]
 
@@ -63,7 +64,7 @@ def join_before(graph: fx.Graph, value: fx.Node, modules: dict[str, nn.Module], 
     if not readers:
         return ""
     first = modules[readers[0].target].input_fake_quant
-    readers = [n for n in readers if modules[n.target].input_fake_quant.spec == first.spec]
+    readers = [n for n in readers if alike(first, modules[n.target].input_fake_quant)]
     if first.learnable:  # its gradient needs the unrounded tensor; and two parameters stay two
         return ""
     source = _source(value, modules) if len(readers) == len(users) else None
@@ -161,6 +162,8 @@ def what_traces_rest_on(modules: dict[str, nn.Module], paths: list[str]) -> list
         for name in ("p", "approximate", "normalized_shape", "act"):
             if name in module.__dict__:
                 found.append((module, name, module.__dict__[name]))
+        if isinstance(module, QuantLayer):
+            found.append((module, "second_derivatives", False))
     return found
 
 
@@ -171,13 +174,27 @@ def tie(layers: list[nn.Module]) -> None:
     """Gives the layers the first one's ``input_fake_quant``; it knows them."""
     first = layers[0].input_fake_quant
     if len(layers) > 1:
-        first.readers = tuple(dict.fromkeys((*first.readers, *layers)))
-    for layer in layers:
-        layer.input_fake_quant = first
+        first.readers = len(layers)
+        for place, layer in enumerate(layers):
+            layer.input_fake_quant, layer.reader = first, place
 
 
-def tie_inputs(model: nn.Module) -> list[str]:
-    """Ties the inputs of layers that a written forward pass calls with one name."""
+def alike(one: FakeQuantize, other: FakeQuantize) -> bool:
+    """Whether one may stand for both: the same spec and the same state, learned by both or by neither."""
+    if one.spec != other.spec or one.fake_quant_enabled != other.fake_quant_enabled:
+        return False
+    if one.learnable and one.scale.requires_grad != other.scale.requires_grad:
+        return False
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(a.is_meta or torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+
+
+def tie_inputs(model: nn.Module, check_load: Callable) -> list[str]:
+    """Ties the inputs of layers that a written forward pass calls with one name.
+
+    Args:
+        check_load: a pre-hook of load_state_dict for the modules that hold them.
+    """
     rows: list[str] = []
     for path, module in model.named_modules():
         if "forward" in module.__dict__ or isinstance(module, (QuantLinear, QuantTransposedLinear)):
@@ -186,17 +203,21 @@ def tie_inputs(model: nn.Module) -> list[str]:
         for names in _called_alike(type(module), layers) if len(layers) > 1 else ():
             group = [layers[name] for name in names]
             first = group[0].input_fake_quant
-            alike = [layer for layer in group if layer.input_fake_quant.spec == first.spec]
-            if len(alike) < 2 or first.learnable or any(layer.input_fake_quant.readers for layer in alike):
+            tied = [layer for layer in group if alike(first, layer.input_fake_quant)]
+            if len(tied) < 2 or first.learnable or any(layer.input_fake_quant.readers for layer in tied):
                 continue
-            tie(alike)
-            shown = ", ".join(name for name in names if layers[name] in alike)
-            rows.append(f"{path + '.' if path else ''}one fake-quantized input of {shown}")
+            tie(tied)
+            module.register_load_state_dict_pre_hook(check_load)
+            shown = ", ".join(name for name in names if layers[name] in tied)
+            rows.append(f"{path + ': ' if path else ''}one fake-quantized input of {shown}")
     return rows
 
 
 def _called_alike(cls: type[nn.Module], layers: dict[str, nn.Module]) -> list[list[str]]:
-    """Names of layers that ``cls.forward`` calls, as ``self.name(x)``, with one variable that is not assigned in between."""
+    """Names of layers that ``cls.forward`` calls, as ``self.name(x)``, with one variable that is not assigned in between.
+
+    All of them or none run: they stand in the same branches.
+    """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
     except (OSError, TypeError, SyntaxError):
@@ -204,30 +225,76 @@ def _called_alike(cls: type[nn.Module], layers: dict[str, nn.Module]) -> list[li
     if not isinstance(tree.body[0], ast.FunctionDef) or not tree.body[0].args.args:
         return []
     self_name = tree.body[0].args.args[0].arg
-    events: list[tuple[tuple[int, int], str, str]] = []  # place, variable, layer or "" for an assignment
-    for node in ast.walk(tree):
-        place = (getattr(node, "lineno", 0), getattr(node, "col_offset", 0))
-        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            events.append((place, node.id, ""))
-        if not isinstance(node, ast.Call) or node.keywords or len(node.args) != 1:
+    groups: list[list[str]] = []
+    open_groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for node, branches in _in_order(tree.body[0], ()):
+        changed = _changed(node)
+        open_groups = {key: group for key, group in open_groups.items() if key[0] != changed}
+        if not isinstance(node, ast.Call):
             continue
-        called, argument = node.func, node.args[0]
+        called, argument = node.func, node.args[0] if len(node.args) == 1 and not node.keywords else None
         of_self = (
             isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == self_name
         )
         if of_self and isinstance(argument, ast.Name) and called.attr in layers:
-            events.append((place, argument.id, called.attr))
-    groups: list[list[str]] = []
-    open_groups: dict[str, list[str]] = {}
-    for _, variable, name in sorted(events):
-        if not name:
-            open_groups.pop(variable, None)
-            continue
-        if variable not in open_groups:
-            groups.append(open_groups.setdefault(variable, []))
-        open_groups[variable].append(name)
+            key = (argument.id, branches)
+            if key not in open_groups:
+                groups.append(open_groups.setdefault(key, []))
+            open_groups[key].append(called.attr)
     once = [name for group in groups for name in group]
     return [group for group in groups if len(group) > 1 and all(once.count(name) == 1 for name in group)]
+
+
+def _changed(node: ast.AST) -> str | None:
+    """The variable that ``node`` assigns or writes into: ``x = ...``, ``x[i] = ...``, ``x.add_(...)``."""
+    if isinstance(node, ast.Name):
+        return None if isinstance(node.ctx, ast.Load) else node.id
+    if isinstance(node, ast.Subscript):
+        of = node.value if not isinstance(node.ctx, ast.Load) else None
+    else:
+        in_place = isinstance(node.func, ast.Attribute) and node.func.attr.endswith("_")
+        of = node.func.value if in_place else None
+    return of.id if isinstance(of, ast.Name) else None
+
+
+# Of what need not run, or not once, the parts that do whenever the whole does.
+_BRANCHES = {
+    ast.If: ("test",),
+    ast.IfExp: ("test",),
+    ast.For: ("iter",),
+    ast.While: (),
+    ast.Try: (),
+    ast.Match: ("subject",),
+    ast.BoolOp: (),
+    ast.Lambda: (),
+    ast.FunctionDef: (),
+    ast.ListComp: (),
+    ast.SetComp: (),
+    ast.DictComp: (),
+    ast.GeneratorExp: (),
+}
+
+
+def _in_order(
+    node: ast.AST, branches: tuple[int, ...]
+) -> Iterator[tuple[ast.Name | ast.Subscript | ast.Call, tuple[int, ...]]]:
+    """The names, subscripts and calls under ``node`` as they are evaluated, an assignment's targets after its value, each with the
+    branches that it stands in."""
+    always = _BRANCHES.get(type(node))
+    fields = list(ast.iter_fields(node))
+    if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.NamedExpr, ast.For)):
+        fields.sort(key=lambda field: field[0] in ("target", "targets", "body", "orelse"))
+    if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+        fields.reverse()
+    if isinstance(node, ast.IfExp):
+        fields.sort(key=lambda field: field[0] != "test")
+    for name, value in fields:
+        inside = branches if always is None or name in always else (*branches, hash((id(node), name)))
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                yield from _in_order(child, inside)
+    if isinstance(node, (ast.Name, ast.Subscript, ast.Call)):
+        yield node, branches
 
 
 class RmsNormForward:

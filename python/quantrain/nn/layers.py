@@ -16,14 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from quantrain._C import QuantLinear as LinearStep
 from quantrain._C import Recipe, quant_linear, rounded_weight
 from quantrain.fqt import fqt_linear
 
-from .fake_quantize import FakeQuantize, Quantized, has_hooks, kFloats
+from .fake_quantize import FakeQuantize, Quantized, has_hooks, kFloats, transforms_active
 from .recipes import as_recipe, weight_scale_shape
 from .schemes import handler_of
 from .weight_hooks import run_weight_hooks
@@ -102,6 +101,7 @@ class QuantLayer(nn.Module):
             "_kept",
             "cache_weight",
             "readers",
+            "reader",
         ):
             layer.__dict__.pop(attribute, None)
         return layer
@@ -158,11 +158,7 @@ class QuantLayer(nn.Module):
 
     def keeps_codes(self) -> bool:
         """Whether a node may stand in for the layer's operators: no second derivative, torch.func or forward mode to come."""
-        if not self.weight.requires_grad or self.second_derivatives:
-            return False
-        if torch.compiler.is_compiling():
-            return True
-        return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+        return self.weight.requires_grad and not self.second_derivatives and not transforms_active()
 
     def watched(self, y: Tensor) -> Tensor:
         self._note_call()
@@ -231,6 +227,8 @@ class _Linear(QuantLayer):
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_settings", "_kept")}
 
+    reader: int | None = None  # its place among the layers that share its input_fake_quant; set by fuse
+
     def _has_known_product(self) -> bool:
         """Whether the scheme's product, if it has one, is that of a node that takes codes."""
         product = self.product if self.quantizes_gradients else None
@@ -241,10 +239,10 @@ class _Linear(QuantLayer):
         if fake_quant is None:
             return x
         if self._has_known_product() and self.keeps_codes() and not has_hooks(fake_quant):
-            result = fake_quant.of_rows(x, reader=self)
+            result = fake_quant.of_rows(x, reader=self.reader)
             if result is not None:
                 return result
-        return fake_quant(x)
+        return fake_quant(x) if self.reader is None else fake_quant(x, reader=self.reader)
 
     def forward(self, input: Tensor | Quantized, quantized: bool = False) -> Tensor:
         """
@@ -256,12 +254,23 @@ class _Linear(QuantLayer):
             return self.quantized_output(self.watched(self._step(x)))
         if isinstance(x, Quantized):
             if not self.quantizes_gradients and self.weight.requires_grad:
-                y = torch.ops.quantrain.quant_linear(*x, self.quantized_weight(), self.bias)
-                return self.quantized_output(self.watched(y))
+                return self.quantized_output(self.watched(self._product_of_codes(x)))
             x = x.values
         product = self.product if self.quantizes_gradients else F.linear
         y = product(x, self.quantized_weight(), self.bias)
         return self.quantized_output(self.watched(y))
+
+    def _product_of_codes(self, x: Quantized) -> Tensor:
+        """The same as operators, as a compiled program takes it."""
+        fake_quant, dtype = self.weight_fake_quant, x.values.dtype
+        rounds = fake_quant is not None and fake_quant.rounds_rows() and not self._own_weight_rule
+        rounds = rounds and not has_hooks(fake_quant) and self.weight.dim() == 2 and self.weight.numel() > 0
+        if not rounds or self.weight.dtype not in (dtype, torch.float32) or not self.training:
+            return torch.ops.quantrain.quant_linear(*x, self.quantized_weight(), self.bias)
+        limits = {"weight_min": fake_quant.quant_min, "weight_max": fake_quant.quant_max}
+        return torch.ops.quantrain.quant_linear(
+            *x, self.rows(self.weight), self.bias, weight_groups=fake_quant.scale_shape[1], **limits
+        )
 
     def _in_one_step(self, x: Tensor | Quantized) -> bool:
         """Whether the layer's training step is one node, which rounds the weight anew in its backward pass."""
@@ -319,6 +328,7 @@ class _Linear(QuantLayer):
             return self._settings[1]
         settings = LinearStep()
         settings.weight_groups, settings.weight_min, settings.weight_max = (weights.scale_shape[1], *key[1:3])
+        settings.packs_codes = self.input_fake_quant is not None and self.input_fake_quant.fits_half_byte
         set_gradient_quantizers(settings, quantizes)
         self._settings = (key, settings)
         return settings
