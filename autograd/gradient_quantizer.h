@@ -36,8 +36,8 @@ inline at::Tensor quantized_gradient(const at::Tensor& grad_output, const Gradie
                  std::nullopt);
 }
 
-// The same for both products, in one reading of dY where one takes a grid per row and the other one per column; the draws
-// are those of quantized_gradient for the first, then for the second.
+// The same for both products, in one reading of dY where one takes a grid per row and the other one per column; the
+// draws are those of quantized_gradient for the first, then for the second.
 inline std::tuple<at::Tensor, at::Tensor> quantized_gradients(const at::Tensor& grad_output,
                                                               const GradientQuantizer& first,
                                                               const GradientQuantizer& second) {

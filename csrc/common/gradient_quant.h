@@ -346,8 +346,8 @@ struct RoundGradientArgs {
   PhiloxState philox;
 };
 
-// Grid and rounding in one pass, one grid per row; rows up to kFusedColumns columns. With column_y also a second rounding,
-// of values, with a draw and grids of its own, one per column, which are known.
+// Grid and rounding in one pass, one grid per row; rows up to kFusedColumns columns. With column_y also a second
+// rounding, of values, with a draw and grids of its own, one per column, which are known.
 struct RoundRowsArgs {
   const void* x;  // [rows, columns]
   void* y;        // [rows, columns] of dtype, or null
