@@ -327,10 +327,10 @@ def test_a_second_prepare_ties_no_layers_whose_ranges_differ():
     for seed, layer in enumerate((model[0].q, model[0].k, model[0].v)):
         layer(batch(seed))
     before = copy.deepcopy(model[0].state_dict())
-    with pytest.warns(UserWarning, match="3 layers are quantized already"):
+    with pytest.warns(UserWarning, match="3 layers are quantized already") as warned:
         qnn.prepare(model, "qat-w8a8", fuse=True)
     assert all(torch.equal(value, before[name]) for name, value in model[0].state_dict().items())
-    assert model.quantization_summary.fused == ()
+    assert model.quantization_summary.fused == () and len(warned) == 1 and not model.quantization_summary.left_float
 
 
 def test_a_file_with_two_ranges_for_one_is_refused():
