@@ -40,7 +40,8 @@ struct NormActFunction : torch::autograd::Function<NormActFunction> {
     static const auto op = find_operator<NormActForward>("_norm_act_forward");
     const at::AutoDispatchBelowADInplaceOrView below;
     const bool bends = s.function == "relu", plain = bends || s.function == "identity";
-    const bool clips = scale.has_value() || !s.symmetric || bends;
+    const bool straddles = s.quant_min < 0 && s.quant_max > 0;  // else what has the other sign clips
+    const bool clips = scale.has_value() || !s.symmetric || !straddles || bends;
     auto [output, codes, mask, moments, row_scale, row_zero_point] =
         op.call(input, other, weight, bias, scale, zero_point, s.function, s.eps, s.quant_min, s.quant_max, s.symmetric,
                 s.dtype, true, clips);

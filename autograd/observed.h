@@ -3,10 +3,14 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <string>
 #include <tuple>
+
+#include "ops/common/check.h"
+#include "quantrain/ops/fake_quant.h"
 
 namespace quantrain {
 
@@ -23,6 +27,23 @@ struct Observed {
 };
 
 // The scale and zero_point in force for a tensor of the extremes `range`, [2], which are taken into account first.
-std::tuple<at::Tensor, std::optional<at::Tensor>> qparams_in_force(const Observed& observed, const at::Tensor& range);
+inline std::tuple<at::Tensor, std::optional<at::Tensor>> qparams_in_force(const Observed& observed,
+                                                                          const at::Tensor& range) {
+  using OptionalTensor = std::optional<at::Tensor>;
+  const OptionalTensor zero_point = observed.zero_point.defined() ? OptionalTensor(observed.zero_point) : std::nullopt;
+  if (!observed.observes) return {observed.scale, zero_point};
+  if (!observed.label.empty()) {
+    const float low = range[0].item<float>(), high = range[1].item<float>();
+    QUANTRAIN_CHECK_VALUE(std::isfinite(low) && std::isfinite(high),
+                          "{}: expected a finite batch, got one from {} to {} (nan_policy='skip' would leave it out)",
+                          observed.label, low, high);
+  }
+  at::Tensor min = observed.min_val, max = observed.max_val, scale = observed.scale;
+  const auto shape = min.sizes();
+  auto [in_force, point] = detail::observe_qparams_(
+      min, max, scale, zero_point, range.narrow(0, 0, 1).view(shape), range.narrow(0, 1, 1).view(shape), std::nullopt,
+      observed.averaging_constant, observed.quant_min, observed.quant_max, observed.symmetric, observed.marks);
+  return {in_force, zero_point ? OptionalTensor(point) : std::nullopt};
+}
 
 }  // namespace quantrain

@@ -37,24 +37,33 @@ struct QuantLinearFunction : torch::autograd::Function<QuantLinearFunction> {
 
   // An absent tensor has no place among those that needs_input_grad counts, so they stand last.
   static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& weight, const Variable& codes,
-                          const Variable& scale, const OptionalTensor& bias, const OptionalTensor& zero_point) {
+                          const Variable& scale, const OptionalTensor& bias, const OptionalTensor& zero_point,
+                          int64_t groups, int64_t weight_min, int64_t weight_max) {
     const at::AutoDispatchBelowADInplaceOrView below;
+    ctx->saved_data["groups"] = groups;
+    ctx->saved_data["weight_min"] = weight_min;
+    ctx->saved_data["weight_max"] = weight_max;
     ctx->save_for_backward({codes, scale, zero_point.value_or(at::Tensor()), weight});
     ctx->saved_data["type"] = input.scalar_type();
     ctx->saved_data["has_bias"] = bias.has_value();
-    return at::linear(input, weight, bias);
+    return at::linear(input, rounded_weight(weight, groups, weight_min, weight_max, input.scalar_type()), bias);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const variable_list saved = ctx->get_saved_variables();
     const Variable& grad_output = grad_outputs[0];
-    variable_list gradients(6);
+    variable_list gradients(9);
     {
       const at::AutoDispatchBelowADInplaceOrView below;
-      if (ctx->needs_input_grad(0)) gradients[0] = at::matmul(grad_output, saved[3]);
+      auto& data = ctx->saved_data;
+      const at::ScalarType type = data["type"].toScalarType();
+      if (ctx->needs_input_grad(0))
+        gradients[0] =
+            at::matmul(grad_output, rounded_weight(saved[3], data["groups"].toInt(), data["weight_min"].toInt(),
+                                                   data["weight_max"].toInt(), type));
       if (ctx->needs_input_grad(1))
-        gradients[1] = weight_gradient(
-            grad_output, decoded(saved[0], saved[1], saved[2], ctx->saved_data["type"].toScalarType(), true));
+        gradients[1] = in_type(weight_gradient(grad_output, decoded(saved[0], saved[1], saved[2], type, true)),
+                               saved[3].scalar_type());
       if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(4)) gradients[4] = matrix(grad_output).sum(0);
     }
     refuse_second_derivative(gradients, grad_output, "quant_linear");
@@ -63,17 +72,6 @@ struct QuantLinearFunction : torch::autograd::Function<QuantLinearFunction> {
 };
 
 // ---- a layer's training step ----------------------------------------------------------------------------------------
-
-at::Tensor rounded_weight(const at::Tensor& weight, int64_t groups, int64_t quant_min, int64_t quant_max,
-                          at::ScalarType type) {
-  static const auto op = find_operator<NormActForward>("_norm_act_forward");
-  if (groups == 0) return in_type(weight, type);
-  const OptionalTensor none;
-  const at::Tensor rows = weight.reshape({weight.size(0) * groups, weight.size(1) / groups});
-  return std::get<0>(op.call(rows, none, none, none, none, none, "identity", 0.0, quant_min, quant_max,
-                             /*symmetric=*/true, name_of(type), /*with_codes=*/false, /*with_mask=*/false))
-      .view(weight.sizes());
-}
 
 struct QuantLinearStepFunction : torch::autograd::Function<QuantLinearStepFunction> {
   static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& weight,
@@ -129,14 +127,15 @@ struct QuantLinearStepFunction : torch::autograd::Function<QuantLinearStepFuncti
 };
 
 at::Tensor quant_linear_autograd(const at::Tensor& input, const at::Tensor& codes, const at::Tensor& scale,
-                                 const OptionalTensor& zero_point, const at::Tensor& weight,
-                                 const OptionalTensor& bias) {
-  check_quant_linear(input, codes, scale, zero_point, weight, bias);
+                                 const OptionalTensor& zero_point, const at::Tensor& weight, const OptionalTensor& bias,
+                                 int64_t weight_groups, int64_t weight_min, int64_t weight_max) {
+  check_quant_linear(input, codes, scale, zero_point, weight, bias, weight_groups, weight_min, weight_max);
   refuse_transforms("quant_linear", {input, weight, bias ? *bias : weight});
   if (needs_grad(input) || needs_grad(weight) || (bias && needs_grad(*bias)))
-    return QuantLinearFunction::apply(input, weight, codes, scale, bias, zero_point);
+    return QuantLinearFunction::apply(input, weight, codes, scale, bias, zero_point, weight_groups, weight_min,
+                                      weight_max);
   const at::AutoDispatchBelowADInplaceOrView below;
-  return at::linear(input, weight, bias);
+  return quant_linear(input, codes, scale, zero_point, weight, bias, weight_groups, weight_min, weight_max);
 }
 
 }  // namespace

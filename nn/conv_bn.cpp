@@ -18,6 +18,7 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/util/Exception.h>
+#include <c10/util/accumulate.h>
 
 #include "autograd/quant_conv.h"
 #include "nn/layer_arguments.h"
@@ -58,8 +59,8 @@ Quantized finished(const at::Tensor& y, const at::Tensor& residual, const std::s
   return read_by(reader, activated(residual.defined() ? y + residual : y, activation));
 }
 
-// What a call has to know of the fake-quantizer that reads its result.
-void rounds_for(FakeQuantize reader, ConvBatchNorm& call) {
+// What a call has to know of the fake-quantizer that reads its result, of so many elements.
+void rounds_for(FakeQuantize reader, int64_t numel, ConvBatchNorm& call) {
   const QuantSpec& spec = reader->spec();
   call.quant_min = spec.quant_min();
   call.quant_max = spec.quant_max();
@@ -67,6 +68,7 @@ void rounds_for(FakeQuantize reader, ConvBatchNorm& call) {
   call.observes = reader->observing();
   if (!call.observes) {
     std::tie(call.scale, call.zero_point) = reader->calculate_qparams();
+    if (spec.learnable) call.grad_factor = reader->grad_factor(numel);
     return;
   }
   const bool raises = spec.nan_policy == NanPolicy::kRaise, waits = !call.input.is_cuda() || !reader->has_scale();
@@ -171,12 +173,21 @@ std::tuple<at::Tensor, at::Tensor> QuantConvBn2dImpl::folded_weight() {
 }
 
 // With a scale per channel, of the weight itself, one operator folds and rounds it.
-bool QuantConvBn2dImpl::folds() const {
-  if (!weight_fake_quant || !weight_fake_quant->dynamic() || !weight_fake_quant->fake_quant_enabled()) return false;
+bool QuantConvBn2dImpl::folds() const { return rounds_channels() && weight_fake_quant->dynamic(); }
+
+// Whether the weight has a scale per channel, and no rule of its own.
+bool QuantConvBn2dImpl::rounds_channels() const {
+  if (!weight_fake_quant || !weight_fake_quant->fake_quant_enabled()) return false;
   const bool own_rule = recipe().scheme && recipe().scheme->has_weight_rule();
   const std::vector<int64_t> rows{weight.size(0), 1, 1, 1};
   return !own_rule && weight_fake_quant->scale_shape() == rows && weight.scalar_type() != at::kDouble &&
          weight.numel() > 0;
+}
+
+// Whether the folded weight has a learned scale per channel that has its first value.
+bool QuantConvBn2dImpl::learns_channels() {
+  return rounds_channels() && weight_fake_quant->spec().learnable && weight_fake_quant->spec().symmetric &&
+         weight_fake_quant->has_learned();
 }
 
 // Whether batch_norm_act serves for y, the convolution's output or its input.
@@ -186,22 +197,27 @@ bool QuantConvBn2dImpl::fuses(const at::Tensor& y) const {
 
 // Whether the step is that of conv_batch_norm: one node for what forward_act_quantized does in several.
 bool QuantConvBn2dImpl::runs_as_one_node(const at::Tensor& input, const at::Tensor& residual,
-                                         const std::string& activation) const {
-  if (!bn->is_training() || !folds() || !fuses(input) || input.dim() != 4) return false;
-  const Conv2dArguments window = this->window();
-  if (is_watched() || output_fake_quant || !window.padding_mode.empty()) return false;
+                                         const std::string& activation) {
+  if (!bn->is_training() || !fuses(input) || input.dim() != 4 || !(folds() || learns_channels())) return false;
+  if (is_watched() || output_fake_quant || !window().padding_mode.empty() || !keeps_codes()) return false;
   if (quantizes_gradients() && !recipe().scheme->conv2d_quantizers()) return false;
   // Types that differ are the convolution's to refuse.
   if (input.scalar_type() != weight.scalar_type() && !at::autocast::is_autocast_enabled(input.device().type()))
     return false;
   if (!residual.defined()) return true;
   // What promotes or broadcasts is PyTorch's to add.
+  return residual.sizes() == output_sizes(input) && residual.scalar_type() == detail::output_type(input) &&
+         is_piecewise(activation);
+}
+
+std::vector<int64_t> QuantConvBn2dImpl::output_sizes(const at::Tensor& input) const {
+  const Conv2dArguments window = this->window();
   std::vector<int64_t> sizes{input.size(0), weight.size(0)};
   for (const int64_t d : {0, 1}) {
     const int64_t reach = window.dilation[d] * (weight.size(d + 2) - 1) + 1;
     sizes.push_back((input.size(d + 2) + 2 * window.padding[d] - reach) / window.stride[d] + 1);
   }
-  return residual.sizes() == sizes && residual.scalar_type() == detail::output_type(input) && is_piecewise(activation);
+  return sizes;
 }
 
 Quantized QuantConvBn2dImpl::node_step(const Quantized& input, const at::Tensor& residual,
@@ -223,6 +239,10 @@ Quantized QuantConvBn2dImpl::node_step(const Quantized& input, const at::Tensor&
   call.weight_min = weights.quant_min();
   call.weight_max = weights.quant_max();
   call.weight_symmetric = weights.symmetric;
+  if (weights.learnable) {
+    call.weight_scale = std::get<0>(weight_fake_quant->calculate_qparams());
+    call.weight_grad_factor = weight_fake_quant->grad_factor(weight.numel());
+  }
   call.bn_weight = bn->weight;
   call.bn_bias = bn->bias;
   call.running_mean = bn->running_mean;
@@ -234,11 +254,12 @@ Quantized QuantConvBn2dImpl::node_step(const Quantized& input, const at::Tensor&
   call.moves = !again;
   call.residual = residual;
   call.activation = activation;
-  const bool at_once = reader && !residual.defined() && is_piecewise(activation) && reader->takes_range();
-  if (at_once) rounds_for(reader, call);
+  const bool at_once =
+      reader && !residual.defined() && is_piecewise(activation) && (reader->learns_codes() || reader->takes_range());
+  if (at_once) rounds_for(reader, c10::multiply_integers(output_sizes(call.input)), call);
   const ConvBatchNormResult result = conv_batch_norm(call);
   if (!again) variance_ = result.folding_variance;
-  if (at_once) return {result.output, result.codes, result.scale, result.zero_point};
+  if (at_once) return {result.output, result.codes, result.scale.detach(), result.zero_point};
   return read_by(reader, result.output);
 }
 

@@ -10,28 +10,68 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/clamp_min.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/gelu.h>
 #include <ATen/ops/isfinite.h>
+#include <ATen/ops/layer_norm.h>
 #include <ATen/ops/logical_and.h>
 #include <ATen/ops/logical_not.h>
 #include <ATen/ops/logical_or.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/rms_norm.h>
+#include <ATen/ops/silu.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/graph_task.h>
 
+#include "autograd/kept_codes.h"
+#include "nn/layer_arguments.h"
 #include "quantrain/ops/fake_quant.h"
+#include "quantrain/ops/norm_act.h"
 #include "quantrain/ops/quant_conv.h"
 
 namespace quantrain::nn {
+
+using detail::defined_or_none;
+
 namespace {
 
 constexpr double kSmallestScale = 1e-8;  // an optimizer's step can carry a learnable scale through zero
 
-std::optional<at::Tensor> defined_or_none(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+bool is_row_type(at::ScalarType type) { return type == at::kFloat || type == at::kHalf || type == at::kBFloat16; }
+
+// What a linear layer of this input computes in, where its rows can come in that type.
+at::ScalarType product_type(const at::Tensor& input) {
+  const at::ScalarType type = detail::output_type(input);
+  return input.scalar_type() == at::kFloat && is_row_type(type) ? type : input.scalar_type();
 }
 
+// LSQ's factor of a scale's gradient (Esser et al., arXiv:1902.08153, section 2.2).
+double lsq_factor(int64_t elements, int64_t scales, const QuantSpec& spec) {
+  const double per_scale = static_cast<double>(elements) / static_cast<double>(std::max<int64_t>(scales, 1));
+  const double top = static_cast<double>(std::max<int64_t>(spec.quant_max(), 1));
+  return 1.0 / std::sqrt(std::max(per_scale * top, 1.0));
+}
+
+at::Tensor detached(const at::Tensor& tensor) { return tensor.defined() ? tensor.detach() : tensor; }
+
 }  // namespace
+
+at::Tensor Before::operator()(const at::Tensor& x) const {
+  if (function == "identity") return x;
+  if (function == "relu") return at::relu(x);
+  if (function == "silu") return at::silu(x);
+  if (function == "silu_mul") return at::silu(x) * other;
+  if (function == "gelu") return at::gelu(x);
+  if (function == "gelu_tanh") return at::gelu(x, "tanh");
+  if (function == "layer_norm")
+    return at::layer_norm(x, {x.size(-1)}, defined_or_none(weight), defined_or_none(bias), eps);
+  TORCH_CHECK_VALUE(function == "rms_norm",
+                    "Before: expected function to be identity, relu, silu, gelu, gelu_tanh, silu_mul, layer_norm or "
+                    "rms_norm, got '",
+                    function, "'");
+  return at::rms_norm(x, {x.size(-1)}, defined_or_none(weight), eps);
+}
 
 FakeQuantizeImpl::FakeQuantizeImpl(const QuantSpec& spec, std::vector<int64_t> scale_shape)
     : Copied("FakeQuantize"), spec_(spec), scale_shape_(std::move(scale_shape)) {
@@ -83,20 +123,79 @@ at::Tensor FakeQuantizeImpl::forward(const at::Tensor& input, const at::Tensor& 
 }
 
 Quantized FakeQuantizeImpl::with_codes(const at::Tensor& input) {
-  const bool fits = is_training() && at::GradMode::is_enabled() && has_codes() && fake_quant_enabled_ && !calibrating_;
-  if (!fits || input.dim() < 2 || input.scalar_type() == at::kDouble || input.numel() == 0) return {forward(input)};
-  auto [scale_in_force, zero_point_in_force] = observe(input);
+  const bool takes =
+      is_training() && at::GradMode::is_enabled() && fake_quant_enabled_ && !calibrating_ && input.dim() >= 2;
+  if (!takes || !(has_codes() || learns_codes()) || input.scalar_type() == at::kDouble || input.numel() == 0)
+    return {forward(input)};
+  auto [scale_in_force, zero_point_in_force] = spec_.learnable ? std::tuple<at::Tensor, at::Tensor>() : observe(input);
   if (!scale_in_force.defined()) std::tie(scale_in_force, zero_point_in_force) = calculate_qparams();
-  const auto [values, codes] = quantrain::fake_quantize_codes(
-      input, scale_in_force, defined_or_none(zero_point_in_force), spec_.quant_min(), spec_.quant_max());
-  return {values, codes, scale_in_force, zero_point_in_force};
+  const auto [values, codes] =
+      quantrain::fake_quantize_codes(input, scale_in_force, defined_or_none(zero_point_in_force), spec_.quant_min(),
+                                     spec_.quant_max(), spec_.learnable ? grad_factor(input.numel()) : 1.0);
+  return {values, codes, scale_in_force.detach(), zero_point_in_force};
 }
 
-bool FakeQuantizeImpl::has_codes() const {
-  const int64_t least = spec_.quant_min() >= 0 ? 0 : -128, greatest = least + 255;
-  return !dynamic() && !spec_.learnable && scale.numel() == 1 && least <= spec_.quant_min() &&
-         spec_.quant_max() <= greatest;
+std::optional<Quantized> FakeQuantizeImpl::of_rows(const at::Tensor& input, const Before& before) {
+  const bool identity = before.function == "identity";
+  if (!takes_rows(input, identity)) return std::nullopt;
+  const std::optional<at::Tensor> other = defined_or_none(before.other), weight = defined_or_none(before.weight),
+                                  bias = defined_or_none(before.bias);
+  const std::string_view type = quantrain::name_of(product_type(input));
+  if (dynamic()) {
+    const auto [values, codes, row_scale, row_zero_point] =
+        quantrain::norm_act_fake_quantize_dynamic(input, before.function, other, weight, bias, before.eps,
+                                                  spec_.quant_min(), spec_.quant_max(), spec_.symmetric, type);
+    return Quantized{values, codes, row_scale, spec_.symmetric ? at::Tensor() : row_zero_point};
+  }
+  at::Tensor scale_in_force, zero_point_in_force;
+  if (observing() && identity) {
+    std::tie(scale_in_force, zero_point_in_force) = observe(input);
+  } else if (observing()) {
+    const at::Tensor range = quantrain::detail::norm_act_range(
+        input.detach(), before.function, defined_or_none(detached(before.other)),
+        defined_or_none(detached(before.weight)), defined_or_none(detached(before.bias)), before.eps);
+    std::tie(scale_in_force, zero_point_in_force) = observe_range(range.narrow(0, 0, 1), range.narrow(0, 1, 1));
+  }
+  if (!scale_in_force.defined()) std::tie(scale_in_force, zero_point_in_force) = calculate_qparams();
+  const auto [values, codes] = quantrain::norm_act_fake_quantize(
+      input, before.function, other, weight, bias, scale_in_force, defined_or_none(zero_point_in_force), before.eps,
+      spec_.quant_min(), spec_.quant_max(), type);
+  return Quantized{values, codes, scale_in_force, zero_point_in_force};
 }
+
+// Whether of_rows serves for this input. identity: nothing goes before the rounding.
+bool FakeQuantizeImpl::takes_rows(const at::Tensor& input, bool identity) {
+  if (!is_training() || !at::GradMode::is_enabled() || !fake_quant_enabled_ || calibrating_) return false;
+  if (!is_row_type(input.scalar_type()) || input.dim() < 2 || input.numel() == 0) return false;
+  // {1}: each row of a linear layer's input has a scale of its own.
+  if (dynamic())
+    return spec_.granularity == Granularity::kPerToken && scale_shape_ == std::vector<int64_t>{1} && fits_byte();
+  if (!has_codes() || !(observing() || has_scale())) return false;
+  return identity || takes_range() || !observing();
+}
+
+bool FakeQuantizeImpl::rounds_rows() const {
+  return dynamic() && spec_.symmetric && scale_shape_.size() == 2 && fits_byte() && fake_quant_enabled_;
+}
+
+bool FakeQuantizeImpl::has_codes() const { return !dynamic() && !spec_.learnable && scale.numel() == 1 && fits_byte(); }
+
+bool FakeQuantizeImpl::has_learned() {
+  if (in_backward()) return had_learned_;
+  had_learned_ = spec_.learnable && !calibrating_ && fake_quant_enabled_ && has_scale();
+  if (!had_learned_) return false;
+  if (!settled_ && !follows_zeros_) settled_ = !unset().any().item<bool>();
+  return had_learned_ = !observing();
+}
+
+bool FakeQuantizeImpl::learns_codes() { return spec_.learnable && scale.numel() == 1 && fits_byte() && has_learned(); }
+
+bool FakeQuantizeImpl::fits_byte() const {
+  const int64_t least = spec_.quant_min() >= 0 ? 0 : -128;
+  return least <= spec_.quant_min() && spec_.quant_max() <= least + 255;
+}
+
+double FakeQuantizeImpl::grad_factor(int64_t numel) const { return lsq_factor(numel, scale.numel(), spec_); }
 
 bool FakeQuantizeImpl::takes_range() {
   if (!has_codes() || calibrating_ || !fake_quant_enabled_) return false;
@@ -169,7 +268,7 @@ void FakeQuantizeImpl::set_label(const std::string& path) {
 }
 
 void FakeQuantizeImpl::state_changed() {
-  has_scale_ = settled_ = follows_zeros_ = false;
+  has_scale_ = settled_ = follows_zeros_ = had_learned_ = false;
   version_.reset();
 }
 
@@ -244,11 +343,8 @@ at::Tensor FakeQuantizeImpl::quantize_dequantize(const at::Tensor& input, const 
   if (!spec_.learnable) {
     return quantrain::fake_quantize(input, scale_in_force, zero, spec_.quant_min(), spec_.quant_max());
   }
-  const double per_scale =
-      static_cast<double>(input.numel()) / static_cast<double>(std::max<int64_t>(scale_in_force.numel(), 1));
-  const double top = static_cast<double>(std::max<int64_t>(spec_.quant_max(), 1));
   return quantrain::fake_quantize_learnable(input, scale_in_force, zero, spec_.quant_min(), spec_.quant_max(),
-                                            1.0 / std::sqrt(std::max(per_scale * top, 1.0)));
+                                            lsq_factor(input.numel(), scale_in_force.numel(), spec_));
 }
 
 void FakeQuantizeImpl::freeze() {

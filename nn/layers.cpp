@@ -21,7 +21,6 @@
 #include "nn/layer_arguments.h"
 #include "nn/parameters.h"
 #include "quantrain/ops/fake_quant.h"
-#include "quantrain/ops/int8.h"
 #include "quantrain/ops/quant_conv.h"
 
 namespace quantrain::nn {
@@ -117,6 +116,7 @@ void QuantModule::set_label(const std::string& label) {
 
 void QuantModule::copy_switches(const QuantModule& other) {
   gradient_quant_enabled_ = other.gradient_quant_enabled_;
+  second_derivatives_ = other.second_derivatives_;
   if (other.left_float_ && !left_float_) leave_float();
   if (other.converted_ && !converted_) convert_(/*check_observed=*/false);
   float_dtype_ = other.float_dtype_;
@@ -319,30 +319,6 @@ void QuantModule::pretty_print(std::ostream& stream) const {
   stream << ", recipe " << recipe_.name << (converted_ ? ", converted)" : left_float_ ? ", left float)" : ")");
 }
 
-QuantLinearImpl::QuantLinearImpl(const torch::nn::LinearOptions& options, const Recipe& recipe)
-    : Copied("QuantLinear", recipe, {options.out_features(), options.in_features()}, {1}) {
-  reset_weight_and_bias(options.bias());
-}
-
-std::shared_ptr<QuantLinearImpl> QuantLinearImpl::fresh() const {
-  return std::make_shared<QuantLinearImpl>(
-      torch::nn::LinearOptions(weight_shape()[1], weight_shape()[0]).bias(has_bias()), recipe());
-}
-
-at::Tensor QuantLinearImpl::forward(const at::Tensor& input) {
-  if (multiplies_integers()) return quantized_output(recipe().scheme->integer_linear(*this, input));
-  const at::Tensor x = quantized_input(input);
-  if (!converted()) {
-    return quantized_output(watched(linear_product(x, quantized_weight(weight), bias)));
-  }
-  // The input as it comes: no simulation has to be met bit for bit (recipe w8a16).
-  const bool per_row = weight_scale.numel() == 1 || weight_scale.numel() == weight_shape()[0];
-  if (!recipe().input && per_row && weight_codes.scalar_type() == at::kChar)
-    return quantized_output(quantrain::int8_weight_mm(x, weight_codes, weight_scale, defined_or_none(bias)));
-  return quantized_output(
-      at::linear(x, dequantized_weight(x.scalar_type()), bias.defined() ? bias.to(x.scalar_type()) : bias));
-}
-
 QuantConv2dImpl::QuantConv2dImpl(const std::string& name, const torch::nn::Conv2dOptions& options, const Recipe& recipe)
     : Copied(name, recipe, conv_weight_shape(name, options), {-1, 1, 1, 1}), options_(options) {
   reset_weight_and_bias(options.bias());
@@ -376,9 +352,8 @@ at::Tensor QuantConv2dImpl::convolve(const Quantized& input, const at::Tensor& w
 
 Quantized QuantConv2dImpl::quantize_input(const at::Tensor& input) {
   if (!input_fake_quant) return {input};
-  const bool keeps_codes = !converted() && !quantizes_gradients() && window().padding_mode.empty() &&
-                           input.dim() == 4 && weight.requires_grad();
-  return keeps_codes ? input_fake_quant->with_codes(input) : Quantized{input_fake_quant->forward(input)};
+  const bool takes_codes = keeps_codes() && !quantizes_gradients() && window().padding_mode.empty() && input.dim() == 4;
+  return takes_codes ? input_fake_quant->with_codes(input) : Quantized{input_fake_quant->forward(input)};
 }
 
 at::Tensor QuantConv2dImpl::forward(const at::Tensor& input) { return forward_quantized(quantize_input(input)); }

@@ -113,6 +113,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     QUANTRAIN_CHECK_VALUE(TORCH_GUARD_OR_TRUE(scale->sym_numel().sym_eq(1)),
                           "{}: expected one scale for the tensor, got {}", op, detail::shape_text(*scale));
   }
+  QUANTRAIN_CHECK_VALUE(scale || !zero_point, "{}: expected zero_point beside a scale, got it alone", op);
   const at::ScalarType type = dtype.empty() ? input.scalar_type() : detail::named_type(op, "dtype", dtype);
   detail::check_float(op, "dtype", type);
   QUANTRAIN_CHECK_TYPE(type == input.scalar_type() || input.scalar_type() == at::kFloat,
@@ -206,7 +207,7 @@ struct Given {
   }
 };
 
-void run_norm_act(const NormActArgs& args, const at::Tensor& on) {
+void run_norm_act(const NormActArgs& args, [[maybe_unused]] const at::Tensor& on) {
 #if defined(QUANTRAIN_WITH_CUDA)
   if (run_on_cuda(args, on, &cuda::norm_act)) return;
 #endif
@@ -229,6 +230,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const std::string_view op = scale ? "norm_act_fake_quantize" : "norm_act_fake_quantize_dynamic";
   if (scale && scale->is_cpu()) check_qparam_values(op, *scale, zero_point, quant_min, quant_max);
   if (input.numel() == 0) {
+    moments.zero_();  // of rows without columns
     if (!scale) row_scale.fill_(1.0), row_zero_point.zero_();
     return {output, codes, mask, moments, row_scale, row_zero_point};
   }
@@ -385,8 +387,8 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
       "with_mask) -> (Tensor output, Tensor codes, Tensor mask, Tensor moments, Tensor row_scale, Tensor "
       "row_zero_point)");
   m.def(
-      "_norm_act_backward(Tensor grad_output, Tensor input, Tensor? other, Tensor? weight, Tensor moments, Tensor mask, "
-      "str function) -> (Tensor grad_input, Tensor grad_other, Tensor grad_weight, Tensor grad_bias)");
+      "_norm_act_backward(Tensor grad_output, Tensor input, Tensor? other, Tensor? weight, Tensor moments, Tensor "
+      "mask, str function) -> (Tensor grad_input, Tensor grad_other, Tensor grad_weight, Tensor grad_bias)");
 }
 
 #define QUANTRAIN_REGISTER_NORM_ACT(kind)                           \

@@ -131,7 +131,8 @@ void bind_layers(py::module_& module) {
         }();
         return std::make_tuple(result.values, result.codes, result.scale, or_none(result.zero_point));
       },
-      "norm_act_fake_quantize with an observer's step before it, or its dynamic form: (values, codes, scale, zero_point).");
+      "norm_act_fake_quantize with an observer's step before it, or its dynamic form: (values, codes, scale, "
+      "zero_point).");
   py::class_<QuantLinear> linear(module, "QuantLinear", "What does not change from step to step of a quant_linear.");
   linear.def(py::init<>())
       .def_readwrite("weight_groups", &QuantLinear::weight_groups)

@@ -95,6 +95,17 @@ FAMILIES = (
         },
     ),
     Family(
+        "Before a linear layer",
+        "norm_act.md",
+        "A norm, an activation or a gate and the rounding of its result in one pass, and PyTorch's linear layer of it, "
+        "which keeps a byte per element for the backward pass.",
+        {
+            "norm_act_fake_quantize": (NOT_MEASURED, ""),
+            "norm_act_fake_quantize_dynamic": (NOT_MEASURED, ""),
+            "quant_linear": (NOT_MEASURED, ""),
+        },
+    ),
+    Family(
         "Quantized gradients",
         "gradient_quant.md",
         "Unbiased quantizers of gradients for fully quantized training (StatQuant). Measured on one NVIDIA H200; the "
@@ -269,7 +280,10 @@ GRADIENTS = {
     "batch_norm_act_fake_quantize": "straight-through, and through the batch's statistics; one mask bit per element is kept; no second derivative",
     "fold_fake_quantize": "straight-through, in weight and bn_weight; one mask bit per element is kept; no second derivative",
     "quant_conv2d": "conv2d's; the input's codes are kept; no second derivative",
-    "fake_quantize_codes": "straight-through; one mask bit per element is kept",
+    "fake_quantize_codes": "straight-through, one mask bit per element is kept; of a learned scale LSQ's, and the input is kept",
+    "norm_act_fake_quantize": "straight-through, in input, other, weight and bias; the inputs and one mask bit per element are kept; no second derivative",
+    "norm_act_fake_quantize_dynamic": "straight-through, the scale held constant; the inputs are kept, and mask bits where a row may clip; no second derivative",
+    "quant_linear": "linear's; the input's codes are kept; no second derivative",
     "fixed_point_quantize": "straight-through without the end codes; one mask bit per element is kept",
     "fqt_linear": "unbiased, from the quantized gradient; no second derivative",
     "fqt_conv2d": "unbiased, from the quantized gradient; no second derivative",

@@ -59,7 +59,9 @@ QUANTRAIN_HOST_DEVICE ValueAndSlope silu_at(float x) {
 
 // x Phi(x), with Phi by Abramowitz and Stegun, "Handbook of Mathematical Functions", 7.1.26: within 1e-7.
 QUANTRAIN_HOST_DEVICE ValueAndSlope gelu_at(float x) {
-  const float bell = exponential(-0.5f * (x * x));
+  const float half_square = 0.5f * (x * x);
+  // Where exponential no longer falls: far out x times it would not be 0.
+  const float bell = select(0u - static_cast<uint32_t>(half_square > 87.0f), 0.0f, exponential(-half_square));
   const float t = quotient(1.0f, fmaf(0.3275911f * 0.70710678f, fabsf(x), 1.0f));
   float p = fmaf(1.061405429f, t, -1.453152027f);
   p = fmaf(p, t, 1.421413741f);
@@ -75,7 +77,8 @@ QUANTRAIN_HOST_DEVICE ValueAndSlope gelu_tanh_at(float x) {
   const float square = 0.044715f * x * x;
   const float gate = sigmoid_of(1.59576912f * fmaf(square, x, x));
   const float inner = 1.59576912f * fmaf(3.0f, square, 1.0f);
-  return ValueAndSlope{x * gate, fmaf(x * inner, gate * (1.0f - gate), gate)};
+  const float bend = x * (gate * (1.0f - gate));  // 0 far out, where inner may be infinite
+  return ValueAndSlope{x * gate, select(0u - static_cast<uint32_t>(bend == 0.0f), gate, fmaf(bend, inner, gate))};
 }
 
 }  // namespace quantrain

@@ -62,8 +62,13 @@ GradientQuantizer quantizer(const std::optional<GradientSpec>& spec, const std::
 }  // namespace
 
 at::Tensor GradientQuantSpec::linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const {
-  return quantrain::fqt_linear(input, weight, defined_or_none(bias), quantizer(grad_input, "grad_input", false),
-                               quantizer(grad_weight, "grad_weight", /*convolution=*/false));
+  const auto [for_input, for_weight] = *linear_quantizers();
+  return quantrain::fqt_linear(input, weight, defined_or_none(bias), for_input, for_weight);
+}
+
+std::optional<std::pair<GradientQuantizer, GradientQuantizer>> GradientQuantSpec::linear_quantizers() const {
+  return std::pair{quantizer(grad_input, "grad_input", /*convolution=*/false),
+                   quantizer(grad_weight, "grad_weight", false)};
 }
 
 std::optional<std::pair<GradientQuantizer, GradientQuantizer>> GradientQuantSpec::conv2d_quantizers() const {

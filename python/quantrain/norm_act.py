@@ -80,11 +80,12 @@ def norm_act_fake_quantize_dynamic(
     symmetric: bool = True,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(output, codes, scale, zero_point)`` with a scale per row, ``[..., 1]``, taken from z as
-    :func:`quantrain.fake_quantize_dynamic` takes it; ``zero_point`` (int32) is 0 where ``symmetric``. A NaN or infinity
+    """``(output, codes, scale, zero_point)`` with a scale per row, ``[..., 1]``, taken from z.
+
+    As :func:`quantrain.fake_quantize_dynamic` takes it; ``zero_point`` (int32) is 0 where ``symmetric``. A NaN or infinity
     makes its row NaN, with a NaN scale.
 
-    >>> output, codes, scale, _ = norm_act_fake_quantize_dynamic(torch.tensor([[-1.0, 0.5]]), quant_min=-8, quant_max=7)
+    >>> output, codes, scale, _ = norm_act_fake_quantize_dynamic(torch.tensor([[-1.0, 0.6]]), quant_min=-8, quant_max=7)
     >>> codes, scale
     (tensor([[-7,  4]], dtype=torch.int8), tensor([[0.1429]]))
     """

@@ -19,6 +19,10 @@ def quant_linear(
     zero_point: Tensor | None,
     weight: Tensor,
     bias: Tensor | None = None,
+    *,
+    weight_groups: int = 0,
+    weight_min: int = -128,
+    weight_max: int = 127,
 ) -> Tensor:
     """``linear(input, weight, bias)`` of an ``input = (codes - zero_point) * scale`` ``[..., K]``.
 
@@ -26,7 +30,14 @@ def quant_linear(
     (int8 or uint8) are kept and decoded in the backward pass, where linear would keep ``input``. That the codes are those of
     ``input`` is the caller's to see to: :func:`quantrain.norm_act_fake_quantize`, its dynamic form and
     :func:`quantrain.fake_quantize_codes` give both. ``scale`` (float32; one element, or ``[..., 1]``) and ``zero_point`` have
-    no gradient. Under autocast as linear. Second derivatives raise ``NotImplementedError``; errors are ``ValueError``
+    no gradient.
+
+    ``weight_groups``: 0, ``weight`` is taken as it is; else it is fake-quantized first, each row in so many equal parts with
+    a symmetric scale of its own (:func:`quantrain.fake_quantize_dynamic`), to codes of ``weight_min`` to ``weight_max``.
+    Then it may be float32 beside a 16-bit input, and it is rounded anew in the backward pass: nothing but ``weight`` itself
+    is kept.
+
+    Under autocast as linear. Second derivatives raise ``NotImplementedError``; errors are ``ValueError``
     (values and shapes) and ``TypeError`` (element types and devices).
 
     >>> from quantrain import norm_act_fake_quantize_dynamic
@@ -35,4 +46,5 @@ def quant_linear(
     tensor([[1.]])
     """
     _arguments.tensor("quant_linear", "input", input)
-    return _ops.quant_linear(input, codes, scale, zero_point, weight, bias)
+    limits = {"weight_min": weight_min, "weight_max": weight_max}
+    return _ops.quant_linear(input, codes, scale, zero_point, weight, bias, weight_groups=weight_groups, **limits)

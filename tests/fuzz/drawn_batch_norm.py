@@ -229,11 +229,12 @@ def _parts(d: Draw, device, tensors, keywords, grad, z, found):
     g = d.on(device, grad)
     back = ops._batch_norm_backward(g, x, mask, *norm, activation, eps, own, residual is not None)
     for name, one, want in zip(
-        ("input", "residual", "weight", "bias", "conv_scale"), back, (found[0], found[4], *found[1:4]), strict=True
+        ("input", "residual", "weight", "bias", "conv_scale"), back[:5], (found[0], found[4], *found[1:4]), strict=True
     ):
         if want is not None:
             same(one.to(want.dtype), want.cpu(), f"_batch_norm_backward's gradient of {name} on {device}")
     check(back[1].numel() == 0 or residual is not None, f"_batch_norm_backward on {device}: a residual too many")
+    check(back[5].numel() == 0, f"_batch_norm_backward on {device}: the gradient of a scale that is not there")
 
 
 def _values(d: Draw):
@@ -317,9 +318,49 @@ def batch_norm_act_fake_quantize(d: Draw):
         for name, one, want in zip(("input", "weight", "bias", "conv_scale", "residual"), found, wanted, strict=True):
             if want is not None:
                 same(one, want.cpu(), f"{what}: gradient of {name}")
+        if residual is None:
+            tensors = (d.on(device, grad), y, m, v, *rest[:3], cs, cp)
+            learned_step(tensors, z, activation, eps, own, (scale, point, low, high), grad, found, what)
         kept.append((plain, codes))
     for one, other in zip(kept[-1], kept[0], strict=True):
         same_bits(one, other, "batch_norm_act_fake_quantize on CPU and CUDA")
+
+
+def step_sums(grad, x, scale, low, high, point=None):
+    """(float64 gradient of each element of scale by LSQ, how far float32 may be off): x as the operator rounded it."""
+    _, want, _, terms = rounding.learnable_gradients(grad, x, scale, point, low, high)
+    count, codes = max(1, x.numel() // max(1, scale.numel())), max(abs(low), abs(high)) + 1
+    each = rounding.sum_to_scale(grad.double().abs() * codes, scale)
+    return want.flatten(), (2.0**-22 * each + 2.0**-24 * (count + 32) * terms + 1e-30).flatten()
+
+
+def learned_step(tensors, z, activation, eps, own, grid, grad, found, what):
+    """The gradient that a learned scale of the result gets from each channel; the others are those of a given scale."""
+    g, y, m, v, weight, bias, conv_scale, cs, cp = tensors
+    scale, point, low, high = grid
+    mask = ops._batch_norm_forward(y, m, v, weight, bias, conv_scale, None, cs, cp, activation, eps, low, high, True)[2]
+    back = ops._batch_norm_backward(
+        g, y, mask, m, v, weight, bias, conv_scale, activation, eps, own, False, cs, cp, low, high
+    )
+    for name, one, want in zip(
+        ("input", "weight", "bias", "conv_scale"), (back[0], *back[2:5]), found[:4], strict=True
+    ):
+        if want is not None:
+            same(one.to(want.dtype), want.cpu(), f"{what}: gradient of {name} with a learned scale")
+    channels = [1, z.shape[1], *[1] * (z.dim() - 2)]
+    check(back[5].dtype == torch.float32 and back[5].shape == z.shape[1:2], f"{what}: expected a sum per channel")
+    if z.numel() == 0:
+        return same(back[5], torch.zeros(z.shape[1]), f"{what}: gradient of a learned scale")
+    zeros = None if point is None else point.reshape(-1)[:1].expand(z.shape[1]).view(channels)
+    steps = scale.reshape(-1)[:1].expand(z.shape[1]).reshape(channels)
+    close_sums(back[5], *step_sums(grad, z, steps, low, high, zeros), f"{what}: gradient of a learned scale")
+
+
+def close_sums(found, want, room, what):
+    """Those of NaN, or beyond float32, are not compared."""
+    fair = want.isfinite() & room.isfinite() & (want.abs() + room < 1e37)
+    found = found.cpu().double()
+    close(torch.where(fair, found, 0.0), torch.where(fair, want, 0.0), torch.where(fair, room, 1.0), what)
 
 
 # ---- statistics -----------------------------------------------------------------------------------------------------
@@ -473,8 +514,34 @@ def fold_fake_quantize(d: Draw):
             for row, bits in zip(rows, mask.cpu(), strict=True):
                 check(torch.equal(bits_of(bits, len(row)), row), f"_fold_fake_quantize's mask on {device}")
             back = ops._fold_fake_quantize_backward(grad, grad_scale, cw, mask, cg, cv, eps)
+            check(back[2].numel() == 0, f"_fold_fake_quantize_backward on {device}: a scale that is not there")
             same(back[0], of_weight.cpu(), f"_fold_fake_quantize_backward on {device}")
             same(back[1].to(gamma.dtype), of_gamma.cpu(), f"_fold_fake_quantize_backward's bn_weight on {device}")
+        if d.chance(0.5):
+            folded_step(d, device, (weight, gamma, variance, g, of_scale), scale.cpu(), settings, out, view)
         kept.append((output, scale, of_weight))
     for one, other in zip(kept[-1], kept[0], strict=True):
         same_bits(one, other, "fold_fake_quantize on CPU and CUDA")
+
+
+def folded_step(d: Draw, device, tensors, factor, settings, out, view):
+    """With a learned scale, one per row: fake_quantize of the folded weight, and LSQ's gradient of the scale."""
+    weight, gamma, variance, g, of_scale = tensors
+    eps, low, high, symmetric = settings.values()
+    step = d.scale(d.choice((view, view[:1])), low, high)
+    d.notes["scale"] = step
+    what = f"_fold_fake_quantize with a scale on {device}"
+    cw, cg, cv, grad, grad_scale, cs = (d.on(device, t) for t in (*tensors, step))
+    output, again, mask, kept = ops._fold_fake_quantize(cw, cg, cv, eps, low, high, symmetric, named(out), cs)
+    same(again, factor, f"{what}: conv_scale")
+    same(kept, variance, f"{what}: variance")
+    folded, steps = weight.float() * factor.view(view), step.reshape(view)
+    same(output, rounding.fake_quantize(folded, steps, None, low, high).to(out), what)
+    inside = rounding.inside(folded, steps, None, low, high)
+    back = ops._fold_fake_quantize_backward(grad, grad_scale, cw, mask, cg, cv, eps, cs, low, high)
+    let = torch.where(inside, g, torch.zeros((), dtype=g.dtype)).float()
+    same(back[0], (let * factor.view(view)).to(weight.dtype), f"{what}: gradient of weight")
+    without = ops._fold_fake_quantize_backward(grad, grad_scale, cw, mask, cg, cv, eps)
+    same(back[1], without[1].cpu(), f"{what}: gradient of bn_weight")
+    check(back[2].dtype == torch.float32 and list(back[2].shape) == view[:1], f"{what}: expected a gradient per row")
+    close_sums(back[2], *step_sums(g, folded, steps, low, high), f"{what}: gradient of scale")

@@ -53,8 +53,28 @@ def fake_quantize_codes(d: Draw):
             return values
 
         kept.append((values, found, straight_through(d, run, cx, cg, expected, grad, what)))
+        if d.chance(0.4):
+            learned(d, (cx, cs, cp, cg), limits, expected, codes, what)
     for one, other in zip(kept[-1], kept[0], strict=True):
         same_bits(one, other, "fake_quantize_codes on CPU and CUDA")
+
+
+def learned(d: Draw, tensors, limits, expected, codes, what):
+    """With a scale that requires a gradient: fake_quantize_learnable's, to the bit."""
+    x, scale, point, g = tensors
+    factor, needs_input = d.choice((1.0, 0.25, 0.0123)), d.chance(0.7)
+    d.notes |= {"grad_factor": factor, "gradient of input": needs_input}
+    x, scale = x.detach().requires_grad_(needs_input), scale.detach().requires_grad_()
+    limits = limits | {"grad_factor": factor}
+    values, again = ops.fake_quantize_codes(x, scale, point, **limits)
+    check(not again.requires_grad, f"{what}: expected codes without a gradient")
+    same(values.detach(), expected, f"{what} with a learned scale")
+    same(again, codes, f"{what}: codes with a learned scale")
+    plain = ops.fake_quantize_learnable(x, scale, point, **limits)
+    leaves = [x, scale] if needs_input else [scale]
+    found, wanted = (torch.autograd.grad(y, leaves, g) for y in (values, plain))
+    for name, one, want in zip(("scale", "input"), found[::-1], wanted[::-1], strict=False):
+        same(one, want.cpu(), f"{what}: gradient of {name} with a learned scale")
 
 
 def images(d: Draw):
@@ -140,10 +160,10 @@ def ordered(weight):
     return any(weight.is_contiguous(memory_format=f) for f in (torch.contiguous_format, torch.channels_last))
 
 
-def refused(gradient, what):
+def refused(gradient, what, op="quant_conv2d"):
     try:
         gradient.float().sum().backward()
     except NotImplementedError as error:
-        check("quant_conv2d: expected one derivative" in str(error), f"{what}: a second derivative's error {error}")
+        check(f"{op}: expected one derivative" in str(error), f"{what}: a second derivative's error {error}")
     else:
         check(False, f"{what}: expected a second derivative to be refused, got none")

@@ -119,9 +119,18 @@ BY_MEMORY = {
     "fqt_conv2d": "likewise",
     "fqt_conv2d.padding": "likewise",
     "quant_conv2d": "likewise",
+    "quant_linear": "likewise",
     "int8_linear": 'likewise where it is told "none"',
     "int8_weight_transpose": '"auto" goes by a sum',
 }
+# On a GPU: another kernel takes a tensor that does not begin on 16 bytes, and adds in another order.
+BY_ADDRESS = (
+    "norm_act_fake_quantize",
+    "norm_act_fake_quantize_dynamic",
+    "_norm_act_range",
+    "_norm_act_forward",
+    "_norm_act_backward",
+)
 # What an operator without kernels of its own calls, and which may lack a derivative.
 PARTS = {"_ptq_linear": ("int8_mm", "int8_mm_outliers", "int8_quantize_rows", "quantize")}
 # A private operator may speak in the name of the public one that it serves.
@@ -132,6 +141,7 @@ ALIASES = {
     "_fixed_point_quantize_mask": ("fixed_point_quantize",),
     "_batch_norm_forward": ("batch_norm_act", "batch_norm_act_fake_quantize"),
     "_fold_fake_quantize": ("fold_fake_quantize",),
+    "_norm_act_forward": ("norm_act_fake_quantize", "norm_act_fake_quantize_dynamic"),
     "int8_linear": (
         "int8_mm",
         "int8_quantize_rows",
@@ -398,7 +408,8 @@ def call(op, d, schema, function, mode, arguments):
     with torch.inference_mode(mode == "inference"):
         _meta_agrees(op, function, pristine, results)
     stochastic = arguments.get("stochastic") or "_amp_round_stochastic_" in op
-    if op not in BY_MEMORY and not stochastic and mode != "meta" and not schema.is_mutable:
+    by_order = op in BY_MEMORY or d.device != "cpu" and op in BY_ADDRESS
+    if not by_order and not stochastic and mode != "meta" and not schema.is_mutable:
         _contiguous_agrees(op, function, pristine, results)
 
 

@@ -127,6 +127,12 @@ def batch_norm(d):
     }
 
 
+def batch_norm_backward(d):
+    """Half of them with a learned scale, which goes without a residual."""
+    arguments = batch_norm(d)
+    return arguments | ({"scale": None, "zero_point": None} if d.chance(0.5) else {"with_residual": False})
+
+
 def batch_norm_update(d):
     channels = d.randint(1, 9)
     moves = d.chance(0.7)
@@ -158,6 +164,7 @@ def folded(d):
         "grad_output": floats(d, list(weight.shape)),
         "grad_scale": floats(d, [rows], torch.float32) if d.chance(0.5) else None,
         "mask": d.integers([rows, (columns + 7) // 8], 0, 255, torch.uint8),
+        "scale": d.scale([rows], -8, 7) if d.chance(0.5) else None,
     }
 
 
@@ -322,7 +329,53 @@ def quant_conv2d(d):
 def one_scale(d):
     x = floats(d, small(d, 2))
     point = d.integers([1], -8, 7, torch.int32) if d.chance(0.5) else None
-    return {"input": x, "scale": d.scale([1], -8, 7), "zero_point": point, "quant_min": -8, "quant_max": 7}
+    arguments = {"input": x, "scale": d.scale([1], -8, 7), "zero_point": point, "quant_min": -8, "quant_max": 7}
+    return arguments | {"grad_factor": d.choice((1.0, 0.01))}
+
+
+def norm_act(d):
+    function = d.choice(("identity", "relu", "silu", "gelu", "gelu_tanh", "silu_mul", "layer_norm", "rms_norm"))
+    x = floats(d, small(d, 1))
+    parameter, norm = d.choice((x.dtype, torch.float32)), function.endswith("norm")
+    weight = floats(d, [x.shape[-1]], parameter) if norm and d.chance(0.7) else None
+    bias = floats(d, [x.shape[-1]], parameter) if function == "layer_norm" and d.chance(0.7) else None
+    rows = x.numel() // x.shape[-1] if x.numel() else 0
+    mask = d.integers([(x.numel() + 7) // 8], 0, 255, torch.uint8)
+    return {
+        "input": x,
+        "other": floats(d, list(x.shape), x.dtype) if function == "silu_mul" else None,
+        "weight": weight,
+        "bias": bias,
+        "scale": d.scale([1], -8, 7),
+        "zero_point": d.integers([1], -8, 7, torch.int32) if d.chance(0.5) else None,
+        "function": function,
+        "eps": 1e-5,
+        "quant_min": -8,
+        "quant_max": 7,
+        "symmetric": d.chance(0.5),
+        "dtype": d.choice(("", x.dtype)),
+        "with_codes": d.chance(0.5),
+        "with_mask": d.chance(0.5),
+        "grad_output": floats(d, list(x.shape), x.dtype),
+        "moments": d.scale([rows, 2], -8, 7),
+        "mask": mask if d.chance(0.7) else mask[:0],
+    }
+
+
+def norm_act_forward(d):
+    arguments = norm_act(d)
+    return arguments | ({"scale": None, "zero_point": None} if d.chance(0.5) else {})
+
+
+def quant_linear(d):
+    arguments = fqt_linear(d)
+    shape = list(arguments["input"].shape)
+    rows = d.choice(([1], [*shape[:-1], 1]))
+    return {name: arguments[name] for name in ("input", "weight", "bias")} | {
+        "codes": d.integers(shape, 0, 127, d.choice((torch.int8, torch.uint8))),
+        "scale": d.scale(rows, 0, 127),
+        "zero_point": d.integers(rows, 0, 127, torch.int32) if d.chance(0.5) else None,
+    }
 
 
 def matrix(d):
@@ -593,7 +646,8 @@ ARGUMENTS = {
     "_observe_": observed,
     "_observe_qparams_": observed_qparams,
     **dict.fromkeys(("batch_norm_act", "batch_norm_act_fake_quantize", "_batch_norm_statistics"), batch_norm),
-    **dict.fromkeys(("_batch_norm_forward", "_batch_norm_backward"), batch_norm),
+    "_batch_norm_forward": batch_norm,
+    "_batch_norm_backward": batch_norm_backward,
     "_batch_norm_update_": batch_norm_update,
     **dict.fromkeys(("fold_fake_quantize", "_fold_fake_quantize", "_fold_fake_quantize_backward"), folded),
     "quantize": quantize,
@@ -615,6 +669,11 @@ ARGUMENTS = {
     "fqt_conv2d.padding": fqt_conv2d_padding,
     "quant_conv2d": quant_conv2d,
     "fake_quantize_codes": one_scale,
+    **dict.fromkeys(
+        ("norm_act_fake_quantize", "norm_act_fake_quantize_dynamic", "_norm_act_range", "_norm_act_backward"), norm_act
+    ),
+    "_norm_act_forward": norm_act_forward,
+    "quant_linear": quant_linear,
     **dict.fromkeys(("int8_quantize_rows", "int8_quantize_columns", "int8_quantize_rows_and_columns"), matrix),
     "int8_transpose": codes,
     "int8_weight_transpose": weight_transpose,

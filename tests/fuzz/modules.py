@@ -13,6 +13,8 @@ FAMILIES = (
     "gradient_quant",
     "fqt",
     "quant_conv",
+    "norm_act",
+    "quant_linear",
     "int8",
     "int8_fused",
     "int8_linear",

@@ -25,6 +25,18 @@ struct QUANTRAIN_API Quantized {
   at::Tensor codes = {}, scale = {}, zero_point = {};
 };
 
+// What a tensor goes through before it is rounded for a linear layer: a function of norm_act_fake_quantize
+// (quantrain/ops/norm_act.h).
+struct QUANTRAIN_API Before {
+  std::string function = "identity";  // or relu, silu, gelu, gelu_tanh, silu_mul, layer_norm, rms_norm
+  at::Tensor other = {};              // the second factor of silu_mul
+  at::Tensor weight = {}, bias = {};  // of a norm; may be undefined
+  double eps = 1e-5;                  // of a norm
+
+  // The same by PyTorch's operators.
+  at::Tensor operator()(const at::Tensor& x) const;
+};
+
 // Rounds its input to the codes of `spec` and back:
 //   y = (clamp(rint(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale
 // (quantrain::fake_quantize; straight-through gradient).
@@ -61,11 +73,30 @@ class QUANTRAIN_API FakeQuantizeImpl : public Copied<FakeQuantizeImpl, FixedDtyp
   // input passes.
   at::Tensor forward(const at::Tensor& input, const at::Tensor& zero = {});
 
-  // forward's result with its codes, where there are some: one fixed scale, at most 8 bits, a gradient to come.
+  // forward's result with its codes, where there are some: one scale, fixed or learned (and then past its first value),
+  // at most 8 bits, a gradient to come.
   Quantized with_codes(const at::Tensor& input);
+
+  // forward's result of before(input) for a linear layer, with its codes and in the type of the layer's product
+  // (autocast's), in one pass over memory. None where the plain call has to do: no gradient to come, more than 8 bits,
+  // another granularity than per_tensor and per_token of single rows, a learned scale, calibration, an observer that
+  // has to see more of before(input) than its extremes.
+  std::optional<Quantized> of_rows(const at::Tensor& input, const Before& before = {});
+
+  // Whether it rounds equal parts of a matrix's rows, each with a symmetric scale of its own, to codes of a byte.
+  bool rounds_rows() const;
 
   // Whether a tensor becomes codes of a byte with one scale that no gradient reaches.
   bool has_codes() const;
+
+  // Whether a learned scale has its first value everywhere. What is computed anew goes by what the first pass found.
+  bool has_learned();
+
+  // Whether it learns one scale that has its first value, for codes of a byte.
+  bool learns_codes();
+
+  // Of a learned scale's gradient for a tensor of so many elements: 1 / sqrt(elements per scale * quant_max).
+  double grad_factor(int64_t numel) const;
 
   // Whether the extremes of a tensor are all that it needs to know of it: observe_range will do.
   bool takes_range();
@@ -132,6 +163,8 @@ class QUANTRAIN_API FakeQuantizeImpl : public Copied<FakeQuantizeImpl, FixedDtyp
   std::shared_ptr<FakeQuantizeImpl> fresh() const;
   std::vector<int64_t> scale_shape_of(const at::Tensor& input) const;
   void observe_first(const at::Tensor& input, const at::Tensor& zero);
+  bool fits_byte() const;
+  bool takes_rows(const at::Tensor& input, bool identity);
   at::Tensor unset() const;  // bool: blocks of a learnable scale without a first value
 
   QuantSpec spec_;
@@ -147,6 +180,7 @@ class QUANTRAIN_API FakeQuantizeImpl : public Copied<FakeQuantizeImpl, FixedDtyp
   // Of a learnable scale: every block has its first value; some follow a weight that began as zeros. Both save looking.
   bool settled_ = false;
   bool follows_zeros_ = false;
+  bool had_learned_ = false;  // what has_learned() found last outside of a backward pass
 };
 TORCH_MODULE(FakeQuantize);
 

@@ -93,6 +93,11 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module, public HasRecipe, pu
   // Off: gradients are those of the float product, whatever grad_input and grad_weight of the recipe say.
   void enable_gradient_quant(bool on = true) { gradient_quant_enabled_ = on; }
 
+  // On: training keeps tensors as they are, not as codes, and goes operator by operator, so that gradients have
+  // gradients (a gradient penalty). Off at first.
+  void enable_second_derivatives(bool on = true) { second_derivatives_ = on; }
+  bool second_derivatives() const { return second_derivatives_; }
+
   // Called in each forward pass before conversion with the result of the layer's product, before batch norm and
   // output_fake_quant, and whether its backward pass is that of the float product. An empty function takes the hook
   // away.
@@ -131,6 +136,8 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module, public HasRecipe, pu
     return gradient_quant_enabled_ && !converted_ && !left_float_ && recipe_.scheme &&
            recipe_.scheme->quantizes_gradients();
   }
+  // Whether a node may stand in for the layer's operators.
+  bool keeps_codes() const { return !converted_ && weight.requires_grad() && !second_derivatives_; }
   // The products before output_fake_quant: the scheme's where quantizes_gradients(), else the float ones.
   at::Tensor linear_product(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const;
   at::Tensor conv2d_product(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
@@ -157,12 +164,15 @@ class QUANTRAIN_API QuantModule : public torch::nn::Module, public HasRecipe, pu
   bool converted_ = false;
   bool left_float_ = false;
   bool gradient_quant_enabled_ = true;
+  bool second_derivatives_ = false;
   OutputHook output_hook_;
 };
 
 // y = x W^T + b on quantized x and W. Input [..., in_features], output [..., out_features]. ValueError for a recipe
 // with int8, which Int8Linear (int8_linear.h) takes. Where the recipe has grad_input or grad_weight, gradients are
-// computed from the quantized gradient of y before output_fake_quant (fqt_linear); convolutions alike.
+// computed from the quantized gradient of y before output_fake_quant (fqt_linear); convolutions alike. A training step
+// is one node, which keeps the input as codes and rounds the weight anew in its backward pass, where the weight has a
+// symmetric scale of its own per row or group, and the product is the float one or fqt_linear.
 class QUANTRAIN_API QuantLinearImpl : public Copied<QuantLinearImpl, QuantModule> {
  public:
   QuantLinearImpl(int64_t in_features, int64_t out_features, const Recipe& recipe)
@@ -170,9 +180,28 @@ class QUANTRAIN_API QuantLinearImpl : public Copied<QuantLinearImpl, QuantModule
   QuantLinearImpl(const torch::nn::LinearOptions& options, const Recipe& recipe);
   at::Tensor forward(const at::Tensor& input);
 
+  // The two halves of forward: the fake-quantized input, in training with the codes that are kept for the backward pass
+  // in its place where it has some (FakeQuantize::of_rows), and what is computed from it. Layers that read one tensor
+  // share it, rounded by the first one's input_fake_quant alone; with what lies before it, in one pass:
+  //
+  //   const Quantized x = q_proj->quantize_input(h, {.function = "rms_norm", .weight = norm, .eps = 1e-5});
+  //   const at::Tensor q = q_proj->forward_quantized(x), k = k_proj->forward_quantized(x);
+  //
+  // Where ranges are stored, theirs have to be one: share_input. Under integer products a converted layer rounds in the
+  // product, and quantize_input does not.
+  Quantized quantize_input(const at::Tensor& input, const Before& before = {});
+  at::Tensor forward_quantized(const Quantized& input);
+
+  // Makes the other's input_fake_quant this layer's: of layers that read one tensor. Files keep every layer's names.
+  // ValueError: none, another spec, a learned scale, a converted layer.
+  void share_input(const QuantLinearImpl& with);
+
  private:
   friend Copied<QuantLinearImpl, QuantModule>;
   std::shared_ptr<QuantLinearImpl> fresh() const;
+  bool has_known_product() const;
+  bool runs_as_one_node(const at::Tensor& x) const;
+  at::Tensor node_step(const Quantized& input);
 };
 TORCH_MODULE(QuantLinear);
 
@@ -252,8 +281,11 @@ class QUANTRAIN_API QuantConvBn2dImpl : public Copied<QuantConvBn2dImpl, QuantCo
   at::Tensor scale_factor() const;  // sf, [O, 1, 1, 1]
   std::tuple<at::Tensor, at::Tensor> folded_weight();
   bool folds() const;
+  bool rounds_channels() const;
+  bool learns_channels();
   bool fuses(const at::Tensor& y) const;
-  bool runs_as_one_node(const at::Tensor& input, const at::Tensor& residual, const std::string& activation) const;
+  bool runs_as_one_node(const at::Tensor& input, const at::Tensor& residual, const std::string& activation);
+  std::vector<int64_t> output_sizes(const at::Tensor& input) const;
   Quantized node_step(const Quantized& input, const at::Tensor& residual, const std::string& activation,
                       FakeQuantize reader);
   Quantized normalized(const at::Tensor& y, const at::Tensor& sf, const at::Tensor& residual,

@@ -72,8 +72,9 @@ class QUANTRAIN_API Scheme {
   virtual at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const;
   virtual at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
                             const Conv2dArguments& arguments) const;
-  // Where conv2d is fqt_conv2d: its grad_input and grad_weight, with which a layer may run that together with what
-  // follows it. None: the layer calls conv2d.
+  // Where linear is fqt_linear, and conv2d fqt_conv2d: grad_input and grad_weight, with which a layer may run that
+  // together with what lies around it. None: the layer calls linear or conv2d.
+  virtual std::optional<std::pair<GradientQuantizer, GradientQuantizer>> linear_quantizers() const { return {}; }
   virtual std::optional<std::pair<GradientQuantizer, GradientQuantizer>> conv2d_quantizers() const { return {}; }
 
   // Whether converted Linear layers multiply integers: integer_linear is then what such a layer computes from its

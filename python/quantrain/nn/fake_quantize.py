@@ -438,9 +438,10 @@ class FakeQuantize(Calibrates, Float32State):
         learns = self.learnable and self.fake_quant_enabled and not self.calibrating
         return learns and self.scale.numel() == 1 and self._fits_byte()
 
-    def grad_factor(self, numel: int) -> float:
-        """Of a learned scale's gradient, 1 / sqrt(elements per scale * quant_max) (LSQ, section 2.2)."""
-        return 1.0 / math.sqrt(max(numel / max(self.scale.numel(), 1) * max(self.quant_max, 1), 1.0))
+    def grad_factor(self, numel: int, scales: int | None = None) -> float:
+        """Of a learned scale's gradient, 1 / sqrt(elements per scale * quant_max) (LSQ, section 2.2); ``scales``: not all of them."""
+        scales = self.scale.numel() if scales is None else scales
+        return 1.0 / math.sqrt(max(numel / max(scales, 1) * max(self.quant_max, 1), 1.0))
 
     def _fits_byte(self) -> bool:
         return self.quant_max <= (255 if self.quant_min >= 0 else 127) and self.quant_min >= -128
@@ -573,7 +574,7 @@ class FakeQuantize(Calibrates, Float32State):
             zero_point,
             quant_min=self.quant_min,
             quant_max=self.quant_max,
-            grad_factor=self.grad_factor(x.numel()),
+            grad_factor=self.grad_factor(x.numel(), scale.numel()),
         )
 
     def quantize_dequantize_dynamic(self, x: Tensor, scale_shape: Sequence[int]) -> Tensor:

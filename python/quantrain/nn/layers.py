@@ -254,12 +254,23 @@ class _Linear(QuantLayer):
             return self.quantized_output(self.watched(self._step(x)))
         if isinstance(x, Quantized):
             if not self.quantizes_gradients and self.weight.requires_grad:
-                y = torch.ops.quantrain.quant_linear(*x, self.quantized_weight(), self.bias)
-                return self.quantized_output(self.watched(y))
+                return self.quantized_output(self.watched(self._product_of_codes(x)))
             x = x.values
         product = self.product if self.quantizes_gradients else F.linear
         y = product(x, self.quantized_weight(), self.bias)
         return self.quantized_output(self.watched(y))
+
+    def _product_of_codes(self, x: Quantized) -> Tensor:
+        """The same as operators, as a compiled program takes it."""
+        fake_quant, dtype = self.weight_fake_quant, x.values.dtype
+        rounds = fake_quant is not None and fake_quant.rounds_rows() and not self._own_weight_rule
+        rounds = rounds and not has_hooks(fake_quant) and self.weight.dim() == 2 and self.weight.numel() > 0
+        if not rounds or self.weight.dtype not in (dtype, torch.float32) or not self.training:
+            return torch.ops.quantrain.quant_linear(*x, self.quantized_weight(), self.bias)
+        limits = {"weight_min": fake_quant.quant_min, "weight_max": fake_quant.quant_max}
+        return torch.ops.quantrain.quant_linear(
+            *x, self.rows(self.weight), self.bias, weight_groups=fake_quant.scale_shape[1], **limits
+        )
 
     def _in_one_step(self, x: Tensor | Quantized) -> bool:
         """Whether the layer's training step is one node, which rounds the weight anew in its backward pass."""

@@ -35,7 +35,7 @@ def sources() -> str:
     for path in sorted((ROOT / "python").rglob("*.py")):
         parts += python_strings(path.read_text(encoding="utf-8"))
     for folder in ("ops", "nn", "amp", "optim", "autograd", "python", "csrc"):
-        for path in sorted((ROOT / folder).rglob("*.cpp")):
+        for path in sorted([*(ROOT / folder).rglob("*.cpp"), *(ROOT / folder).rglob("*.h")]):
             parts += cpp_strings(path.read_text(encoding="utf-8"))
     text = re.sub(r"\{\d*\}", VALUE, "\n".join(parts))
     scripts = [

@@ -345,3 +345,16 @@ def test_per_token(bits, symmetric):
     torch.testing.assert_close(x.grad, torch.ones_like(x))
     with pytest.raises(ValueError, match="expected bits"):
         qnn.quantize_per_token(x, bits=9)
+
+
+def test_rows_of_a_table_train_its_learned_scales_as_the_table_does():
+    torch.manual_seed(0)
+    layer = qnn.QuantEmbedding(50, 16, recipe="qat-w4a4")
+    index = torch.randint(0, 50, (4, 8))
+    layer(index)
+    layer.zero_grad()
+    layer(index).backward(grad := torch.randn(4, 8, 16))
+    found, quantizer = layer.weight_fake_quant.scale.grad.clone(), layer.weight_fake_quant
+    layer.zero_grad()
+    F.embedding(index, quantizer(layer.weight)).backward(grad)
+    torch.testing.assert_close(found, quantizer.scale.grad)

@@ -75,6 +75,7 @@ struct QUANTRAIN_API GradientQuantSpec : SchemeOf<GradientQuantSpec> {
   at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) const override;
   at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
                     const Conv2dArguments& arguments) const override;
+  std::optional<std::pair<GradientQuantizer, GradientQuantizer>> linear_quantizers() const override;
   std::optional<std::pair<GradientQuantizer, GradientQuantizer>> conv2d_quantizers() const override;
 };
 
