@@ -275,13 +275,17 @@ class FakeQuantize(Calibrates, Float32State):
         )
         return None if not self.ready or self.learnable else (scale, None if self.symmetric else zero_point)
 
-    def with_codes(self, x: Tensor) -> Quantized | Tensor:
-        """:meth:`forward`'s result with its codes, where there are some: one fixed scale, at most 8 bits, a gradient to come."""
+    def with_codes(self, x: Tensor, reader: int | None = None) -> Quantized | Tensor:
+        """:meth:`forward`'s result with its codes, where there are some: one fixed scale, at most 8 bits, a gradient to come.
+
+        Args:
+            reader: as :meth:`of_rows`; the result is made for each of them, the range moves once.
+        """
         fits = self.training and torch.is_grad_enabled() and (self.has_codes() or self.learns_codes())
         fits = fits and self.fake_quant_enabled and (self._ready or self.observing)
         if not fits or self.calibrating or x.dim() < 2 or x.dtype == torch.float64 or x.numel() == 0:
-            return self(x)
-        observed = self.observe(x)
+            return self(x, reader=reader)
+        observed = self.observe(x) if reader is None else self._observed_for(x, reader)
         scale, zero_point = observed if observed is not None else self.calculate_qparams()
         options = {"grad_factor": self.grad_factor(x.numel())} if self.learnable else {}
         values, codes = torch.ops.quantrain.fake_quantize_codes(

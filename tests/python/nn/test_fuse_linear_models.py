@@ -385,6 +385,27 @@ def test_hooks_on_a_fake_quantizer_of_a_joined_block_see_tensors():
     assert len(seen) == 1 and not isinstance(seen[0], Quantized)
 
 
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.bn, self.b = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.bn(self.a(x)) + self.b(x)
+
+
+@pytest.mark.parametrize("recipe", ["qat-w8a8", "fqt-psq8"])
+def test_a_range_that_convolutions_share_moves_once_in_the_written_forward_pass(recipe):
+    joined, plain = pair(Branches, recipe)
+    assert joined.a.input_fake_quant is joined.b.input_fake_quant
+    joined.b.register_forward_hook(lambda *_: None)
+    for seed in range(3):
+        x = (seed + 1) * torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(joined(x), plain(x))
+    for name, value in plain.state_dict().items():
+        assert torch.equal(joined.state_dict()[name], value), name
+
+
 # ---- computed anew --------------------------------------------------------------------------------------------------
 
 
