@@ -56,11 +56,16 @@ struct FqtLinearFunction : torch::autograd::Function<FqtLinearFunction> {
     variable_list gradients(5);
     {
       const at::NoGradGuard no_grad;
-      if (ctx->needs_input_grad(0))
-        gradients[0] = at::matmul(quantized_gradient(grad_output, saved_gradient_quantizer(ctx, "grad_input")), weight);
-      if (ctx->needs_input_grad(1))
-        gradients[1] =
-            matrix(quantized_gradient(grad_output, saved_gradient_quantizer(ctx, "grad_weight"))).t().mm(matrix(input));
+      const GradientQuantizer for_input = saved_gradient_quantizer(ctx, "grad_input"),
+                              for_weight = saved_gradient_quantizer(ctx, "grad_weight");
+      const bool of_input = ctx->needs_input_grad(0), of_weight = ctx->needs_input_grad(1);
+      at::Tensor by_input, by_weight;
+      if (of_input && of_weight)
+        std::tie(by_input, by_weight) = quantized_gradients(grad_output, for_input, for_weight);
+      else if (of_input || of_weight)
+        (of_input ? by_input : by_weight) = quantized_gradient(grad_output, of_input ? for_input : for_weight);
+      if (of_input) gradients[0] = at::matmul(by_input, weight);
+      if (of_weight) gradients[1] = matrix(by_weight).t().mm(matrix(input));
       if (needs_bias_grad(ctx)) gradients[2] = matrix(grad_output).sum(0);
     }
     refuse_second_derivative(gradients, grad_output, "fqt_linear");

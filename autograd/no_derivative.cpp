@@ -57,6 +57,7 @@ TORCH_LIBRARY_IMPL(quantrain, Autograd, m) {
            "dequantize_8bit_blockwise",
            "quantize_gradient",
            "quantize_gradient.seeded",
+           "_quantize_gradient_both",
            "quantize_gradient_codes",
            "quantize_gradient_codes.seeded",
            "dequantize_gradient",

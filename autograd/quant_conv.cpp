@@ -179,9 +179,11 @@ struct ConvBatchNormFunction : torch::autograd::Function<ConvBatchNormFunction> 
     auto [output, codes, mask] =
         norm.call(y, statistics[0], statistics[1], bn_weight, bn_bias, conv_scale, residual, scale, zero_point,
                   call.activation, call.eps, call.quant_min, call.quant_max, bends || quantizes);
-    ctx->save_for_backward({call.codes.defined() ? call.codes : input, call.input_scale, call.input_zero_point, weight,
-                            rounded, weight_mask, kept, bn_weight, bn_bias, conv_scale, y, statistics, mask,
-                            weight_scale.value_or(at::Tensor()), learned_scale.value_or(at::Tensor()),
+    ctx->saved_data["packing"] = packing_of(call.codes, call.packs_codes);
+    ctx->save_for_backward({call.codes.defined() ? packed(call.codes, call.packs_codes) : input, call.input_scale,
+                            call.input_zero_point, weight, rounded, weight_mask, kept, bn_weight, bn_bias, conv_scale,
+                            y, statistics, mask, weight_scale.value_or(at::Tensor()),
+                            learned_scale.value_or(at::Tensor()),
                             learned_scale && zero_point ? *zero_point : at::Tensor()});
     auto& data = ctx->saved_data;
     data["type"] = input.scalar_type();
@@ -233,8 +235,9 @@ struct ConvBatchNormFunction : torch::autograd::Function<ConvBatchNormFunction> 
                     data["activation"].toStringRef(), eps, true, data["with_residual"].toBool(), learned_scale,
                     given(saved[15]), data["quant_min"].toInt(), data["quant_max"].toInt());
       const bool needs_weight = ctx->needs_input_grad(1) || ctx->needs_input_grad(2) || weight_scale;
-      const at::Tensor input =
-          data["coded"].toBool() ? decoded(kept_input, input_scale, input_point, type, needs_weight) : kept_input;
+      const at::Tensor input = data["coded"].toBool() ? decoded(unpacked(kept_input, data["packing"]), input_scale,
+                                                                input_point, type, needs_weight)
+                                                      : kept_input;
       const auto stride = data["stride"].toIntVector(), padding = data["padding"].toIntVector(),
                  dilation = data["dilation"].toIntVector();
       const at::Tensor plain = plain_weight(rounded);

@@ -19,6 +19,7 @@ namespace quantrain {
 struct ConvBatchNorm : Observed {
   // The convolution of a fake-quantized input, which is kept as its codes where it has some.
   at::Tensor input, codes, input_scale, input_zero_point;
+  bool packs_codes = false;  // two codes are kept in a byte: they have at most 4 bits
   at::Tensor weight;
   std::vector<int64_t> stride, padding, dilation;
   int64_t groups = 1;

@@ -105,18 +105,27 @@ struct QuantLinearStepFunction : torch::autograd::Function<QuantLinearStepFuncti
       const at::AutoDispatchBelowADInplaceOrView below;
       const at::ScalarType type = data["type"].toScalarType();
       const at::Tensor grad_output = in_type(grad_outputs[0], type);
-      if (ctx->needs_input_grad(0)) {
+      const GradientQuantizer for_input = saved_gradient_quantizer(ctx, "grad_input"),
+                              for_weight = saved_gradient_quantizer(ctx, "grad_weight");
+      const bool of_input = ctx->needs_input_grad(0), of_weight = ctx->needs_input_grad(1);
+      at::Tensor by_input, by_weight;
+      if (of_input && of_weight)
+        std::tie(by_input, by_weight) = quantized_gradients(grad_output, for_input, for_weight);
+      else if (of_input || of_weight)
+        (of_input ? by_input : by_weight) = quantized_gradient(grad_output, of_input ? for_input : for_weight);
+      if (of_input) {
         const at::Tensor rounded = saved[4].defined()
                                        ? saved[4]
                                        : rounded_weight(weight, data["groups"].toInt(), data["weight_min"].toInt(),
                                                         data["weight_max"].toInt(), type);
-        gradients[0] =
-            at::matmul(quantized_gradient(grad_output, saved_gradient_quantizer(ctx, "grad_input")), rounded);
+        gradients[0] = at::matmul(by_input, rounded);
+        by_input.reset();
       }
-      if (ctx->needs_input_grad(1)) {
-        const at::Tensor gradient = quantized_gradient(grad_output, saved_gradient_quantizer(ctx, "grad_weight"));
-        const at::Tensor input = data["coded"].toBool() ? decoded(saved[0], saved[1], saved[2], type, true) : saved[0];
-        gradients[1] = in_type(weight_gradient(gradient, input), weight.scalar_type());
+      if (of_weight) {
+        const at::Tensor input = data["coded"].toBool()
+                                     ? decoded(unpacked(saved[0], data["packing"]), saved[1], saved[2], type, true)
+                                     : saved[0];
+        gradients[1] = in_type(weight_gradient(by_weight, input), weight.scalar_type());
       }
       if (data["has_bias"].toBool() && ctx->needs_input_grad(2))
         gradients[2] = in_type(matrix(grad_output).sum(0), data["bias_type"].toScalarType());

@@ -31,6 +31,7 @@ QUANTRAIN_API RoundedRows round_rows(const RowRounding& call);
 struct QuantLinear {
   // [..., K], of the type of the product: fake-quantized, and kept as its codes where it has some.
   at::Tensor input, codes, input_scale, input_zero_point;
+  bool packs_codes = false;  // two codes are kept in a byte: they have at most 4 bits
   // [N, K], of that type or float32. Each row in `weight_groups` equal parts with a symmetric scale of their own, taken
   // from them; rounded anew in the backward pass, so that nothing but the weight itself is kept. 0: taken as it is.
   at::Tensor weight;

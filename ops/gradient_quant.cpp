@@ -33,6 +33,8 @@ using CodesTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at
 enum class Quantizer { kPerTensor, kPerSample, kPerChannel, kHouseholder };
 
 constexpr std::string_view kQuantize = "quantize_gradient";
+constexpr std::string_view kBoth = "_quantize_gradient_both";
+constexpr int64_t kAnyGroup = 128;  // of quantizers without groups
 constexpr std::string_view kCodes = "quantize_gradient_codes";
 constexpr std::string_view kDequantize = "dequantize_gradient";
 constexpr std::string_view kReflect = "_reflect_rows";
@@ -112,6 +114,14 @@ at::Tensor quantize_gradient_meta(const at::Tensor& grad, int64_t bits, c10::str
                                   const OptionalGenerator&) {
   check_request(kQuantize, grad, bits, quantizer, rows, preserve_zero, max_group);
   return at::empty_like(grad);
+}
+
+std::tuple<at::Tensor, at::Tensor> quantize_gradient_both_meta(const at::Tensor& grad, int64_t bits, bool preserve_zero,
+                                                               int64_t column_bits, bool column_preserve_zero,
+                                                               c10::string_view rows, const OptionalGenerator&) {
+  check_request(kBoth, grad, bits, "per_sample", rows, preserve_zero, kAnyGroup);
+  check_request(kBoth, grad, column_bits, "per_channel", rows, column_preserve_zero, kAnyGroup);
+  return {at::empty_like(grad), at::empty_like(grad)};
 }
 
 at::Tensor quantize_gradient_seeded_meta(const at::Tensor& grad, int64_t bits, c10::string_view quantizer,
@@ -361,6 +371,45 @@ at::Tensor quantize_with(const at::Tensor& grad, const Request& request, const R
   return direct ? result : result.copy_(target);
 }
 
+using Pair = std::tuple<at::Tensor, at::Tensor>;
+
+// A gradient rounded twice, with a grid per row and with one per column, in one reading where a row fits.
+Pair both_with(const at::Tensor& grad, const Request& by_row, const Random& first, const Request& by_column,
+               const Random& second) {
+#if defined(QUANTRAIN_WITH_CUDA)
+  const auto [rows, columns] = matrix_size(grad, by_row.token_rows);
+  const at::Tensor input = grad.numel() > 0 ? row_major(grad, by_row.token_rows) : grad;
+  at::Tensor of_row = at::empty_like(grad), of_column = at::empty_like(grad);
+  const bool direct = of_row.strides() == input.strides();
+  if (grad.is_cuda() && grad.numel() > 0 && direct && cuda::fits_fused_rows(columns.guard_int(__FILE__, __LINE__))) {
+    const at::Tensor x = input.as_strided_symint({rows, columns}, {columns, 1});
+    Rounding columnwise{x, by_column, second, nullptr, nullptr, allocate_plan(by_column, rows, columns, x.options())};
+    columnwise.make_grids(columnwise.extremes(GridAxis::kColumn));
+    const Plan plan = allocate_plan(by_row, rows, columns, x.options());
+    RoundRowsArgs args{x.const_data_ptr(),
+                       of_row.mutable_data_ptr(),
+                       nullptr,
+                       plan.scale.mutable_data_ptr<float>(),
+                       plan.offset.mutable_data_ptr<float>(),
+                       dtype_of(x),
+                       x.size(0),
+                       x.size(1),
+                       by_row.bits,
+                       by_row.preserve_zero,
+                       first.stochastic,
+                       first.philox};
+    args.column_y = of_column.mutable_data_ptr();
+    args.column_scale = columnwise.plan.scale.const_data_ptr<float>();
+    args.column_offset = columnwise.plan.offset.const_data_ptr<float>();
+    args.column_bits = by_column.bits;
+    args.column_philox = second.philox;
+    run_on_cuda(args, x, &cuda::round_rows);
+    return {of_row, of_column};
+  }
+#endif
+  return {quantize_with(grad, by_row, first), quantize_with(grad, by_column, second)};
+}
+
 CodesTuple codes_with(const at::Tensor& grad, const Request& request, const Random& random) {
   CodesTuple result = allocate_codes(grad, request);
   const auto& [codes, scale, offset, order, reflector] = result;
@@ -381,6 +430,18 @@ at::Tensor quantize_gradient_kernel(const at::Tensor& grad, int64_t bits, c10::s
                                     const OptionalGenerator& generator) {
   const Request request = check_request(kQuantize, grad, bits, quantizer, rows, preserve_zero, max_group);
   return quantize_with(grad, request, draw(kQuantize, grad.device(), stochastic, generator));
+}
+
+// The draws of quantize_gradient called for each, one after the other.
+Pair quantize_gradient_both_kernel(const at::Tensor& grad, int64_t bits, bool preserve_zero, int64_t column_bits,
+                                   bool column_preserve_zero, c10::string_view rows,
+                                   const OptionalGenerator& generator) {
+  const Request by_row = check_request(kBoth, grad, bits, "per_sample", rows, preserve_zero, kAnyGroup);
+  const Request by_column =
+      check_request(kBoth, grad, column_bits, "per_channel", rows, column_preserve_zero, kAnyGroup);
+  const Random first = draw(kBoth, grad.device(), true, generator),
+               second = draw(kBoth, grad.device(), true, generator);
+  return both_with(grad, by_row, first, by_column, second);
 }
 
 at::Tensor quantize_gradient_seeded_kernel(const at::Tensor& grad, int64_t bits, c10::string_view quantizer,
@@ -514,12 +575,17 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
   m.def(
       "dequantize_gradient(Tensor codes, Tensor scale, Tensor offset, Tensor order, Tensor reflector, *, ScalarType "
       "dtype=float) -> Tensor");
+  m.def(
+      "_quantize_gradient_both(Tensor grad, int bits, bool preserve_zero, int column_bits, bool column_preserve_zero, "
+      "*, str rows=\"sample\", Generator? generator=None) -> (Tensor by_row, Tensor by_column)",
+      random);
   m.def("_reflect_rows(Tensor input, Tensor order, Tensor reflector, *, bool inverse=False) -> Tensor");
 }
 
 #define QUANTRAIN_REGISTER_GRADIENT(kind)                                                      \
   m.impl("quantize_gradient", &quantrain::quantize_gradient_##kind);                           \
   m.impl("quantize_gradient.seeded", &quantrain::quantize_gradient_seeded_##kind);             \
+  m.impl("_quantize_gradient_both", &quantrain::quantize_gradient_both_##kind);                \
   m.impl("quantize_gradient_codes", &quantrain::quantize_gradient_codes_##kind);               \
   m.impl("quantize_gradient_codes.seeded", &quantrain::quantize_gradient_codes_seeded_##kind); \
   m.impl("dequantize_gradient", &quantrain::dequantize_gradient_##kind);                       \

@@ -53,6 +53,7 @@ void bind_layers(py::module_& module) {
       .def_readwrite("quant_min", &ConvBatchNorm::quant_min)
       .def_readwrite("quant_max", &ConvBatchNorm::quant_max)
       .def_readwrite("symmetric", &ConvBatchNorm::symmetric)
+      .def_readwrite("packs_codes", &ConvBatchNorm::packs_codes)
       .def_readwrite("weight_grad_factor", &ConvBatchNorm::weight_grad_factor)
       .def_readwrite("grad_factor", &ConvBatchNorm::grad_factor);
   bind_gradient_quantizers(settings);
@@ -135,6 +136,7 @@ void bind_layers(py::module_& module) {
       "zero_point).");
   py::class_<QuantLinear> linear(module, "QuantLinear", "What does not change from step to step of a quant_linear.");
   linear.def(py::init<>())
+      .def_readwrite("packs_codes", &QuantLinear::packs_codes)
       .def_readwrite("weight_groups", &QuantLinear::weight_groups)
       .def_readwrite("weight_min", &QuantLinear::weight_min)
       .def_readwrite("weight_max", &QuantLinear::weight_max);

@@ -346,7 +346,8 @@ struct RoundGradientArgs {
   PhiloxState philox;
 };
 
-// Grid and rounding in one pass, one grid per row; rows up to kFusedColumns columns.
+// Grid and rounding in one pass, one grid per row; rows up to kFusedColumns columns. With column_y also a second rounding,
+// of values, with a draw and grids of its own, one per column, which are known.
 struct RoundRowsArgs {
   const void* x;  // [rows, columns]
   void* y;        // [rows, columns] of dtype, or null
@@ -360,6 +361,11 @@ struct RoundRowsArgs {
   bool preserve_zero;
   bool stochastic;
   PhiloxState philox;
+  void* column_y = nullptr;              // [rows, columns] of dtype, or null
+  const float* column_scale = nullptr;   // [columns]
+  const float* column_offset = nullptr;  // [columns]
+  int column_bits = 0;
+  PhiloxState column_philox = {};
 };
 
 // Partial extremes [rows, splits] of rows to whole ones, and the ranges by which rows are ordered.

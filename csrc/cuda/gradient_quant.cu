@@ -184,9 +184,21 @@ struct SameGrid {
   __device__ __forceinline__ float inverse(int) const { return inv_scale; }
 };
 
+// Of the columns from `column` on.
 struct ItemGrids {
   Grid value[kItem];
   float inv_scale[kItem];
+
+  __device__ __forceinline__ ItemGrids(const float* __restrict__ scale, const float* __restrict__ offset,
+                                       int64_t column, int64_t columns) {
+#pragma unroll
+    for (int j = 0; j < kItem; ++j) {
+      const int64_t k = column + j < columns ? column + j : column;
+      value[j] = Grid{scale[k], offset[k]};
+      inv_scale[j] = 1.0f / scale[k];
+    }
+  }
+
   __device__ __forceinline__ Grid grid(int j) const { return value[j]; }
   __device__ __forceinline__ float inverse(int j) const { return inv_scale[j]; }
 };
@@ -207,14 +219,8 @@ __global__ void __launch_bounds__(kThreads)
   float values[kItem];
   unpack(load_item<kAligned>(x + at, columns - column), values);
   if constexpr (kAxis == GridAxis::kColumn) {
-    ItemGrids grids;
-#pragma unroll
-    for (int j = 0; j < kItem; ++j) {
-      const int64_t k = column + j < columns ? column + j : column;
-      grids.value[j] = Grid{scale[k], offset[k]};
-      grids.inv_scale[j] = 1.0f / scale[k];
-    }
-    rounding.template item<kAligned>(values, at, columns - column, key, item, grids);
+    rounding.template item<kAligned>(values, at, columns - column, key, item,
+                                     ItemGrids(scale, offset, column, columns));
   } else {
     const int64_t k = kAxis == GridAxis::kRow ? static_cast<int64_t>(row) : 0;
     const SameGrid grid{Grid{scale[k], offset[k]}, 1.0f / scale[k]};
@@ -228,14 +234,16 @@ constexpr int kMaxRowThreads = 1024;
 constexpr int kRowItems = 4;  // items of a thread, but for short rows
 
 // A row for blockDim.x threads, kItems items each; blockDim.y rows per thread block, then of one warp each.
-template <typename T, bool kCodes, int kItems, bool kAligned>
+template <typename T, bool kCodes, int kItems, bool kAligned, bool kBoth>
 __global__ void __launch_bounds__(kMaxRowThreads)
     round_rows_kernel(const T* __restrict__ x,     // [rows, columns]
                       float* __restrict__ scale,   // [rows]
                       float* __restrict__ offset,  // [rows]
                       int64_t rows, int64_t columns, int bits, bool preserve_zero, Rounding<T, kCodes> rounding,
-                      PhiloxState philox) {
-  const PhiloxKey key(philox);
+                      PhiloxState philox, const float* __restrict__ column_scale,  // [columns]
+                      const float* __restrict__ column_offset,                     // [columns]
+                      Rounding<T, false> column_rounding, PhiloxState column_philox) {
+  const PhiloxKey key(philox), column_key(kBoth ? column_philox : philox);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool one_warp = blockDim.x == 32;
   if (one_warp && row >= rows) return;
@@ -278,6 +286,10 @@ __global__ void __launch_bounds__(kMaxRowThreads)
       unpack(items[u], values);
       rounding.template item<kAligned>(values, row * columns + column, columns - column, key,
                                        first_index + static_cast<uint64_t>(item), same);
+      if constexpr (kBoth)
+        column_rounding.template item<kAligned>(values, row * columns + column, columns - column, column_key,
+                                                first_index + static_cast<uint64_t>(item),
+                                                ItemGrids(column_scale, column_offset, column, columns));
     }
   }
 }
@@ -349,21 +361,29 @@ int round_rows(const RoundRowsArgs& a, void* stream) {
   const int64_t items = philox_blocks_per_row(a.columns);
   dispatch_float(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto launch = [&](auto codes, auto items_per_thread, auto aligned) {
+    const auto launch = [&](auto codes, auto items_per_thread, auto aligned, auto both) {
       const auto wide = static_cast<unsigned>(ceil_div(ceil_div(items, items_per_thread.value), 32) * 32);
       const dim3 threads(wide, wide == 32 ? 8 : 1);
-      round_rows_kernel<T, codes.value, items_per_thread.value, aligned.value>
+      round_rows_kernel<T, codes.value, items_per_thread.value, aligned.value, both.value>
           <<<static_cast<unsigned>(ceil_div(a.rows, threads.y)), threads, 0, static_cast<cudaStream_t>(stream)>>>(
               static_cast<const T*>(a.x), a.scale, a.offset, a.rows, a.columns, a.bits, a.preserve_zero,
-              rounding_of<T, codes.value>(a), a.philox);
+              rounding_of<T, codes.value>(a), a.philox, a.column_scale, a.column_offset,
+              Rounding<T, false>{static_cast<T*>(a.column_y), half_codes(a.column_y ? a.column_bits : 8), a.stochastic},
+              a.column_philox);
     };
-    dispatch_bool(a.codes != nullptr, [&](auto codes) {
-      dispatch_bool(items_aligned<T>(a.x, a.y, a.codes, a.columns), [&](auto aligned) {
-        if (items <= 64)
-          launch(codes, std::integral_constant<int, 1>{}, aligned);
-        else
-          launch(codes, std::integral_constant<int, kRowItems>{}, aligned);
-      });
+    const auto dispatch_items = [&](auto codes, auto aligned, auto both) {
+      if (items <= 64)
+        launch(codes, std::integral_constant<int, 1>{}, aligned, both);
+      else
+        launch(codes, std::integral_constant<int, kRowItems>{}, aligned, both);
+    };
+    dispatch_bool(items_aligned<T>(a.x, a.y, a.codes, a.columns) && is_aligned(a.column_y), [&](auto aligned) {
+      if (a.codes)
+        dispatch_items(std::true_type{}, aligned, std::false_type{});
+      else if (a.column_y)
+        dispatch_items(std::false_type{}, aligned, std::true_type{});
+      else
+        dispatch_items(std::false_type{}, aligned, std::false_type{});
     });
   });
   return cudaGetLastError();

@@ -172,3 +172,20 @@ def reflect_rows(d: Draw):
         kept.append(both)
     for one, cpu in zip(kept[-1], kept[0], strict=True):
         same_bits(one, cpu, "_reflect_rows on CPU and CUDA")
+
+
+@drawn("_quantize_gradient_both")
+def quantize_gradient_both(d: Draw):
+    grad, _, keywords = operands(d)
+    rows, keeps, bits = keywords["rows"], [d.chance(0.4) for _ in "ab"], [d.randint(2, 8) for _ in "ab"]
+    seed = d.getrandbits(31)
+    d.notes |= {"bits of rows and columns": bits, "preserve_zero": keeps}
+    for device in d.devices:
+        there = d.on(device, grad)
+        torch.manual_seed(seed)
+        found = ops._quantize_gradient_both(there, bits[0], keeps[0], bits[1], keeps[1], rows=rows)
+        torch.manual_seed(seed)
+        for name, one, kind, k in zip(("rows", "columns"), found, ("per_sample", "per_channel"), (0, 1), strict=True):
+            want = ops.quantize_gradient(there, bits[k], kind, rows=rows, preserve_zero=keeps[k])
+            same_bits(one, want.cpu(), f"_quantize_gradient_both on {device}, by {name}")
+            strides_kept(one, grad, f"_quantize_gradient_both on {device}")

@@ -31,6 +31,15 @@ def quant_linear(d: Draw):
     d.notes |= {"codes": codes, "scale": scale, "zero_point": point, "input": values, "weight": weight, "bias": bias}
     d.notes |= {"grad": g, "gradients of": needed, "autocast": cast}
     kind = torch.bfloat16 if cast else dtype
+    groups = 0
+    if d.chance(0.4) and columns > 0 and weight.numel() > 0 and not cast:  # the weight is rounded by the operator
+        groups = d.choice([n for n in range(1, columns + 1) if columns % n == 0])
+    least, most = d.choice(((-128, 127), (-8, 7), (-127, 127)))
+    rounding = {"weight_groups": groups, "weight_min": least, "weight_max": most}
+    d.notes |= rounding
+    if groups:
+        limits = {"quant_min": least, "quant_max": most}
+        tensors = (values, ops.fake_quantize_dynamic(weight, [outputs, groups], **limits), bias)
     sizes = [None if t is None else t.double().abs().contiguous().requires_grad_() for t in tensors]
     sizes64 = F.linear(*sizes)
     exact = [None if t is None else t.to(kind).double().contiguous().requires_grad_() for t in tensors]
@@ -39,11 +48,12 @@ def quant_linear(d: Draw):
     for device in d.devices:
         what = f"quant_linear on {device}"
         cc, cs, cp, cg = (d.on(device, t) for t in (codes, scale, point, given))
-        ours = leaves_of(d, device, tensors, needed)
+        ours = leaves_of(d, device, (values, weight, bias), needed)
+        product = [None if t is None else d.on(device, t) for t in tensors]
         with torch.autocast(device, torch.bfloat16, enabled=cast):
-            y = ops.quant_linear(ours[0], cc, cs, cp, *ours[1:])
+            y = ops.quant_linear(ours[0], cc, cs, cp, *ours[1:], **rounding)
             # without gradients: PyTorch's own product goes another way where a strided input's weight requires one
-            plain = F.linear(*(None if t is None else t.detach() for t in ours))
+            plain = F.linear(*product)
         same(y.detach(), plain.cpu(), what)
         check(y.stride() == plain.stride(), f"{what}: expected the strides of linear")
         compare(y, exact64.detach(), sizes64.detach(), kind, columns, what)

@@ -99,6 +99,7 @@ BY_MEMORY = {
     "quantize.seeded": "random numbers by position in memory",
     "quantize_gradient": "random numbers by position in memory",
     "quantize_gradient.seeded": "likewise",
+    "_quantize_gradient_both": "likewise",
     "quantize_gradient_codes.seeded": "likewise",
     "_amp_round_stochastic_.seeded": "likewise",
     "_batch_norm_forward": "a mask in the order of memory",

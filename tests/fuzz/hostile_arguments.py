@@ -262,6 +262,12 @@ def gradient(d):
     }
 
 
+def gradient_both(d):
+    arguments = gradient(d)
+    given = {name: arguments[name] for name in ("grad", "bits", "rows", "preserve_zero")}
+    return given | {"column_bits": d.randint(2, 8), "column_preserve_zero": d.chance(0.2)}
+
+
 def plan(d):
     """(codes, scale, offset, order, reflector) of a real reflection."""
     arguments = gradient(d)
@@ -662,6 +668,7 @@ ARGUMENTS = {
     "fixed_point_add": add,
     **dict.fromkeys(("fixed_point_max_pool2d", "fixed_point_sum_pool2d"), pool),
     **dict.fromkeys(("quantize_gradient", "quantize_gradient_codes"), gradient),
+    "_quantize_gradient_both": gradient_both,
     "dequantize_gradient": dequantize_gradient,
     "_reflect_rows": reflect,
     "fqt_linear": fqt_linear,

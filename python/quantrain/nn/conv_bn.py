@@ -332,6 +332,7 @@ class QuantConvBn2d(QuantConv2d):
         settings.weight_min, settings.weight_max, settings.weight_symmetric = limits
         settings.quant_min, settings.quant_max, settings.symmetric, settings.averaging_constant = range_
         settings.grad_factor = factor
+        settings.packs_codes = self.input_fake_quant is not None and self.input_fake_quant.fits_half_byte
         settings.weight_grad_factor = weights.grad_factor(self.weight.numel()) if weights.learnable else 1.0
         set_gradient_quantizers(settings, quantizes)
         self._settings = (key, settings)

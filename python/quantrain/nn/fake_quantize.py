@@ -418,6 +418,11 @@ class FakeQuantize(Calibrates, Float32State):
     def _fits_byte(self) -> bool:
         return self.quant_max <= (255 if self.quant_min >= 0 else 127) and self.quant_min >= -128
 
+    @property
+    def fits_half_byte(self) -> bool:
+        """Whether two of its codes fit a byte."""
+        return (self.quant_min >= -8 and self.quant_max <= 7) or (self.quant_min >= 0 and self.quant_max <= 15)
+
     def takes_range(self) -> bool:
         """Whether the extremes of a tensor are all that it needs to know of it: :meth:`observe_range` will do."""
         if not self.has_codes() or self.calibrating or not self.fake_quant_enabled:

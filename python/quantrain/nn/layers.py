@@ -327,6 +327,7 @@ class _Linear(QuantLayer):
             return self._settings[1]
         settings = LinearStep()
         settings.weight_groups, settings.weight_min, settings.weight_max = (weights.scale_shape[1], *key[1:3])
+        settings.packs_codes = self.input_fake_quant is not None and self.input_fake_quant.fits_half_byte
         set_gradient_quantizers(settings, quantizes)
         self._settings = (key, settings)
         return settings

@@ -647,3 +647,20 @@ def test_another_device_than_the_current_one(quantizer):
     assert result.device.index == 1 and torch.cuda.current_device() == 0
     assert_same(result.cpu(), expected)
     assert_same(encode(grad.to("cuda:1"), quantizer, seed=1, offset=0).dequantize().cpu(), expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("shape", [(7, 33), (3, 5, 64), (40, 2048), (5, 40000)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_both_products_gradients_in_one_reading(device, shape, dtype):
+    """Per row and per column, with the draws of the two calls one after the other."""
+    ops = torch.ops.quantrain
+    g = (torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 3).to(dtype).to(device)
+    for bits, keep, column_bits, column_keep in ((8, False, 8, False), (5, True, 3, False)):
+        torch.manual_seed(5)
+        by_row, by_column = ops._quantize_gradient_both(g, bits, keep, column_bits, column_keep, rows="token")
+        torch.manual_seed(5)
+        want = ops.quantize_gradient(g, bits, "per_sample", rows="token", preserve_zero=keep)
+        assert torch.equal(by_row, want)
+        want = ops.quantize_gradient(g, column_bits, "per_channel", rows="token", preserve_zero=column_keep)
+        assert torch.equal(by_column, want)

@@ -160,6 +160,25 @@ def test_nan_and_inf_reach_the_result(device, function):
 
 
 @DEVICES
+@pytest.mark.parametrize("function", ["silu", "gelu", "gelu_tanh"])
+def test_slopes_far_out_are_one_and_zero(device, function):
+    for size in (1e5, 1e13, 1e20, 3e38):
+        x = torch.tensor([[size], [-size]], device=device, requires_grad=True)
+        y, _, _, _ = quantrain.norm_act_fake_quantize_dynamic(x, function=function)
+        y.sum().backward()
+        assert x.grad.flatten().tolist() == [1, 0], f"at {size}"
+
+
+@DEVICES
+@pytest.mark.parametrize("function", ["identity", "gelu"])
+def test_a_symmetric_range_of_one_sign_lets_no_gradient_through_where_it_clips(device, function):
+    x = torch.linspace(-4, 4, 64, device=device).view(2, 32).requires_grad_()
+    y, codes, _, _ = quantrain.norm_act_fake_quantize_dynamic(x, function=function, quant_min=0, quant_max=255)
+    y.sum().backward()
+    assert (x.grad[0, 8:20] == 0).all() and (codes[0, :20] == 0).all() and (x.grad[1] > 0).all()
+
+
+@DEVICES
 def test_zeros_and_nothing(device):
     y, codes, scale, _ = quantrain.norm_act_fake_quantize_dynamic(torch.zeros(3, 16, device=device))
     assert (y == 0).all() and (codes == 0).all() and (scale == 1).all()
