@@ -322,12 +322,13 @@ class _Linear(QuantLayer):
         """What of a step does not change, made anew where it did."""
         weights = self.weight_fake_quant
         quantizes = self.product if self.quantizes_gradients else None
-        key = (weights.scale_shape, weights.quant_min, weights.quant_max, quantizes)
+        packs = self.input_fake_quant is not None and self.input_fake_quant.fits_half_byte
+        key = (weights.scale_shape, weights.quant_min, weights.quant_max, quantizes, packs)
         if self._settings is not None and self._settings[0] == key:
             return self._settings[1]
         settings = LinearStep()
         settings.weight_groups, settings.weight_min, settings.weight_max = (weights.scale_shape[1], *key[1:3])
-        settings.packs_codes = self.input_fake_quant is not None and self.input_fake_quant.fits_half_byte
+        settings.packs_codes = packs
         set_gradient_quantizers(settings, quantizes)
         self._settings = (key, settings)
         return settings
