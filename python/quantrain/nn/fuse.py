@@ -158,7 +158,7 @@ def fuse(model: nn.Module) -> list[str]:
         _fuse_block(name, block, graphs[0], shared)
         if "forward" in block.__dict__:
             inlined |= {id(module) for module in _containers(block)}
-    others = tie_inputs(model, _refuse_differing_shares) + fuse_norms(model)
+    others = tie_inputs(model, shared, _refuse_differing_shares) + fuse_norms(model)
     return fused_rows(model) + others
 
 

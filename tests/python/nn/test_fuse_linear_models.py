@@ -180,6 +180,13 @@ def test_layers_are_tied_that_one_call_gives_one_tensor(block, tied):
     assert (model.q.input_fake_quant is model.k.input_fake_quant) == tied.startswith("q")
 
 
+def test_a_layer_with_two_places_is_tied_in_neither():
+    model = nn.Sequential(Alike(), Alike())
+    model[1].q = model[0].q
+    qnn.prepare(model, "qat-w8a8", fuse=True)
+    assert model.quantization_summary.fused == tuple(f"{n}: one fake-quantized input of k, v" for n in (0, 1))
+
+
 def by_operators(model):
     for layer in model.modules():
         if isinstance(layer, qnn.QuantLayer):
