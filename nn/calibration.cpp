@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <set>
 #include <utility>
 
 #include <ATen/core/grad_mode.h>
@@ -70,10 +71,12 @@ struct Calibration::Saved {
 Calibration::Calibration(torch::nn::Module& module) : saved_(std::make_unique<Saved>()) {
   warn_of_fresh_batch_norms(module);
   detail::label_layers(module);
+  std::set<const Calibrates*> seen;
   for (const auto& item : module.named_modules()) {
     const std::shared_ptr<torch::nn::Module>& child = item.value();
     saved_->training.emplace_back(child, child->is_training());
     if (auto* calibrates = dynamic_cast<Calibrates*>(child.get())) {
+      if (!seen.insert(calibrates).second) continue;  // of layers that share it
       saved_->switched.push_back({item.key(), child, calibrates, calibrates->fake_quant_enabled()});
       calibrates->enable_fake_quant(false);
       calibrates->begin_calibration();

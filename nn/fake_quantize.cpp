@@ -175,7 +175,8 @@ bool FakeQuantizeImpl::takes_rows(const at::Tensor& input, bool identity) {
 }
 
 bool FakeQuantizeImpl::rounds_rows() const {
-  return dynamic() && spec_.symmetric && scale_shape_.size() == 2 && fits_byte() && fake_quant_enabled_;
+  const bool clips = spec_.quant_min() >= 0 || spec_.quant_max() <= 0;
+  return dynamic() && spec_.symmetric && scale_shape_.size() == 2 && fits_byte() && fake_quant_enabled_ && !clips;
 }
 
 bool FakeQuantizeImpl::fits_half_byte() const {

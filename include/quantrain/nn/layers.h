@@ -192,8 +192,8 @@ class QUANTRAIN_API QuantLinearImpl : public Copied<QuantLinearImpl, QuantModule
   Quantized quantize_input(const at::Tensor& input, const Before& before = {});
   at::Tensor forward_quantized(const Quantized& input);
 
-  // Makes the other's input_fake_quant this layer's: of layers that read one tensor. Files keep every layer's names.
-  // ValueError: none, another spec, a learned scale, a converted layer.
+  // Makes the other's input_fake_quant this layer's: of layers that read one tensor. Files keep every layer's names. In
+  // a clone each layer has one of its own again. ValueError: none, another spec, a learned scale, a converted layer.
   void share_input(const QuantLinearImpl& with);
 
  private:

@@ -395,7 +395,7 @@ class FakeQuantize(Calibrates, Float32State):
     def rounds_rows(self) -> bool:
         """Whether it rounds equal parts of a matrix's rows, each with a symmetric scale of its own, to codes of a byte."""
         parts = self.dynamic and self.symmetric and len(self.scale_shape) == 2 and self._fits_byte()
-        return parts and self.fake_quant_enabled
+        return parts and self.fake_quant_enabled and self.quant_min < 0 < self.quant_max  # nothing clips
 
     def _takes(self, before: Before) -> bool:
         """Whether what goes before can be joined: its extremes are all that has to be known of it."""
