@@ -323,7 +323,8 @@ class QuantConvBn2d(QuantConv2d):
         limits = (weights.quant_min, weights.quant_max, weights.symmetric)
         learned = reader is not None and reader.learnable
         factor = reader.grad_factor(math.prod(self._output_sizes(values))) if learned else 1.0
-        key = (activation, range_, window, limits, bn.momentum, bn.eps, quantizes, factor)
+        packs = self.input_fake_quant is not None and self.input_fake_quant.fits_half_byte
+        key = (activation, range_, window, limits, bn.momentum, bn.eps, quantizes, factor, packs)
         if self._settings is not None and self._settings[0] == key:
             return self._settings[1]
         settings = ConvBatchNorm()
@@ -332,7 +333,7 @@ class QuantConvBn2d(QuantConv2d):
         settings.weight_min, settings.weight_max, settings.weight_symmetric = limits
         settings.quant_min, settings.quant_max, settings.symmetric, settings.averaging_constant = range_
         settings.grad_factor = factor
-        settings.packs_codes = self.input_fake_quant is not None and self.input_fake_quant.fits_half_byte
+        settings.packs_codes = packs
         settings.weight_grad_factor = weights.grad_factor(self.weight.numel()) if weights.learnable else 1.0
         set_gradient_quantizers(settings, quantizes)
         self._settings = (key, settings)

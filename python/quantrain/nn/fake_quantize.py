@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +18,7 @@ from quantrain._C import QuantSpec, RowRounding, round_rows
 
 from .calibrates import Calibrates
 from .observers import Float32State, make_observer
+from .shared_pass import SharedPass
 
 __all__ = ["FakeQuantize"]
 
@@ -104,37 +103,6 @@ kFunctions: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
-
-
-class _Latest:
-    """A tensor that several layers read in one pass: which have read it, its range, and its rounded form for those to come.
-
-    The rounded form is dropped with the tensor, and as a gradient reaches it: a later call would find its graph freed.
-    """
-
-    def __init__(self, x: Tensor):
-        this = weakref.ref(self)
-        self.x = weakref.ref(x, lambda _: _drop(this))
-        self.version, self.thread = x._version, threading.get_ident()
-        self.served: set[int] = set()
-        self.observed: tuple[Tensor, Tensor | None] | None = None
-        self.dtype: torch.dtype | None = None
-        self.result: Quantized | None = None
-
-    def is_of(self, x: Tensor) -> bool:
-        return self.x() is x and self.version == x._version and self.thread == threading.get_ident()
-
-    def keep(self, result: Quantized, dtype: torch.dtype) -> None:
-        self.result, self.dtype = result, dtype
-        if result.values.requires_grad:
-            this = weakref.ref(self)
-            result.values.register_hook(lambda _: _drop(this))
-
-
-def _drop(latest: weakref.ref[_Latest]) -> None:
-    this = latest()
-    if this is not None:
-        this.result = None
 
 
 def _product_type(x: Tensor) -> torch.dtype:
@@ -275,13 +243,17 @@ class FakeQuantize(Calibrates, Float32State):
         )
         return None if not self.ready or self.learnable else (scale, None if self.symmetric else zero_point)
 
-    def with_codes(self, x: Tensor) -> Quantized | Tensor:
-        """:meth:`forward`'s result with its codes, where there are some: one fixed scale, at most 8 bits, a gradient to come."""
+    def with_codes(self, x: Tensor, reader: int | None = None) -> Quantized | Tensor:
+        """:meth:`forward`'s result with its codes, where there are some: one fixed scale, at most 8 bits, a gradient to come.
+
+        Args:
+            reader: as :meth:`of_rows`; the result is made for each of them, the range moves once.
+        """
         fits = self.training and torch.is_grad_enabled() and (self.has_codes() or self.learns_codes())
         fits = fits and self.fake_quant_enabled and (self._ready or self.observing)
         if not fits or self.calibrating or x.dim() < 2 or x.dtype == torch.float64 or x.numel() == 0:
-            return self(x)
-        observed = self.observe(x)
+            return self(x, reader=reader)
+        observed = self.observe(x) if reader is None else self._observed_for(x, reader)
         scale, zero_point = observed if observed is not None else self.calculate_qparams()
         options = {"grad_factor": self.grad_factor(x.numel())} if self.learnable else {}
         values, codes = torch.ops.quantrain.fake_quantize_codes(
@@ -382,9 +354,9 @@ class FakeQuantize(Calibrates, Float32State):
         return Quantized(values, codes, scale, zero_point)
 
     readers: int = 0  # layers that share this, as they read one tensor; set by fuse
-    _latest: _Latest | None = None
+    _latest: SharedPass | None = None
 
-    def _reading(self, x: Tensor, reader: int | None) -> _Latest | None:
+    def _reading(self, x: Tensor, reader: int | None) -> SharedPass | None:
         """The pass in which ``reader`` reads ``x``, begun where it is the first; None where nothing is shared."""
         if reader is None or self.readers < 2 or not (self.training or self.calibrating):
             return None
@@ -392,13 +364,13 @@ class FakeQuantize(Calibrates, Float32State):
             return None
         latest = self._latest
         if latest is None or not latest.is_of(x) or reader in latest.served:
-            latest = self._latest = _Latest(x)
+            latest = self._latest = SharedPass(x)
         latest.served.add(reader)
         if len(latest.served) == self.readers:
             self._latest = None
         return latest
 
-    def _observes_for(self, latest: _Latest | None, reader: int | None) -> bool:
+    def _observes_for(self, latest: SharedPass | None, reader: int | None) -> bool:
         """Whether ``reader`` observes: the first of them, which a compiled program cannot tell but by its place."""
         if reader and self.readers > 1 and torch.compiler.is_compiling():
             return False

@@ -26,7 +26,16 @@ from torch import Tensor, fx, nn
 
 from .conv_bn import FoldedBatchNorm2d, QuantConvBn2d
 from .fake_quantize import FakeQuantize, has_hooks, transforms_active
-from .fuse_linear import RmsNormForward, alike, fuse_norms, join_before, reads_rows, tie_inputs, what_traces_rest_on
+from .fuse_linear import (
+    RmsNormForward,
+    alike,
+    fuse_norms,
+    join_before,
+    reads_rows,
+    tie,
+    tie_inputs,
+    what_traces_rest_on,
+)
 from .fuse_source import attributes_read
 from .layers import QuantConv2d
 
@@ -149,7 +158,7 @@ def fuse(model: nn.Module) -> list[str]:
         _fuse_block(name, block, graphs[0], shared)
         if "forward" in block.__dict__:
             inlined |= {id(module) for module in _containers(block)}
-    others = tie_inputs(model, _refuse_differing_shares) + fuse_norms(model)
+    others = tie_inputs(model, shared, _refuse_differing_shares) + fuse_norms(model)
     return fused_rows(model) + others
 
 
@@ -384,8 +393,8 @@ def _share(
         return ""
     if by_call and modules[value.target].readers:  # of another block that calls the layer too
         return ""
+    tie([modules[node.target] for node in readers])
     for node in readers:
-        modules[node.target].input_fake_quant = first
         node.kwargs = node.kwargs | {"quantized": True}
     names = ", ".join(str(node.target) for node in readers)
     learned = ", with one learned scale" if first.learnable and len(readers) > 1 else ""

@@ -189,17 +189,19 @@ def alike(one: FakeQuantize, other: FakeQuantize) -> bool:
     return all(a.is_meta or torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
 
 
-def tie_inputs(model: nn.Module, check_load: Callable) -> list[str]:
+def tie_inputs(model: nn.Module, elsewhere: set[int], check_load: Callable) -> list[str]:
     """Ties the inputs of layers that a written forward pass calls with one name.
 
     Args:
+        elsewhere: ids of modules with several places in the model.
         check_load: a pre-hook of load_state_dict for the modules that hold them.
     """
     rows: list[str] = []
     for path, module in model.named_modules():
         if "forward" in module.__dict__ or isinstance(module, (QuantLinear, QuantTransposedLinear)):
             continue
-        layers = {name: child for name, child in module.named_children() if reads_rows(child)}
+        children = module.named_children()
+        layers = {name: child for name, child in children if reads_rows(child) and id(child) not in elsewhere}
         for names in _called_alike(type(module), layers) if len(layers) > 1 else ():
             group = [layers[name] for name in names]
             first = group[0].input_fake_quant

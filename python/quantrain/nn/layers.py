@@ -60,6 +60,7 @@ class QuantLayer(nn.Module):
     rounds_input_itself = False  # the forward pass does not call input_fake_quant
     token_dims = 1  # trailing dimensions of an input that a per_token scale covers
     gradient_quant_enabled = True
+    reader: int | None = None  # its place among the layers that share its input_fake_quant; set by fuse
     _own_weight_rule = False  # the scheme rounds the weight by a rule of its own
     called = False  # whether a forward pass, not counting compiled ones, came by
     # True: inputs are kept as they are, not as codes, so that gradients have gradients (a gradient penalty).
@@ -227,8 +228,6 @@ class _Linear(QuantLayer):
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_settings", "_kept")}
 
-    reader: int | None = None  # its place among the layers that share its input_fake_quant; set by fuse
-
     def _has_known_product(self) -> bool:
         """Whether the scheme's product, if it has one, is that of a node that takes codes."""
         product = self.product if self.quantizes_gradients else None
@@ -323,12 +322,13 @@ class _Linear(QuantLayer):
         """What of a step does not change, made anew where it did."""
         weights = self.weight_fake_quant
         quantizes = self.product if self.quantizes_gradients else None
-        key = (weights.scale_shape, weights.quant_min, weights.quant_max, quantizes)
+        packs = self.input_fake_quant is not None and self.input_fake_quant.fits_half_byte
+        key = (weights.scale_shape, weights.quant_min, weights.quant_max, quantizes, packs)
         if self._settings is not None and self._settings[0] == key:
             return self._settings[1]
         settings = LinearStep()
         settings.weight_groups, settings.weight_min, settings.weight_max = (weights.scale_shape[1], *key[1:3])
-        settings.packs_codes = self.input_fake_quant is not None and self.input_fake_quant.fits_half_byte
+        settings.packs_codes = packs
         set_gradient_quantizers(settings, quantizes)
         self._settings = (key, settings)
         return settings
@@ -467,8 +467,8 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
             return x
         plain = self.padding_mode == "zeros" and not isinstance(self.padding, str) and not self.quantizes_gradients
         if plain and x.dim() == 4 and self.keeps_codes() and not has_hooks(fake_quant):
-            return fake_quant.with_codes(x)
-        return fake_quant(x)
+            return fake_quant.with_codes(x, self.reader)
+        return fake_quant(x) if self.reader is None else fake_quant(x, reader=self.reader)
 
     def _conv_forward(self, input: Tensor | Quantized, weight: Tensor, bias: Tensor | None) -> Tensor:
         if isinstance(input, Quantized):

@@ -405,7 +405,8 @@ def _left_float(
 ) -> dict[str, str]:
     left = {}
     for name, module in model.named_modules():
-        if id(module) in twins or isinstance(module, parametrize.ParametrizationList) or not _own_parameters(module):
+        done = isinstance(module, (QuantLayer, QuantizedLayer, parametrize.ParametrizationList))
+        if id(module) in twins or done or not _own_parameters(module):
             continue
         if name in skipped:
             left[name] = "skip"
