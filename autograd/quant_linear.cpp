@@ -43,7 +43,9 @@ struct QuantLinearFunction : torch::autograd::Function<QuantLinearFunction> {
     ctx->saved_data["groups"] = groups;
     ctx->saved_data["weight_min"] = weight_min;
     ctx->saved_data["weight_max"] = weight_max;
-    ctx->save_for_backward({codes, scale, zero_point.value_or(at::Tensor()), weight});
+    ctx->saved_data["weight_type"] = weight.scalar_type();
+    ctx->save_for_backward(
+        {codes, scale, zero_point.value_or(at::Tensor()), input.requires_grad() ? weight : at::Tensor()});
     ctx->saved_data["type"] = input.scalar_type();
     ctx->saved_data["has_bias"] = bias.has_value();
     return at::linear(input, rounded_weight(weight, groups, weight_min, weight_max, input.scalar_type()), bias);
@@ -63,7 +65,7 @@ struct QuantLinearFunction : torch::autograd::Function<QuantLinearFunction> {
                                                    data["weight_max"].toInt(), type));
       if (ctx->needs_input_grad(1))
         gradients[1] = in_type(weight_gradient(grad_output, decoded(saved[0], saved[1], saved[2], type, true)),
-                               saved[3].scalar_type());
+                               data["weight_type"].toScalarType());
       if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(4)) gradients[4] = matrix(grad_output).sum(0);
     }
     refuse_second_derivative(gradients, grad_output, "quant_linear");
@@ -78,9 +80,14 @@ struct QuantLinearStepFunction : torch::autograd::Function<QuantLinearStepFuncti
                           const OptionalTensor& bias, const QuantLinear& call) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const at::ScalarType type = input.scalar_type();
-    ctx->save_for_backward(
-        {call.codes.defined() ? call.codes : input, call.input_scale, call.input_zero_point, weight, call.rounded});
     auto& data = ctx->saved_data;
+    data["packing"] = packing_of(call.codes, call.packs_codes);
+    data["weight_type"] = weight.scalar_type();
+    // The weight for the input's gradient alone: without one it may change before the backward pass.
+    const bool of_input = input.requires_grad();
+    ctx->save_for_backward({call.codes.defined() ? packed(call.codes, call.packs_codes) : input, call.input_scale,
+                            call.input_zero_point, of_input ? weight : at::Tensor(),
+                            of_input ? call.rounded : at::Tensor()});
     data["type"] = type;
     data["coded"] = call.codes.defined();
     data["groups"] = call.weight_groups;
@@ -125,7 +132,7 @@ struct QuantLinearStepFunction : torch::autograd::Function<QuantLinearStepFuncti
         const at::Tensor input = data["coded"].toBool()
                                      ? decoded(unpacked(saved[0], data["packing"]), saved[1], saved[2], type, true)
                                      : saved[0];
-        gradients[1] = in_type(weight_gradient(by_weight, input), weight.scalar_type());
+        gradients[1] = in_type(weight_gradient(by_weight, input), data["weight_type"].toScalarType());
       }
       if (data["has_bias"].toBool() && ctx->needs_input_grad(2))
         gradients[2] = in_type(matrix(grad_output).sum(0), data["bias_type"].toScalarType());
