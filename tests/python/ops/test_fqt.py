@@ -201,7 +201,8 @@ def test_forward_is_computed_once_and_backward_takes_two_products():
     products = ("linear", "addmm", "matmul", "mm", "convolution", "convolution_backward")
     assert sum(forward.count[name] for name in products) == 2
     assert sum(backward.count[name] for name in products) == 4
-    assert backward.count["quantize_gradient"] == 4
+    # A linear layer's gradient with a grid per row for one product and per column for the other is read once.
+    assert (backward.count["quantize_gradient"], backward.count["_quantize_gradient_both"]) == (2, 1)
 
 
 @on_each_device
