@@ -228,7 +228,6 @@ Quantized QuantConvBn2dImpl::node_step(const Quantized& input, const at::Tensor&
   ConvBatchNorm call;
   call.input = input.values.to(detail::output_type(input.values));
   call.codes = input.codes;
-  call.packs_codes = !input_fake_quant.is_empty() && input_fake_quant->fits_half_byte();
   call.input_scale = input.scale;
   call.input_zero_point = input.zero_point;
   call.weight = weight;

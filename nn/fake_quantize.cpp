@@ -179,11 +179,6 @@ bool FakeQuantizeImpl::rounds_rows() const {
   return dynamic() && spec_.symmetric && scale_shape_.size() == 2 && fits_byte() && fake_quant_enabled_ && !clips;
 }
 
-bool FakeQuantizeImpl::fits_half_byte() const {
-  const int64_t low = spec_.quant_min(), high = spec_.quant_max();
-  return (low >= -8 && high <= 7) || (low >= 0 && high <= 15);
-}
-
 bool FakeQuantizeImpl::has_codes() const { return !dynamic() && !spec_.learnable && scale.numel() == 1 && fits_byte(); }
 
 bool FakeQuantizeImpl::has_learned() {

@@ -89,9 +89,6 @@ class QUANTRAIN_API FakeQuantizeImpl : public Copied<FakeQuantizeImpl, FixedDtyp
   // Whether a tensor becomes codes of a byte with one scale that no gradient reaches.
   bool has_codes() const;
 
-  // Whether two of its codes fit a byte.
-  bool fits_half_byte() const;
-
   // Whether a learned scale has its first value everywhere. What is computed anew goes by what the first pass found.
   bool has_learned();
 

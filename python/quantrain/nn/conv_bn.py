@@ -323,7 +323,7 @@ class QuantConvBn2d(QuantConv2d):
         limits = (weights.quant_min, weights.quant_max, weights.symmetric)
         learned = reader is not None and reader.learnable
         factor = reader.grad_factor(math.prod(self._output_sizes(values))) if learned else 1.0
-        packs = self.input_fake_quant is not None and self.input_fake_quant.fits_half_byte
+        packs = self.packs_codes and self.input_fake_quant is not None and self.input_fake_quant.fits_half_byte
         key = (activation, range_, window, limits, bn.momentum, bn.eps, quantizes, factor, packs)
         if self._settings is not None and self._settings[0] == key:
             return self._settings[1]

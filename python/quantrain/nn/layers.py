@@ -65,6 +65,7 @@ class QuantLayer(nn.Module):
     called = False  # whether a forward pass, not counting compiled ones, came by
     # True: inputs are kept as they are, not as codes, so that gradients have gradients (a gradient penalty).
     second_derivatives = False
+    packs_codes = False  # True: codes of at most 4 bits are kept two to a byte, for a pass over them more each way
     # Called with the layer and the result of its product, before batch norm and output_fake_quant; see GradientProbe.
     output_hook: Callable[[QuantLayer, Tensor], None] | None = None
     # The scheme's product, called as F.linear or F.conv2d; None where it has none or the layer is no product.
@@ -93,6 +94,7 @@ class QuantLayer(nn.Module):
             "recipe",
             "called",
             "second_derivatives",
+            "packs_codes",
             "gradient_quant_enabled",
             "product",
             "output_hook",
@@ -322,7 +324,7 @@ class _Linear(QuantLayer):
         """What of a step does not change, made anew where it did."""
         weights = self.weight_fake_quant
         quantizes = self.product if self.quantizes_gradients else None
-        packs = self.input_fake_quant is not None and self.input_fake_quant.fits_half_byte
+        packs = self.packs_codes and self.input_fake_quant is not None and self.input_fake_quant.fits_half_byte
         key = (weights.scale_shape, weights.quant_min, weights.quant_max, quantizes, packs)
         if self._settings is not None and self._settings[0] == key:
             return self._settings[1]

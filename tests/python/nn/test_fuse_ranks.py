@@ -107,7 +107,9 @@ def test_two_processes_train_as_the_written_calls_do(tmp_path):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("recipe", ["qat-w8a8", LEARNED])
-def test_a_whole_step_is_captured_in_a_graph(recipe):
+def test_a_whole_step_is_captured_in_a_graph(recipe, monkeypatch):
+    # Else cuDNN adds gradients in an order of its own, and what is rounded makes much of little.
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     joined = qnn.prepare(several(*(name for name in PATTERNS if name != "transposed")), recipe, fuse=True).cuda()
     x = batch(size=(4, 6, 12, 12)).cuda()
     optimizer = sgd(joined)
@@ -134,21 +136,14 @@ def test_a_whole_step_is_captured_in_a_graph(recipe):
         loss = backward(joined)
         optimizer.step()
     for seed in range(3):
-        # From one state each time: cuDNN adds gradients in an order of its own, and codes make much of little.
-        with torch.no_grad():
-            for name, value in joined.state_dict().items():
-                value.copy_(eager.state_dict()[name])
-            for ours, theirs in zip(optimizer.param_groups[0]["params"], other.param_groups[0]["params"], strict=True):
-                for key, value in optimizer.state[ours].items():
-                    value.copy_(other.state[theirs][key])
         x.copy_(batch(seed, (4, 6, 12, 12)))
         graph.replay()
         other.zero_grad()
         want = backward(eager)
         other.step()
         torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
-        for name, value in eager.state_dict().items():
-            torch.testing.assert_close(joined.state_dict()[name], value, rtol=1e-2, atol=1e-4, msg=name)
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(joined.state_dict()[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.cuda
