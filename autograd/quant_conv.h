@@ -38,7 +38,6 @@ struct ConvBatchNorm : Observed {
   at::Tensor residual;
   std::string activation = "identity";
   double grad_factor = 1.0;  // of a scale that is learned: one that requires a gradient
-  std::string label;
 };
 
 struct ConvBatchNormResult {

@@ -39,7 +39,7 @@ def quant_linear(d: Draw):
     d.notes |= rounding
     if groups:
         limits = {"quant_min": least, "quant_max": most}
-        tensors = (values, ops.fake_quantize_dynamic(weight, [outputs, groups], **limits), bias)
+        tensors = (values, ops.fake_quantize_dynamic(weight, [outputs, groups], **limits).contiguous(), bias)
     sizes = [None if t is None else t.double().abs().contiguous().requires_grad_() for t in tensors]
     sizes64 = F.linear(*sizes)
     exact = [None if t is None else t.to(kind).double().contiguous().requires_grad_() for t in tensors]
