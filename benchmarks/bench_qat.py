@@ -12,6 +12,7 @@ Sections, in this order:
     compiled  the same after torch.compile, by itself three minutes for a model: whoever's turn comes later is left out with a note
     captured  the same, forward, backward and update as one CUDA graph of each: no host in either
     launches  kernels of one step, by the profiler: ours over the float model's
+    joined    no times: which patterns `prepare(fuse=True)` joined in each model, and how often
 
 Beside ours, in step and compiled, stand the training steps of torchao, brevitas and torch.ao, those that are installed
 (common/qat_peers.py says what each rounds, and how). Such a row's ratio is their time over ours, in "memory" our peak over theirs.
@@ -31,6 +32,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -364,6 +366,22 @@ def launches(report: SectionReport, device: str, quick: bool) -> None:
             )  # fmt: skip
 
 
+def joined(report: SectionReport, device: str, quick: bool) -> None:
+    for name, (_, size, recipes) in (QUICK if quick else {**ON_CPU, **MODELS}).items():
+        recipe = next(iter(recipes))
+        rows = prepared(built(name, "cpu"), recipe, None, size, "cpu").quantization_summary.fused
+        report.say(f"joined     {name} {recipe}: {len(rows)} calls")
+        for pattern, count in Counter(_pattern(row) for row in rows).most_common():
+            report.say(f"           {count:4d} x {pattern}")
+
+
+def _pattern(row: str) -> str:
+    """A line of the summary without names: layers that read a result are counted."""
+    text = row.partition(": ")[2] or row
+    head, reads, names = text.partition("input of ")
+    return f"{head}{reads}{len(names.split(','))} layers" if reads else text
+
+
 def main(arguments: list[str] | None = None) -> int:
     sections = {
         "passes": passes,
@@ -371,6 +389,7 @@ def main(arguments: list[str] | None = None) -> int:
         "compiled": lambda *rest: steps("compiled", *rest),
         "captured": lambda *rest: steps("captured", *rest),
         "launches": launches,
+        "joined": joined,
     }
     return run_sections("bench_qat", __doc__, sections, arguments)
 
