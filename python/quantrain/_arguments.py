@@ -108,5 +108,25 @@ def parameter(
     return value.reshape(sizes)
 
 
+def qparams(
+    op: str, input: Tensor, scale: Tensor | float, zero_point: Tensor | int | None, axis: int | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """input, scale and zero_point as tensors, 1-D ones of dimension ``axis`` in the rank of ``input``."""
+    tensor(op, "input", input)
+    scale = parameter(op, "scale", scale, input, axis)
+    if zero_point is not None:
+        along = axis if isinstance(zero_point, Tensor) and zero_point.dim() > 0 else None
+        zero_point = parameter(op, "zero_point", zero_point, input, along, dtype=torch.int32, shape=scale.shape)
+    return input, scale, zero_point
+
+
+def code_range(op: str, quant_min: int, quant_max: int) -> dict[str, int]:
+    """quant_min and quant_max as keyword arguments of an operator."""
+    return {
+        "quant_min": integer(op, "quant_min", quant_min),
+        "quant_max": integer(op, "quant_max", quant_max),
+    }
+
+
 def pair(size: int | Sequence[int]) -> Sequence[int]:
     return (size, size) if isinstance(size, int) else size

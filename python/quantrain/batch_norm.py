@@ -125,12 +125,7 @@ def batch_norm_act_fake_quantize(
             [ 1]], dtype=torch.int8))
     """
     op = "batch_norm_act_fake_quantize"
-    _arguments.tensor(op, "input", input)
-    scale = _arguments.parameter(op, "scale", scale, input, None)
-    if zero_point is not None:
-        zero_point = _arguments.parameter(
-            op, "zero_point", zero_point, input, None, dtype=torch.int32, shape=scale.shape
-        )
+    input, scale, zero_point = _arguments.qparams(op, input, scale, zero_point)
     return _ops.batch_norm_act_fake_quantize(
         input,
         mean,
@@ -144,8 +139,7 @@ def batch_norm_act_fake_quantize(
         activation=activation,
         eps=eps,
         batch_statistics=batch_statistics,
-        quant_min=_arguments.integer(op, "quant_min", quant_min),
-        quant_max=_arguments.integer(op, "quant_max", quant_max),
+        **_arguments.code_range(op, quant_min, quant_max),
     )
 
 
@@ -180,8 +174,7 @@ def fold_fake_quantize(
         bn_weight,
         running_var,
         eps=eps,
-        quant_min=_arguments.integer(op, "quant_min", quant_min),
-        quant_max=_arguments.integer(op, "quant_max", quant_max),
+        **_arguments.code_range(op, quant_min, quant_max),
         symmetric=symmetric,
         dtype="" if dtype is None else _arguments.type_name(op, "dtype", dtype, _arguments.FLOATS),
     )

@@ -33,27 +33,6 @@ from quantrain import _arguments
 _ops = torch.ops.quantrain
 
 
-def _qparams(
-    op: str, input: Tensor, scale: Tensor | float, zero_point: Tensor | int | None, axis: int | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """input, scale and zero_point as tensors, 1-D ones of dimension ``axis`` in the rank of ``input``."""
-    _arguments.tensor(op, "input", input)
-    scale = _arguments.parameter(op, "scale", scale, input, axis)
-    if zero_point is not None:
-        along = axis if isinstance(zero_point, Tensor) and zero_point.dim() > 0 else None
-        zero_point = _arguments.parameter(
-            op, "zero_point", zero_point, input, along, dtype=torch.int32, shape=scale.shape
-        )
-    return input, scale, zero_point
-
-
-def _range(op: str, quant_min: int, quant_max: int) -> dict[str, int]:
-    return {
-        "quant_min": _arguments.integer(op, "quant_min", quant_min),
-        "quant_max": _arguments.integer(op, "quant_max", quant_max),
-    }
-
-
 def _shape(op: str, scale_shape: Sequence[int]) -> list[int]:
     if not isinstance(scale_shape, Sequence) or isinstance(scale_shape, str):
         raise TypeError(f"{op}: expected scale_shape to be a sequence of integers, got {scale_shape!r}")
@@ -85,8 +64,8 @@ def fake_quantize(
     >>> y.sum().backward(); x.grad
     tensor([1., 1., 1., 0.])
     """
-    input, scale, zero_point = _qparams("fake_quantize", input, scale, zero_point, axis)
-    return _ops.fake_quantize(input, scale, zero_point, **_range("fake_quantize", quant_min, quant_max))
+    input, scale, zero_point = _arguments.qparams("fake_quantize", input, scale, zero_point, axis)
+    return _ops.fake_quantize(input, scale, zero_point, **_arguments.code_range("fake_quantize", quant_min, quant_max))
 
 
 def fake_quantize_learnable(
@@ -119,9 +98,9 @@ def fake_quantize_learnable(
     """
     op = "fake_quantize_learnable"
     _arguments.tensor(op, "scale", scale)
-    input, scale, zero_point = _qparams(op, input, scale, zero_point, axis)
+    input, scale, zero_point = _arguments.qparams(op, input, scale, zero_point, axis)
     return _ops.fake_quantize_learnable(
-        input, scale, zero_point, **_range(op, quant_min, quant_max), grad_factor=grad_factor
+        input, scale, zero_point, **_arguments.code_range(op, quant_min, quant_max), grad_factor=grad_factor
     )
 
 
@@ -146,7 +125,7 @@ def fake_quantize_dynamic(
     op = "fake_quantize_dynamic"
     _arguments.tensor(op, "input", input)
     return _ops.fake_quantize_dynamic(
-        input, _shape(op, scale_shape), **_range(op, quant_min, quant_max), symmetric=symmetric
+        input, _shape(op, scale_shape), **_arguments.code_range(op, quant_min, quant_max), symmetric=symmetric
     )
 
 
@@ -174,7 +153,9 @@ def choose_qparams(
     """
     op = "choose_qparams"
     _arguments.tensor(op, "input", input)
-    return _ops.choose_qparams(input, _shape(op, scale_shape), **_range(op, quant_min, quant_max), symmetric=symmetric)
+    return _ops.choose_qparams(
+        input, _shape(op, scale_shape), **_arguments.code_range(op, quant_min, quant_max), symmetric=symmetric
+    )
 
 
 def quantize(
@@ -201,8 +182,8 @@ def quantize(
     >>> quantize(torch.tensor([-1.0, 0.26, 9.0]), torch.tensor([0.5]), quant_min=-8, quant_max=7)
     tensor([-2,  1,  7], dtype=torch.int8)
     """
-    input, scale, zero_point = _qparams("quantize", input, scale, zero_point, axis)
-    limits = _range("quantize", quant_min, quant_max)
+    input, scale, zero_point = _arguments.qparams("quantize", input, scale, zero_point, axis)
+    limits = _arguments.code_range("quantize", quant_min, quant_max)
     name = _arguments.type_name("quantize", "dtype", dtype, _arguments.CODES)
     if not stochastic:
         return _ops.quantize.nearest(input, scale, zero_point, **limits, dtype=name)
@@ -224,7 +205,7 @@ def dequantize(
     >>> dequantize(torch.tensor([-2, 1, 7], dtype=torch.int8), torch.tensor([0.5]))
     tensor([-1.0000,  0.5000,  3.5000])
     """
-    input, scale, zero_point = _qparams("dequantize", input, scale, zero_point, axis)
+    input, scale, zero_point = _arguments.qparams("dequantize", input, scale, zero_point, axis)
     return _ops.dequantize.typed(input, scale, zero_point, dtype=_arguments.float_name("dequantize", dtype))
 
 

@@ -51,16 +51,8 @@ def norm_act_fake_quantize(
     (tensor([[0.0000, 0.5000]]), tensor([[0, 2]], dtype=torch.int8))
     """
     op = "norm_act_fake_quantize"
-    _arguments.tensor(op, "input", input)
-    scale = _arguments.parameter(op, "scale", scale, input, None)
-    if zero_point is not None:
-        zero_point = _arguments.parameter(
-            op, "zero_point", zero_point, input, None, dtype=torch.int32, shape=scale.shape
-        )
-    limits = {
-        "quant_min": _arguments.integer(op, "quant_min", quant_min),
-        "quant_max": _arguments.integer(op, "quant_max", quant_max),
-    }
+    input, scale, zero_point = _arguments.qparams(op, input, scale, zero_point)
+    limits = _arguments.code_range(op, quant_min, quant_max)
     name = "" if dtype is None else _arguments.type_name(op, "dtype", dtype, _arguments.FLOATS)
     return _ops.norm_act_fake_quantize(
         input, other, weight, bias, scale, zero_point, function=function, eps=eps, dtype=name, **limits
@@ -91,10 +83,7 @@ def norm_act_fake_quantize_dynamic(
     """
     op = "norm_act_fake_quantize_dynamic"
     _arguments.tensor(op, "input", input)
-    limits = {
-        "quant_min": _arguments.integer(op, "quant_min", quant_min),
-        "quant_max": _arguments.integer(op, "quant_max", quant_max),
-    }
+    limits = _arguments.code_range(op, quant_min, quant_max)
     name = "" if dtype is None else _arguments.type_name(op, "dtype", dtype, _arguments.FLOATS)
     return _ops.norm_act_fake_quantize_dynamic(
         input, other, weight, bias, function=function, eps=eps, symmetric=symmetric, dtype=name, **limits

@@ -33,17 +33,10 @@ def fake_quantize_codes(
     (tensor([[ 0.2500, -2.0000]]), tensor([[ 1, -8]], dtype=torch.int8))
     """
     op = "fake_quantize_codes"
-    _arguments.tensor(op, "input", input)
-    scale = _arguments.parameter(op, "scale", scale, input, None)
-    if zero_point is not None:
-        zero_point = _arguments.parameter(
-            op, "zero_point", zero_point, input, None, dtype=torch.int32, shape=scale.shape
-        )
-    limits = {
-        "quant_min": _arguments.integer(op, "quant_min", quant_min),
-        "quant_max": _arguments.integer(op, "quant_max", quant_max),
-    }
-    return _ops.fake_quantize_codes(input, scale, zero_point, **limits, grad_factor=grad_factor)
+    input, scale, zero_point = _arguments.qparams(op, input, scale, zero_point)
+    return _ops.fake_quantize_codes(
+        input, scale, zero_point, **_arguments.code_range(op, quant_min, quant_max), grad_factor=grad_factor
+    )
 
 
 def quant_conv2d(
