@@ -10,18 +10,8 @@
 
 namespace quantrain {
 
-// Within a few units in the last place: what is made of it is rounded to few bits. On the device by its fast
-// instruction; on the host as 2^n e^r with |r| at most ln(2) / 2 and a Taylor polynomial, so that a loop around it
-// becomes vector instructions, which a call of expf would prevent. Below e^-87 and above e^88 it stays there.
-QUANTRAIN_HOST_DEVICE float exponential(float x) {
-#if defined(__CUDA_ARCH__)
-  return __expf(x);
-#else
-  x = select(0u - static_cast<uint32_t>(x < -87.0f), -87.0f, x);  // NaN stays
-  x = select(0u - static_cast<uint32_t>(x > 88.0f), 88.0f, x);
-  const float shifted = x * 1.44269504f + 12582912.0f;  // 3 * 2^22: the integer n is in the low bits
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: n times the first is exact
+// Of the host's exponentials: 2^n e^r, |r| at most ln(2) / 2, n in the low bits of `shifted`.
+QUANTRAIN_HOST_DEVICE float scaled_power(float r, float shifted) {
   float p = r * (1.0f / 720.0f) + 1.0f / 120.0f;
   p = p * r + 1.0f / 24.0f;
   p = p * r + 1.0f / 6.0f;
@@ -29,12 +19,46 @@ QUANTRAIN_HOST_DEVICE float exponential(float x) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   return p * detail::bits_to_float((detail::float_to_bits(shifted) << 23) + 0x3f800000u);
+}
+
+// 2^x, within a few units in the last place: what is made of it is rounded to few bits. On the device by its fast
+// instruction, where results below 2^-126 are 0; on the host as 2^n e^r with |r| at most ln(2) / 2 and a Taylor
+// polynomial, so that a loop around it becomes vector instructions, which a call of exp2f would prevent. Below 2^-125.5
+// and above 2^127 it stays there.
+QUANTRAIN_HOST_DEVICE float exponential2(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  x = select(0u - static_cast<uint32_t>(x < -125.5f), -125.5f, x);  // NaN stays
+  x = select(0u - static_cast<uint32_t>(x > 127.0f), 127.0f, x);
+  const float shifted = x + 12582912.0f;  // 3 * 2^22: the integer n is in the low bits
+  const float r = (x - (shifted - 12582912.0f)) * 0.69314718f;
+  return scaled_power(r, shifted);
 #endif
 }
 
+// e^x likewise; on the host it stays below e^-87 and above e^88.
+QUANTRAIN_HOST_DEVICE float exponential(float x) {
+#if defined(__CUDA_ARCH__)
+  return exponential2(x * 1.44269504f);
+#else
+  x = select(0u - static_cast<uint32_t>(x < -87.0f), -87.0f, x);  // NaN stays
+  x = select(0u - static_cast<uint32_t>(x > 88.0f), 88.0f, x);
+  const float shifted = x * 1.44269504f + 12582912.0f;  // 3 * 2^22: the integer n is in the low bits
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: n times the first is exact
+  return scaled_power(r, shifted);
+#endif
+}
+
+// b of at least 1.
 QUANTRAIN_HOST_DEVICE float quotient(float a, float b) {
 #if defined(__CUDA_ARCH__)
-  return __fdividef(a, b);
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+  return a * inverse;
 #else
   return a / b;
 #endif

@@ -11,17 +11,27 @@
 
 namespace quantrain {
 
-// x Phi(x), with Phi by Abramowitz and Stegun, "Handbook of Mathematical Functions", 7.1.26: within 1e-7.
+// x Phi(x), with log(Phi / (1 - Phi)) = x times a polynomial of x^2: within 7e-7 of x Phi(x), in fewer instructions
+// than erf itself takes. Least largest error for |x| <= 5.5, where 1 - Phi ends at 2e-8; beyond, x^2 stays there.
 QUANTRAIN_HOST_DEVICE float gelu_erf(float x) {
-  const float z = fabsf(x) * 0.70710678f;
-  const float t = quotient(1.0f, fmaf(0.3275911f, z, 1.0f));
-  float p = fmaf(1.061405429f, t, -1.453152027f);
-  p = fmaf(p, t, 1.421413741f);
-  p = fmaf(p, t, -0.284496736f);
-  p = fmaf(p, t, 0.254829592f);
-  const float tail = 0.5f * (p * t) * exponential(-z * z);  // Phi(-|x|)
-  return x * (x < 0.0f ? tail : 1.0f - tail);
+  const float square = x * x;
+  const float s = square > 30.25f ? 30.25f : square;  // NaN stays
+  // Times -1 / ln 2: 2 to the power of x p is Phi's (1 - Phi) / Phi.
+  constexpr float kUnit = -1.44269504f;
+  float p = fmaf(s, kUnit * -1.1421894e-7f, kUnit * 5.6249794e-6f);
+  p = fmaf(p, s, kUnit * -9.4796393e-5f);
+  p = fmaf(p, s, kUnit * -1.1471054e-4f);
+  p = fmaf(p, s, kUnit * 0.0727298333f);
+  p = fmaf(p, s, kUnit * 1.59574586f);
+  const float result = quotient(x, 1.0f + exponential2(x * p));
+#if defined(__CUDA_ARCH__)
+  return result;
+#else  // whose power of 2 ends before x does; of -Inf NaN, as there
+  return select(0u - static_cast<uint32_t>(x < -16.0f), x * 0.0f, result);
+#endif
 }
+
+QUANTRAIN_HOST_DEVICE float relu(float x) { return x < 0.0f ? 0.0f : x; }
 
 // Hendrycks and Gimpel, arXiv:1606.08415, section 2; tanh(u) = 1 - 2 / (exp(2 u) + 1).
 QUANTRAIN_HOST_DEVICE float gelu_tanh(float x) {
@@ -56,20 +66,23 @@ struct Int8NormArgs {
   bool rms;
   bool post_norm;
   const float* column_factor;  // [columns] or null: of the result before it is quantized; carried is without
+  void* values = nullptr;      // [rows, columns] of dtype: the result, in place of codes and scale
 };
 
-enum class Int8Activation { kGeluErf, kGeluTanh, kSiluMul };
+enum class Int8Activation { kGeluErf, kGeluTanh, kRelu, kSiluMul };
 
 struct Int8ActivationArgs {
-  const void* x;   // [rows, columns] of dtype
+  const void* x;   // [rows, columns] of dtype, `stride` elements from row to row
   const void* up;  // likewise, kSiluMul only
   int8_t* codes;   // [rows, columns]
   float* scale;    // [rows]
   DType dtype;
   int64_t rows;
   int64_t columns;
+  int64_t stride;
   Int8Activation activation;
   const float* column_factor;  // [columns] or null: of the result before it is quantized
+  void* values = nullptr;      // [rows, columns] of dtype: the result, in place of codes and scale
 };
 
 }  // namespace quantrain

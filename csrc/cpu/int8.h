@@ -3,6 +3,7 @@
 
 #include "csrc/common/int8.h"
 #include "csrc/common/int8_fused.h"
+#include "csrc/common/rotary.h"
 
 namespace quantrain::cpu {
 
@@ -22,6 +23,7 @@ void int8_transpose(const Int8TransposeArgs& args, int64_t begin, int64_t end); 
 void int8_weight_transpose(const Int8WeightTransposeArgs& args, int64_t begin, int64_t end);  // column tiles
 void int8_norm(const Int8NormArgs& args, int64_t begin, int64_t end);                         // rows
 void int8_activation(const Int8ActivationArgs& args, int64_t begin, int64_t end);             // rows
+void rotate_heads(const RotaryArgs& args, int64_t begin, int64_t end);                        // tokens
 
 int64_t int8_weight_mm_rows();  // of x, up to which int8_weight_mm takes less time than decoding the weight first
 void int8_weight_mm(const Int8WeightMmArgs& args, int64_t begin, int64_t end);  // rows of the weight

@@ -79,6 +79,11 @@ QUANTRAIN_INLINE void norm_row(const Int8NormArgs& a, int64_t row, float* s) {
     for (int64_t c = 0; c < n; ++c) s[c] += to_float(bias[c]);
   if (carried && a.post_norm)
     for (int64_t c = 0; c < n; ++c) carried[c] = from_float<T>(s[c]);
+  if (a.values) {
+    T* values = static_cast<T*>(a.values) + row * n;
+    for (int64_t c = 0; c < n; ++c) values[c] = from_float<T>(s[c]);
+    return;
+  }
   quantize_values(s, a.column_factor, n, a.codes + row * n, a.scale + row);
 }
 
@@ -98,16 +103,23 @@ void activation_typed(const Int8ActivationArgs& a, int64_t begin, int64_t end) {
   vectorized([&]() QUANTRAIN_INLINE_LAMBDA {
     const int64_t n = a.columns;
     for (int64_t row = begin; row < end; ++row) {
-      const T* x = static_cast<const T*>(a.x) + row * n;
+      const T* x = static_cast<const T*>(a.x) + row * a.stride;
       if (a.activation == Int8Activation::kGeluErf) {
         for (int64_t c = 0; c < n; ++c) values[c] = gelu_erf(to_float(x[c]));
       } else if (a.activation == Int8Activation::kGeluTanh) {
         for (int64_t c = 0; c < n; ++c) values[c] = gelu_tanh(to_float(x[c]));
+      } else if (a.activation == Int8Activation::kRelu) {
+        for (int64_t c = 0; c < n; ++c) values[c] = relu(to_float(x[c]));
       } else {
-        const T* up = static_cast<const T*>(a.up) + row * n;
+        const T* up = static_cast<const T*>(a.up) + row * a.stride;
         for (int64_t c = 0; c < n; ++c) values[c] = silu(to_float(x[c])) * to_float(up[c]);
       }
-      quantize_values(values, a.column_factor, n, a.codes + row * n, a.scale + row);
+      if (a.values) {
+        T* result = static_cast<T*>(a.values) + row * n;
+        for (int64_t c = 0; c < n; ++c) result[c] = from_float<T>(values[c]);
+      } else {
+        quantize_values(values, a.column_factor, n, a.codes + row * n, a.scale + row);
+      }
     }
   });
 }

@@ -7,6 +7,7 @@
 
 #include "csrc/common/int8.h"
 #include "csrc/common/int8_fused.h"
+#include "csrc/common/rotary.h"
 
 namespace quantrain::cuda {
 
@@ -40,6 +41,9 @@ int int8_quantize_columns(const Int8QuantizeColumnsArgs& args, void* stream);
 int int8_transpose(const Int8TransposeArgs& args, void* stream);
 int int8_weight_transpose(const Int8WeightTransposeArgs& args, void* stream);
 int int8_norm(const Int8NormArgs& args, void* stream);
+// y += x, of whole eights of elements, both on 16 bytes.
+int add_to(const void* x, void* y, DType dtype, int64_t elements, void* stream);
+int rotate_heads(const RotaryArgs& args, void* stream);
 int int8_activation(const Int8ActivationArgs& args, void* stream);
 
 // Whether int8_weight_mm takes these arguments: float16 or bfloat16, at most kInt8WeightRows rows of x, k a multiple of

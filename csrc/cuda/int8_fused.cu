@@ -1,3 +1,4 @@
+#include "csrc/cuda/device.h"
 #include "csrc/cuda/int8.cuh"
 #include "csrc/cuda/int8.h"
 
@@ -12,14 +13,38 @@ constexpr int kWarpItems = 4;  // of a lane, where a warp takes a row
 constexpr int kWarpRows = 8;   // of a thread block then
 constexpr int kItems = 2;      // of a thread, where a thread block takes a row: float32 results wait in registers
 
-// The sum over a row's threads, for each of them, in a fixed order. kTurn: each sum of a kernel has its own shared
-// memory, so that one barrier does.
+constexpr int kShortItems = 256;  // of a row whose threads have one each
+
+// The sum over a row's threads, for each of them. value[u]: of item u * blockDim.x + threadIdx.x. Items i, i + 32, ...
+// are added one after another, then 32 sums in a tree: an order that depends on the row's length alone, not on how many
+// threads share it. kTurn: each sum of a kernel has its own shared memory, so that one barrier does.
+template <int kTurn, int kOf>
+__device__ __forceinline__ float row_sum(const float (&value)[kOf], uint32_t items_per_row) {
+  float sum = 0.0f;
+  if (kOf == kWarpItems || blockDim.x == 32) {
+#pragma unroll
+    for (int u = 0; u < kOf; ++u) sum += value[u];
+  } else {
+    __shared__ float of_item[kOf == 1 ? kShortItems : kOf == kItems ? kMaxThreads * kItems : 1];
+#pragma unroll
+    for (int u = 0; u < kOf; ++u) {
+      const uint32_t item = u * blockDim.x + threadIdx.x;
+      if (item < items_per_row) of_item[item] = value[u];
+    }
+    __syncthreads();
+    for (uint32_t item = threadIdx.x % 32; item < items_per_row; item += 32) sum += of_item[item];
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  return sum;
+}
+
+// The same of single elements, one sum per thread.
 template <int kTurn>
-__device__ __forceinline__ float row_sum(float value) {
+__device__ __forceinline__ float thread_sum(float value) {
   __shared__ float of_warp[32];
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  if (blockDim.x == 32) return value;
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
   __syncthreads();
   const uint32_t lane = threadIdx.x % 32;
@@ -65,111 +90,131 @@ __device__ __forceinline__ Pack<T, kItem> load_item(const void* __restrict__ val
   }
 }
 
-template <typename T, bool kAligned>
-__device__ __forceinline__ void parameters(const void* values, DType type, uint32_t item, float (&result)[kItem]) {
-  if (type == DType::kFloat32)
-    unpack(load_item<float, kAligned>(values, item), result);
-  else
-    unpack(load_item<T, kAligned>(values, item), result);
+// Calls f(u, item) for this thread's items. kFull: there are as many for each thread, and no branch keeps the compiler
+// from starting all loads at once.
+template <int kOf, bool kFull, typename F>
+__device__ __forceinline__ void for_items(uint32_t items_per_row, const F& f) {
+#pragma unroll
+  for (int u = 0; u < kOf; ++u) {
+    const uint32_t item = u * blockDim.x + threadIdx.x;
+    if (kFull || item < items_per_row) f(u, item);
+  }
 }
 
 // The codes and the scale of a row whose values a row's threads hold; kOf items each. factor: on 16 bytes, or null.
-template <int kOf>
+template <int kOf, bool kFull>
 __device__ __forceinline__ void quantize_row(float (&values)[kOf][kItem], const float* __restrict__ factor,
                                              uint32_t items_per_row, int64_t row, int8_t* __restrict__ codes,
                                              float* __restrict__ scales) {
   if (factor) {
-#pragma unroll
-    for (int u = 0; u < kOf; ++u) {
-      const uint32_t item = u * blockDim.x + threadIdx.x;
-      if (item >= items_per_row) continue;
+    for_items<kOf, kFull>(items_per_row, [&](int u, uint32_t item) {
       const auto factors = load(reinterpret_cast<const Pack<float, kItem>*>(factor) + item);
 #pragma unroll
       for (int j = 0; j < kItem; ++j) values[u][j] *= factors.value[j];
-    }
+    });
   }
   uint32_t most = 0;
-#pragma unroll
-  for (int u = 0; u < kOf; ++u)
-    if (u * blockDim.x + threadIdx.x < items_per_row) most = max(most, largest_magnitude(values[u]));
+  for_items<kOf, kFull>(items_per_row, [&](int u, uint32_t) { most = max(most, largest_magnitude(values[u])); });
   const float scale = int8_scale(__uint_as_float(block_max(most)));
   if (threadIdx.x == 0) scales[row] = scale;
   const float inverse = int8_inverse(scale, false);
   const PhiloxKey none{PhiloxState{}};
-#pragma unroll
-  for (int u = 0; u < kOf; ++u) {
-    const uint32_t item = u * blockDim.x + threadIdx.x;
-    if (item >= items_per_row) continue;
+  for_items<kOf, kFull>(items_per_row, [&](int u, uint32_t item) {
     float scaled[kItem];
 #pragma unroll
     for (int j = 0; j < kItem; ++j) scaled[j] = values[u][j] * inverse;
     uint2 result = item_codes<false>(scaled, none, 0);
     if (!(scale == scale)) result = {0, 0};
     reinterpret_cast<uint2*>(codes)[row * items_per_row + item] = result;
+  });
+}
+
+// values * weight + bias, parameters of type P.
+template <typename P, int kOf, bool kFull, bool kAligned>
+__device__ __forceinline__ void scale_and_shift(const Int8NormArgs& a, uint32_t items_per_row,
+                                                float (&values)[kOf][kItem]) {
+  float parameter[kOf][kItem];
+  if (a.weight) {
+    for_items<kOf, kFull>(items_per_row,
+                          [&](int u, uint32_t item) { unpack(load_item<P, kAligned>(a.weight, item), parameter[u]); });
+    for_items<kOf, kFull>(items_per_row, [&](int u, uint32_t) {
+#pragma unroll
+      for (int j = 0; j < kItem; ++j) values[u][j] *= parameter[u][j];
+    });
+  }
+  if (a.bias) {
+    for_items<kOf, kFull>(items_per_row,
+                          [&](int u, uint32_t item) { unpack(load_item<P, kAligned>(a.bias, item), parameter[u]); });
+    for_items<kOf, kFull>(items_per_row, [&](int u, uint32_t) {
+#pragma unroll
+      for (int j = 0; j < kItem; ++j) values[u][j] += parameter[u][j];
+    });
   }
 }
 
-// kAligned: x, residual, weight and bias begin on 16 bytes. Where they do not the sums keep their order, so that the
-// result does not depend on where a tensor lies.
-template <typename T, int kOf, bool kAligned>
+// kAligned: x, residual, weight and bias begin on 16 bytes. A row's result does not depend on it, nor on how many
+// threads share the row.
+template <typename T, int kOf, bool kFull, bool kAligned>
 __global__ void __launch_bounds__(kOf == kWarpItems ? 32 * kWarpRows : kMaxThreads)
     norm_kernel(const Int8NormArgs a, uint32_t items_per_row) {
+  ptx::begin_overlapping();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (blockDim.y > 1 && row >= a.rows) return;
   const int64_t first = row * items_per_row;
   const void* __restrict__ residual = a.residual;
   auto* __restrict__ carried = static_cast<Pack<T, kItem>*>(a.carried);
-  float values[kOf][kItem];
-  float sum = 0.0f;
+  float values[kOf][kItem] = {};
+  Pack<T, kItem> read[kOf];
+  for_items<kOf, kFull>(items_per_row,
+                        [&](int u, uint32_t item) { read[u] = load_item<T, kAligned>(a.x, first + item); });
+  if (residual) {
+    Pack<T, kItem> other[kOf];
+    for_items<kOf, kFull>(items_per_row,
+                          [&](int u, uint32_t item) { other[u] = load_item<T, kAligned>(residual, first + item); });
+    for_items<kOf, kFull>(items_per_row, [&](int u, uint32_t item) {
+      float added[kItem];
+      unpack(read[u], values[u]);
+      unpack(other[u], added);
 #pragma unroll
-  for (int u = 0; u < kOf; ++u) {
-    const uint32_t item = u * blockDim.x + threadIdx.x;
-#pragma unroll
-    for (int j = 0; j < kItem; ++j) values[u][j] = 0.0f;
-    if (item >= items_per_row) continue;
-    unpack(load_item<T, kAligned>(a.x, first + item), values[u]);
-    if (residual) {
-      float other[kItem];
-      unpack(load_item<T, kAligned>(residual, first + item), other);
-#pragma unroll
-      for (int j = 0; j < kItem; ++j) values[u][j] += other[j];
-      const auto rounded = pack<T>(values[u]);
-      if (!a.post_norm) carried[first + item] = rounded;
-      unpack(rounded, values[u]);
-    }
-#pragma unroll
-    for (int j = 0; j < kItem; ++j) sum += values[u][j];
+      for (int j = 0; j < kItem; ++j) values[u][j] += added[j];
+      read[u] = pack<T>(values[u]);
+      if (!a.post_norm) carried[first + item] = read[u];
+    });
   }
+  float sums[kOf] = {};
+  for_items<kOf, kFull>(items_per_row, [&](int u, uint32_t) {
+    unpack(read[u], values[u]);
+#pragma unroll
+    for (int j = 0; j < kItem; ++j) sums[u] += values[u][j];
+  });
   const auto columns = static_cast<float>(a.columns);
   Moments m{0.0f, 0.0f};
-  if (!a.rms) m.mean = row_sum<0>(sum) / columns;
-  float squares = 0.0f;
-#pragma unroll
-  for (int u = 0; u < kOf; ++u) {
-    if (u * blockDim.x + threadIdx.x >= items_per_row) continue;
+  if (!a.rms) m.mean = row_sum<0>(sums, items_per_row) / columns;
+  for_items<kOf, kFull>(items_per_row, [&](int u, uint32_t) {
+    sums[u] = 0.0f;
 #pragma unroll
     for (int j = 0; j < kItem; ++j) {
       values[u][j] -= m.mean;
-      squares = fmaf(values[u][j], values[u][j], squares);
+      sums[u] = fmaf(values[u][j], values[u][j], sums[u]);
     }
-  }
-  m.inverse = 1.0f / sqrtf(row_sum<1>(squares) / columns + a.eps);
+  });
+  m.inverse = 1.0f / sqrtf(row_sum<1>(sums, items_per_row) / columns + a.eps);
 #pragma unroll
-  for (int u = 0; u < kOf; ++u) {
-    const uint32_t item = u * blockDim.x + threadIdx.x;
-    if (item >= items_per_row) continue;
-    float weight[kItem], bias[kItem];
-    if (a.weight) parameters<T, kAligned>(a.weight, a.parameter_dtype, item, weight);
-    if (a.bias) parameters<T, kAligned>(a.bias, a.parameter_dtype, item, bias);
+  for (int u = 0; u < kOf; ++u)
 #pragma unroll
-    for (int j = 0; j < kItem; ++j) {
-      values[u][j] *= m.inverse;
-      if (a.weight) values[u][j] *= weight[j];
-      if (a.bias) values[u][j] += bias[j];
-    }
-    if (residual && a.post_norm) carried[first + item] = pack<T>(values[u]);
+    for (int j = 0; j < kItem; ++j) values[u][j] *= m.inverse;
+  if (a.parameter_dtype == DType::kFloat32)
+    scale_and_shift<float, kOf, kFull, kAligned>(a, items_per_row, values);
+  else
+    scale_and_shift<T, kOf, kFull, kAligned>(a, items_per_row, values);
+  if (residual && a.post_norm)
+    for_items<kOf, kFull>(items_per_row, [&](int u, uint32_t item) { carried[first + item] = pack<T>(values[u]); });
+  if (a.values) {
+    auto* __restrict__ result = static_cast<Pack<T, kItem>*>(a.values);
+    for_items<kOf, kFull>(items_per_row, [&](int u, uint32_t item) { result[first + item] = pack<T>(values[u]); });
+    return;
   }
-  quantize_row<kOf>(values, a.column_factor, items_per_row, row, a.codes, a.scale);
+  quantize_row<kOf, kFull>(values, a.column_factor, items_per_row, row, a.codes, a.scale);
 }
 
 // Any row. In the order of norm_kernel's formulas, an element at a time.
@@ -181,19 +226,27 @@ __global__ void __launch_bounds__(kMaxThreads) norm_elements_kernel(const Int8No
   if (!a.rms) {
     float sum = 0.0f;
     for (int64_t c = threadIdx.x; c < a.columns; c += blockDim.x) sum += summed<T>(a, first + c);
-    m.mean = row_sum<0>(sum) / columns;
+    m.mean = thread_sum<0>(sum) / columns;
   }
   float squares = 0.0f;
   for (int64_t c = threadIdx.x; c < a.columns; c += blockDim.x) {
     const float distance = summed<T>(a, first + c) - m.mean;
     squares += distance * distance;
   }
-  m.inverse = 1.0f / sqrtf(row_sum<1>(squares) / columns + a.eps);
+  m.inverse = 1.0f / sqrtf(thread_sum<1>(squares) / columns + a.eps);
   const auto result = [&](int64_t c, float s) {
     return normalized(s, m, parameter<T>(a.weight, a.parameter_dtype, c, 1.0f),
                       parameter<T>(a.bias, a.parameter_dtype, c, 0.0f));
   };
   const auto factor = [&](int64_t c) { return a.column_factor ? a.column_factor[c] : 1.0f; };
+  if (a.values) {
+    for (int64_t c = threadIdx.x; c < a.columns; c += blockDim.x) {
+      const float s = summed<T>(a, first + c), y = result(c, s);
+      static_cast<T*>(a.values)[first + c] = from_float<T>(y);
+      if (a.carried) static_cast<T*>(a.carried)[first + c] = from_float<T>(a.post_norm ? y : s);
+    }
+    return;
+  }
   uint32_t most = 0;
   for (int64_t c = threadIdx.x; c < a.columns; c += blockDim.x)
     most = max(most, magnitude(result(c, summed<T>(a, first + c)) * factor(c)));
@@ -212,38 +265,52 @@ template <Int8Activation kActivation>
 __device__ __forceinline__ float activated(float x, float up) {
   if constexpr (kActivation == Int8Activation::kGeluErf) return gelu_erf(x);
   if constexpr (kActivation == Int8Activation::kGeluTanh) return gelu_tanh(x);
+  if constexpr (kActivation == Int8Activation::kRelu) return relu(x);
   return silu(x) * up;
 }
 
-template <typename T, Int8Activation kActivation, int kOf>
+template <typename T, Int8Activation kActivation, int kOf, bool kFull>
 __global__ void __launch_bounds__(kMaxThreads) activation_kernel(const Int8ActivationArgs a, uint32_t items_per_row) {
+  ptx::begin_overlapping();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (blockDim.y > 1 && row >= a.rows) return;
-  const int64_t first = row * items_per_row;
+  const int64_t first = row * (a.stride / kItem);
   const auto* __restrict__ x = static_cast<const Pack<T, kItem>*>(a.x);
   const auto* __restrict__ up = static_cast<const Pack<T, kItem>*>(a.up);
+  Pack<T, kItem> read[kOf], other[kOf];
+  for_items<kOf, kFull>(items_per_row, [&](int u, uint32_t item) {
+    read[u] = load(x + first + item);
+    if constexpr (kActivation == Int8Activation::kSiluMul) other[u] = load(up + first + item);
+  });
   float values[kOf][kItem];
+  for_items<kOf, kFull>(items_per_row, [&](int u, uint32_t) {
+    float factor[kItem] = {};
+    unpack(read[u], values[u]);
+    if constexpr (kActivation == Int8Activation::kSiluMul) unpack(other[u], factor);
 #pragma unroll
-  for (int u = 0; u < kOf; ++u) {
-    const uint32_t item = u * blockDim.x + threadIdx.x;
-    if (item >= items_per_row) continue;
-    float other[kItem] = {};
-    unpack(load(x + first + item), values[u]);
-    if constexpr (kActivation == Int8Activation::kSiluMul) unpack(load(up + first + item), other);
-#pragma unroll
-    for (int j = 0; j < kItem; ++j) values[u][j] = activated<kActivation>(values[u][j], other[j]);
+    for (int j = 0; j < kItem; ++j) values[u][j] = activated<kActivation>(values[u][j], factor[j]);
+  });
+  if (a.values) {
+    auto* __restrict__ result = static_cast<Pack<T, kItem>*>(a.values) + row * items_per_row;
+    for_items<kOf, kFull>(items_per_row, [&](int u, uint32_t item) { result[item] = pack<T>(values[u]); });
+    return;
   }
-  quantize_row<kOf>(values, a.column_factor, items_per_row, row, a.codes, a.scale);
+  quantize_row<kOf, kFull>(values, a.column_factor, items_per_row, row, a.codes, a.scale);
 }
 
 template <typename T, Int8Activation kActivation>
 __global__ void __launch_bounds__(kMaxThreads) activation_elements_kernel(const Int8ActivationArgs a) {
   const int64_t row = blockIdx.x, first = row * a.columns;
   const auto result = [&](int64_t c) {
-    const float x = to_float(static_cast<const T*>(a.x)[first + c]);
-    const float y = activated<kActivation>(x, a.up ? to_float(static_cast<const T*>(a.up)[first + c]) : 0.0f);
+    const float x = to_float(static_cast<const T*>(a.x)[row * a.stride + c]);
+    const float y = activated<kActivation>(x, a.up ? to_float(static_cast<const T*>(a.up)[row * a.stride + c]) : 0.0f);
     return a.column_factor ? y * a.column_factor[c] : y;
   };
+  if (a.values) {
+    for (int64_t c = threadIdx.x; c < a.columns; c += blockDim.x)
+      static_cast<T*>(a.values)[first + c] = from_float<T>(result(c));
+    return;
+  }
   uint32_t most = 0;
   for (int64_t c = threadIdx.x; c < a.columns; c += blockDim.x) most = max(most, magnitude(result(c)));
   const float scale = int8_scale(__uint_as_float(block_max(most)));
@@ -259,19 +326,43 @@ bool fits(int64_t columns, const float* column_factor) {
   return columns % kItem == 0 && columns <= int64_t{kMaxThreads} * kItems * kItem && is_aligned(column_factor);
 }
 
-// Calls launch(items of a thread, thread blocks, threads) for rows of whole items that fit.
+// Calls launch(items of a thread, whether each has as many, thread blocks, threads) for rows of whole items that fit. A
+// warp takes a row where it fits and there are rows enough for all multiprocessors; else many threads share it.
 template <typename F>
 void launch_rows(int64_t rows, int64_t items, const F& launch) {
-  if (items <= 32 * kWarpItems) {
-    launch(std::integral_constant<int, kWarpItems>{}, static_cast<unsigned>(ceil_div(rows, kWarpRows)),
-           dim3(32, kWarpRows));
-  } else {
-    const auto threads = static_cast<unsigned>(ceil_div(ceil_div(items, kItems), 32) * 32);
-    launch(std::integral_constant<int, kItems>{}, static_cast<unsigned>(rows), dim3(threads));
-  }
+  const auto with = [&](auto of_thread, unsigned blocks, dim3 threads) {
+    dispatch_bool(items == static_cast<int64_t>(threads.x) * of_thread.value,
+                  [&](auto full) { launch(of_thread, full, blocks, threads); });
+  };
+  const auto by_blocks = [&](auto of_thread) {
+    const auto threads = static_cast<unsigned>(ceil_div(ceil_div(items, of_thread.value), 32) * 32);
+    with(of_thread, static_cast<unsigned>(rows), dim3(threads));
+  };
+  if (items <= 32 * kWarpItems && rows >= int64_t{kWarpRows} * multiprocessors())
+    with(std::integral_constant<int, kWarpItems>{}, static_cast<unsigned>(ceil_div(rows, kWarpRows)),
+         dim3(32, kWarpRows));
+  else if (items <= kShortItems)
+    by_blocks(std::integral_constant<int, 1>{});
+  else
+    by_blocks(std::integral_constant<int, kItems>{});
 }
 
 constexpr unsigned kElementThreads = 512;
+
+// y += x, eight elements a thread.
+template <typename T>
+__global__ void __launch_bounds__(256)
+    add_kernel(const Pack<T, kItem>* __restrict__ x, Pack<T, kItem>* __restrict__ y, int64_t items) {
+  ptx::begin_overlapping();
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  if (item >= items) return;
+  float a[kItem], b[kItem];
+  unpack(load(x + item), a);
+  unpack(load(y + item), b);
+#pragma unroll
+  for (int j = 0; j < kItem; ++j) b[j] += a[j];
+  y[item] = pack<T>(b);
+}
 
 }  // namespace
 
@@ -284,11 +375,10 @@ int int8_norm(const Int8NormArgs& a, void* stream_pointer) {
   dispatch_float(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (fits(a.columns, a.column_factor))
-      launch_rows(a.rows, items, [&](auto of_thread, unsigned blocks, dim3 threads) {
-        if (aligned)
-          norm_kernel<T, of_thread.value, true><<<blocks, threads, 0, stream>>>(a, items);
-        else
-          norm_kernel<T, of_thread.value, false><<<blocks, threads, 0, stream>>>(a, items);
+      launch_rows(a.rows, items, [&](auto of_thread, auto full, unsigned blocks, dim3 threads) {
+        const auto kernel =
+            aligned ? norm_kernel<T, of_thread.value, full.value, true> : norm_kernel<T, of_thread.value, false, false>;
+        launch_overlapping(kernel, dim3(blocks), threads, 0, stream, a, items);
       });
     else
       norm_elements_kernel<T><<<rows, kElementThreads, 0, stream>>>(a);
@@ -296,17 +386,30 @@ int int8_norm(const Int8NormArgs& a, void* stream_pointer) {
   return cudaGetLastError();
 }
 
+int add_to(const void* x, void* y, DType dtype, int64_t elements, void* stream_pointer) {
+  const auto stream = static_cast<cudaStream_t>(stream_pointer);
+  const int64_t items = elements / kItem;
+  dispatch_float(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    launch_overlapping(add_kernel<T>, dim3(static_cast<unsigned>(ceil_div(items, 256))), dim3(256), 0, stream,
+                       static_cast<const Pack<T, kItem>*>(x), static_cast<Pack<T, kItem>*>(y), items);
+  });
+  return cudaGetLastError();
+}
+
 int int8_activation(const Int8ActivationArgs& a, void* stream_pointer) {
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   const auto rows = static_cast<unsigned>(a.rows);
-  const bool whole = fits(a.columns, a.column_factor) && is_aligned(a.x) && is_aligned(a.up) && is_aligned(a.codes);
+  const bool whole = fits(a.columns, a.column_factor) && a.stride % kItem == 0 && is_aligned(a.x) && is_aligned(a.up) &&
+                     is_aligned(a.codes);
   const auto items = static_cast<uint32_t>(a.columns / kItem);
   dispatch_float(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto launch = [&](auto activation) {
       if (whole)
-        launch_rows(a.rows, items, [&](auto of_thread, unsigned blocks, dim3 threads) {
-          activation_kernel<T, activation.value, of_thread.value><<<blocks, threads, 0, stream>>>(a, items);
+        launch_rows(a.rows, items, [&](auto of_thread, auto full, unsigned blocks, dim3 threads) {
+          launch_overlapping(activation_kernel<T, activation.value, of_thread.value, full.value>, dim3(blocks), threads,
+                             0, stream, a, items);
         });
       else
         activation_elements_kernel<T, activation.value><<<rows, kElementThreads, 0, stream>>>(a);
@@ -316,6 +419,8 @@ int int8_activation(const Int8ActivationArgs& a, void* stream_pointer) {
         return launch(std::integral_constant<Int8Activation, Int8Activation::kGeluErf>{});
       case Int8Activation::kGeluTanh:
         return launch(std::integral_constant<Int8Activation, Int8Activation::kGeluTanh>{});
+      case Int8Activation::kRelu:
+        return launch(std::integral_constant<Int8Activation, Int8Activation::kRelu>{});
       case Int8Activation::kSiluMul:
         return launch(std::integral_constant<Int8Activation, Int8Activation::kSiluMul>{});
     }

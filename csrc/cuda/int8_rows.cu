@@ -16,6 +16,7 @@ __global__ void __launch_bounds__(kRowThreads)
                          int8_t* __restrict__ codes,        // [rows, columns]
                          float* __restrict__ scale,         // [rows]
                          int64_t rows, uint32_t items_per_row, PhiloxState philox) {
+  ptx::begin_overlapping();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (blockDim.y > 1 && row >= rows) return;
   const int64_t first = row * items_per_row;
@@ -96,8 +97,9 @@ int int8_quantize_rows(const Int8QuantizeRowsArgs& a, void* stream_pointer) {
     dispatch_bool(a.stochastic, [&](auto stochastic) {
       dispatch_bool(a.column_factor != nullptr, [&](auto factor) {
         launch_item_rows(a.rows, items, [&](auto of_thread, unsigned blocks, dim3 threads) {
-          quantize_rows_kernel<T, of_thread.value, stochastic.value, factor.value><<<blocks, threads, 0, stream>>>(
-              static_cast<const T*>(a.x), a.column_factor, a.codes, a.scale, a.rows, items, a.philox);
+          launch_overlapping(quantize_rows_kernel<T, of_thread.value, stochastic.value, factor.value>, dim3(blocks),
+                             threads, 0, stream, static_cast<const T*>(a.x), a.column_factor, a.codes, a.scale, a.rows,
+                             items, a.philox);
         });
       });
     });

@@ -17,7 +17,6 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
 constexpr int kChunk = 64;  // elements of a row of W that a warp takes at a time
-constexpr int kAhead = 2;   // chunks that are loaded before the first is multiplied
 
 // Elements 2h and 2h + 1 of four int8. 2^7 + the low seven bits, less 2^7 or, of a negative number, 2^8 (of float16
 // 2^10 likewise): both are exact, and so is the difference.
@@ -33,7 +32,9 @@ __device__ __forceinline__ uint32_t value_pair(uint32_t word, int h) {
 // kFragments: sixteens of rows of W that a thread block has. kTiles: eights of rows of x.
 template <typename T, int kFragments, int kTiles>
 __global__ void __launch_bounds__(kThreads) weight_mm_kernel(const Int8WeightMmArgs a) {
-  constexpr int kRows = kFragments * 16, kColumns = kTiles * 8;
+  // Chunks that are loaded before the first is multiplied: 4 kB of W for each warp.
+  constexpr int kRows = kFragments * 16, kColumns = kTiles * 8, kAhead = kFragments == 1 ? 4 : 2;
+  ptx::begin_overlapping();
   __shared__ float sums[kWarps / 2][kRows][kColumns + 1];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
@@ -132,15 +133,17 @@ __global__ void __launch_bounds__(kThreads) weight_mm_kernel(const Int8WeightMmA
 template <typename T, int kFragments, int kTiles>
 int launch(const Int8WeightMmArgs& args, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(ceil_div(args.n, kFragments * 16));
-  weight_mm_kernel<T, kFragments, kTiles><<<blocks, kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch_overlapping(weight_mm_kernel<T, kFragments, kTiles>, dim3(blocks), dim3(kThreads), 0, stream, args);
 }
 
 template <typename T>
 int launch(const Int8WeightMmArgs& args, cudaStream_t stream) {
   // More rows of W share what is read of x; fewer keep all multiprocessors busy.
   const bool tall = ceil_div(args.n, 64) >= multiprocessors();
-  if (args.m <= 8) return launch<T, 2, 1>(args, stream);
+  if (args.m <= 8) {
+    const bool few = ceil_div(args.n, 32) < 2 * multiprocessors();  // thread blocks, if they took two fragments
+    return few ? launch<T, 1, 1>(args, stream) : launch<T, 2, 1>(args, stream);
+  }
   if (args.m <= 16) return tall ? launch<T, 4, 2>(args, stream) : launch<T, 2, 2>(args, stream);
   return tall ? launch<T, 4, 4>(args, stream) : launch<T, 2, 4>(args, stream);
 }

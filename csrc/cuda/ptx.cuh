@@ -81,6 +81,13 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], SharedAddress from
                : "memory");
 }
 
+// The same, each matrix transposed.
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAddress from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(from));
+}
+
 // c += a b over 32 bytes of depth: a [16, 32] int8 or uint8, b [32, 8] int8.
 template <bool kSigned>
 __device__ __forceinline__ void mma_m16n8k32(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -120,6 +127,12 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+// Of kernels that launch_overlapping starts: their first statement.
+__device__ __forceinline__ void begin_overlapping() {
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
 }
 
 // Where `valid`, through the cache of constant data. Written so that nothing waits for the value before it is used,

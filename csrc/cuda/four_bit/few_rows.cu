@@ -565,6 +565,7 @@ size_t few_rows_workspace(const FourBitLinearArgs& a) {
 }
 
 int few_rows_linear(const FourBitLinearArgs& a, void* stream_pointer) {
+  if (int4_rows_suit(a)) return int4_rows(a, stream_pointer);
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   LinearParams params{a, {}, nullptr, plan_of(a), false, 0, 0};
   const Plan& plan = params.plan;

@@ -16,4 +16,8 @@ bool few_rows_suit(const FourBitLinearArgs& args);
 size_t few_rows_workspace(const FourBitLinearArgs& args);
 int few_rows_linear(const FourBitLinearArgs& args, void* stream);
 
+// The same for int4 with scales of 128 columns or more and at most eight rows (int4_rows.cu).
+bool int4_rows_suit(const FourBitLinearArgs& args);
+int int4_rows(const FourBitLinearArgs& args, void* stream);
+
 }  // namespace quantrain::cuda

@@ -3,8 +3,7 @@
 //
 //   d[m, n] = (float(acc[m, n]) * b_scale[n]) * a_scale[m] + bias[n]
 //
-// One instantiation takes a minute and 4 GB to compile, so each has its own file here, and one of bfloat16 also writes
-// float16.
+// One instantiation takes a minute and 4 GB to compile, so each tile has its own file here, for both 16-bit types.
 #pragma once
 
 // Not gemm_universal_adapter.h and collective_builder.hpp: they bring every architecture's kernels, at twice the
@@ -30,31 +29,18 @@ namespace quantrain::cuda::sm90 {
 
 namespace fusion = cutlass::epilogue::fusion;
 
-// The last step of the epilogue, without fused multiply-add, so that the CPU gives the same bits. To write float16
-// through a kernel whose output type is bfloat16, each result becomes the float32 whose upper half is the float16: the
-// rounding that follows keeps that half.
+// The last step of the epilogue, without fused multiply-add, so that the CPU gives the same bits.
 template <typename T>
-struct Dequantize {
-  struct Arguments {
-    bool half = false;
-  };
-};
+struct Dequantize;
 
 template <int kSize>
 struct Dequantize<cutlass::Array<float, kSize>> {
-  using Arguments = typename Dequantize<float>::Arguments;
   using Fragment = cutlass::Array<float, kSize>;
 
-  CUTLASS_DEVICE Fragment operator()(const Fragment& a_scale, const Fragment& product, const Fragment& bias,
-                                     const Arguments& arguments) const {
+  CUTLASS_DEVICE Fragment operator()(const Fragment& a_scale, const Fragment& product, const Fragment& bias) const {
     Fragment result;
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kSize; ++i) result[i] = __fadd_rn(__fmul_rn(product[i], a_scale[i]), bias[i]);
-    if (arguments.half) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kSize; ++i)
-        result[i] = __uint_as_float(static_cast<uint32_t>(__half_as_ushort(__float2half_rn(result[i]))) << 16);
-    }
     return result;
   }
 };
@@ -128,14 +114,13 @@ struct Kernel {
     const typename ScaleN::Arguments b_scale{a.b_scale, 1.0f, {cute::_0{}, a.b_scale_stride != 0, cute::_0{}}};
     const typename ScaleM::Arguments a_scale{a.a_scale, 1.0f, {a.a_scale_stride != 0, cute::_0{}, cute::_0{}}};
     const typename Product::Arguments product{b_scale, {}, {}};
-    const typename Dequantize<float>::Arguments output{a.dtype == DType::kFloat16};
     typename Fusion::Arguments fused;
     typename GemmKernel::EpilogueArguments epilogue;
     if constexpr (kAccumulate) {
       epilogue = {
-          {a_scale, product, {}, output}, static_cast<const float*>(a.d), stride_d, static_cast<Out*>(a.d), stride_d};
+          {a_scale, product, {}, {}}, static_cast<const float*>(a.d), stride_d, static_cast<Out*>(a.d), stride_d};
     } else {
-      epilogue = {{a_scale, product, {a.bias, 0.0f, {}}, output}, nullptr, {}, static_cast<Out*>(a.d), stride_d};
+      epilogue = {{a_scale, product, {a.bias, 0.0f, {}}, {}}, nullptr, {}, static_cast<Out*>(a.d), stride_d};
     }
     typename GemmKernel::MainloopArguments main{};
     int depth = k;
@@ -169,16 +154,22 @@ struct Kernel {
     constexpr int kSharedBytes = GemmKernel::SharedStorageSize;
     if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes))
       return error;
-    cudaLaunchAttribute cluster;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {kClusterM, kClusterN, 1};
+    cudaLaunchAttribute attributes[2];
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {kClusterM, kClusterN, 1};
+    // Begins while the kernel before it ends (CUTLASS_ENABLE_GDC_FOR_SM90). One scale for all is read too early for
+    // that.
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    const bool overlaps = !std::is_same_v<Schedule, StreamK> && (!a.a_scale || a.a_scale_stride != 0) &&
+                          (!a.b_scale || a.b_scale_stride != 0);
     cudaLaunchConfig_t config{};
     config.gridDim = GemmKernel::get_grid_shape(params);
     config.blockDim = GemmKernel::get_block_shape();
     config.dynamicSmemBytes = kSharedBytes;
     config.stream = stream;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = overlaps ? 2 : 1;
     void* arguments_of_kernel[] = {&params};
     if (const auto error = cudaLaunchKernelExC(&config, kernel, arguments_of_kernel)) return error;
     return cudaGetLastError();
@@ -194,5 +185,19 @@ struct Kernel {
   }                                                                                                       \
   int name(const Int8MmArgs& args, const Tuning& tuning, void* stream) {                                  \
     return Kernel<Out, Schedule, tile_m, tile_n, cluster_m, cluster_n, extra>::run(args, tuning, stream); \
+  }                                                                                                       \
+  }
+
+// As args.dtype says, float16 or bfloat16.
+#define QUANTRAIN_INT8_SM90_16_BIT(name, Schedule, tile_m, tile_n, cluster_m, cluster_n, extra)           \
+  namespace quantrain::cuda::sm90 {                                                                       \
+  template <typename Out>                                                                                 \
+  using name##_kernel = Kernel<Out, Schedule, tile_m, tile_n, cluster_m, cluster_n, extra>;               \
+  size_t name##_workspace(const Int8MmArgs& args, const Tuning& tuning) {                                 \
+    return name##_kernel<cutlass::bfloat16_t>::workspace(args, tuning);                                   \
+  }                                                                                                       \
+  int name(const Int8MmArgs& args, const Tuning& tuning, void* stream) {                                  \
+    return args.dtype == DType::kFloat16 ? name##_kernel<cutlass::half_t>::run(args, tuning, stream)      \
+                                         : name##_kernel<cutlass::bfloat16_t>::run(args, tuning, stream); \
   }                                                                                                       \
   }
