@@ -9,6 +9,8 @@
 #include "ops/common/check.h"
 #include "ops/common/dispatch.h"
 #include "ops/common/launch.h"
+#include "ops/common/matrix.h"
+#include "ops/int8_values.h"
 
 #if defined(QUANTRAIN_WITH_CUDA)
 #include "csrc/cuda/int8.h"
@@ -98,23 +100,23 @@ Triple norm_meta(const Norm& n) {
   return std::tuple_cat(allocate(n.input), std::tuple(carried));
 }
 
-Triple norm_kernel(const Norm& n) {
-  const Triple result = norm_meta(n);
-  const auto& [codes, scale, carried] = result;
-  if (n.input.numel() == 0) return result;
+// Into codes and scale, or into values where those are defined.
+void launch_norm(const Norm& n, const at::Tensor& codes, const at::Tensor& scale, const at::Tensor& carried,
+                 const at::Tensor& values) {
   const at::Tensor x = n.input.contiguous(), residual = n.residual ? n.residual->contiguous() : at::Tensor();
   const at::Tensor weight = n.weight ? n.weight->contiguous() : at::Tensor();
   const at::Tensor bias = n.bias ? n.bias->contiguous() : at::Tensor();
   const at::Tensor factor = n.column_factor ? n.column_factor->contiguous() : at::Tensor();
   const auto pointer = [](const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; };
+  const auto written = [](const at::Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; };
   const int64_t columns = x.size(-1);
   const Int8NormArgs args{x.const_data_ptr(),
                           pointer(residual),
                           pointer(weight),
                           pointer(bias),
-                          carried.defined() ? carried.mutable_data_ptr() : nullptr,
-                          codes.mutable_data_ptr<int8_t>(),
-                          scale.mutable_data_ptr<float>(),
+                          written(carried),
+                          static_cast<int8_t*>(written(codes)),
+                          static_cast<float*>(written(scale)),
                           dtype_of(x),
                           weight.defined() ? dtype_of(weight)
                           : bias.defined() ? dtype_of(bias)
@@ -124,8 +126,15 @@ Triple norm_kernel(const Norm& n) {
                           static_cast<float>(n.eps),
                           n.rms,
                           n.post_norm,
-                          static_cast<const float*>(pointer(factor))};
+                          static_cast<const float*>(pointer(factor)),
+                          written(values)};
   run_tasks(args, args.rows, std::max<int64_t>(32768 / columns, 1), x, QUANTRAIN_KERNELS(int8_norm));
+}
+
+Triple norm_kernel(const Norm& n) {
+  const Triple result = norm_meta(n);
+  const auto& [codes, scale, carried] = result;
+  if (n.input.numel() > 0) launch_norm(n, codes, scale, carried, at::Tensor());
   return result;
 }
 
@@ -160,22 +169,40 @@ Triple add_rms_norm(const at::Tensor& input, const at::Tensor& residual, const O
   return run_norm<kMeta>({"int8_add_rms_norm", input, residual, weight, {}, eps, /*rms=*/true, post_norm, factor});
 }
 
-Pair activation_kernel(const at::Tensor& input, const OptionalTensor& up, Int8Activation activation,
-                       const OptionalTensor& column_factor, const Pair& result) {
-  if (input.numel() == 0) return result;
-  const at::Tensor x = input.contiguous(), other = up ? up->contiguous() : at::Tensor();
+// [rows, K], without a copy where the rows lie apart but each is whole: halves of one product's result.
+at::Tensor rows_of(const at::Tensor& input) {
+  const at::Tensor rows = matrix(input);
+  return rows.stride(1) == 1 && rows.stride(0) >= rows.size(1) ? rows : rows.contiguous();
+}
+
+void launch_activation(const at::Tensor& input, const OptionalTensor& up, Int8Activation activation,
+                       const OptionalTensor& column_factor, const at::Tensor& codes, const at::Tensor& scale,
+                       const at::Tensor& values) {
+  at::Tensor x = rows_of(input), other = up ? rows_of(*up) : at::Tensor();
+  if (up && other.stride(0) != x.stride(0)) {
+    x = x.contiguous();
+    other = other.contiguous();
+  }
   const at::Tensor factor = column_factor ? column_factor->contiguous() : at::Tensor();
-  const auto& [codes, scale] = result;
+  const auto written = [](const at::Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; };
   const Int8ActivationArgs args{x.const_data_ptr(),
                                 other.defined() ? other.const_data_ptr() : nullptr,
-                                codes.mutable_data_ptr<int8_t>(),
-                                scale.mutable_data_ptr<float>(),
+                                static_cast<int8_t*>(written(codes)),
+                                static_cast<float*>(written(scale)),
                                 dtype_of(x),
-                                x.numel() / x.size(-1),
-                                x.size(-1),
+                                x.size(0),
+                                x.size(1),
+                                x.stride(0),
                                 activation,
-                                factor.defined() ? factor.const_data_ptr<float>() : nullptr};
+                                factor.defined() ? factor.const_data_ptr<float>() : nullptr,
+                                written(values)};
   run_tasks(args, args.rows, std::max<int64_t>(8192 / args.columns, 1), x, QUANTRAIN_KERNELS(int8_activation));
+}
+
+Pair activation_kernel(const at::Tensor& input, const OptionalTensor& up, Int8Activation activation,
+                       const OptionalTensor& column_factor, const Pair& result) {
+  const auto& [codes, scale] = result;
+  if (input.numel() > 0) launch_activation(input, up, activation, column_factor, codes, scale, at::Tensor());
   return result;
 }
 
@@ -190,6 +217,15 @@ Pair gelu(const at::Tensor& input, std::string_view approximate, const OptionalT
   return activation_kernel(input, std::nullopt,
                            approximate == "none" ? Int8Activation::kGeluErf : Int8Activation::kGeluTanh, factor,
                            result);
+}
+
+template <bool kMeta>
+Pair rectify(const at::Tensor& input, const OptionalTensor& factor) {
+  check_input("int8_relu", "input", input);
+  check_factor("int8_relu", factor, input);
+  const Pair result = allocate(input);
+  if constexpr (kMeta) return result;
+  return activation_kernel(input, std::nullopt, Int8Activation::kRelu, factor, result);
 }
 
 template <bool kMeta>
@@ -210,6 +246,21 @@ Int8AddNorm as_add_norm(Triple triple) {
 }
 
 }  // namespace
+
+detail::NormValues detail::norm_values(const at::Tensor& input, const OptionalTensor& residual,
+                                       const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms) {
+  const Norm n{"", input, residual, weight, bias, eps, rms, /*post_norm=*/false, std::nullopt};
+  NormValues result{at::empty(input.sizes(), input.options()), {}};
+  if (residual) result.carried = at::empty(input.sizes(), input.options());
+  if (input.numel() > 0) launch_norm(n, {}, {}, result.carried, result.values);
+  return result;
+}
+
+at::Tensor detail::activation_values(const at::Tensor& input, const OptionalTensor& up, Int8Activation activation) {
+  at::Tensor values = at::empty(input.sizes(), input.options());
+  if (input.numel() > 0) launch_activation(input, up, activation, std::nullopt, {}, {}, values);
+  return values;
+}
 
 // ---- public functions -----------------------------------------------------------------------------------------------
 
@@ -243,6 +294,11 @@ Int8Codes int8_gelu(const at::Tensor& input, std::string_view approximate, const
   return as_codes(op.call(input, approximate, column_factor));
 }
 
+Int8Codes int8_relu(const at::Tensor& input, const OptionalTensor& column_factor) {
+  static const auto op = find_operator<decltype(rectify<false>)>("int8_relu");
+  return as_codes(op.call(input, column_factor));
+}
+
 Int8Codes int8_silu_mul(const at::Tensor& gate, const at::Tensor& up, const OptionalTensor& column_factor) {
   static const auto op = find_operator<decltype(silu_mul<false>)>("int8_silu_mul");
   return as_codes(op.call(gate, up, column_factor));
@@ -274,6 +330,7 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
       "int8_gelu(Tensor input, *, str approximate=\"none\", Tensor? column_factor=None) -> (Tensor codes, Tensor "
       "scale)",
       fixed);
+  m.def("int8_relu(Tensor input, *, Tensor? column_factor=None) -> (Tensor codes, Tensor scale)", fixed);
   m.def("int8_silu_mul(Tensor gate, Tensor up, *, Tensor? column_factor=None) -> (Tensor codes, Tensor scale)", fixed);
 }
 
@@ -283,6 +340,7 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
   m.impl("int8_add_layer_norm", &quantrain::add_layer_norm<meta>); \
   m.impl("int8_add_rms_norm", &quantrain::add_rms_norm<meta>);     \
   m.impl("int8_gelu", &quantrain::gelu<meta>);                     \
+  m.impl("int8_relu", &quantrain::rectify<meta>);                  \
   m.impl("int8_silu_mul", &quantrain::silu_mul<meta>)
 
 TORCH_LIBRARY_IMPL(quantrain, CPU, m) { QUANTRAIN_REGISTER_INT8_FUSED(false); }

@@ -7,6 +7,7 @@ void bind_files(pybind11::module_& module);
 void bind_fixed_point(pybind11::module_& module);
 void bind_fixed_point_conv(pybind11::module_& module);
 void bind_four_bit(pybind11::module_& module);
+void bind_int8(pybind11::module_& module);
 void bind_layers(pybind11::module_& module);
 void bind_ptq(pybind11::module_& module);
 void bind_recipe(pybind11::module_& module);
@@ -21,6 +22,7 @@ PYBIND11_MODULE(_C, module) {
   bind_fixed_point(module);
   bind_fixed_point_conv(module);
   bind_four_bit(module);
+  bind_int8(module);
   bind_layers(module);
   bind_ptq(module);
   bind_recipe(module);

@@ -83,6 +83,7 @@ from quantrain.int8 import (  # noqa: E402
     int8_quantize_rows,
     int8_quantize_rows_and_columns,
     int8_rms_norm,
+    int8_relu,
     int8_silu_mul,
     int8_transpose,
     int8_weight_mm,
@@ -93,6 +94,13 @@ from quantrain.int8_outliers import (  # noqa: E402
     int8_outlier_columns,
     int8_quantize_rows_outliers,
 )
+from quantrain.int8_transformer import (  # noqa: E402
+    int8_transformer_layer,
+    int8_transformer_output,
+    int8_transformer_qkv,
+    rotate_heads_,
+)
+from quantrain.kv_cache import Int8KvCache, kv_cache_append_, kv_cache_attention  # noqa: E402
 from quantrain.nn import (  # noqa: E402
     calibrate,
     convert,
@@ -165,7 +173,15 @@ __all__ = [
     "int8_quantize_rows_outliers",
     "int8_quantize_rows_and_columns",
     "int8_rms_norm",
+    "int8_relu",
     "int8_silu_mul",
+    "Int8KvCache",
+    "int8_transformer_layer",
+    "int8_transformer_output",
+    "int8_transformer_qkv",
+    "kv_cache_append_",
+    "kv_cache_attention",
+    "rotate_heads_",
     "int8_transpose",
     "int8_weight_transpose",
     "load_checkpoint",

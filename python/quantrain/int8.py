@@ -305,6 +305,17 @@ def int8_gelu(
     return _ops.int8_gelu(input, approximate=approximate, column_factor=column_factor)
 
 
+def int8_relu(input: Tensor, *, column_factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """max(input, 0), leaving as int8 codes with one scale per row.
+
+    column_factor as in :func:`int8_layer_norm`; shapes as :func:`int8_quantize_rows`.
+
+    >>> int8_relu(torch.tensor([[2.0, -10.0]]))[0].tolist()
+    [[127, 0]]
+    """
+    return _ops.int8_relu(input, column_factor=column_factor)
+
+
 def int8_silu_mul(gate: Tensor, up: Tensor, *, column_factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """SiLU of a gate times another input, leaving as int8 codes with one scale per row.
 

@@ -43,6 +43,10 @@ QUANTRAIN_API Int8AddNorm int8_add_rms_norm(const at::Tensor& input, const at::T
 QUANTRAIN_API Int8Codes int8_gelu(const at::Tensor& input, std::string_view approximate = "none",
                                   const std::optional<at::Tensor>& column_factor = std::nullopt);
 
+// max(input, 0).
+QUANTRAIN_API Int8Codes int8_relu(const at::Tensor& input,
+                                  const std::optional<at::Tensor>& column_factor = std::nullopt);
+
 // gate * sigmoid(gate) * up.
 QUANTRAIN_API Int8Codes int8_silu_mul(const at::Tensor& gate, const at::Tensor& up,
                                       const std::optional<at::Tensor>& column_factor = std::nullopt);

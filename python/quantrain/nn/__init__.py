@@ -10,6 +10,7 @@ from .calibrate import (
     enable_gradient_quant,
     enable_observer,
 )
+from .captured import Captured
 from .checkpoint import (
     CheckpointInfo,
     from_checkpoint,
@@ -21,6 +22,7 @@ from .checkpoint import (
 from .conv_bn import FoldedBatchNorm2d, QuantConvBn2d
 from .convert import convert
 from .convolutions import QuantConv1d, QuantConvTranspose2d
+from .decoder import Int8Decoder
 from .dynamic import fake_quantize_per_token, quantize_per_token
 from .fake_quantize import FakeQuantize
 from .fixed_point.activation import FixedPointActivation
@@ -54,6 +56,7 @@ from .four_bit_formats import (
     to_gptq,
 )
 from .gradient_probe import GradientProbe, ProbeTable
+from .int8_blocks import FusedBlocks, Int8Block, fuse_int8_blocks, unfuse_int8_blocks
 from .int8_linear import Int8Linear, Int8TransposedLinear, enable_weight_cache
 from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear, QuantTransposedLinear
 from .lora import MergeTable, adapter_recipe, enable_lora, lora_adapter, lora_parameters, merge, set_lora_adapter
@@ -87,6 +90,7 @@ __all__ = [
     "PACT",
     "CalibrationReport",
     "ColumnObserver",
+    "Captured",
     "CheckpointInfo",
     "EightBitWeight",
     "Embedding4bit",
@@ -102,8 +106,11 @@ __all__ = [
     "FourBitConfig",
     "FourBitLayer",
     "FourBitWeight",
+    "FusedBlocks",
     "GgufFile",
     "GradientProbe",
+    "Int8Block",
+    "Int8Decoder",
     "Int8Linear",
     "Int8TransposedLinear",
     "Linear4bit",
@@ -160,6 +167,7 @@ __all__ = [
     "from_compressed_tensors",
     "from_gptq",
     "from_hqq",
+    "fuse_int8_blocks",
     "gradient_arguments",
     "handler_of",
     "load_bitsandbytes",
@@ -187,6 +195,7 @@ __all__ = [
     "to_bitsandbytes",
     "to_compressed_tensors",
     "to_gptq",
+    "unfuse_int8_blocks",
     "weight_scale_shape",
     "write_safetensors",
 ]

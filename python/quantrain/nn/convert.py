@@ -11,6 +11,7 @@ from .calibrate import is_packed
 from .conv_bn import FoldedBatchNorm2d, QuantConvBn2d
 from .fuse import unfuse
 from .graph import copied
+from .int8_blocks import fuse_int8_blocks
 from .layers import QuantEmbedding, QuantLayer
 from .prepare import PrepareSummary, check_model, check_patterns, matching, some, swapped
 from .quantized import QuantizedLayer, check_convertible, quantized_layer
@@ -20,13 +21,22 @@ __all__ = ["convert", "is_converted"]
 
 
 def convert(
-    model: nn.Module, *, skip: Iterable[str] = (), inplace: bool = True, check_observed: bool = True
+    model: nn.Module,
+    *,
+    skip: Iterable[str] = (),
+    inplace: bool = True,
+    check_observed: bool = True,
+    fuse_blocks: bool = True,
 ) -> nn.Module:
     """Swaps every prepared layer for one that stores integer codes: the same outputs as in evaluation, bit for bit.
 
     Where some layers have their ranges and others were never reached (experts without a token, auxiliary heads that
     evaluation does not call, layers whose weight a function reads), the others become float layers again, under their
     float names, with a warning that names them; ``quantization_summary.left_float`` lists them from then on.
+
+    Transformer blocks whose linear layers have int8 products then run as one call each, where their structure is known and
+    a trial gives what the layers give (:mod:`quantrain.nn.int8_blocks`): outputs are within the layers' own rounding, not
+    bit for bit. ``quantization_summary`` says which, and why others keep separate layers.
 
     Args:
         model: a prepared (calibrated or trained) model.
@@ -35,6 +45,7 @@ def convert(
         inplace: False works on a deep copy.
         check_observed: False converts a model whose ranges were never set: a skeleton for ``load_checkpoint``, whose
             outputs mean nothing until then.
+        fuse_blocks: False keeps every block's separate layers.
 
     Returns:
         The model (a new module where ``model`` is itself a prepared layer). One whose layers ``prepare`` packed in 4 bits
@@ -80,7 +91,7 @@ def convert(
     uncalled = _uncalled(layers)
     left |= {name: "never called: a function may read its weight" for name in uncalled if _is_table(layers[name])}
     if not inplace:
-        return convert(copied(model), skip=skip, check_observed=check_observed)
+        return convert(copied(model), skip=skip, check_observed=check_observed, fuse_blocks=fuse_blocks)
     if unreached := [repr(name) for name in left if name not in skipped]:
         warnings.warn(
             f"convert: {len(unreached)} of {len(layers)} layers stay in floating point, as no batch reached them: {some(unreached)}",
@@ -98,9 +109,11 @@ def convert(
     summary = getattr(model, "quantization_summary", None)
     unfuse(model)
     model = swapped(model, twins)
+    blocks = fuse_int8_blocks(model) if fuse_blocks else None
     if summary is not None:
         rows = [row for row in summary.rows if row["layer"] not in left]
-        model.quantization_summary = PrepareSummary(rows, summary.left_float | left, summary.recipe)
+        joined, separate = ([], {}) if blocks is None else (blocks.lines(), blocks.separate)
+        model.quantization_summary = PrepareSummary(rows, summary.left_float | left, summary.recipe, joined, separate)
     return model
 
 

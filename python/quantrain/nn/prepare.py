@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -46,11 +47,17 @@ class PrepareSummary(Table):
     """What ``prepare`` did: one row per quantized layer, and ``left_float``: name -> why a module stayed float.
 
     ``recipe`` is the model's recipe; ``new_parameters`` names the parameters that the float model does not have
-    (learned scales, clip levels), ``fused`` says what was joined (:mod:`quantrain.nn.fuse`). A scheme's columns (grad_input, grad_weight, ...) appear where a layer has a value.
+    (learned scales, clip levels), ``fused`` says what was joined (:mod:`quantrain.nn.fuse`, of converted models
+    :mod:`quantrain.nn.int8_blocks`), ``separate`` why a block was not. A scheme's columns (grad_input, grad_weight, ...) appear where a layer has a value.
     """
 
     def __init__(
-        self, rows: Sequence[Mapping], left_float: Mapping[str, str], recipe: Recipe, fused: Sequence[str] = ()
+        self,
+        rows: Sequence[Mapping],
+        left_float: Mapping[str, str],
+        recipe: Recipe,
+        fused: Sequence[str] = (),
+        separate: Mapping[str, str] = MappingProxyType({}),
     ):
         columns = {"layer": "layer", "type": "type", "weight": "weight", "input": "input", "output": "output"}
         for handler in handlers():
@@ -59,8 +66,10 @@ class PrepareSummary(Table):
             }
         notes = [f"left float: {name} ({reason})" for name, reason in left_float.items()]
         notes += [f"joined: {line}" for line in fused]
+        notes += [f"separate layers: {name} ({reason})" for name, reason in separate.items()]
         super().__init__(columns, rows, title=f"recipe {recipe.name or '(unnamed)'}: {len(rows)} layers", notes=notes)
         self.left_float, self.recipe, self.fused = dict(left_float), recipe, tuple(fused)
+        self.separate = dict(separate)
         self.new_parameters: tuple[str, ...] = ()
 
 

@@ -1,0 +1,180 @@
+#include "ops/attention.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/scaled_dot_product_attention.h>
+#include <ATen/ops/where.h>
+#include <torch/library.h>
+
+#include <limits>
+
+#include "csrc/common/attention.h"
+#include "ops/common/check.h"
+#include "ops/common/dispatch.h"
+#include "ops/common/launch.h"
+
+#if defined(QUANTRAIN_WITH_CUDA)
+#include "csrc/cuda/attention.h"
+#endif
+
+// Attention by our kernel where it is the faster one, short sequences and masks, else by PyTorch's.
+
+namespace quantrain {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+constexpr std::string_view kName = "_attention";
+
+void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& mask, double scale) {
+  detail::check_float(kName, "q", q.scalar_type());
+  QUANTRAIN_CHECK_TYPE(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
+                       "{}: expected k and v of q's type {}, got {} and {}", kName, c10::toString(q.scalar_type()),
+                       c10::toString(k.scalar_type()), c10::toString(v.scalar_type()));
+  detail::check_device(kName, "k", k, q, "q's");
+  detail::check_device(kName, "v", v, q, "q's");
+  const bool shapes = q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && TORCH_GUARD_OR_TRUE(k.sym_size(2).sym_gt(0)) &&
+                      TORCH_GUARD_OR_TRUE(k.sym_size(0).sym_eq(q.sym_size(0))) &&
+                      TORCH_GUARD_OR_TRUE(k.sym_size(3).sym_eq(q.sym_size(3))) &&
+                      TORCH_GUARD_OR_TRUE((q.sym_size(2) % k.sym_size(2)).sym_eq(0));
+  bool same = shapes;
+  for (int64_t d = 0; same && d < 4; ++d) same = TORCH_GUARD_OR_TRUE(k.sym_size(d).sym_eq(v.sym_size(d)));
+  QUANTRAIN_CHECK_VALUE(
+      shapes && same, "{}: expected q [B, Tq, H, D] and k, v [B, Tk, Hk, D] with Hk a divisor of H, got {}, {} and {}",
+      kName, detail::shape_text(q), detail::shape_text(k), detail::shape_text(v));
+  QUANTRAIN_CHECK_VALUE(scale > 0, "{}: expected scale above 0, got {}", kName, scale);
+  if (!mask) return;
+  detail::check_device(kName, "mask", *mask, q, "q's");
+  QUANTRAIN_CHECK_TYPE(mask->scalar_type() == at::kBool || mask->is_floating_point(),
+                       "{}: expected mask of bool or a floating type, got {}", kName,
+                       c10::toString(mask->scalar_type()));
+  const c10::SymInt sizes[4] = {q.sym_size(0), q.sym_size(2), q.sym_size(1), k.sym_size(1)};
+  bool fits = mask->dim() <= 4;
+  for (int64_t d = 0; fits && d < mask->dim(); ++d) {
+    const c10::SymInt& size = mask->sym_size(mask->dim() - 1 - d);
+    fits = TORCH_GUARD_OR_TRUE(size.sym_eq(sizes[3 - d])) || TORCH_GUARD_OR_FALSE(size.sym_eq(1));
+  }
+  QUANTRAIN_CHECK_VALUE(fits, "{}: expected mask that broadcasts to [B, H, Tq, Tk], got {}", kName,
+                        detail::shape_text(*mask));
+}
+
+#if defined(QUANTRAIN_WITH_CUDA)
+// Up to so many multiplications of q k^T ours takes less time, from the host's call to the last byte; beyond, those of
+// Hopper's own instructions, which PyTorch has (bench_transformer, section attention). With a mask PyTorch's time depends
+// on its strides: as transformers makes it for a CUDA graph, [B, 1, T, T] expanded, it takes ten times as long.
+constexpr int64_t kFewProducts = int64_t{1} << 28, kFewMaskedProducts = int64_t{1} << 35;
+
+// False where PyTorch's serves.
+bool run_on_tensor_cores(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& mask,
+                         bool causal, double scale, const at::Tensor& y) {
+  if (!q.is_cuda() || q.numel() * k.size(1) > (mask ? kFewMaskedProducts : kFewProducts)) return false;
+  if (q.stride(3) != 1 || k.stride(3) != 1 || v.stride(3) != 1) return false;
+  const auto strides = [](const at::Tensor& t) { return AttentionStrides{t.stride(0), t.stride(1), t.stride(2)}; };
+  AttentionArgs args{q.const_data_ptr(),
+                     k.const_data_ptr(),
+                     v.const_data_ptr(),
+                     strides(q),
+                     strides(k),
+                     strides(v),
+                     y.mutable_data_ptr(),
+                     nullptr,
+                     AttentionMask::kNone,
+                     {},
+                     dtype_of(q),
+                     q.size(0),
+                     q.size(2),
+                     q.size(2) / k.size(2),
+                     q.size(1),
+                     k.size(1),
+                     q.size(3),
+                     static_cast<float>(scale),
+                     causal};
+  at::Tensor added;
+  if (mask) {
+    added =
+        mask->scalar_type() == at::kBool || mask->scalar_type() == q.scalar_type() ? *mask : mask->to(q.scalar_type());
+    args.mask = added.const_data_ptr();
+    args.mask_kind = added.scalar_type() == at::kBool ? AttentionMask::kBool : AttentionMask::kAdded;
+    for (int64_t d = 0; d < added.dim(); ++d) {
+      const int64_t from_end = added.dim() - 1 - d;
+      args.mask_strides[3 - d] = added.size(from_end) == 1 ? 0 : added.stride(from_end);
+    }
+  }
+  if (!cuda::attention_suits(args)) return false;
+  return run_on_cuda(args, q, &cuda::attention);
+}
+#endif
+
+// PyTorch's kernels on the CPU do not read expanded tensors right.
+at::Tensor unexpanded(const at::Tensor& x) {
+  for (int64_t d = 0; d < x.dim(); ++d)
+    if (x.stride(d) == 0 && x.size(d) > 1) return x.contiguous();
+  return x;
+}
+
+// As PyTorch takes it: of two dimensions at least, added ones of q's type, and with the causal one in it, which it does
+// not take beside another.
+OptionalTensor pytorch_mask(const OptionalTensor& given, bool causal, const at::Tensor& q, int64_t keys) {
+  if (!given) return given;
+  at::Tensor mask = given->is_floating_point() ? given->to(q.scalar_type()) : *given;
+  while (mask.dim() < 2) mask = mask.unsqueeze(0);
+  if (!causal) return mask;
+  const at::Tensor below = at::ones({q.size(1), keys}, q.options().dtype(at::kBool)).tril();
+  if (mask.scalar_type() == at::kBool) return mask.logical_and(below);
+  return at::where(below, mask, at::full({}, -std::numeric_limits<double>::infinity(), mask.options()));
+}
+
+at::Tensor by_pytorch(const at::Tensor& given_q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& mask,
+                      bool causal, double scale) {
+  const at::Tensor q = unexpanded(given_q);
+  const int64_t group = q.size(2) / k.size(2);
+  at::Tensor keys = unexpanded(k).transpose(1, 2), values = unexpanded(v).transpose(1, 2);
+  // Heads that share are known to PyTorch's CUDA kernels for queries without a mask alone.
+  const bool shares = group > 1 && q.is_cuda() && !mask;
+  if (group > 1 && !shares) {
+    keys = keys.repeat_interleave(group, 1);
+    values = values.repeat_interleave(group, 1);
+  }
+  const OptionalTensor added = pytorch_mask(mask, causal, q, k.size(1));
+  return at::scaled_dot_product_attention(q.transpose(1, 2), keys, values, added, 0.0, causal && !mask, scale, shares)
+      .transpose(1, 2)
+      .contiguous();
+}
+
+at::Tensor attention_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& mask,
+                          bool, double scale) {
+  check(q, k, v, mask, scale);
+  return at::empty_symint(q.sym_sizes(), q.options());
+}
+
+}  // namespace
+
+at::Tensor detail::attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& mask,
+                             bool causal, double scale) {
+  check(q, k, v, mask, scale);
+  if (q.numel() == 0) return at::empty(q.sizes(), q.options());
+#if defined(QUANTRAIN_WITH_CUDA)
+  if (q.is_cuda() && k.numel() > 0) {
+    const at::Tensor y = at::empty(q.sizes(), q.options());
+    if (run_on_tensor_cores(q, k, v, mask, causal, scale, y)) return y;
+  }
+#endif
+  return by_pytorch(q, k, v, mask, causal, scale);
+}
+
+}  // namespace quantrain
+
+// ---- registration ---------------------------------------------------------------------------------------------------
+
+TORCH_LIBRARY_FRAGMENT(quantrain, m) {
+  m.def("_attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, bool causal=False, *, float scale) -> Tensor",
+        {at::Tag::needs_exact_strides});
+}
+
+TORCH_LIBRARY_IMPL(quantrain, CPU, m) { m.impl("_attention", &quantrain::detail::attention); }
+TORCH_LIBRARY_IMPL(quantrain, Meta, m) { m.impl("_attention", &quantrain::attention_meta); }
+#if defined(QUANTRAIN_WITH_CUDA)
+TORCH_LIBRARY_IMPL(quantrain, CUDA, m) { m.impl("_attention", &quantrain::detail::attention); }
+#endif

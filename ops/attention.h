@@ -1,0 +1,17 @@
+// Attention of an inference step.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace quantrain::detail {
+
+// softmax(scale q k^T + mask) v: q [B, Tq, H, D], k and v [B, Tk, Hk, D] -> [B, Tq, H, D]; query head h reads key head
+// h / (H / Hk). mask: bool (true: attend) or floating (added), broadcast to [B, H, Tq, Tk]. causal: query i attends to
+// keys 0 to i. A query that attends to nothing has the result 0. NaN passes, and may reach queries that do not attend
+// to its key, whose value is multiplied by 0. Without gradients. Sums are float32.
+at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                     const std::optional<at::Tensor>& mask, bool causal, double scale);
+
+}  // namespace quantrain::detail

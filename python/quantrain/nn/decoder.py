@@ -1,0 +1,152 @@
+"""Decoding with int8 blocks and int8 keys and values, a token a step, as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from quantrain.kv_cache import Int8KvCache
+
+from .int8_blocks import Int8Block
+
+__all__ = ["Int8Decoder"]
+
+
+class Int8Decoder:
+    """A causal language model of transformers (Llama's relatives, GPT-2) whose blocks :func:`convert` has fused.
+
+    Keys and values are int8 with one scale per token and head, of fixed capacity. A step of one token for each sequence is
+    captured as a CUDA graph where it is first run; on the CPU it runs plainly. Few rows go through the weight-only
+    products where the recipe says so (``w8a16``, ``gptq-w4a16``, ``zeroquant-w8a8`` with ``few_rows``), a prompt's many
+    through the integer ones.
+
+    Args:
+        model: in evaluation mode, converted, with all of its blocks fused.
+        batch: sequences that are decoded side by side, all as long.
+        capacity: tokens that a sequence can have, the prompt's among them.
+        captured: False runs every step plainly.
+
+    Raises:
+        ValueError: a model whose blocks are not all fused, or that has no head; a sequence beyond the capacity.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> import quantrain.nn as qnn
+    >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    >>> model = qnn.convert(qnn.prepare(LlamaForCausalLM(config).eval(), "zeroquant-w8a8"))
+    >>> Int8Decoder(model, capacity=16).generate(torch.tensor([[1, 2, 3]]), 4).shape
+    torch.Size([1, 4])
+    """
+
+    def __init__(self, model: nn.Module, *, batch: int = 1, capacity: int = 2048, captured: bool = True) -> None:
+        self.model, self.batch, self.capacity, self.captured = model, batch, capacity, captured
+        self.blocks = [module for module in model.modules() if isinstance(module, Int8Block)]
+        layers = model.config.num_hidden_layers
+        if len(self.blocks) != layers or not model.get_output_embeddings():
+            raise ValueError(
+                f"Int8Decoder: expected a causal language model of {layers} fused blocks, got {len(self.blocks)} of them in "
+                f"a {type(model).__name__} (model.quantization_summary says why a block is not)"
+            )
+        self.base = model.base_model
+        self.norm = next(norm for name in ("norm", "ln_f") if (norm := getattr(self.base, name, None)) is not None)
+        weight = self.norm.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        options = [block._int8_plan.options for block in self.blocks]
+        self.caches = [
+            Int8KvCache.zeros(batch, of["kv_heads"], capacity, _head_size(block), self.device)
+            for block, of in zip(self.blocks, options, strict=True)
+        ]
+        self.position = torch.zeros(1, dtype=torch.int64, device=self.device)  # of the next token
+        self.length = 0  # the same, known to the host
+        self._ids = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        self.position.zero_()
+        self.length = 0
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Reads the tokens ``ids`` ``[B, T]`` after those before; logits ``[B, V]`` of the one that follows."""
+        self._take(ids.shape)
+        logits = self._run(ids.to(self.device))
+        self.position += ids.shape[1]
+        return logits
+
+    @torch.no_grad()
+    def step(self, ids: Tensor) -> Tensor:
+        """One more token for each sequence, ids ``[B]``; logits ``[B, V]``, overwritten by the next step."""
+        self._take((ids.shape[0], 1))
+        self._ids.copy_(ids.view(-1, 1), non_blocking=True)
+        if self.device.type != "cuda" or not self.captured:
+            return self._step()
+        if self._graph is None:
+            self._capture()
+        self._graph.replay()
+        return self._logits
+
+    def generate(self, ids: Tensor, new_tokens: int, choose: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """New tokens ``[B, new_tokens]`` after the prompt ``ids`` ``[B, T]``.
+
+        choose: logits ``[B, V]`` to ids ``[B]``; None: the likeliest. Nothing waits for the device with it.
+        """
+        choose = choose or (lambda logits: logits.argmax(-1))
+        self.reset()
+        found = [choose(self.prefill(ids))]
+        while len(found) < new_tokens:
+            found.append(choose(self.step(found[-1])))
+        return torch.stack(found, dim=1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(cache.nbytes for cache in self.caches)
+
+    def _take(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 2 or shape[0] != self.batch or shape[1] < 1:
+            raise ValueError(f"Int8Decoder: expected ids of {self.batch} sequences, got shape {tuple(shape)}")
+        if self.length + shape[1] > self.capacity:
+            raise ValueError(
+                f"Int8Decoder: expected at most {self.capacity} tokens, got {self.length} and {shape[1]} more"
+            )
+        self.length += shape[1]
+
+    def _step(self) -> Tensor:
+        logits = self._run(self._ids)
+        self.position += 1
+        return logits
+
+    def _run(self, ids: Tensor) -> Tensor:
+        places = self.position + torch.arange(ids.shape[1], device=self.device)
+        hidden = self.model.get_input_embeddings()(ids)
+        if (table := getattr(self.base, "wpe", None)) is not None:
+            hidden = hidden + table(places)
+        cos = sin = None
+        if (rotary := getattr(self.base, "rotary_emb", None)) is not None:
+            cos, sin = rotary(hidden, places[None])
+        for block, cache in zip(self.blocks, self.caches, strict=True):
+            hidden = block._kept_layer(True).step(hidden, cos, sin, *cache.tensors, self.position, None)
+        return self.model.get_output_embeddings()(self.norm(hidden[:, -1:]))[:, 0]
+
+    def _capture(self) -> None:
+        aside = torch.cuda.Stream(self.device)
+        before = self.position.clone()
+        aside.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(aside):
+            for _ in range(2):  # lazy initialisation may not be captured; what is kept is written over
+                self._step()
+                self.position.copy_(before)
+        torch.cuda.current_stream(self.device).wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._logits = self._step()
+        self._graph = graph
+
+
+def _head_size(block: Int8Block) -> int:
+    options, form = block._int8_plan.options, block._int8_plan.form
+    layers = [block.get_submodule(path) for path in form.qkv]
+    return sum(layer.out_features for layer in layers) // (options["heads"] + 2 * options["kv_heads"])
