@@ -132,17 +132,27 @@ def int8_add_norms(d: Draw):
                 )
 
 
-@drawn("int8_gelu", "int8_silu_mul")
+def halves(x, up):
+    """Gate and up as a product gives them: one tensor's halves."""
+    whole = torch.cat([x, up], -1)
+    return whole[..., : x.shape[-1]], whole[..., x.shape[-1] :]
+
+
+@drawn("int8_gelu", "int8_silu_mul", "int8_relu")
 def int8_activations(d: Draw):
     x, up, _, _, factor = operands(d)
+    if d.chance(0.3):
+        x, up = halves(x, up)
+        d.notes |= {"halves": True}
     if bool((x < -1e30).any()):
         d.tags.add("far from zero")
     approximate = d.choice(("none", "tanh"))
-    gelu, silu = reference.gelu(x, approximate), reference.silu_mul(x, up)
+    gelu, silu, relu = reference.gelu(x, approximate), reference.silu_mul(x, up), reference.relu(x)
     for device in d.devices:
         cx, cu, cf = (d.on(device, t) for t in (x, up, factor))
         for name, found, expected in (
             (f"int8_gelu({approximate})", ops.int8_gelu(cx, approximate=approximate, column_factor=cf), gelu),
+            ("int8_relu", ops.int8_relu(cx, column_factor=cf), relu),
             ("int8_silu_mul", ops.int8_silu_mul(cx, cu, column_factor=cf), silu),
         ):
             rows(found, with_factor(expected, factor), x, f"{name} on {device}")

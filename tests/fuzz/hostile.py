@@ -123,6 +123,10 @@ BY_MEMORY = {
     "quant_linear": "likewise",
     "int8_linear": 'likewise where it is told "none"',
     "int8_weight_transpose": '"auto" goes by a sum',
+    "_attention": "products of floating point",
+    "int8_transformer_layer": "likewise, within it",
+    "int8_transformer_qkv": "likewise, of few rows",
+    "int8_transformer_output": "likewise",
 }
 # On a GPU: another kernel takes a tensor that does not begin on 16 bytes, and adds in another order.
 BY_ADDRESS = (
@@ -154,6 +158,26 @@ ALIASES = {
     "linear_4bit_lora": ("linear_4bit", "_linear_4bit_grad_input"),
     "fqt_linear": ("quantize_gradient",),
     "_ptq_linear": ("quantize",),  # of a stored input scale, whose value only the kernel looks at
+    **dict.fromkeys(
+        ("int8_transformer_layer", "int8_transformer_qkv", "int8_transformer_output"),
+        (
+            "int8_transformer_layer",
+            "_attention",
+            "_ptq_linear",
+            "int8_mm",
+            "int8_layer_norm",
+            "int8_rms_norm",
+            "int8_add_layer_norm",
+            "int8_add_rms_norm",
+            "int8_gelu",
+            "int8_relu",
+            "int8_silu_mul",
+            "int8_quantize_rows",
+            "int8_weight_mm",
+            "quantize",
+            "linear_4bit",
+        ),
+    ),  # fmt: skip
     "fqt_conv2d": ("quantize_gradient",),
     "quant_conv2d": ("fqt_conv2d",),  # of what both check
     "fake_quantize_codes": ("batch_norm_act_fake_quantize",),  # whose pass it is, without a norm

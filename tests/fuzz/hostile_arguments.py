@@ -460,6 +460,76 @@ def activation(d):
     }
 
 
+def attention(d):
+    b, kv_heads, size, dtype = d.randint(1, 2), d.randint(1, 2), d.choice((2, 8, 16, 33)), d.dtype()
+    heads, queries, keys = kv_heads * d.randint(1, 3), d.randint(1, 6), d.randint(1, 6)
+    allowed = floats(d, [d.choice((1, b)), 1, d.choice((1, queries)), keys], dtype)
+    return {
+        "q": floats(d, [b, queries, heads, size], dtype),
+        "k": floats(d, [b, keys, kv_heads, size], dtype),
+        "v": floats(d, [b, keys, kv_heads, size], dtype),
+        "mask": d.choice((None, allowed, allowed > 0)),
+        "causal": False,
+        "scale": d.choice((0.3, 1.0)),
+    }
+
+
+def rotation(d):
+    b, t, heads, size = d.randint(1, 3), d.randint(1, 5), d.randint(1, 4), 2 * d.randint(1, 5)
+    x = floats(d, [b, t, heads, size])
+    cos, sin = (d.tensor([d.choice((1, b)), t, size], kind="normal") for _ in range(2))
+    return {"x": torch.empty_like(x).copy_(x), "cos": cos, "sin": sin, "heads": d.randint(0, heads)}
+
+
+def transformer_weights(d, shapes, width, layer_norm):
+    """In the operator's order; now and then one of them spoilt, which the list as a whole would hide."""
+    weights = []
+    for _ in range(2):
+        weights += [floats(d, [width], torch.float32), floats(d, [width], torch.float32) if layer_norm else None]
+    for rows, columns in shapes:
+        codes = d.integers([rows, columns], -127, 127, torch.int8)
+        factor = d.scale([columns], -4, 4) if d.chance(0.2) else None
+        bias = d.tensor([rows], kind="normal") if d.chance(0.5) else None
+        weights += [codes, d.scale([rows, 1], -8, 7), bias, factor, None, None, None, None]
+    if d.chance(0.3):
+        from hostile import spoil_tensor
+
+        for _ in range(d.choice((1, 1, 2))):
+            at = d.randrange(len(weights))
+            given = torch.ones(d.choice((1, 3))) if weights[at] is None else weights[at]
+            weights[at] = None if d.chance(0.15) else spoil_tensor(d, given)
+    return weights
+
+
+def transformer(d):
+    b, t, kv_heads, size = d.randint(1, 2), d.choice((1, 4, 9)), d.randint(1, 2), d.choice((2, 4, 6))
+    heads, width, inner = kv_heads * d.randint(1, 2), d.randint(2, 12), d.randint(2, 12)
+    activation, norm = d.choice(("gelu", "gelu_tanh", "relu", "silu_mul")), d.choice(("layer_norm", "rms_norm"))
+    up = inner * (2 if activation == "silu_mul" else 1)
+    shapes = [((heads + 2 * kv_heads) * size, width), (width, heads * size), (up, width), (width, inner)]
+    x = floats(d, [b, t, width])
+    angles = {n: d.tensor([1, t, size], kind="normal") for n in ("cos", "sin")} if d.chance(0.3) else {}
+    codes = {}
+    if d.chance(0.3):
+        codes = {"codes": d.integers([b, t, width], -127, 127, torch.int8), "scale": d.scale([b, t, 1], -8, 7)}
+    return {
+        "input": x,
+        "attended": floats(d, [b, t, heads * size], x.dtype),
+        "weights": transformer_weights(d, shapes, width, norm == "layer_norm"),
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "norm": norm,
+        "pre_norm": d.chance(0.5),
+        "activation": activation,
+        "causal": d.chance(0.3),
+        "eps": 1e-5,
+        "few_rows_float": d.chance(0.3),
+        "mask": torch.ones(t, t, dtype=torch.bool).tril() if d.chance(0.3) else None,
+        **angles,
+        **codes,
+    }
+
+
 def grads(d):
     tensors = [floats(d, small(d)) for _ in range(d.randint(1, 4))]
     tensors = [torch.empty_like(t).copy_(t) for t in tensors]
@@ -688,7 +758,10 @@ ARGUMENTS = {
     "int8_weight_mm": float_with_codes,
     "int8_linear": int8_linear,
     **dict.fromkeys(("int8_layer_norm", "int8_rms_norm", "int8_add_layer_norm", "int8_add_rms_norm"), norm),
-    **dict.fromkeys(("int8_gelu", "int8_silu_mul"), activation),
+    **dict.fromkeys(("int8_gelu", "int8_relu", "int8_silu_mul"), activation),
+    "_attention": attention,
+    "rotate_heads_": rotation,
+    **dict.fromkeys(("int8_transformer_layer", "int8_transformer_qkv", "int8_transformer_output"), transformer),
     **dict.fromkeys(("_amp_check_norm", "_amp_scale_"), grads),
     "_amp_round_stochastic_": rounding,
 }

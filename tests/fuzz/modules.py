@@ -17,6 +17,7 @@ FAMILIES = (
     "quant_linear",
     "int8",
     "int8_fused",
+    "int8_transformer",
     "int8_linear",
     "amp",
     "adamw_8bit",

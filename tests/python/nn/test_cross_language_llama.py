@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from quantrain import Recipe, ptq  # noqa: E402
 from quantrain import nn as qnn  # noqa: E402
+from quantrain.nn.int8_blocks import Int8Block  # noqa: E402
 from quantrain.optim import AdamW8bit  # noqa: E402
 
 SIZES = {
@@ -49,10 +50,12 @@ MODELS = {
     "tied": {},
     "biases": {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True, "head_dim": 32},
     "llama3": {"rope_parameters": LLAMA3},
+    "steep": {"tie_word_embeddings": False, "initializer_range": 0.2},  # whose likeliest ids change with the context
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
 }
 RECIPES = ["nf4", "nf4-dq", "fp4", "int4-g128", "int4-g64-affine", "w8a16"]
 LENGTH = 64  # of windows and sequences
+GENERATED = 8
 STEPS, BATCH, RANK, LR = 20, 2, 8, 5e-3
 QLORA = qnn.changed_recipe(qnn.as_recipe("qlora"), {"scheme": {"lora_rank": RANK}})
 
@@ -84,7 +87,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | changes))
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.copy_(torch.randn_like(parameter) * 0.06 + (parameter.dim() == 1))
+                parameter.copy_(
+                    torch.randn_like(parameter) * changes.get("initializer_range", 0.06) + (parameter.dim() == 1)
+                )
         model.save_pretrained(root / name, **({"max_shard_size": "100KB"} if name == "biases" else {}))
     assert (root / "biases" / "model.safetensors.index.json").is_file()
     return {name: root / name for name in MODELS}
@@ -104,7 +109,7 @@ def load(folder: Path, recipe: str | Recipe | None = None) -> torch.nn.Module:
     model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if recipe is None:
         return model
-    if recipe != "w8a16":
+    if recipe not in ("w8a16", "zeroquant-w8a8"):
         return qnn.prepare(model, recipe)
     return qnn.convert(qnn.prepare(model, recipe, skip=["lm_head", "model.embed_tokens"]))
 
@@ -120,10 +125,22 @@ def perplexity(distribution: Tensor, targets: Tensor) -> float:
     return (-distribution.gather(-1, targets[:, None]).double().mean()).exp().item()
 
 
+def python_generated(model: torch.nn.Module, prompt: Tensor) -> list[int]:
+    return qnn.Int8Decoder(model, capacity=LENGTH + GENERATED).generate(prompt[None], GENERATED)[0].tolist()
+
+
 def evaluated(folder: Path, ids: Path, out: Path, *flags: object) -> dict[str, dict]:
     """evaluate_llama's numbers by recipe."""
     run_example("evaluate_llama", "--model", folder, "--ids", ids, "--length", LENGTH, "--log", out, *flags)
     return {line["recipe"]: line for line in map(json.loads, out.read_text().splitlines())}
+
+
+def saved(model: torch.nn.Module, source: Path, out: Path) -> Path:
+    """The folder of a converted model, as `quantrain quantize` writes it."""
+    out.mkdir()
+    (out / "config.json").write_bytes((source / "config.json").read_bytes())
+    qnn.save_checkpoint(out / "model.safetensors", model)
+    return out
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -169,21 +186,63 @@ def test_what_weights_of_each_recipe_cost(folders, ids, tmp_path):
 )
 def test_a_quantized_folder_is_evaluated_as_python_has_it(recipe, folders, ids, tmp_path):
     path, tokens = ids
-    model = load(folders["tied"])
+    model = load(folders["steep"])
     name, _, cache = recipe.partition(" with kv_cache ")
     recipe = qnn.changed_recipe(qnn.as_recipe(name), {"scheme": {"kv_cache": cache}}) if cache else name
     ptq.quantize(model, recipe, [tokens[start : start + LENGTH][None] for start in range(0, 512, LENGTH)])
-    folder = tmp_path / "quantized"
-    folder.mkdir()
-    (folder / "config.json").write_bytes((folders["tied"] / "config.json").read_bytes())
-    qnn.save_checkpoint(folder / "model.safetensors", model)
-    line = evaluated(folder, path, tmp_path / "log", "--against", folders["tied"])["as-is"]
-    exact, targets = log_probabilities(load(folders["tied"]), tokens)
+    folder = saved(model, folders["steep"], tmp_path / "quantized")
+    fused = all(isinstance(block, Int8Block) for block in model.model.layers)
+    flags = ["--generate", GENERATED] if fused else []
+    line = evaluated(folder, path, tmp_path / "log", "--against", folders["steep"], *flags)["as-is"]
+    exact, targets = log_probabilities(load(folders["steep"]), tokens)
     windows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
     with torch.no_grad():  # a window per call, as there
         ours = torch.cat([log_softmax(model(row[None, :-1]).logits[0], -1) for row in windows])
     assert line["perplexity"] == pytest.approx(perplexity(ours, targets), rel=1e-4)
     assert line["kl"] == pytest.approx((exact.exp() * (exact - ours)).sum(-1).double().mean().item(), rel=2e-2)
+    apart = evaluated(folder, path, tmp_path / "log", "--separate")["as-is"]
+    assert apart["perplexity"] == pytest.approx(line["perplexity"], rel=1e-3)
+    assert not fused or line["ids"] == python_generated(model, tokens[:LENGTH])
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype"),
+    [*((name, "cpu", "float32") for name in MODELS), ("biases", "cpu", "bfloat16")]
+    + [pytest.param("llama3", "cuda", dtype, marks=pytest.mark.cuda) for dtype in ("float32", "bfloat16")],
+)
+def test_blocks_as_one_call_give_what_their_layers_give(name, device, dtype, folders, ids, tmp_path):
+    path, tokens = ids
+    flags = ["--recipe", "zeroquant-w8a8", "--batch", 4, "--device", device, "--dtype", dtype]
+    fused = evaluated(folders[name], path, tmp_path / "log", *flags, "--generate", GENERATED)["zeroquant-w8a8"]
+    apart = evaluated(folders[name], path, tmp_path / "log", *flags, "--separate")["zeroquant-w8a8"]
+    tolerance = 1e-3 if dtype == "float32" else 1e-2  # layer by layer more is rounded to 16 bits
+    assert fused["perplexity"] == pytest.approx(apart["perplexity"], rel=tolerance)
+    assert fused["megabytes"] == apart["megabytes"]  # no second copy of codes
+    if dtype == "float32":
+        model = load(folders[name], "zeroquant-w8a8").to(device)
+        expected = perplexity(*log_probabilities(model, tokens.to(device)))
+        assert fused["perplexity"] == pytest.approx(expected, rel=1e-4)
+        assert fused["ids"] == python_generated(model, tokens[:LENGTH])
+        assert fused["tokens_per_second"] > 0
+
+
+def test_a_note_says_which_blocks_are_one_call(folders, ids, tmp_path):
+    model = load(folders["tied"])
+    first = {"model.layers.0.self_attn.q_proj": {"scheme": {"outlier_columns": 8}}}
+    calibration = [ids[1][:LENGTH][None]]
+    ptq.quantize(model, "zeroquant-w8a8", calibration, overrides=first)
+    folder = saved(model, folders["tied"], tmp_path / "quantized")
+    flags = ["--model", folder, "--ids", ids[0], "--length", LENGTH, "--windows", 2]
+    notes = [line for line in run_example("evaluate_llama", *flags).stdout.splitlines() if line.startswith("#")]
+    assert notes == [
+        "# as-is: 1 of 2 blocks as one call each",
+        "# as-is: 1 layer by layer: k_proj multiplies otherwise than q_proj",
+    ]
+    printed = run_example("evaluate_llama", *flags, "--separate").stdout
+    assert printed.startswith("# as-is: 0 of 2 blocks as one call each\nas-is")
+    result = run_example("evaluate_llama", *flags, "--generate", 4, check=False)
+    assert result.returncode == 1
+    assert "one call each, got 1 of 2 in 'as-is': k_proj multiplies otherwise than q_proj" in result.stderr
 
 
 def python_losses(model: torch.nn.Module, ids: Tensor, optimizer: torch.optim.Optimizer, seed: int) -> list[float]:
@@ -347,6 +406,9 @@ def test_16_bits_stay_close(dtype, folders, ids, tmp_path):
         ("qlora_llama", ["--targets", "q_proj,lm_head"], "expected --targets q_proj or k_proj"),
         ("qlora_llama", ["--adapter", "/x", "--targets", "q_proj"], "expected no --rank, --alpha and --targets with"),
         ("evaluate_llama", ["--recipe", "float,w1"], "expected --recipe float or nf4"),
+        ("evaluate_llama", ["--generate", "65"], "of at most the model's context 128 together, got 64 and 65"),
+        ("evaluate_llama", ["--generate", "-1"], "expected --generate of at least 0, got -1"),
+        ("evaluate_llama", ["--generate", "8"], "got 0 of 2 in 'float': no layer is of scheme ptq"),
         ("evaluate_llama", ["--against", "nf4"], "nf4: expected the folder of a model, got none"),
         ("evaluate_llama", ["--recipe", "as-is"], "expected metadata format 'quantrain', got 'pt'"),
         ("evaluate_llama", ["--adapter", "/x"], "expected --recipe of weights of 4 bits with --adapter, got 'float'"),

@@ -59,7 +59,10 @@ def test_opcheck_fused(device):
     opcheck(ops.int8_add_layer_norm, (x, residual, weight, bias))
     opcheck(ops.int8_add_rms_norm, (x, residual, weight), dict(post_norm=True))
     opcheck(ops.int8_gelu, (x,), dict(approximate="tanh"))
+    opcheck(ops.int8_relu, (x,))
+    opcheck(ops.int8_relu, (x,), dict(column_factor=weight.abs()))
     opcheck(ops.int8_silu_mul, (x, residual))
+    opcheck(ops.int8_silu_mul, (x[..., :12], x[..., 12:]))
 
 
 def test_random_operators_say_so():
@@ -82,7 +85,13 @@ def step(x, w, bias):
     dw = torch.zeros_like(w)
     ops.int8_mm_accumulate_(dw, gt, ops.int8_transpose(xq.flatten(0, -2)), gts)
     normed = ops.int8_add_layer_norm(x, y[..., : x.shape[-1]], bias[: x.shape[-1]])
-    activated = ops.int8_gelu(y), ops.int8_silu_mul(y, y), ops.int8_rms_norm(y), ops.int8_layer_norm(y)
+    activated = (
+        ops.int8_gelu(y),
+        ops.int8_relu(y),
+        ops.int8_silu_mul(y, y),
+        ops.int8_rms_norm(y),
+        ops.int8_layer_norm(y),
+    )
     return y.sin(), dx + 1, dw, *normed, *(t for pair in activated for t in pair)
 
 
@@ -166,6 +175,7 @@ def self_products(x):
         *quantrain.int8_add_rms_norm(x, x),
         *quantrain.int8_layer_norm(x),
         *quantrain.int8_gelu(x),
+        *quantrain.int8_relu(x),
         *quantrain.int8_silu_mul(x, x),
     )
 

@@ -94,6 +94,8 @@ def test_activations(sample, dtype, device):
     for approximate in ("none", "tanh"):
         check(quantrain.int8_gelu(x, approximate=approximate), reference.gelu(x.cpu(), approximate))
     assert_all_same(quantrain.int8_gelu(x), quantrain.int8_gelu(x, approximate="none"))
+    check(quantrain.int8_relu(x), reference.relu(x.cpu()))
+    assert_all_same(quantrain.int8_relu(x), quantrain.int8_quantize_rows(x.relu()))  # nothing else is rounded
     check(quantrain.int8_silu_mul(x, up), reference.silu_mul(x.cpu(), up.cpu()))
 
 
@@ -105,6 +107,7 @@ def test_activations_far_from_zero(dtype, device):
     for found in (
         quantrain.int8_gelu(x),
         quantrain.int8_gelu(x, approximate="tanh"),
+        quantrain.int8_relu(x),
         quantrain.int8_silu_mul(x, torch.ones_like(x)),
     ):
         assert found[0].tolist() == [[0, 0, 0, 0, 1, 127]]
@@ -121,6 +124,7 @@ def operators(x):
         quantrain.int8_add_rms_norm(x, x, weight),
         quantrain.int8_gelu(x),
         quantrain.int8_gelu(x, approximate="tanh"),
+        quantrain.int8_relu(x),
         quantrain.int8_silu_mul(x, x),
     ]
 
@@ -137,12 +141,45 @@ def test_a_row_with_nan_or_inf_has_scale_nan_and_codes_0(dtype, device):
 
 @in_each_dtype
 @on_each_device
+def test_relu_of_not_finite_numbers(dtype, device):
+    """NaN passes and -Inf is 0, as in PyTorch."""
+    x = torch.tensor([[NAN, 1.0], [-INF, 2.0], [INF, 2.0], [-1.0, -0.0]], device=device).to(dtype)
+    found, scale = quantrain.int8_relu(x)
+    assert scale.isnan().flatten().tolist() == [True, False, True, False]
+    assert found.tolist() == [[0, 0], [0, 127], [0, 0], [0, 0]] and scale[3] == 1
+
+
+@in_each_dtype
+@on_each_device
+def test_halves_of_one_tensor(dtype, device):
+    """What a product of gate and up gives: rows that lie apart, read where they are."""
+    for shape, half in (((5, 48), 24), ((2, 7, 66), 33), ((3, 2064), 1032), ((1, 2), 1)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(half)).to(device, dtype)
+        gate, up = x[..., :half], x[..., half:]
+        factor = torch.rand(half, generator=torch.Generator().manual_seed(1)).to(device)
+        whole = gate.contiguous(), up.contiguous()
+        for given in (None, factor):
+            expected = quantrain.int8_silu_mul(*whole, column_factor=given)
+            assert_all_same(quantrain.int8_silu_mul(gate, up, column_factor=given), expected)
+            assert_all_same(quantrain.int8_silu_mul(gate, whole[1], column_factor=given), expected)  # steps that differ
+            assert_all_same(quantrain.int8_silu_mul(whole[0], up, column_factor=given), expected)
+        for function in (quantrain.int8_relu, quantrain.int8_gelu):
+            for part, copy in zip((gate, up), whole, strict=True):
+                assert_all_same(function(part), function(copy))
+        check(quantrain.int8_silu_mul(gate, up), reference.silu_mul(gate.cpu(), up.cpu()))
+        across = x.transpose(0, -1)[: shape[0]] if len(shape) == 2 and shape[0] < shape[1] else x
+        assert_all_same(quantrain.int8_silu_mul(across, across), quantrain.int8_silu_mul(*[across.contiguous()] * 2))
+
+
+@in_each_dtype
+@on_each_device
 def test_zero_rows_have_scale_1(dtype, device):
     x = torch.zeros(3, 20, device=device, dtype=dtype)
     for found, scale in (
         quantrain.int8_layer_norm(x),
         quantrain.int8_rms_norm(x),
         quantrain.int8_gelu(x),
+        quantrain.int8_relu(x),
         quantrain.int8_silu_mul(x, x),
     ):
         assert (found == 0).all() and (scale == 1).all()
@@ -213,6 +250,7 @@ def test_a_column_factor_multiplies_what_is_quantized(columns, dtype, device):
         (quantrain.int8_layer_norm(x, column_factor=cf), reference.layer_norm(x.cpu())),
         (quantrain.int8_rms_norm(x, column_factor=cf), reference.rms_norm(x.cpu())),
         (quantrain.int8_gelu(x, column_factor=cf), reference.gelu(x.cpu(), "none")),
+        (quantrain.int8_relu(x, column_factor=cf), reference.relu(x.cpu())),
         (quantrain.int8_silu_mul(x, other, column_factor=cf), reference.silu_mul(x.cpu(), other.cpu())),
     ):
         check(found, expected * wide, 1e-4)

@@ -111,5 +111,9 @@ def gelu(x, approximate="none"):
     return torch.nn.functional.gelu(x.double(), approximate=approximate)
 
 
+def relu(x):
+    return x.double().relu()
+
+
 def silu_mul(gate, up):
     return torch.nn.functional.silu(gate.double()) * up.double()

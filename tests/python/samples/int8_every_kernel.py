@@ -41,7 +41,11 @@ def passes(rows: int, columns: int, dtype: torch.dtype) -> None:
         ops.int8_add_rms_norm(x, residual, weight, post_norm=post_norm)
     for approximate in ("none", "tanh"):
         ops.int8_gelu(x, approximate=approximate)
+    ops.int8_relu(x)
     ops.int8_silu_mul(x, residual)
+    if columns > 1:  # halves of one tensor
+        half = columns // 2
+        ops.int8_silu_mul(x[:, :half], x[:, half : 2 * half])
 
 
 def products(m: int, n: int, k: int) -> None:
