@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import re
 import sys
 from pathlib import Path
@@ -319,12 +320,52 @@ def fixed_point_error(out: Path) -> None:
     save(figure, out / "fixed_point_error.png", source(results[-1]))
 
 
+def transformer_inference(out: Path) -> None:
+    """BERT in int8 and its alternatives over float16 without fusion, as Table 6 of ZeroQuant, from the newest
+    transformer-*.json.
+    """
+    results = sorted(RESULTS.glob("transformer-*.json"))
+    rows = [row for path in results[-1:] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    rows = [row for row in rows if row["section"] == "zeroquant" and row["case"].startswith("BERT-large")]
+    if not rows:
+        return
+    lines = (  # figure, what it is, colour, style
+        ("ours_captured", "quantrain, CUDA graph", BLUE, "o-"),
+        ("ours", "quantrain, as called", SKY, "o-"),
+        ("compiled", "float16, torch.compile", INK, "s:"),
+        ("sdpa", "float16, SDPA", GREY, "s-"),
+        ("torchao", "torchao int8, torch.compile", ORANGE, "^:"),
+        ("bitsandbytes", "bitsandbytes int8", ORANGE, "v-"),
+    )
+    figure, axes = panels(2, 8.4)
+    for axis, length in zip(axes, (128, 256), strict=True):
+        chosen = [row for row in rows if f", {length} tokens" in row["case"]]
+        for name, label, colour, style in lines:
+            points = [
+                (int(row["case"].split()[-1]), row["values"]["unfused_ms"] / row["values"][f"{name}_ms"])
+                for row in chosen
+                if f"{name}_ms" in row["values"]
+            ]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, color=colour, linewidth=2, markersize=5, label=label)
+        axis.axhline(1, color=INK, linewidth=0.9, linestyle=":")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([1, 2, 4, 8, 16, 32, 64, 128], ["1", "2", "4", "8", "16", "32", "64", "128"])
+        axis.set_yscale("log", base=2)
+        axis.set_yticks([0.25, 0.5, 1, 2, 4, 8], ["0.25", "0.5", "1", "2", "4", "8"])
+        axis.set_title(f"BERT-large, {length} tokens")
+        axis.set_xlabel("sequences in a batch")
+        axis.set_ylabel("times as fast as float16\nwithout fused attention", fontsize=11)
+    axes[0].legend(fontsize=9, loc="upper right")
+    save(figure, out / "transformer_inference.png", source(results[-1]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    for draw in (staircase, lsq_gradients, passes, range_search, bandwidth, amp_losses, fixed_point_error):
+    for draw in (staircase, lsq_gradients, passes, range_search, bandwidth, amp_losses, fixed_point_error, transformer_inference):
         draw(out)
     for study in (fixed_point, gradient_quant, int8_training):
         study.draw_all(RESULTS, out)

@@ -1,8 +1,7 @@
-"""Encoder layers for inference: nn's operators in float16, and W8A8 with every quantization fused into the operator before.
+"""Encoder layers for inference: nn's operators in float16, and W8A8 in one call each.
 
 Post-norm is BERT's (Devlin et al. 2018): x = norm(x + attention(x)), x = norm(x + feed_forward(x)). Pre-norm is GPT's:
-x = x + attention(norm(x)), x = x + feed_forward(norm(x)), attention causal. The fusion is token-wise, as in ZeroQuant (Yao et al.,
-NeurIPS 2022): a layer's int8 rows come out of the norm or the GELU before it; only attention's output has a pass of its own.
+x = x + attention(norm(x)), x = x + feed_forward(norm(x)), attention causal.
 """
 
 from __future__ import annotations
@@ -60,56 +59,30 @@ class FloatLayer(nn.Module):
         return self.norm_2(x + self.feed_forward(x))
 
 
-class Int8Weight(nn.Module):
-    """A linear layer's int8 codes ``[out, in]``, their scales and the bias; called with int8 rows and their scales."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        codes, scale = quantrain.int8_quantize_rows(linear.weight.detach())
-        self.dtype = linear.weight.dtype
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", linear.bias.detach())
-
-    def forward(self, codes: Tensor, scale: Tensor) -> Tensor:
-        return quantrain.int8_mm(codes, self.codes, scale, self.scale, self.bias, out_dtype=self.dtype)
-
-
 class Int8Layer(nn.Module):
-    """One layer with int8 products; ``branch`` is what is still to be added to the residual ``x``, or None."""
+    """One layer with int8 products, one call of quantrain.int8_transformer_layer."""
 
     def __init__(self, layer: FloatLayer) -> None:
         super().__init__()
-        self.config = layer.config
-        self.qkv, self.projection = Int8Weight(layer.qkv), Int8Weight(layer.projection)
-        self.up, self.down = Int8Weight(layer.up), Int8Weight(layer.down)
-        self.norm_1, self.norm_2 = layer.norm_1, layer.norm_2
+        config = layer.config
+        products = {"qkv": layer.qkv, "out": layer.projection, "up": layer.up, "down": layer.down}
+        self.weights = {}
+        for name, linear in products.items():
+            codes, scale = quantrain.int8_quantize_rows(linear.weight.detach())
+            self.weights |= {
+                f"{name}_codes": codes,
+                f"{name}_scale": scale,
+                f"{name}_bias": linear.bias.detach().float(),
+            }
+        for name in ("norm_1", "norm_2"):
+            norm = getattr(layer, name)
+            self.weights |= {f"{name}_weight": norm.weight.detach(), f"{name}_bias": norm.bias.detach()}
+        self.options = {"heads": config.heads, "pre_norm": config.pre_norm, "causal": config.pre_norm}
 
-    def attention(self, codes: Tensor, scale: Tensor) -> Tensor:
-        mixed = attend(self.qkv(codes, scale), self.config.heads, self.config.pre_norm)
-        return self.projection(*quantrain.int8_quantize_rows(mixed))
-
-    def feed_forward(self, codes: Tensor, scale: Tensor) -> Tensor:
-        return self.down(*quantrain.int8_gelu(self.up(codes, scale)))
-
-    @staticmethod
-    def add_norm(branch: Tensor, x: Tensor, norm: nn.LayerNorm, post_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
-        return quantrain.int8_add_layer_norm(branch, x, norm.weight, norm.bias, norm.eps, post_norm=post_norm)
-
-    def pre_norm(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(residual, branch) of the next layer."""
-        if branch is None:
-            codes, scale = quantrain.int8_layer_norm(x, self.norm_1.weight, self.norm_1.bias, self.norm_1.eps)
-        else:
-            codes, scale, x = self.add_norm(branch, x, self.norm_1, False)
-        codes, scale, x = self.add_norm(self.attention(codes, scale), x, self.norm_2, False)
-        return x, self.feed_forward(codes, scale)
-
-    def post_norm(self, x: Tensor, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(output, its codes, their scales)."""
-        codes, scale, x = self.add_norm(self.attention(codes, scale), x, self.norm_1, True)
-        codes, scale, x = self.add_norm(self.feed_forward(codes, scale), x, self.norm_2, True)
-        return x, codes, scale
+    def forward(self, x: Tensor, codes: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        return quantrain.int8_transformer_layer(
+            x, self.weights, codes=codes, eps=1e-5, few_rows_float=False, **self.options
+        )
 
 
 class FloatEncoder(nn.Sequential):
@@ -129,14 +102,9 @@ class Int8Encoder(nn.Module):
         self.layers = nn.ModuleList(Int8Layer(layer) for layer in encoder)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.config.pre_norm:
-            branch = None
-            for layer in self.layers:
-                x, branch = layer.pre_norm(x, branch)
-            return x + branch
-        codes, scale = quantrain.int8_quantize_rows(x)
+        codes = None
         for layer in self.layers:
-            x, codes, scale = layer.post_norm(x, codes, scale)
+            x, codes = layer(x, codes)
         return x
 
 

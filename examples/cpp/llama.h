@@ -3,16 +3,19 @@
 #pragma once
 
 #include <quantrain/nn/four_bit.h>
+#include <quantrain/nn/int8_transformer.h>
 #include <quantrain/nn/layers.h>
 #include <quantrain/nn/ptq.h>
 #include <quantrain/ops/fake_quant.h>
 #include <quantrain/ops/int8.h>
+#include <quantrain/ops/kv_cache.h>
 #include <torch/nn/init.h>
 #include <torch/nn/modules/container/modulelist.h>
 #include <torch/nn/modules/embedding.h>
 #include <torch/nn/modules/linear.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -34,6 +37,7 @@
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/ops/silu.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 
 #include "llama_config.h"
 #include "recompute.h"
@@ -78,7 +82,8 @@ using BlockRecipes = std::map<int64_t, BlockRecipe>;
 class AnyLinear {
  public:
   AnyLinear(torch::nn::Module& parent, const std::string& name, int64_t in_features, int64_t out_features, bool bias,
-            const BlockRecipe& recipes) {
+            const BlockRecipe& recipes)
+      : name_(name) {
     const std::optional<quantrain::nn::Recipe> recipe = recipes.of(name);
     const auto options = torch::nn::LinearOptions(in_features, out_features).bias(bias);
     const auto* four_bit = recipe ? recipe->scheme_as<quantrain::nn::FourBitSpec>() : nullptr;
@@ -103,7 +108,14 @@ class AnyLinear {
     return quantized_ ? quantized_->forward(x) : at::linear(x, plain_->weight, plain_->bias);
   }
 
+  std::shared_ptr<quantrain::nn::QuantModule> ptq() const {  // null: a layer of another scheme, or a float one
+    if (ptq_) return ptq_.ptr();
+    return nullptr;
+  }
+  const std::string& name() const { return name_; }
+
  private:
+  std::string name_;
   torch::nn::Linear plain_{nullptr};
   quantrain::nn::QuantLinear quantized_{nullptr};
   quantrain::nn::PtqLinear ptq_{nullptr};
@@ -121,6 +133,8 @@ class RMSNormImpl : public torch::nn::Module {
     return weight_ * (exact * at::rsqrt(variance + eps_)).to(x.scalar_type());
   }
 
+  const at::Tensor& weight() const { return weight_; }
+
  private:
   double eps_;
   at::Tensor weight_;
@@ -137,6 +151,8 @@ struct Rotation {
     const std::vector<at::Tensor> halves = x.chunk(2, -1);
     return x * cos + at::cat({-halves[1], halves[0]}, -1) * sin;
   }
+
+  quantrain::Int8TransformerInputs as_inputs() const { return {.cos = cos.unsqueeze(0), .sin = sin.unsqueeze(0)}; }
 };
 
 // Frequencies [head_dim / 2], float32. llama3 divides those of wavelengths beyond the original context by the factor,
@@ -189,6 +205,8 @@ class LlamaAttentionImpl : public torch::nn::Module {
     return o_proj_(y.transpose(1, 2).flatten(2));
   }
 
+  std::array<const AnyLinear*, 4> layers() const { return {&q_proj_, &k_proj_, &v_proj_, &o_proj_}; }
+
  private:
   int64_t head_dim_;
   double dropout_;
@@ -207,15 +225,18 @@ class LlamaMLPImpl : public torch::nn::Module {
 
   at::Tensor forward(const at::Tensor& x) { return down_proj_(at::silu(gate_proj_(x)) * up_proj_(x)); }
 
+  std::array<const AnyLinear*, 3> layers() const { return {&gate_proj_, &up_proj_, &down_proj_}; }
+
  private:
   AnyLinear gate_proj_, up_proj_, down_proj_;
 };
 TORCH_MODULE(LlamaMLP);
 
-// x + attention(norm(x)), then x + mlp(norm(x)).
+// x + attention(norm(x)), then x + mlp(norm(x)): of separate layers, or after fuse() as one call.
 class LlamaBlockImpl : public torch::nn::Module {
  public:
-  LlamaBlockImpl(const LlamaConfig& config, const BlockRecipe& recipe) {
+  LlamaBlockImpl(const LlamaConfig& config, const BlockRecipe& recipe)
+      : config_(config), int8_cache_(recipe.int8_cache()) {
     self_attn_ = register_module("self_attn", LlamaAttention(config, recipe));
     mlp_ = register_module("mlp", LlamaMLP(config, recipe));
     input_layernorm_ = register_module("input_layernorm", RMSNorm(config.width, config.norm_eps));
@@ -223,17 +244,86 @@ class LlamaBlockImpl : public torch::nn::Module {
   }
 
   at::Tensor forward(const at::Tensor& input, const Rotation& rotation) {
+    if (fused_ && int8_cache_) {  // attention reads what a cache of these tokens alone gives back
+      quantrain::Int8KvCache cache = empty_cache(input.size(0), input.size(1), input.device());
+      return forward(input, rotation, cache, at::zeros({1}, input.options().dtype(at::kLong)));
+    }
+    if (fused_) return fused_->forward(input, rotation.as_inputs()).output;
     const at::Tensor x = input + self_attn_->forward(input_layernorm_->forward(input), rotation);
     return x + mlp_->forward(post_attention_layernorm_->forward(x));
   }
 
+  // After fuse() alone: input's tokens follow the `position` ones, int64 [1], whose keys and values the cache has.
+  at::Tensor forward(const at::Tensor& input, const Rotation& rotation, quantrain::Int8KvCache& cache,
+                     const at::Tensor& position) {
+    quantrain::Int8TransformerInputs inputs = rotation.as_inputs();
+    inputs.cache = &cache;
+    inputs.position = position;
+    return fused_->forward(input, inputs).output;
+  }
+
+  quantrain::Int8KvCache empty_cache(int64_t batches, int64_t capacity, at::Device device) const {
+    return quantrain::Int8KvCache::zeros(batches, config_.kv_heads, capacity, config_.head_dim, device);
+  }
+
+  // Makes the block one call, or says why it stays as it is. Weights have their types and device by then: the call's
+  // tensors are the layers', and to() would part them.
+  std::string fuse() {
+    const auto [q, k, v, o] = self_attn_->layers();
+    const auto [gate, up, down] = mlp_->layers();
+    quantrain::Int8TransformerOptions options = {.heads = config_.heads,
+                                                 .kv_heads = config_.kv_heads,
+                                                 .norm = "rms_norm",
+                                                 .pre_norm = true,
+                                                 .activation = "silu_mul",
+                                                 .causal = true,
+                                                 .eps = config_.norm_eps};
+    for (const AnyLinear* layer : {q, k, v, o, gate, up, down}) {
+      const auto ptq = layer->ptq();
+      if (!ptq) return layer->name() + " is not of scheme ptq";
+      const quantrain::PtqProduct product = quantrain::nn::int8_product_options(ptq->recipe());
+      if (layer == q) options.product = product;
+      if (!same(product, options.product)) return layer->name() + " multiplies otherwise than " + q->name();
+    }
+    quantrain::Int8TransformerWeights weights;
+    try {
+      weights.qkv = quantrain::nn::int8_transformer_product({q->ptq(), k->ptq(), v->ptq()});
+      weights.out = quantrain::nn::int8_transformer_product({o->ptq()});
+      weights.up = quantrain::nn::int8_transformer_product({gate->ptq(), up->ptq()});
+      weights.down = quantrain::nn::int8_transformer_product({down->ptq()});
+    } catch (const c10::ValueError& error) {  // layers that cannot be joined still run one by one
+      return error.what_without_backtrace();
+    }
+    weights.norm_1.weight = input_layernorm_->weight();
+    weights.norm_2.weight = post_attention_layernorm_->weight();
+    fused_ = quantrain::nn::Int8TransformerLayer(weights, options);
+    return "";
+  }
+
  private:
+  static bool same(const quantrain::PtqProduct& a, const quantrain::PtqProduct& b) {
+    return a.quantize_input == b.quantize_input && a.outlier_threshold == b.outlier_threshold &&
+           a.capacity == b.capacity && a.few_rows_float == b.few_rows_float;
+  }
+
+  LlamaConfig config_;
+  bool int8_cache_;
+  quantrain::nn::Int8TransformerLayer fused_{nullptr};  // no child: its tensors have names already, those of the layers
   LlamaAttention self_attn_{nullptr};
   LlamaMLP mlp_{nullptr};
   RMSNorm input_layernorm_{nullptr};
   RMSNorm post_attention_layernorm_{nullptr};
 };
 TORCH_MODULE(LlamaBlock);
+
+// Which blocks run as one call.
+struct Fusion {
+  int64_t fused = 0;
+  std::map<std::string, int64_t> separate;  // why others do not, and how many
+};
+
+// Keys and values of the tokens that a model has read, by block.
+using LlamaCache = std::vector<quantrain::Int8KvCache>;
 
 // Called with the path and the module of each part (embedding, block, norm, head) as soon as it is built: whoever loads
 // and converts there never holds more than one block in float32.
@@ -270,12 +360,40 @@ class LlamaModelImpl : public torch::nn::Module {
     return norm_->forward(x);
   }
 
+  // The last token's state [B, 1, width], of blocks that are all fused: tokens follow the `position` ones of the cache,
+  // int64 [1]. Nothing waits for the device.
+  at::Tensor forward(const at::Tensor& tokens, LlamaCache& cache, const at::Tensor& position) {
+    at::Tensor x = embed_tokens_->forward(tokens);
+    const Rotation rotation = rotation_of(x, position);
+    for (size_t i = 0; i < blocks_.size(); ++i) x = blocks_[i]->forward(x, rotation, cache[i], position);
+    return norm_->forward(x.narrow(1, x.size(1) - 1, 1));
+  }
+
+  Fusion fuse() {
+    Fusion result;
+    for (LlamaBlock& block : blocks_) {
+      const std::string reason = block->fuse();
+      ++(reason.empty() ? result.fused : result.separate[reason]);
+    }
+    return result;
+  }
+
+  LlamaCache empty_cache(int64_t batches, int64_t capacity) const {
+    LlamaCache cache;
+    for (const LlamaBlock& block : blocks_) {
+      cache.push_back(block->empty_cache(batches, capacity, embed_tokens_->weight.device()));
+    }
+    return cache;
+  }
+
   const at::Tensor& embedding() const { return embed_tokens_->weight; }
 
  private:
-  Rotation rotation_of(const at::Tensor& x) {
+  Rotation rotation_of(const at::Tensor& x, const std::optional<at::Tensor>& position = std::nullopt) {
     if (frequencies_.device() != x.device()) frequencies_ = frequencies_.to(x.device());
-    const at::Tensor half = at::outer(at::arange(x.size(1), frequencies_.options()), frequencies_);
+    at::Tensor places = at::arange(x.size(1), frequencies_.options());
+    if (position) places = places + *position;
+    const at::Tensor half = at::outer(places, frequencies_);
     const at::Tensor angles = at::cat({half, half}, -1);
     return {angles.cos().to(x.scalar_type()), angles.sin().to(x.scalar_type())};
   }
@@ -302,15 +420,26 @@ class LlamaImpl : public torch::nn::Module {
     ready("lm_head", *lm_head_);
   }
 
-  at::Tensor forward(const at::Tensor& tokens) {
-    return at::linear(model_->forward(tokens, checkpointing_), lm_head_ ? lm_head_->weight : model_->embedding());
+  at::Tensor forward(const at::Tensor& tokens) { return logits_of(model_->forward(tokens, checkpointing_)); }
+
+  // Logits [B, vocab] of the token that follows, as LlamaModel has its state.
+  at::Tensor forward(const at::Tensor& tokens, LlamaCache& cache, const at::Tensor& position) {
+    return logits_of(model_->forward(tokens, cache, position)).select(1, 0);
   }
+
+  // Makes every block one call that can be. For inference, when the model is on its device.
+  Fusion fuse() { return model_->fuse(); }
+  LlamaCache empty_cache(int64_t batches, int64_t capacity) const { return model_->empty_cache(batches, capacity); }
 
   // Whether blocks are computed again in the backward pass, which then needs the memory of one.
   void use_checkpointing(bool on) { checkpointing_ = on; }
   const LlamaConfig& config() const { return config_; }
 
  private:
+  at::Tensor logits_of(const at::Tensor& states) {
+    return at::linear(states, lm_head_ ? lm_head_->weight : model_->embedding());
+  }
+
   LlamaConfig config_;
   bool checkpointing_ = false;
   LlamaModel model_{nullptr};
