@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <limits>
+#include <vector>
 
 #include "csrc/common/attention.h"
 #include "ops/common/check.h"
@@ -62,39 +63,45 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const 
 
 #if defined(QUANTRAIN_WITH_CUDA)
 // Up to so many multiplications of q k^T ours takes less time, from the host's call to the last byte; beyond, those of
-// Hopper's own instructions, which PyTorch has (bench_transformer, section attention). With a mask PyTorch's time depends
-// on its strides: as transformers makes it for a CUDA graph, [B, 1, T, T] expanded, it takes ten times as long.
+// Hopper's own instructions, which PyTorch has (bench_transformer, section attention). With a mask PyTorch's time
+// depends on its strides: as transformers makes it for a CUDA graph, expanded, it takes several times as long.
 constexpr int64_t kFewProducts = int64_t{1} << 28, kFewMaskedProducts = int64_t{1} << 35;
 
-// False where PyTorch's serves.
-bool run_on_tensor_cores(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& mask,
-                         bool causal, double scale, const at::Tensor& y) {
-  if (!q.is_cuda() || q.numel() * k.size(1) > (mask ? kFewMaskedProducts : kFewProducts)) return false;
-  if (q.stride(3) != 1 || k.stride(3) != 1 || v.stride(3) != 1) return false;
-  const auto strides = [](const at::Tensor& t) { return AttentionStrides{t.stride(0), t.stride(1), t.stride(2)}; };
-  AttentionArgs args{q.const_data_ptr(),
-                     k.const_data_ptr(),
-                     v.const_data_ptr(),
-                     strides(q),
-                     strides(k),
-                     strides(v),
+// q, k and v without the bookkeeping of three tensors.
+struct Heads {
+  const void *q, *k, *v;
+  AttentionStrides q_strides, k_strides, v_strides;
+  int64_t batches, queries, keys, heads, key_heads, size;
+};
+
+// False where PyTorch's serves. like: of the type and the device; mask: of bool or a floating type.
+bool run_on_tensor_cores(const Heads& h, const at::Tensor& like, const OptionalTensor& mask, bool causal, double scale,
+                         const at::Tensor& y) {
+  if (h.batches * h.queries * h.heads * h.size * h.keys > (mask ? kFewMaskedProducts : kFewProducts)) return false;
+  AttentionArgs args{h.q,
+                     h.k,
+                     h.v,
+                     h.q_strides,
+                     h.k_strides,
+                     h.v_strides,
                      y.mutable_data_ptr(),
                      nullptr,
                      AttentionMask::kNone,
                      {},
-                     dtype_of(q),
-                     q.size(0),
-                     q.size(2),
-                     q.size(2) / k.size(2),
-                     q.size(1),
-                     k.size(1),
-                     q.size(3),
+                     dtype_of(like),
+                     h.batches,
+                     h.heads,
+                     h.heads / h.key_heads,
+                     h.queries,
+                     h.keys,
+                     h.size,
                      static_cast<float>(scale),
                      causal};
   at::Tensor added;
   if (mask) {
-    added =
-        mask->scalar_type() == at::kBool || mask->scalar_type() == q.scalar_type() ? *mask : mask->to(q.scalar_type());
+    added = mask->scalar_type() == at::kBool || mask->scalar_type() == like.scalar_type()
+                ? *mask
+                : mask->to(like.scalar_type());
     args.mask = added.const_data_ptr();
     args.mask_kind = added.scalar_type() == at::kBool ? AttentionMask::kBool : AttentionMask::kAdded;
     for (int64_t d = 0; d < added.dim(); ++d) {
@@ -103,7 +110,23 @@ bool run_on_tensor_cores(const at::Tensor& q, const at::Tensor& k, const at::Ten
     }
   }
   if (!cuda::attention_suits(args)) return false;
-  return run_on_cuda(args, q, &cuda::attention);
+  return run_on_cuda(args, like, &cuda::attention);
+}
+
+Heads heads_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  const auto strides = [](const at::Tensor& t) { return AttentionStrides{t.stride(0), t.stride(1), t.stride(2)}; };
+  return {q.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(), strides(q), strides(k), strides(v),
+          q.size(0),          q.size(1),          k.size(1),          q.size(2),  k.size(2),  q.size(3)};
+}
+
+// Of one contiguous tensor.
+Heads heads_of(const at::Tensor& qkv, int64_t heads, int64_t key_heads) {
+  const int64_t all = qkv.size(2), size = qkv.size(3), tokens = qkv.size(1);
+  const AttentionStrides strides{tokens * all * size, all * size, size};
+  const auto* first = static_cast<const uint8_t*>(qkv.const_data_ptr());
+  const auto at = [&](int64_t head) { return first + head * size * static_cast<int64_t>(qkv.element_size()); };
+  return {at(0),     at(heads), at(heads + key_heads), strides, strides, strides, qkv.size(0), tokens, tokens, heads,
+          key_heads, size};
 }
 #endif
 
@@ -120,6 +143,12 @@ OptionalTensor pytorch_mask(const OptionalTensor& given, bool causal, const at::
   if (!given) return given;
   at::Tensor mask = given->is_floating_point() ? given->to(q.scalar_type()) : *given;
   while (mask.dim() < 2) mask = mask.unsqueeze(0);
+  // Kernels on a GPU read a row of it as whole vectors.
+  if (q.is_cuda() && (mask.size(-1) != keys || mask.stride(-1) != 1)) {
+    std::vector<int64_t> sizes = mask.sizes().vec();
+    sizes.back() = keys;
+    mask = mask.expand(sizes).contiguous();
+  }
   if (!causal) return mask;
   const at::Tensor below = at::ones({q.size(1), keys}, q.options().dtype(at::kBool)).tril();
   if (mask.scalar_type() == at::kBool) return mask.logical_and(below);
@@ -138,9 +167,16 @@ at::Tensor by_pytorch(const at::Tensor& given_q, const at::Tensor& k, const at::
     values = values.repeat_interleave(group, 1);
   }
   const OptionalTensor added = pytorch_mask(mask, causal, q, k.size(1));
-  return at::scaled_dot_product_attention(q.transpose(1, 2), keys, values, added, 0.0, causal && !mask, scale, shares)
-      .transpose(1, 2)
-      .contiguous();
+  at::Tensor y =
+      at::scaled_dot_product_attention(q.transpose(1, 2), keys, values, added, 0.0, causal && !mask, scale, shares);
+  // Some of PyTorch's kernels have NaN or a mean where nothing is attended to.
+  if (added && q.is_cuda()) {
+    const at::Tensor nothing = added->scalar_type() == at::kBool
+                                   ? added->any(-1, /*keepdim=*/true).logical_not()
+                                   : added->eq(-std::numeric_limits<double>::infinity()).all(-1, /*keepdim=*/true);
+    y = y.masked_fill(nothing, 0);
+  }
+  return y.transpose(1, 2).contiguous();
 }
 
 at::Tensor attention_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& mask,
@@ -158,10 +194,24 @@ at::Tensor detail::attention(const at::Tensor& q, const at::Tensor& k, const at:
 #if defined(QUANTRAIN_WITH_CUDA)
   if (q.is_cuda() && k.numel() > 0) {
     const at::Tensor y = at::empty(q.sizes(), q.options());
-    if (run_on_tensor_cores(q, k, v, mask, causal, scale, y)) return y;
+    const bool whole = q.stride(3) == 1 && k.stride(3) == 1 && v.stride(3) == 1;
+    if (whole && run_on_tensor_cores(heads_of(q, k, v), q, mask, causal, scale, y)) return y;
   }
 #endif
   return by_pytorch(q, k, v, mask, causal, scale);
+}
+
+at::Tensor detail::attention_of_heads(const at::Tensor& qkv, int64_t heads, int64_t key_heads,
+                                      const OptionalTensor& mask, bool causal, double scale) {
+#if defined(QUANTRAIN_WITH_CUDA)
+  if (qkv.is_cuda() && qkv.is_contiguous()) {
+    const at::Tensor y = at::empty({qkv.size(0), qkv.size(1), heads * qkv.size(3)}, qkv.options());
+    if (run_on_tensor_cores(heads_of(qkv, heads, key_heads), qkv, mask, causal, scale, y)) return y;
+  }
+#endif
+  const auto part = [&](int64_t first, int64_t count) { return qkv.narrow(2, first, count); };
+  return attention(part(0, heads), part(heads, key_heads), part(heads + key_heads, key_heads), mask, causal, scale)
+      .flatten(2);
 }
 
 }  // namespace quantrain

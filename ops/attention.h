@@ -14,4 +14,8 @@ namespace quantrain::detail {
 at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                      const std::optional<at::Tensor>& mask, bool causal, double scale);
 
+// The same of one tensor, queries, keys and values [B, T, heads + 2 key_heads, D] -> [B, T, heads D]; the mask fits.
+at::Tensor attention_of_heads(const at::Tensor& qkv, int64_t heads, int64_t key_heads,
+                              const std::optional<at::Tensor>& mask, bool causal, double scale);
+
 }  // namespace quantrain::detail

@@ -167,8 +167,14 @@ void check_inputs(const at::Tensor& input, const Weights& w, const Options& o, c
     QUANTRAIN_CHECK_TYPE(in.mask->scalar_type() == at::kBool || in.mask->is_floating_point(),
                          "{}: expected mask of bool or a floating type, got {}", kLayer,
                          c10::toString(in.mask->scalar_type()));
-    QUANTRAIN_CHECK_VALUE(in.mask->dim() >= 2 && in.mask->dim() <= 4, "{}: expected mask [B, heads, T, T], got {}",
-                          kLayer, detail::shape_text(*in.mask));
+    const c10::SymInt sizes[4] = {input.sym_size(0), o.heads, input.sym_size(1), input.sym_size(1)};
+    const int64_t dims = in.mask->dim();
+    bool fits = dims >= 2 && dims <= 4;
+    for (int64_t d = 0; fits && d < dims; ++d) {
+      const c10::SymInt& size = in.mask->sym_size(dims - 1 - d);
+      fits = TORCH_GUARD_OR_TRUE(size.sym_eq(sizes[3 - d])) || TORCH_GUARD_OR_FALSE(size.sym_eq(1));
+    }
+    QUANTRAIN_CHECK_VALUE(fits, "{}: expected mask [B, heads, T, T], got {}", kLayer, detail::shape_text(*in.mask));
   }
   if (in.codes) {
     const auto& [codes, scale] = *in.codes;
@@ -237,11 +243,8 @@ class Layer {
 
   // [B, T, heads + 2 kv_heads, D] -> [B, T, heads D]
   at::Tensor attended(const at::Tensor& qkv, const OptionalTensor& mask) const {
-    const int64_t kv = kv_heads(o_);
-    const auto heads = [&](int64_t first, int64_t count) { return qkv.narrow(2, first, count); };
-    return detail::attention(heads(0, o_.heads), heads(o_.heads, kv), heads(o_.heads + kv, kv), mask,
-                             o_.causal && !mask && qkv.size(1) > 1, scale_of(qkv))
-        .flatten(2);
+    return detail::attention_of_heads(qkv, o_.heads, kv_heads(o_), mask, o_.causal && !mask && qkv.size(1) > 1,
+                                      scale_of(qkv));
   }
 
   Int8TransformerResult output(const at::Tensor& input, const at::Tensor& attended) const {
@@ -252,13 +255,25 @@ class Layer {
     if (takes_codes(w_.out)) mixed.codes = rows(attended, w_.out);
     const Carried middle = add_norm(multiply(w_.out, mixed), input, o_.pre_norm ? w_.norm_2 : w_.norm_1, w_.up);
     const at::Tensor branch = multiply(w_.down, activated(multiply(w_.up, middle.normalized)));
-    if (o_.pre_norm) return {middle.carried + branch, std::nullopt};
+    if (o_.pre_norm) return {sum(middle.carried, branch), std::nullopt};
     Carried last = add_norm(branch, middle.carried, w_.norm_2, w_.qkv);
     if (!gives_codes(w_, o_)) last.normalized.codes.reset();
     return {std::move(last.carried), std::move(last.normalized.codes)};
   }
 
  private:
+  at::Tensor sum(const at::Tensor& x, const at::Tensor& branch) const {
+#if defined(QUANTRAIN_WITH_CUDA)
+    // Overlaps the product before it, as PyTorch's addition does not.
+    if (x.is_cuda() && x.numel() % 8 == 0) {
+      const c10::cuda::CUDAGuard guard(x.device());
+      C10_CUDA_CHECK(static_cast<cudaError_t>(cuda::add_to(x.const_data_ptr(), branch.mutable_data_ptr(), dtype_of(x),
+                                                           x.numel(), c10::cuda::getCurrentCUDAStream().stream())));
+      return branch;
+    }
+#endif
+    return x + branch;
+  }
   double scale_of(const at::Tensor& qkv) const {
     return o_.softmax_scale > 0 ? o_.softmax_scale : 1 / std::sqrt(static_cast<double>(qkv.size(3)));
   }

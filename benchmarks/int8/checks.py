@@ -1,42 +1,14 @@
-"""What each kernel must give before it is timed: references in PyTorch's operators, on fresh random operands.
-
-Operators run under :func:`poisoned`: memory that they allocate holds NaN (floating point) or the largest integer before they write.
-"""
+"""What each kernel must give before it is timed: references in PyTorch's operators, on fresh random operands."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
+from common.checks import poisoned, require
 from torch import Tensor
 
 import quantrain
 
 SAMPLES = 8192  # elements of a product that are computed exactly
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """New tensors hold NaN, or the largest integer of their type."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-def require(condition: bool | Tensor, what: str) -> None:
-    """Raises:
-    AssertionError: the condition does not hold.
-    """
-    if not bool(condition):
-        raise AssertionError(what)
-
 
 # ---- products --------------------------------------------------------------------------------------------------------------
 
@@ -163,8 +135,3 @@ def check_fused(name: str, codes: Tensor, scale: Tensor, reference: Tensor) -> N
         (apart > 0).float().mean() < 0.01,
         f"{name}: {100 * float((apart > 0).float().mean()):.1f} % of the codes differ",
     )
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """||found - expected|| / ||expected||."""
-    return float((found.float() - expected.float()).norm() / expected.float().norm())

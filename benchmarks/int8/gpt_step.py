@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from common.checks import require
 from common.recipes import int8_recipe
 from common.sections import SectionReport
 from common.timing import host_seconds, synchronize, turns
 from torch import Tensor, nn
 
 import quantrain.nn as qnn
-
-from .checks import require
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "python"))
 from gpt import FLOAT_LAYERS, GPT, GPTConfig, init_weights, loss_of  # noqa: E402

@@ -5,11 +5,10 @@ from __future__ import annotations
 import gc
 
 import torch
+from common.checks import poisoned, relative_error, require
+from common.encoder import EncoderConfig, make_encoders
 from common.sections import SectionReport
 from common.timing import Captured, step_seconds
-
-from .checks import poisoned, relative_error, require
-from .encoder import EncoderConfig, make_encoders
 
 MODELS = {"BERT-large": EncoderConfig(), "GPT-3-350M": EncoderConfig(pre_norm=True)}
 QUICK = {

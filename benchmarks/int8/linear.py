@@ -9,13 +9,12 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
+from common.checks import poisoned, relative_error, require
 from common.sections import SectionReport
 from common.timing import kernel_seconds, step_seconds
 from torch import Tensor, nn
 
 import quantrain
-
-from .checks import poisoned, relative_error, require
 
 # (tokens, in, out), the ratio to reach over bfloat16
 SHAPES = (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from common.checks import require
 from common.sections import SectionReport
 from common.timing import kernel_seconds
-from int8.checks import require
 
 SHAPES = (  # batch, tokens, heads, head size, causal
     (1, 128, 16, 64, False),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 
 import torch
+from common.checks import poisoned, relative_error, require
 from common.sections import SectionReport
 from common.timing import Captured, step_seconds
-from int8.checks import poisoned, relative_error, require
 
 from .models import hidden, make_models, tokens
 

@@ -6,9 +6,9 @@ import copy
 import io
 
 import torch
+from common.checks import relative_error, require
 from common.sections import SectionReport
 from common.timing import wall_seconds
-from int8.checks import relative_error, require
 from torch import Tensor, nn
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer

@@ -7,9 +7,9 @@ import gc
 
 import torch
 import torch.nn.functional as F
+from common.checks import relative_error, require
 from common.sections import SectionReport
 from common.timing import turns
-from int8.checks import relative_error, require
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 

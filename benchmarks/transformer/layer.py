@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from common.checks import poisoned, relative_error, require
+from common.encoder import EncoderConfig, make_encoders
 from common.sections import SectionReport
 from common.timing import Captured, step_seconds
-from int8.checks import poisoned, relative_error, require
-from int8.encoder import EncoderConfig, make_encoders
 
 BATCHES = {128: 1.6, 64: 1.55, 32: 1.35, 16: 1.15, 8: None, 4: None, 2: None, 1: 1.0}
 MODELS = {"post-norm": EncoderConfig(), "pre-norm": EncoderConfig(pre_norm=True)}

@@ -11,15 +11,15 @@ import gc
 from collections.abc import Callable
 
 import torch
+from common.checks import relative_error, require
 from common.sections import SectionReport
 from common.timing import Captured, step_seconds
-from int8.checks import relative_error, require
 from torch import nn
 
 from .models import bert_model, hidden, make_models, tokens
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
-COMPILED = ((1, 128), (16, 128), (128, 128))  # batch and tokens
+COMPILED = ((1, 128), (16, 128), (128, 128))  # batch and tokens; a minute for each, at the end
 
 
 def with_bitsandbytes(model: nn.Module) -> nn.Module | None:
@@ -64,9 +64,12 @@ def zeroquant(report: SectionReport, device: str, quick: bool) -> None:
                 "bitsandbytes": with_bitsandbytes(models.wide),
                 "torchao": with_torchao(models.wide),
             }
+        eager = {name: model for name, model in others.items() if name not in ("compiled", "torchao")}
         for length in (8,) if quick else (128, 256):
             for batch in (2,) if quick else BATCHES:
-                _row(report, device, size, models, others, tokens(batch, length, device))
+                _row(report, device, size, models, eager, tokens(batch, length, device))
+        for batch, length in COMPILED if device == "cuda" and size == "BERT-large" else ():
+            _row(report, device, f"{size} beside compiled", models, others, tokens(batch, length, device))
         del models, unfused, others
         torch._dynamo.reset()
         gc.collect()
@@ -81,9 +84,7 @@ def _row(report: SectionReport, device: str, size: str, models, others: dict, id
         "ours": lambda i: hidden(models.fused, ids),
     }
     for name, model in others.items():
-        # Compilation takes half a minute for each shape.
-        slow = name in ("compiled", "torchao")
-        if model is None or (slow and (size != "BERT-large" or tuple(ids.shape) not in COMPILED)):
+        if model is None:
             continue
         runs[name] = lambda i, model=model: hidden(model, ids)
     if device == "cuda":

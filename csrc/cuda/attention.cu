@@ -1,10 +1,12 @@
 #include "csrc/cuda/attention.h"
 
+#include <cfloat>
 #include <cmath>
 #include <type_traits>
 
 #include "csrc/cuda/common.cuh"
 #include "csrc/cuda/device.h"
+#include "csrc/cuda/overlap.cuh"
 #include "csrc/cuda/pair.cuh"
 #include "csrc/cuda/ptx.cuh"
 
@@ -57,6 +59,11 @@ template <typename M, bool kPaired>
 struct MaskPair {
   float low, high;
 
+  // In units of 2. The least finite number, by which others mask, stays finite: a row of nothing else is an average.
+  static __device__ __forceinline__ float added(float mask) {
+    return mask == -INFINITY ? mask : fmaxf(mask * kLog2E, -0.5f * FLT_MAX);
+  }
+
   __device__ __forceinline__ MaskPair(const M* row, int key, int keys, int64_t stride) {
     M value[2];
     if constexpr (kPaired) {
@@ -71,8 +78,8 @@ struct MaskPair {
       low = value[0] ? 0.0f : -INFINITY;
       high = value[1] ? 0.0f : -INFINITY;
     } else {
-      low = to_float(value[0]) * kLog2E;
-      high = to_float(value[1]) * kLog2E;
+      low = added(to_float(value[0]));
+      high = added(to_float(value[1]));
     }
   }
 };

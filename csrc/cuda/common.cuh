@@ -9,8 +9,6 @@
 #include "csrc/common/grouping.h"
 #include "csrc/common/philox.h"
 #include "csrc/common/types.h"
-#include "csrc/cuda/device.h"
-#include "csrc/cuda/ptx.cuh"
 
 namespace quantrain::cuda {
 
@@ -149,24 +147,6 @@ void dispatch_bool(bool value, const F& f) {
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Launches a kernel whose thread blocks may start, on Hopper and later, while the kernel before it in the stream ends.
-// It begins with ptx::griddepcontrol_wait(), before it reads or writes global memory. Older devices know no such thing.
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
-                               const Arguments&... arguments) {
-  cudaLaunchAttribute overlaps;
-  overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlaps.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  config.attrs = &overlaps;
-  config.numAttrs = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-}
 
 // Blocks for this many threads, of a kernel whose threads go on in steps of the grid.
 inline unsigned grid_for(int64_t threads, int threads_per_block) {

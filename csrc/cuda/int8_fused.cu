@@ -1,6 +1,7 @@
 #include "csrc/cuda/device.h"
 #include "csrc/cuda/int8.cuh"
 #include "csrc/cuda/int8.h"
+#include "csrc/cuda/overlap.cuh"
 
 // Norms and activations whose results are quantized before they leave the registers: one row per thread block. Rows of
 // whole items that fit are read once; others are read anew for each of the passes over them.

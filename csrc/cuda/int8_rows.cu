@@ -1,5 +1,6 @@
 #include "csrc/cuda/int8.cuh"
 #include "csrc/cuda/int8.h"
+#include "csrc/cuda/overlap.cuh"
 
 // Codes and scales of rows. A row of whole items that fits the registers of a thread block is read once; others twice.
 

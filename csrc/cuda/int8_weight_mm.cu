@@ -3,6 +3,7 @@
 #include "csrc/cuda/common.cuh"
 #include "csrc/cuda/device.h"
 #include "csrc/cuda/int8.h"
+#include "csrc/cuda/overlap.cuh"
 #include "csrc/cuda/pair.cuh"
 #include "csrc/cuda/ptx.cuh"
 

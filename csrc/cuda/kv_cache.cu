@@ -5,6 +5,7 @@
 #include "csrc/common/rotary.h"
 #include "csrc/cuda/common.cuh"
 #include "csrc/cuda/device.h"
+#include "csrc/cuda/overlap.cuh"
 #include "csrc/cuda/ptx.cuh"
 
 // A new token's heads into the cache, a warp each; and attention of a few tokens to all that is kept: keys are shared
@@ -139,13 +140,18 @@ __global__ void __launch_bounds__(kThreads) cached_attention_kernel(const Cached
   const T* const q = static_cast<const T*>(a.q) + batch * a.batch_stride + in_sequence * a.token_stride;
   float query[kRows][kElements];
 #pragma unroll
-  for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < kRows; ++r) {
+    const int head = key_head * group + min(first_row + r, group - 1);  // rows past the end are not written
+    const auto* from = reinterpret_cast<const Pack<T, 8>*>(q + head * kSize + chunk * kElements);
 #pragma unroll
-    for (int i = 0; i < kElements; ++i)
-      query[r][i] =
-          first_row + r < group
-              ? to_float(q[(key_head * group + first_row + r) * kSize + chunk * kElements + i]) * (a.scale * kLog2E)
-              : 0.0f;
+    for (int h = 0; h < kElements / 8; ++h) {
+      float values[8];
+      const Pack<T, 8> eight = from[h];
+      unpack(eight, values);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) query[r][h * 8 + i] = values[i] * (a.scale * kLog2E);
+    }
+  }
   const int64_t row = (batch * s.key_heads + key_head) * s.capacity;
   const auto* keys_of = reinterpret_cast<const uint4*>(a.cache.key_codes + row * kSize);
   const auto* values_of = reinterpret_cast<const uint4*>(a.cache.value_codes + row * kSize);
@@ -315,7 +321,8 @@ bool cached_attention_suits(const CachedAttentionArgs& a) {
   const KvCacheShape& s = a.shape;
   return (s.dtype == DType::kFloat16 || s.dtype == DType::kBFloat16) &&
          (s.size == 32 || s.size == 64 || s.size == 128) && s.capacity < (int64_t{1} << 24) &&
-         s.batches * s.tokens < 65536 && s.key_heads * row_blocks(s) < 65536 && is_aligned(a.cache.key_codes) &&
+         s.batches * s.tokens < 65536 && s.key_heads * row_blocks(s) < 65536 && is_aligned(a.q) &&
+         a.batch_stride % 8 == 0 && a.token_stride % 8 == 0 && is_aligned(a.cache.key_codes) &&
          is_aligned(a.cache.value_codes);
 }
 

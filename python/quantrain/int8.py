@@ -306,7 +306,7 @@ def int8_gelu(
 
 
 def int8_relu(input: Tensor, *, column_factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """max(input, 0), leaving as int8 codes with one scale per row.
+    """ReLU whose result leaves as int8 codes with one scale per row.
 
     column_factor as in :func:`int8_layer_norm`; shapes as :func:`int8_quantize_rows`.
 

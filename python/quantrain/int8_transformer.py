@@ -63,7 +63,7 @@ def int8_transformer_layer(
     codes: tuple[Tensor, Tensor] | None = None,
     **options: Any,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """``(output, codes)`` of a layer, ``input`` and ``output`` ``[B, T, C]`` of float32, float16 or bfloat16.
+    """A transformer layer in one call: ``(output, codes)``, ``input`` and ``output`` ``[B, T, C]`` of a floating type.
 
     Args:
         weights: by name or in the order of :data:`WEIGHT_NAMES`; missing ones are None.
@@ -116,8 +116,9 @@ def int8_transformer_qkv(
     sin: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """The layer up to its attention, for keys and values that are kept elsewhere: queries, keys and values, rotated,
-    ``[B, T, heads + 2 kv_heads, D]``. Arguments as :func:`int8_transformer_layer`.
+    """The layer up to its attention: queries, keys and values, rotated, ``[B, T, heads + 2 kv_heads, D]``.
+
+    For keys and values that are kept elsewhere. Arguments as :func:`int8_transformer_layer`.
 
     >>> weights = {"qkv_codes": torch.ones(12, 4, dtype=torch.int8), "qkv_scale": torch.ones(12, 1)}
     >>> for name in ("out", "up", "down"):

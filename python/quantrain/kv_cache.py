@@ -70,7 +70,7 @@ def kv_cache_append_(
 def kv_cache_attention(
     q: Tensor, cache: Int8KvCache, position: Tensor, *, scale: float, mask: Tensor | None = None
 ) -> Tensor:
-    """softmax(scale q k^T) v: token t of a sequence attends to what is kept up to ``position + t``.
+    """Attention to int8 keys and values, softmax(scale q k^T) v: token t sees what is kept up to ``position + t``.
 
     Args:
         q: ``[B, T, H, D]``; head h reads key head h / (H / Hk).

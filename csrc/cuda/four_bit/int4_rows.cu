@@ -1,6 +1,7 @@
 #include "csrc/cuda/common.cuh"
 #include "csrc/cuda/device.h"
 #include "csrc/cuda/four_bit/few_rows.h"
+#include "csrc/cuda/overlap.cuh"
 #include "csrc/cuda/pair.cuh"
 #include "csrc/cuda/ptx.cuh"
 

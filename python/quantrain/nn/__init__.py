@@ -56,6 +56,7 @@ from .four_bit_formats import (
     to_gptq,
 )
 from .gradient_probe import GradientProbe, ProbeTable
+from .inductor import enable_inductor_pass
 from .int8_blocks import FusedBlocks, Int8Block, fuse_int8_blocks, unfuse_int8_blocks
 from .int8_linear import Int8Linear, Int8TransposedLinear, enable_weight_cache
 from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear, QuantTransposedLinear
@@ -111,6 +112,7 @@ __all__ = [
     "GradientProbe",
     "Int8Block",
     "Int8Decoder",
+    "enable_inductor_pass",
     "Int8Linear",
     "Int8TransposedLinear",
     "Linear4bit",

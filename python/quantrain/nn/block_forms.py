@@ -165,8 +165,6 @@ def layers_of(block: nn.Module, form: BlockForm) -> dict[str, list[QuantizedLaye
                 raise NotFused(f"{path} is a {type(layer).__name__} without an int8 product")
             if layer.output_fake_quant is not None:
                 raise NotFused(f"the output of {path} is rounded")
-            if layer._forward_hooks or layer._forward_pre_hooks:
-                raise NotFused(f"{path} has hooks")
     return layers
 
 

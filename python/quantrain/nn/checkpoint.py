@@ -22,6 +22,7 @@ from quantrain._C import QuantSpec, Recipe, write_safetensors
 from .convert import convert, is_converted
 from .four_bit import FORMS, FourBitLayer, skeletons
 from .fuse import differing_shares
+from .int8_blocks import fuse_int8_blocks
 from .layers import QuantEmbedding, QuantLayer
 from .prepare import prepare, quantizable
 from .quantized import QuantizedEmbedding, QuantizedLayer, name_codes
@@ -213,6 +214,8 @@ def from_checkpoint(path: str | os.PathLike, model: nn.Module, *, example_inputs
             model = convert(model, check_observed=False)
         _take_forms(path, model)
     load_checkpoint(path, model)
+    if info.converted:
+        fuse_int8_blocks(model)  # only now do its layers hold values, which a block is checked with
     return model.eval()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ class Int8Block:
             return None
         if torch.is_autocast_enabled(hidden.device.type) or (mask is not None and mask.dim() != 4):
             return None
-        implementation = getattr(plan.config, "_attn_implementation", "sdpa")
+        implementation = _attention_implementation(plan.config)
         if implementation not in ("sdpa", "eager", None) or (cache is not None and plan.layer_idx is None):
             return None
         if cache is not None and hasattr(cache, "self_attention_cache"):
@@ -113,7 +114,7 @@ class Int8Block:
 
     def _run_int8(self, hidden: Tensor, mask: Tensor | None, angles: Any, cache: Any, causal: bool) -> Tensor:
         cos, sin = (None, None) if angles is None else angles
-        layer = self._compiled_layer(causal) if torch.compiler.is_compiling() else self._kept_layer(causal)
+        layer = self._compiled_layer(causal) if torch.compiler.is_compiling() else self._int8_state.layer(causal)
         if cache is not None:
             attended = self._attend(layer.qkv(hidden, cos, sin), mask, cache, causal)
             return layer.output(hidden, attended)
@@ -160,6 +161,16 @@ class Int8Block:
         return _new_block, (self._block_class,), self.__getstate__()
 
 
+def _attention_implementation(config: Any) -> str | None:
+    """transformers' own name, past the attribute lookup of its configs, which takes as long as a kernel's launch."""
+    if config is None:
+        return "sdpa"
+    own = object.__getattribute__(config, "__dict__")
+    if "_attn_implementation_internal" in own:
+        return own["_attn_implementation_internal"]
+    return getattr(config, "_attn_implementation", "sdpa")
+
+
 class Int8TorchBlock(Int8Block):
     """The same for ``torch.nn.TransformerEncoderLayer``, whose masks say what is left out."""
 
@@ -197,6 +208,25 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
 
+def _held_by(block: nn.Module, form: BlockForm) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """What would make the state stale: (holder, name, object) of each module on the way to a layer or a norm, and of the
+    tensors of those."""
+    paths = (*(path for paths in form.products.values() for path in paths), *form.norms)
+    seen = set()
+    for path in paths:
+        module = block
+        for name in path.split("."):
+            child = getattr(module, name, None)
+            if isinstance(child, nn.Module) and id(child) not in seen:
+                seen.add(id(child))
+                yield module._modules, name, child
+            module = child
+        for of in (getattr(module, "_parameters", {}), getattr(module, "_buffers", {})):
+            yield from (
+                (of, name, of[name]) for name in ("weight", "weight_codes", "weight_scale", "bias") if name in of
+            )
+
+
 class _State:
     """What calls of a block keep from one to the next, while its modules and tensors are what they were.
 
@@ -217,21 +247,18 @@ class _State:
             self.weights = joined_weights(block, form, share=True)
         except (NotFused, AttributeError):
             pass  # another module in a layer's place, an adapter's perhaps
-        # Of each module inside what its parent calls by its name, and of each tensor what holds it.
-        self._held = tuple(
-            (of, key, value)
-            for module in block.modules()
-            for of in (module._modules, module._parameters, module._buffers)
-            for key, value in of.items()
-        )
+        self._held = tuple(_held_by(block, form))
 
     def current(self) -> bool:
-        return all(of.get(key) is value for of, key, value in self._held)
+        for of, key, value in self._held:  # noqa: SIM110, a generator takes twice as long
+            if of.get(key) is not value:
+                return False
+        return True
 
     @property
     def usable(self) -> bool:
         """Whether nobody listens to a module inside, or calls it by a function of his own: a fused call passes over it."""
-        if self.weights is None or any("forward" in own for own in self._own):
+        if self.weights is None or any(map(dict.__contains__, self._own, repeat("forward"))):
             return False
         return not any(self._hooks) or all(_sleeping(hook) for of in self._hooks for hook in of.values())
 
@@ -309,6 +336,9 @@ def _handed_over(hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 def _plan(block: nn.Module, form: BlockForm) -> _Plan:
     layers = layers_of(block, form)
+    for name, of in layers.items():
+        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in of):
+            raise NotFused(f"{' or '.join(form.products[name])} has hooks")
     check_nothing_else(block, form)
     attention = inside(block, form.attention)
     if isinstance(block, nn.TransformerEncoderLayer):

@@ -12,6 +12,7 @@ MODULES = sorted(BENCHMARKS.rglob("*.py"))
 SCRIPTS = [path for path in MODULES if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
 FOLDERS = {
     "int8",
+    "transformer",
     "studies",
     "fits",
     "tests",
@@ -51,7 +52,11 @@ def test_every_script_starts():
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_a_module_imports_common_and_its_own_folder(path):
     place = path.relative_to(BENCHMARKS).parts
-    own = {"bench_int8.py": "int8", "studies": f"studies.{place[1]}" if len(place) > 2 else ""}.get(place[0], place[0])
+    own = {
+        "bench_int8.py": "int8",
+        "bench_transformer.py": "transformer",
+        "studies": f"studies.{place[1]}" if len(place) > 2 else "",
+    }.get(place[0], place[0])
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

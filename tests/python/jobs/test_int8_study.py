@@ -15,10 +15,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 pytest.importorskip("matplotlib")
 
 import bench_int8  # noqa: E402
-from common import operands, pages, timing  # noqa: E402
+from common import encoder, operands, pages, timing  # noqa: E402
+from common.checks import poisoned, relative_error  # noqa: E402
 from common.recipes import int8_recipe  # noqa: E402
 from common.sections import Row  # noqa: E402
-from int8 import checks, encoder  # noqa: E402
+from int8 import checks  # noqa: E402
 from studies.int8_training import curves, figures, finetune, results, study, tables  # noqa: E402
 
 from quantrain.finetune import job, minilm, text  # noqa: E402
@@ -211,7 +212,7 @@ def test_wrong_codes_are_found(monkeypatch):
 
 
 def test_memory_is_poisoned_while_a_kernel_is_checked():
-    with checks.poisoned():
+    with poisoned():
         assert torch.empty(4, 4).isnan().all() and (torch.empty(8, dtype=torch.int8) == 127).all()
     assert not torch.are_deterministic_algorithms_enabled()
 
@@ -234,7 +235,7 @@ def test_the_int8_encoder_is_the_float_one_with_its_operands_rounded(pre_norm):
     x = torch.randn(3, 16, 48)
     with torch.no_grad():
         # Apart only where a sum's order moved a value over the edge of a code.
-        assert checks.relative_error(narrow(x), wide(x)) < 2e-3
+        assert relative_error(narrow(x), wide(x)) < 2e-3
 
 
 # ---- small parts -----------------------------------------------------------------------------------------------------------
