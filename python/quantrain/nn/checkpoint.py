@@ -215,7 +215,7 @@ def from_checkpoint(path: str | os.PathLike, model: nn.Module, *, example_inputs
         _take_forms(path, model)
     load_checkpoint(path, model)
     if info.converted:
-        fuse_int8_blocks(model)  # only now do its layers hold values, which a block is checked with
+        fuse_int8_blocks(model)  # where its layers were on the meta device before
     return model.eval()
 
 

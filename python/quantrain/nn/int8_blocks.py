@@ -381,7 +381,7 @@ def _trial_arguments(block: nn.Module, plan: _Plan) -> Iterator[tuple[Tensor, di
 @torch.no_grad()
 def _check(block: nn.Module, plan: _Plan) -> None:
     """Raises where the block as one call gives other results than its layers."""
-    trial = copied(block)
+    trial = copied(block).eval()  # a model that trains may be converted first and told to evaluate afterwards
     joined_weights(trial, plan.form, share=False)  # says what cannot be joined
     for layer in trial.modules():
         if isinstance(layer, QuantizedLayer) and bool(layer.weight_scale.isnan().any()):

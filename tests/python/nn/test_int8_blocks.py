@@ -140,6 +140,18 @@ def test_blocks_become_one_call(name, recipe, calls):
     assert error(hidden(fused, given), found) == 0
 
 
+@each_model(*ENCODERS, *DECODERS)
+def test_a_model_that_trains_may_be_converted(name, calls):
+    given = inputs(name)
+    training = qnn.convert(qnn.prepare(model(name).train(), "int8-training"))
+    assert len(blocks(training)) == 2 and not training.quantization_summary.separate
+    expected = hidden(converted(name), given)
+    calls.clear()
+    hidden(training, given)
+    assert not calls
+    assert torch.equal(hidden(training.eval(), given), expected) and len(calls) == 2
+
+
 def test_names_in_the_summary():
     fused = converted("bert")
     (line,) = fused.quantization_summary.fused
@@ -565,7 +577,8 @@ def test_files(name, recipe, tmp_path):
     skeleton = qnn.convert(qnn.prepare(model(name, seed=9), recipe), check_observed=False)
     qnn.load_checkpoint(path, skeleton)
     assert error(hidden(skeleton, given), expected) < (NEAR_SEPARATE if recipe == "smoothquant-w8a8" else 1e-6)
-    again = qnn.from_checkpoint(path, model(name, seed=9))
+    again = qnn.from_checkpoint(path, model(name, seed=9).train())
+    assert len(blocks(again)) == len(blocks(fused)) == (0 if recipe == "smoothquant-w8a8" else 2)
     assert error(hidden(again, given), expected) < (NEAR_SEPARATE if recipe == "smoothquant-w8a8" else 1e-6)
 
 
