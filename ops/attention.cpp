@@ -187,6 +187,24 @@ at::Tensor attention_meta(const at::Tensor& q, const at::Tensor& k, const at::Te
 
 }  // namespace
 
+void detail::check_angles(std::string_view op, const at::Tensor& x, const std::optional<at::Tensor>& cos,
+                          const std::optional<at::Tensor>& sin, int64_t size) {
+  QUANTRAIN_CHECK_VALUE(cos.has_value() == sin.has_value(), "{}: expected cos and sin together, got one", op);
+  if (!cos) return;
+  for (const auto& [name, angle] : {std::pair("cos", *cos), std::pair("sin", *sin)}) {
+    detail::check_float(op, name, angle.scalar_type());
+    detail::check_device(op, name, angle, x, "input's");
+    QUANTRAIN_CHECK_VALUE(angle.dim() == 3 && TORCH_GUARD_OR_TRUE(angle.sym_size(1).sym_eq(x.sym_size(1))) &&
+                              angle.size(2) == size && size % 2 == 0 &&
+                              (TORCH_GUARD_OR_TRUE(angle.sym_size(0).sym_eq(x.sym_size(0))) ||
+                               TORCH_GUARD_OR_FALSE(angle.sym_size(0).sym_eq(1))),
+                          "{}: expected {} [B or 1, T, D] for heads of an even size D, got {} for heads of {}", op,
+                          name, detail::shape_text(angle), size);
+  }
+  QUANTRAIN_CHECK_TYPE(cos->scalar_type() == sin->scalar_type(), "{}: expected cos and sin of one type, got {} and {}",
+                       op, c10::toString(cos->scalar_type()), c10::toString(sin->scalar_type()));
+}
+
 at::Tensor detail::attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& mask,
                              bool causal, double scale) {
   check(q, k, v, mask, scale);

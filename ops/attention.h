@@ -3,7 +3,9 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <optional>
+#include <string_view>
 
 namespace quantrain::detail {
 
@@ -17,5 +19,9 @@ at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
 // The same of one tensor, queries, keys and values [B, T, heads + 2 key_heads, D] -> [B, T, heads D]; the mask fits.
 at::Tensor attention_of_heads(const at::Tensor& qkv, int64_t heads, int64_t key_heads,
                               const std::optional<at::Tensor>& mask, bool causal, double scale);
+
+// cos and sin, or neither, of rotary embedding: [B or 1, T, size] for x [B, T, ...].
+void check_angles(std::string_view op, const at::Tensor& x, const std::optional<at::Tensor>& cos,
+                  const std::optional<at::Tensor>& sin, int64_t size);
 
 }  // namespace quantrain::detail

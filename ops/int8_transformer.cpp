@@ -100,25 +100,6 @@ void check_norm(const char* name, const OptionalTensor& tensor, const at::Tensor
                         detail::shape_text(*tensor), detail::shape_text(input));
 }
 
-// x [B, T, ...] with cos and sin [B or 1, T, D].
-void check_angles(std::string_view op, const at::Tensor& x, const OptionalTensor& cos, const OptionalTensor& sin,
-                  int64_t size) {
-  QUANTRAIN_CHECK_VALUE(cos.has_value() == sin.has_value(), "{}: expected cos and sin together, got one", op);
-  if (!cos) return;
-  for (const auto& [name, angle] : {std::pair("cos", *cos), std::pair("sin", *sin)}) {
-    detail::check_float(op, name, angle.scalar_type());
-    detail::check_device(op, name, angle, x, "input's");
-    QUANTRAIN_CHECK_VALUE(angle.dim() == 3 && TORCH_GUARD_OR_TRUE(angle.sym_size(1).sym_eq(x.sym_size(1))) &&
-                              angle.size(2) == size && size % 2 == 0 &&
-                              (TORCH_GUARD_OR_TRUE(angle.sym_size(0).sym_eq(x.sym_size(0))) ||
-                               TORCH_GUARD_OR_FALSE(angle.sym_size(0).sym_eq(1))),
-                          "{}: expected {} [B or 1, T, D] for heads of an even size D, got {} for heads of {}", op,
-                          name, detail::shape_text(angle), size);
-  }
-  QUANTRAIN_CHECK_TYPE(cos->scalar_type() == sin->scalar_type(), "{}: expected cos and sin of one type, got {} and {}",
-                       op, c10::toString(cos->scalar_type()), c10::toString(sin->scalar_type()));
-}
-
 void check_layer(const at::Tensor& input, const Weights& w, const Options& o) {
   detail::check_float(kLayer, "input", input.scalar_type());
   detail::check_dense(kLayer, "input", input);
@@ -159,7 +140,7 @@ void check_layer(const at::Tensor& input, const Weights& w, const Options& o) {
 }
 
 void check_inputs(const at::Tensor& input, const Weights& w, const Options& o, const Inputs& in) {
-  check_angles(kLayer, input, in.cos, in.sin, head_size(w, o));
+  detail::check_angles(kLayer, input, in.cos, in.sin, head_size(w, o));
   QUANTRAIN_CHECK_VALUE(in.cache ? in.position && !in.mask : !in.position && !in.kept,
                         "{}: expected a cache with a position and without a mask, or neither, got others", kLayer);
   if (in.mask) {
@@ -479,7 +460,7 @@ void check_rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& 
   QUANTRAIN_CHECK_VALUE(x.dim() == 4 && heads >= 0 && TORCH_GUARD_OR_TRUE(x.sym_size(2).sym_ge(heads)),
                         "{}: expected x [B, T, H, D] of at least {} heads, got {}", kRotate, heads,
                         detail::shape_text(x));
-  check_angles(kRotate, x, cos, sin, x.sym_size(3).guard_int(__FILE__, __LINE__));
+  detail::check_angles(kRotate, x, cos, sin, x.sym_size(3).guard_int(__FILE__, __LINE__));
 }
 
 void rotate_meta(at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, int64_t heads) {

@@ -73,7 +73,7 @@ void check_append(const at::Tensor& qkv, const Int8KvCache& cache, const at::Ten
   QUANTRAIN_CHECK_VALUE(TORCH_GUARD_OR_TRUE(qkv.sym_size(2).sym_gt(cache.key_codes.sym_size(1) * 2)),
                         "{}: expected qkv of more than twice the cache's {} heads, got {}", kAppend,
                         c10::str(cache.key_codes.sym_size(1)), detail::shape_text(qkv));
-  QUANTRAIN_CHECK_VALUE(cos.has_value() == sin.has_value(), "{}: expected cos and sin together, got one", kAppend);
+  detail::check_angles(kAppend, qkv, cos, sin, qkv.sym_size(3).guard_int(__FILE__, __LINE__));
   for (const at::Tensor* tensor :
        {&cache.key_codes, &cache.key_scale, &cache.value_codes, &cache.value_scale, &position})
     QUANTRAIN_CHECK_VALUE(tensor->is_contiguous(), "{}: expected a contiguous cache and position, got strides {}",

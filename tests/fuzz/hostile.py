@@ -127,6 +127,7 @@ BY_MEMORY = {
     "int8_transformer_layer": "likewise, within it",
     "int8_transformer_qkv": "likewise, of few rows",
     "int8_transformer_output": "likewise",
+    "kv_cache_attention": "likewise",
 }
 # On a GPU: another kernel takes a tensor that does not begin on 16 bytes, and adds in another order.
 BY_ADDRESS = (

@@ -481,6 +481,34 @@ def rotation(d):
     return {"x": torch.empty_like(x).copy_(x), "cos": cos, "sin": sin, "heads": d.randint(0, heads)}
 
 
+def kept(d, b, key_heads, size):
+    shape = [b, key_heads, d.randint(1, 6)]
+    names = ("key_codes", "key_scale", "value_codes", "value_scale")
+    tensors = [
+        f() for f in (lambda: d.integers([*shape, size], -127, 127, torch.int8), lambda: d.scale(shape, -8, 7))
+    ] * 2
+    return {name: torch.empty_like(t).copy_(t) for name, t in zip(names, tensors, strict=True)}, shape[2]
+
+
+def cache_append(d):
+    b, t, key_heads, size = d.randint(1, 3), d.randint(1, 4), d.randint(1, 2), 2 * d.randint(1, 5)
+    cache, capacity = kept(d, b, key_heads, size)
+    qkv = floats(d, [b, t, d.randint(1, 3) + 2 * key_heads, size])
+    cos, sin = (d.tensor([1, t, size], kind="normal") for _ in range(2)) if d.chance(0.5) else (None, None)
+    position = d.integers([d.choice((1, b))], 0, capacity, torch.int64)
+    position = torch.empty_like(position).copy_(position)
+    return cache | {"qkv": torch.empty_like(qkv).copy_(qkv), "position": position, "cos": cos, "sin": sin}
+
+
+def cache_attention(d):
+    b, key_heads, size = d.randint(1, 3), d.randint(1, 2), d.randint(1, 9)
+    cache, capacity = kept(d, b, key_heads, size)
+    q = floats(d, [b, d.randint(1, 4), key_heads * d.randint(1, 3), size])
+    mask = torch.ones(b, capacity, dtype=torch.bool) if d.chance(0.5) else None
+    position = d.integers([d.choice((1, b))], 0, capacity, torch.int64)
+    return cache | {"q": q, "position": position, "mask": mask, "scale": 0.5}
+
+
 def transformer_weights(d, shapes, width, layer_norm):
     """In the operator's order; now and then one of them spoilt, which the list as a whole would hide."""
     weights = []
@@ -761,6 +789,8 @@ ARGUMENTS = {
     **dict.fromkeys(("int8_gelu", "int8_relu", "int8_silu_mul"), activation),
     "_attention": attention,
     "rotate_heads_": rotation,
+    "kv_cache_append_": cache_append,
+    "kv_cache_attention": cache_attention,
     **dict.fromkeys(("int8_transformer_layer", "int8_transformer_qkv", "int8_transformer_output"), transformer),
     **dict.fromkeys(("_amp_check_norm", "_amp_scale_"), grads),
     "_amp_round_stochastic_": rounding,

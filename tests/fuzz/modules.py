@@ -18,6 +18,7 @@ FAMILIES = (
     "int8",
     "int8_fused",
     "int8_transformer",
+    "kv_cache",
     "int8_linear",
     "amp",
     "adamw_8bit",

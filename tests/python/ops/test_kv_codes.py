@@ -135,3 +135,12 @@ def test_errors():
         kv_cache_attention(qkv[:, :, :4], cache, position, scale=0.0)
     with pytest.raises(ValueError, match="expected mask .B, capacity., got .2, 7."):
         kv_cache_attention(qkv[:, :, :4], cache, position, scale=0.2, mask=torch.ones(2, 7, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("wrong", [(1, 4, 32), (1, 5, 16), (3, 5, 32), (5, 32)], ids=str)
+@on_each_device
+def test_angles_that_do_not_fit_are_refused(wrong, device):
+    qkv, cos, _ = operands(2, 5, 4, 2, 32, torch.float32, device)
+    cache, position = Int8KvCache.zeros(2, 2, 16, 32, device), torch.tensor([0], device=device)
+    with pytest.raises(ValueError, match=r"kv_cache_append_: expected sin \[B or 1, T, D\]"):
+        kv_cache_append_(qkv, cache, position, cos, torch.ones(wrong, device=device))
