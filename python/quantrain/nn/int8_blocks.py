@@ -97,11 +97,7 @@ class Int8Block:
                 cache = found
         if any(value is not None and value is not False and name not in _IGNORED for name, value in given.items()):
             return None
-        if self.training or not isinstance(hidden, Tensor) or hidden.dim() != 3:
-            return None
-        if torch.is_grad_enabled() and hidden.requires_grad:
-            return None
-        if torch.is_autocast_enabled(hidden.device.type) or (mask is not None and mask.dim() != 4):
+        if not self._serves(hidden) or (mask is not None and mask.dim() != 4):
             return None
         implementation = _attention_implementation(plan.config)
         if implementation not in ("sdpa", "eager", None) or (cache is not None and plan.layer_idx is None):
@@ -111,6 +107,14 @@ class Int8Block:
         if not torch.compiler.is_compiling() and not self._current_state().usable:
             return None
         return hidden, mask, angles, cache, plan.is_causal and implementation != "eager"
+
+    def _serves(self, hidden: Any) -> bool:
+        """Whether one call may take these states, whatever else the block is given."""
+        if self.training or not isinstance(hidden, Tensor) or hidden.is_nested or hidden.dim() != 3:
+            return False
+        return not (torch.is_grad_enabled() and hidden.requires_grad) and not torch.is_autocast_enabled(
+            hidden.device.type
+        )
 
     def _run_int8(self, hidden: Tensor, mask: Tensor | None, angles: Any, cache: Any, causal: bool) -> Tensor:
         cos, sin = (None, None) if angles is None else angles
@@ -186,9 +190,7 @@ class Int8TorchBlock(Int8Block):
     def _int8_call(self, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         given = dict(zip(self._int8_plan.names, args, strict=False)) | kwargs
         hidden, mask, padding = (given.get(name) for name in self._int8_plan.names[:3])
-        if self.training or not isinstance(hidden, Tensor) or hidden.is_nested or hidden.dim() != 3:
-            return None
-        if (torch.is_grad_enabled() and hidden.requires_grad) or torch.is_autocast_enabled(hidden.device.type):
+        if not self._serves(hidden):
             return None
         if not torch.compiler.is_compiling() and not self._current_state().usable:
             return None
@@ -370,7 +372,7 @@ def _trial_arguments(block: nn.Module, plan: _Plan) -> Iterator[tuple[Tensor, di
     if "position_embeddings" in plan.names:
         angle = torch.rand(1, 40, size // 2, generator=generator).repeat(1, 1, 2) * 6
         arguments["position_embeddings"] = tuple(part.to(device, dtype) for part in (angle.cos(), angle.sin()))
-    eager = getattr(plan.config, "_attn_implementation", "sdpa") == "eager"
+    eager = _attention_implementation(plan.config) == "eager"
     mask = torch.zeros(40, 40).masked_fill_(~allowed, torch.finfo(dtype).min).to(dtype) if eager else allowed
     masked = arguments | {"attention_mask": mask.to(device)[None, None].expand(2, 1, 40, 40)}
     yield x, masked
