@@ -13,6 +13,7 @@
 
 #include "nn/json.h"
 #include "nn/labels.h"
+#include "nn/masked_codes.h"
 #include "nn/safetensors.h"
 #include "nn/schemes/table.h"
 #include "quantrain/nn/calibration.h"
@@ -258,7 +259,9 @@ CheckpointInfo read_checkpoint_info(const std::string& path) {
 void save_checkpoint(const std::string& path, const torch::nn::Module& module, const std::optional<Recipe>& recipe) {
   if (recipe) check_recipe_of(module, *recipe);
   const Json layers = converted_layers(module);
-  write_safetensors(path, {state_of(module),
+  std::map<std::string, at::Tensor> state = state_of(module);
+  if (!layers.empty()) detail::keep_codes(state);
+  write_safetensors(path, {state,
                            {{"format", "quantrain"},
                             {"version", "1"},
                             {"recipe", recipe ? recipe->to_json() : ""},
@@ -281,8 +284,15 @@ CheckpointInfo load_checkpoint(const std::string& path, torch::nn::Module& modul
   check_recipes(path, header, info, module);
   detail::label_layers(module);
   SafeTensors content = read_tensors(path, file, header);
+  std::map<std::string, std::vector<int64_t>> shapes;
+  const Json layers = converted_layers(module);
+  for (const auto& [name, layer] : layers.items())
+    shapes[name] = layer["shape"].get<std::vector<int64_t>>();
+  detail::spread_codes(path, content.tensors, shapes);
   name_codes(content.tensors, module);
+  const auto masks = detail::take_new_masks(path, content.tensors, module);
   load_tensors(content.tensors, module, path);
+  detail::add_masks(module, masks);
   return info;
 }
 
@@ -320,6 +330,7 @@ void load_tensors(const std::map<std::string, at::Tensor>& tensors, torch::nn::M
 void load_float(const std::string& path, torch::nn::Module& module,
                 const std::function<std::string(const std::string&)>& file_name) {
   std::map<std::string, at::Tensor> given = read_safetensors(path).tensors;
+  const auto masks = detail::take_new_masks(path, given, module);
   std::set<std::string> own;  // names that a float model does not have
   for (const auto& item : module.named_modules()) {
     const std::string prefix = item.key().empty() ? "" : item.key() + ".";
@@ -350,6 +361,7 @@ void load_float(const std::string& path, torch::nn::Module& module,
   if (!missing.empty()) fail_file(path, "a tensor for every weight of the module", "none for " + listed(missing));
   tensors.merge(given);  // names that the module does not know, for load_tensors to refuse
   load_tensors(tensors, module, path);
+  detail::add_masks(module, masks);
 }
 
 }  // namespace quantrain::nn

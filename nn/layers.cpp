@@ -460,6 +460,12 @@ void copy_state(const torch::nn::Module& from, torch::nn::Module& to, const std:
     take(parameters[item.key()], item.value());
     item.value().set_requires_grad(parameters[item.key()].requires_grad());
   }
+  for (size_t i = 0; i < modules.size(); ++i) {  // what pruning registered
+    const auto own = modules[i]->named_buffers(/*recurse=*/false);
+    const auto* mask = own.find("weight_mask");
+    if (mask && !to.modules()[i]->named_buffers(/*recurse=*/false).contains("weight_mask"))
+      to.modules()[i]->register_buffer("weight_mask", mask->clone());
+  }
   const auto buffers = from.named_buffers();
   for (auto& item : to.named_buffers()) take(buffers[item.key()], item.value());
   const auto copies = to.modules();

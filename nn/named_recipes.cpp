@@ -47,6 +47,15 @@ std::vector<Recipe> simulated_recipes() {
   groups.observer = ObserverKind::kMse;
   recipes.push_back(named_recipe("ptq-w4a8", groups, affine_input(8, ObserverKind::kMse)));
   recipes.back().training = false;
+
+  Recipe pruned;
+  pruned.name = "prune-magnitude";
+  pruned.prune.emplace().schedule = PruneSchedule::kCubic;
+  recipes.push_back(pruned);
+  pruned.name = "prune-2of4";
+  pruned.prune = PruneSpec{};
+  pruned.prune->pattern = "2:4";
+  recipes.push_back(pruned);
   return recipes;
 }
 

@@ -12,6 +12,7 @@
 #include "ops/common/dispatch.h"
 #include "ops/common/launch.h"
 #include "ops/common/random.h"
+#include "quantrain/ops/pruning.h"
 
 #if defined(QUANTRAIN_WITH_CUDA)
 #include "csrc/cuda/adamw_8bit.h"
@@ -23,6 +24,7 @@ namespace {
 using at::TensorList;
 using OptionalTensor = std::optional<at::Tensor>;
 using OptionalGenerator = std::optional<at::Generator>;
+using OptionalMasks = std::optional<c10::List<at::Tensor>>;  // a schema's list of tensors has no default but None
 using CodesTuple = std::tuple<at::Tensor, at::Tensor>;
 
 constexpr std::string_view kStep = "adamw_8bit_";
@@ -38,7 +40,18 @@ struct Step {
   double beta1, beta2, eps, weight_decay;
   const OptionalTensor& grad_scale;
   const OptionalTensor& found_inf;
+  std::vector<at::Tensor> masks;
+
+  bool has_mask(size_t i) const { return !masks.empty() && TORCH_GUARD_OR_TRUE(masks[i].sym_numel().sym_ne(0)); }
 };
+
+std::vector<at::Tensor> masks_of(const OptionalMasks& masks) {
+  return masks ? masks->vec() : std::vector<at::Tensor>{};
+}
+
+OptionalMasks list_of(const std::vector<at::Tensor>& masks) {
+  return masks.empty() ? OptionalMasks() : OptionalMasks(c10::List<at::Tensor>(masks));
+}
 
 c10::SymInt blocks_of(const at::Tensor& tensor) { return (tensor.sym_numel() + kStateBlock - 1) / kStateBlock; }
 
@@ -79,6 +92,16 @@ void check_moment_at(std::string_view name, const at::Tensor& moment, const at::
                         detail::shape_text(scale), i);
 }
 
+void check_mask_at(const at::Tensor& mask, const at::Tensor& param, size_t i) {
+  check_dense_at("masks", mask, param, i);
+  QUANTRAIN_CHECK_TYPE(mask.scalar_type() == at::kByte, "{}: expected masks of uint8, got {} at index {}", kStep,
+                       c10::toString(mask.scalar_type()), i);
+  const c10::SymInt bytes = (param.sym_numel() + 7) / 8;
+  QUANTRAIN_CHECK_VALUE(mask.dim() == 1 && TORCH_GUARD_OR_TRUE(mask.sym_numel().sym_eq(bytes)),
+                        "{}: expected masks of {} bytes, a bit for each element, got shape {} at index {}", kStep,
+                        c10::str(bytes), detail::shape_text(mask), i);
+}
+
 void check_one(std::string_view name, const at::Tensor& tensor, const at::Tensor& param) {
   detail::check_dense(kStep, name, tensor);
   detail::check_type(kStep, name, tensor, at::kFloat, "float32");
@@ -105,6 +128,9 @@ void check_step(const Step& s, bool stochastic) {
   for (const auto& [name, list] : lists)
     QUANTRAIN_CHECK_VALUE(list.size() == s.params.size(), "{}: expected {} for each of {} parameters, got {}", kStep,
                           name, s.params.size(), list.size());
+  QUANTRAIN_CHECK_VALUE(s.masks.empty() || s.masks.size() == s.params.size(),
+                        "{}: expected no masks or one for each of {} parameters, got {}", kStep, s.params.size(),
+                        s.masks.size());
   const at::Tensor& first = s.params.empty() ? s.lr : s.params[0];
   for (size_t i = 0; i < s.params.size(); ++i) {
     const at::Tensor& param = s.params[i];
@@ -122,6 +148,7 @@ void check_step(const Step& s, bool stochastic) {
                          "{}: expected exp_avg and exp_avg_sq of one type, got {} and {} at index {}", kStep,
                          c10::toString(s.exp_avg[i].scalar_type()), c10::toString(s.exp_avg_sq[i].scalar_type()), i);
     check_one("steps", s.steps[i], param);
+    if (s.has_mask(i)) check_mask_at(s.masks[i], param, i);
   }
   check_one("lr", s.lr, first);
   if (s.grad_scale) check_one("grad_scale", *s.grad_scale, first);
@@ -168,6 +195,7 @@ class DenseLists {
         entry.exp_avg_sq_scale = floats(s.exp_avg_sq_scale[i]);
       }
       entry.step = floats(s.steps[i]);
+      if (s.has_mask(i)) entry.mask = kept(in_memory_order(s.masks[i], param)).const_data_ptr<uint8_t>();
       entry.numel = param.numel();
       entry.dtype = dtype_of(param);
       entry.grad_dtype = dtype_of(s.grads[i]);
@@ -185,6 +213,13 @@ class DenseLists {
   }
 
  private:
+  // A mask's bits are in row-major order, a block's elements in that of memory.
+  static at::Tensor in_memory_order(const at::Tensor& mask, const at::Tensor& param) {
+    if (param.is_contiguous()) return mask.contiguous();
+    const at::Tensor kept = arranged(unpack_mask(mask, param.sizes()), param);
+    return pack_mask(kept.as_strided({kept.numel()}, {1}));
+  }
+
   // With the strides of a dense parameter.
   static at::Tensor arranged(const at::Tensor& tensor, const at::Tensor& param) {
     if (tensor.strides() == param.strides()) return tensor;
@@ -239,11 +274,12 @@ void run_step(const Step& s, const Random& random) {
 #define QUANTRAIN_ADAMW_8BIT_LISTS                                                                                 \
   TensorList params, TensorList grads, TensorList exp_avg, TensorList exp_avg_scale, TensorList exp_avg_sq,        \
       TensorList exp_avg_sq_scale, TensorList steps, const at::Tensor &lr, double beta1, double beta2, double eps, \
-      double weight_decay, const OptionalTensor &grad_scale, const OptionalTensor &found_inf
+      double weight_decay, const OptionalTensor &grad_scale, const OptionalTensor &found_inf,                      \
+      const OptionalMasks &masks
 #define QUANTRAIN_ADAMW_8BIT_STEP                                                                                    \
   Step {                                                                                                             \
     params, grads, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, steps, lr, beta1, beta2, eps, weight_decay, \
-        grad_scale, found_inf                                                                                        \
+        grad_scale, found_inf, masks_of(masks)                                                                       \
   }
 
 void adamw_8bit_meta(QUANTRAIN_ADAMW_8BIT_LISTS, bool stochastic, const OptionalGenerator&) {
@@ -301,13 +337,13 @@ at::Tensor dequantize_kernel(const at::Tensor& codes, const at::Tensor& scale, b
 void adamw_8bit_(const AdamW8bitTensors& t, const AdamW8bitArguments& a) {
   static const auto op = find_operator<decltype(adamw_8bit_kernel)>("adamw_8bit_");
   op.call(t.params, t.grads, t.exp_avg, t.exp_avg_scale, t.exp_avg_sq, t.exp_avg_sq_scale, t.steps, a.lr, a.beta1,
-          a.beta2, a.eps, a.weight_decay, a.grad_scale, a.found_inf, a.stochastic, a.generator);
+          a.beta2, a.eps, a.weight_decay, a.grad_scale, a.found_inf, list_of(t.masks), a.stochastic, a.generator);
 }
 
 void adamw_8bit_seeded_(const AdamW8bitTensors& t, const AdamW8bitArguments& a, int64_t seed, int64_t offset) {
   static const auto op = find_operator<decltype(adamw_8bit_seeded_kernel)>("adamw_8bit_", "seeded");
   op.call(t.params, t.grads, t.exp_avg, t.exp_avg_scale, t.exp_avg_sq, t.exp_avg_sq_scale, t.steps, a.lr, a.beta1,
-          a.beta2, a.eps, a.weight_decay, a.grad_scale, a.found_inf, seed, offset);
+          a.beta2, a.eps, a.weight_decay, a.grad_scale, a.found_inf, list_of(t.masks), seed, offset);
 }
 
 BlockwiseCodes quantize_8bit_blockwise(const at::Tensor& input, bool is_signed) {
@@ -329,14 +365,14 @@ TORCH_LIBRARY_FRAGMENT(quantrain, m) {
   m.def(
       "adamw_8bit_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_scale, Tensor(d!)[] "
       "exp_avg_sq, Tensor(e!)[] exp_avg_sq_scale, Tensor(f!)[] steps, *, Tensor lr, float beta1=0.9, float "
-      "beta2=0.999, float eps=1e-8, float weight_decay=0.01, Tensor? grad_scale=None, Tensor? found_inf=None, bool "
-      "stochastic=False, Generator? generator=None) -> ()",
+      "beta2=0.999, float eps=1e-8, float weight_decay=0.01, Tensor? grad_scale=None, Tensor? found_inf=None, "
+      "Tensor[]? masks=None, bool stochastic=False, Generator? generator=None) -> ()",
       {at::Tag::nondeterministic_seeded});
   m.def(
       "adamw_8bit_.seeded(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_scale, "
       "Tensor(d!)[] exp_avg_sq, Tensor(e!)[] exp_avg_sq_scale, Tensor(f!)[] steps, *, Tensor lr, float beta1=0.9, "
       "float beta2=0.999, float eps=1e-8, float weight_decay=0.01, Tensor? grad_scale=None, Tensor? found_inf=None, "
-      "int seed, int offset) -> ()");
+      "Tensor[]? masks=None, int seed, int offset) -> ()");
   m.def("quantize_8bit_blockwise(Tensor input, *, bool signed=True) -> (Tensor codes, Tensor scale)");
   m.def("dequantize_8bit_blockwise(Tensor codes, Tensor scale, *, bool signed=True) -> Tensor");
 }

@@ -46,19 +46,9 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const 
       shapes && same, "{}: expected q [B, Tq, H, D] and k, v [B, Tk, Hk, D] with Hk a divisor of H, got {}, {} and {}",
       kName, detail::shape_text(q), detail::shape_text(k), detail::shape_text(v));
   QUANTRAIN_CHECK_VALUE(scale > 0, "{}: expected scale above 0, got {}", kName, scale);
-  if (!mask) return;
-  detail::check_device(kName, "mask", *mask, q, "q's");
-  QUANTRAIN_CHECK_TYPE(mask->scalar_type() == at::kBool || mask->is_floating_point(),
-                       "{}: expected mask of bool or a floating type, got {}", kName,
-                       c10::toString(mask->scalar_type()));
-  const c10::SymInt sizes[4] = {q.sym_size(0), q.sym_size(2), q.sym_size(1), k.sym_size(1)};
-  bool fits = mask->dim() <= 4;
-  for (int64_t d = 0; fits && d < mask->dim(); ++d) {
-    const c10::SymInt& size = mask->sym_size(mask->dim() - 1 - d);
-    fits = TORCH_GUARD_OR_TRUE(size.sym_eq(sizes[3 - d])) || TORCH_GUARD_OR_FALSE(size.sym_eq(1));
-  }
-  QUANTRAIN_CHECK_VALUE(fits, "{}: expected mask that broadcasts to [B, H, Tq, Tk], got {}", kName,
-                        detail::shape_text(*mask));
+  if (mask)
+    detail::check_mask(kName, *mask, q, {q.sym_size(0), q.sym_size(2), q.sym_size(1), k.sym_size(1)},
+                       "that broadcasts to [B, H, Tq, Tk]");
 }
 
 #if defined(QUANTRAIN_WITH_CUDA)
@@ -130,8 +120,13 @@ Heads heads_of(const at::Tensor& qkv, int64_t heads, int64_t key_heads) {
 }
 #endif
 
-// PyTorch's kernels on the CPU do not read expanded tensors right.
-at::Tensor unexpanded(const at::Tensor& x) {
+// PyTorch's kernels on the CPU do not read expanded tensors right; those on a GPU read whole vectors, wherever they
+// lie, and look at the strides of dimensions of one element too.
+at::Tensor as_pytorch_reads(const at::Tensor& x) {
+  const int64_t vector = 16 / x.element_size();
+  bool well = x.stride(-1) == 1 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) well = well && x.stride(d) % vector == 0;
+  if (x.is_cuda() && !well) return x.clone(at::MemoryFormat::Contiguous);
   for (int64_t d = 0; d < x.dim(); ++d)
     if (x.stride(d) == 0 && x.size(d) > 1) return x.contiguous();
   return x;
@@ -144,10 +139,12 @@ OptionalTensor pytorch_mask(const OptionalTensor& given, bool causal, const at::
   at::Tensor mask = given->is_floating_point() ? given->to(q.scalar_type()) : *given;
   while (mask.dim() < 2) mask = mask.unsqueeze(0);
   // Kernels on a GPU read a row of it as whole vectors.
-  if (q.is_cuda() && (mask.size(-1) != keys || mask.stride(-1) != 1)) {
+  bool well = reinterpret_cast<uintptr_t>(mask.const_data_ptr()) % 16 == 0 && mask.stride(-1) == 1;
+  for (int64_t d = 0; d + 1 < mask.dim(); ++d) well = well && mask.stride(d) % 8 == 0;
+  if (q.is_cuda() && (mask.size(-1) != keys || !well)) {
     std::vector<int64_t> sizes = mask.sizes().vec();
     sizes.back() = keys;
-    mask = mask.expand(sizes).contiguous();
+    mask = mask.expand(sizes).clone(at::MemoryFormat::Contiguous);
   }
   if (!causal) return mask;
   const at::Tensor below = at::ones({q.size(1), keys}, q.options().dtype(at::kBool)).tril();
@@ -157,9 +154,9 @@ OptionalTensor pytorch_mask(const OptionalTensor& given, bool causal, const at::
 
 at::Tensor by_pytorch(const at::Tensor& given_q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& mask,
                       bool causal, double scale) {
-  const at::Tensor q = unexpanded(given_q);
+  const at::Tensor q = as_pytorch_reads(given_q);
   const int64_t group = q.size(2) / k.size(2);
-  at::Tensor keys = unexpanded(k).transpose(1, 2), values = unexpanded(v).transpose(1, 2);
+  at::Tensor keys = as_pytorch_reads(k).transpose(1, 2), values = as_pytorch_reads(v).transpose(1, 2);
   // Heads that share are known to PyTorch's CUDA kernels for queries without a mask alone.
   const bool shares = group > 1 && q.is_cuda() && !mask;
   if (group > 1 && !shares) {
@@ -203,6 +200,20 @@ void detail::check_angles(std::string_view op, const at::Tensor& x, const std::o
   }
   QUANTRAIN_CHECK_TYPE(cos->scalar_type() == sin->scalar_type(), "{}: expected cos and sin of one type, got {} and {}",
                        op, c10::toString(cos->scalar_type()), c10::toString(sin->scalar_type()));
+}
+
+void detail::check_mask(std::string_view op, const at::Tensor& mask, const at::Tensor& like,
+                        const std::array<c10::SymInt, 4>& sizes, std::string_view shape) {
+  detail::check_device(op, "mask", mask, like, "input's");
+  QUANTRAIN_CHECK_TYPE(mask.scalar_type() == at::kBool || mask.is_floating_point(),
+                       "{}: expected mask of bool or a floating type, got {}", op, c10::toString(mask.scalar_type()));
+  const int64_t dims = mask.dim();
+  bool fits = dims <= 4;
+  for (int64_t d = 0; fits && d < dims; ++d) {
+    const c10::SymInt& size = mask.sym_size(dims - 1 - d);
+    fits = TORCH_GUARD_OR_TRUE(size.sym_eq(sizes[3 - d])) || TORCH_GUARD_OR_FALSE(size.sym_eq(1));
+  }
+  QUANTRAIN_CHECK_VALUE(fits, "{}: expected mask {}, got {}", op, shape, detail::shape_text(mask));
 }
 
 at::Tensor detail::attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& mask,

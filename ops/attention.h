@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <string_view>
@@ -23,5 +24,9 @@ at::Tensor attention_of_heads(const at::Tensor& qkv, int64_t heads, int64_t key_
 // cos and sin, or neither, of rotary embedding: [B or 1, T, size] for x [B, T, ...].
 void check_angles(std::string_view op, const at::Tensor& x, const std::optional<at::Tensor>& cos,
                   const std::optional<at::Tensor>& sin, int64_t size);
+
+// mask: of bool or a floating type on like's device, broadcast to sizes, which the message calls `shape`.
+void check_mask(std::string_view op, const at::Tensor& mask, const at::Tensor& like,
+                const std::array<c10::SymInt, 4>& sizes, std::string_view shape);
 
 }  // namespace quantrain::detail

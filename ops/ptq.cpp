@@ -30,6 +30,7 @@
 #include "ops/common/check.h"
 #include "ops/common/dispatch.h"
 #include "ops/common/launch.h"
+#include "ops/inverse_factor.h"
 
 #if defined(QUANTRAIN_WITH_CUDA)
 #include "csrc/cuda/ptq.h"
@@ -156,8 +157,8 @@ double weighted(const at::Tensor& difference, const at::Tensor& hessian) {
 
 double relative(double error, double whole) { return whole > 0 ? error / whole : 0.0; }
 
-// U with U^T U = (H + damping)^-1, columns in their order; empty where H has no Cholesky factor.
-at::Tensor inverse_factor(const at::Tensor& hessian, double damping) {
+// Empty where H has no Cholesky factor with this damping.
+at::Tensor factor_or_none(const at::Tensor& hessian, double damping) {
   at::Tensor damped = hessian.clone();
   damped.diagonal().add_(damping);
   const auto [factor, info] = at::linalg_cholesky_ex(damped);
@@ -261,6 +262,16 @@ at::Tensor smooth_kernel(const at::Tensor& input_absmax, const at::Tensor& weigh
 
 }  // namespace
 
+at::Tensor detail::inverse_factor(std::string_view op, const at::Tensor& hessian, double damping, double share) {
+  at::Tensor upper;
+  for (int i = 0; i < kDampings && !upper.defined(); ++i, damping *= 2) upper = factor_or_none(hessian, damping);
+  QUANTRAIN_CHECK_VALUE(upper.defined(),
+                        "{}: expected a hessian that is positive definite after damping, got none up to a damping of "
+                        "{} times the mean of its diagonal (more calibration data helps)",
+                        op, share * (1 << (kDampings - 1)));
+  return upper;
+}
+
 // ---- public functions -----------------------------------------------------------------------------------------------
 
 void column_statistics_(at::Tensor& absmax, at::Tensor& mean_abs, const OptionalTensor& hessian, at::Tensor& rows,
@@ -342,7 +353,7 @@ GptqCodes gptq_round(const at::Tensor& weight, const at::Tensor& hessian, const 
     damped.index_fill_(0, keep, false);
   }
   if (!damped.any().item<bool>()) damped = at::ones_like(damped);
-  double damping = options.damping * h.diagonal().masked_select(damped).mean().item<double>();
+  const double damping = options.damping * h.diagonal().masked_select(damped).mean().item<double>();
 
   const at::Tensor order = options.order == "activation"
                                ? at::argsort(h.diagonal(), /*stable=*/true, /*dim=*/0, /*descending=*/true)
@@ -350,12 +361,7 @@ GptqCodes gptq_round(const at::Tensor& weight, const at::Tensor& hessian, const 
   const auto in_order = [&](const at::Tensor& tensor) { return tensor.index_select(1, order); };
   w = in_order(w);
   h = in_order(h.index_select(0, order));
-  at::Tensor upper;
-  for (int i = 0; i < kDampings && !upper.defined(); ++i, damping *= 2) upper = inverse_factor(h, damping);
-  QUANTRAIN_CHECK_VALUE(upper.defined(),
-                        "{}: expected a hessian that is positive definite after damping, got none up to a damping of "
-                        "{} times the mean of its diagonal (more calibration data helps)",
-                        kGptq, options.damping * (1 << (kDampings - 1)));
+  const at::Tensor upper = detail::inverse_factor(kGptq, h, damping, options.damping);
   const Spread ordered{in_order(by.inverse), in_order(by.scale),
                        by.zero_point.defined() ? in_order(by.zero_point) : at::Tensor()};
   at::Tensor codes = round_blocks(w, upper, ordered, low.index_select(0, order), high.index_select(0, order));

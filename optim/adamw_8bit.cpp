@@ -155,6 +155,7 @@ void AdamW8bit::step_group(size_t group, size_t first_parameter, const at::Tenso
   arguments.grad_scale = optional(grad_scale);
   arguments.found_inf = optional(found_inf);
   arguments.stochastic = options.stochastic_rounding();
+  const at::Tensor none = at::empty({0}, parameters[0].options().dtype(at::kByte).requires_grad(false));
   const auto update = [&](size_t first, const std::vector<HostState::Tensors>& page) {
     AdamW8bitTensors tensors;
     for (size_t i = 0; i < page.size(); ++i) {
@@ -166,6 +167,8 @@ void AdamW8bit::step_group(size_t group, size_t first_parameter, const at::Tenso
       tensors.exp_avg_sq.push_back(page[i][2]);
       tensors.exp_avg_sq_scale.push_back(page[i][3]);
       tensors.steps.push_back(page[i][4]);
+      const at::Tensor mask = mask_of(first_parameter + given[first + i]);
+      tensors.masks.push_back(mask.defined() ? mask : none);
     }
     adamw_8bit_(tensors, arguments);
   };

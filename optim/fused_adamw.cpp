@@ -4,6 +4,7 @@
 #include <ATen/ops/_foreach_add.h>
 #include <ATen/ops/_foreach_sub.h>
 #include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -13,6 +14,7 @@
 
 #include "ops/common/check.h"
 #include "optim/options.h"
+#include "quantrain/ops/adamw_8bit.h"
 
 namespace quantrain::optim {
 namespace {
@@ -30,6 +32,10 @@ void check_gradient(const at::Tensor& parameter, c10::Device device) {
                         c10::str(grad.layout()));
   QUANTRAIN_CHECK_VALUE(grad.device() == device, "FusedAdamW: expected gradients on {}, got {}", device.str(),
                         grad.device().str());
+}
+
+std::optional<at::Tensor> optional(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
 }
 
 // What one call of the fused kernel takes: one element type per call.
@@ -60,10 +66,18 @@ void FusedAdamW::step_group(size_t group, size_t first_parameter, const at::Tens
   const auto& parameters = param_groups_[group].params();
   const AdamWOptions& options = options_of(param_groups_[group]);
   std::map<at::ScalarType, Lists> by_type;
+  std::vector<size_t> masked;
   for (size_t i = 0; i < parameters.size(); ++i) {
     if (!parameters[i].grad().defined()) continue;
     check_gradient(parameters[i], parameters[i].device());
-    const State& state = states_[first_parameter + i];
+    if (mask_of(first_parameter + i).defined()) {
+      masked.push_back(i);
+      continue;
+    }
+    State& state = states_[first_parameter + i];
+    // Of a parameter that had a mask they are float32.
+    state.exp_avg = state.exp_avg.to(parameters[i].scalar_type());
+    state.exp_avg_sq = state.exp_avg_sq.to(parameters[i].scalar_type());
     Lists& lists = by_type[parameters[i].scalar_type()];
     lists.parameters.push_back(parameters[i]);
     lists.grads.push_back(parameters[i].grad());
@@ -72,9 +86,7 @@ void FusedAdamW::step_group(size_t group, size_t first_parameter, const at::Tens
     if (options.amsgrad()) lists.max_exp_avg_sqs.push_back(state.max_exp_avg_sq);
     lists.steps.push_back(state.step);
   }
-  const auto optional = [](const at::Tensor& tensor) {
-    return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
-  };
+  if (!masked.empty()) step_masked(group, masked, first_parameter, grad_scale, found_inf);
   const auto [beta1, beta2] = options.betas();
   for (auto& [type, lists] : by_type) {
     at::_foreach_add_(lists.steps, 1);
@@ -94,6 +106,41 @@ void FusedAdamW::step_group(size_t group, size_t first_parameter, const at::Tens
     if (found_inf.defined())
       at::_foreach_sub_(lists.steps, std::vector<at::Tensor>(lists.steps.size(), found_inf.reshape({})));
   }
+}
+
+void FusedAdamW::check_takes_masks(size_t group) const {
+  QUANTRAIN_CHECK_VALUE(!options_of(param_groups_[group]).amsgrad(),
+                        "FusedAdamW.set_mask: expected options without amsgrad, got {}", "amsgrad");
+}
+
+void FusedAdamW::step_masked(size_t group, const std::vector<size_t>& places, size_t first_parameter,
+                             const at::Tensor& grad_scale, const at::Tensor& found_inf) {
+  const auto& parameters = param_groups_[group].params();
+  const AdamWOptions& options = options_of(param_groups_[group]);
+  const auto floats = parameters[0].options().dtype(at::kFloat).requires_grad(false);
+  const at::Tensor no_scale = at::empty({0}, floats);
+  AdamW8bitTensors tensors;
+  for (const size_t i : places) {
+    State& state = states_[first_parameter + i];
+    state.exp_avg = state.exp_avg.to(at::kFloat);
+    state.exp_avg_sq = state.exp_avg_sq.to(at::kFloat);
+    tensors.params.push_back(parameters[i]);
+    tensors.grads.push_back(parameters[i].grad());
+    tensors.exp_avg.push_back(state.exp_avg);
+    tensors.exp_avg_scale.push_back(no_scale);
+    tensors.exp_avg_sq.push_back(state.exp_avg_sq);
+    tensors.exp_avg_sq_scale.push_back(no_scale);
+    tensors.steps.push_back(state.step);
+    tensors.masks.push_back(mask_of(first_parameter + i));
+  }
+  AdamW8bitArguments arguments;
+  arguments.lr = lr_.defined() ? lr_ : at::full({}, options.lr(), floats);
+  std::tie(arguments.beta1, arguments.beta2) = options.betas();
+  arguments.eps = options.eps();
+  arguments.weight_decay = options.weight_decay();
+  arguments.grad_scale = optional(grad_scale);
+  arguments.found_inf = optional(found_inf);
+  adamw_8bit_(tensors, arguments);
 }
 
 // ---- learning rate --------------------------------------------------------------------------------------------------

@@ -26,6 +26,30 @@ void GroupedOptimizer::step_scaled(const at::Tensor& grad_scale, const at::Tenso
   }
 }
 
+void GroupedOptimizer::set_mask(const at::Tensor& parameter, const at::Tensor& mask) {
+  size_t place = 0;
+  for (size_t group = 0; group < param_groups_.size(); ++group) {
+    for (const at::Tensor& own : param_groups_[group].params()) {
+      if (own.is_same(parameter)) {
+        if (mask.defined()) {
+          check_takes_masks(group);
+          detail::check_type("set_mask", "mask", mask, at::kByte, "uint8");
+          detail::check_device("set_mask", "mask", mask, parameter, "the parameter's");
+          QUANTRAIN_CHECK_VALUE(mask.dim() == 1 && mask.numel() == (parameter.numel() + 7) / 8,
+                                "set_mask: expected a mask of {} bytes for a parameter {}, got {}",
+                                (parameter.numel() + 7) / 8, detail::shape_text(parameter), detail::shape_text(mask));
+        }
+        masks_.resize(all_parameters().size());
+        masks_[place] = mask;
+        return;
+      }
+      ++place;
+    }
+  }
+  QUANTRAIN_CHECK_VALUE(false, "set_mask: expected a parameter of this optimizer, got another tensor {}",
+                        detail::shape_text(parameter));
+}
+
 std::vector<at::Tensor> GroupedOptimizer::all_parameters() const {
   std::vector<at::Tensor> parameters;
   for (const auto& group : param_groups_)

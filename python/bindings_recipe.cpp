@@ -217,8 +217,8 @@ void bind_scheme_of(py::module_& module, const char* doc) {
 void bind_recipe_class(py::module_& module) {
   py::class_<Recipe> cls(
       module, "Recipe",
-      "How a layer is quantized: a QuantSpec (or None) for weight, input and output, and a scheme (or "
-      "None) for how it runs beyond that.");
+      "How a layer is quantized: a QuantSpec (or None) for weight, input and output, a scheme (or None) for "
+      "how it runs beyond that, and a PruneSpec (or None) for which weights stay at zero.");
   cls.def_property(
       "scheme", [](const Recipe& self) { return self.scheme.pointer(); },
       [](Recipe& self, const py::object& scheme) {
@@ -227,7 +227,15 @@ void bind_recipe_class(py::module_& module) {
         }
         self.scheme = scheme.is_none() ? SchemeValue() : SchemeValue(scheme.cast<const Scheme&>().clone());
       });
-  bind_fields<Recipe>(cls, {"scheme"});
+  cls.def_property(
+      "prune", [](const py::object& self) { return to_python(self.cast<Recipe&>().prune, self); },
+      [](Recipe& self, const py::object& given) {
+        if (!given.is_none() && !py::isinstance<PruneSpec>(given)) {
+          throw py::type_error("Recipe: expected another type for prune, got " + py::repr(given).cast<std::string>());
+        }
+        self.prune = given.is_none() ? std::nullopt : std::optional(given.cast<PruneSpec>());
+      });
+  bind_fields<Recipe>(cls, {"scheme", "prune"});
   bind_value<Recipe>(cls);
   cls.def_property_readonly("linear_only", &Recipe::linear_only, "Whether only Linear layers run so.")
       .def(
@@ -259,6 +267,17 @@ void bind_recipe(py::module_& module) {
   bind_value<GradientSpec>(gradient);
   gradient.def("resolved", &GradientSpec::resolved, py::arg("tensor"), py::kw_only(), py::arg("convolution"),
                "This spec as a layer runs it, without 'auto'. tensor: 'grad_input' or 'grad_weight'.");
+  py::class_<PruneSpec> prune(module, "PruneSpec",
+                              "Which weights of a model stay at zero: sparsity, pattern, score, scope, schedule.");
+  bind_fields<PruneSpec>(prune);
+  bind_value<PruneSpec>(prune);
+  prune
+      .def("sparsity_at", &PruneSpec::sparsity_at, py::arg("step"), py::arg("steps"),
+           "What is dropped after that step of so many: of one_shot the sparsity at once.")
+      .def("renews_at", &PruneSpec::renews_at, py::arg("step"), py::arg("steps"),
+           "Whether masks are made anew after that step; 0 is before the first.")
+      .def("last_step", &PruneSpec::last_step, py::arg("steps"), "The step after which the masks are fixed.")
+      .def_property_readonly("needs_batches", &PruneSpec::needs_batches, "Whether the score looks at inputs.");
   bind_scheme(module);
   bind_scheme_of<GradientQuantSpec>(
       module,

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Checks that the tree keeps the layers `python -> optim, amp, nn -> autograd -> ops -> csrc`.
+"""Checks that the tree keeps the layers `python -> distill, prune -> optim, amp, nn -> autograd -> ops -> csrc`.
 
 A public header, include/quantrain/<layer>/..., belongs to its layer.
 
@@ -8,7 +8,7 @@ Rules, each a function below:
              optim do not reach past ops into csrc
   spelling   a public header is included as "quantrain/<layer>/...", a private one by its path from the root
   autograd   a file of autograd has the basename of the file of ops whose operator it differentiates
-  imports    Python's packages import only what stands right of them in finetune -> ptq -> nn, amp, optim -> the modules of operators
+  imports    Python's packages import only what stands right of them in finetune -> distill, prune -> ptq -> nn, amp, optim -> the modules of operators
   cuda       a .cu or .cuh file lives in csrc/cuda only
   torch      csrc includes no header of torch or Python
   heavy      torch/all.h, torch/torch.h and torch/extension.h are included in python/ and examples/ only
@@ -37,12 +37,22 @@ LAYERS = {
     "nn": {"nn", "autograd", "ops"},
     "amp": {"amp", "autograd", "ops"},
     "optim": {"optim", "amp", "autograd", "ops"},
-    "python": {"python", "amp", "nn", "optim", "autograd", "ops"},
+    "distill": {"distill", "nn", "optim", "ops"},
+    "prune": {"prune", "nn", "optim", "ops"},
+    "python": {"python", "distill", "prune", "amp", "nn", "optim", "autograd", "ops"},
 }
 PUBLIC = "include/quantrain/"
 COLUMNS = 120
 # folder of python/quantrain -> the other folders that it may import; modules beside them serve all
-PACKAGES = {"finetune": {"ptq", "nn", "amp", "optim"}, "ptq": {"nn"}, "nn": set(), "amp": set(), "optim": set()}
+PACKAGES = {
+    "finetune": {"distill", "prune", "ptq", "nn", "amp", "optim"},
+    "distill": {"ptq", "nn", "optim"},
+    "prune": {"ptq", "nn", "optim"},
+    "ptq": {"nn"},
+    "nn": set(),
+    "amp": set(),
+    "optim": set(),
+}
 SHARED_AUTOGRAD = {"no_derivative"}  # of every operator without a derivative
 UMBRELLA = (
     "quantrain.h"  # <quantrain/quantrain.h>, which includes all of amp, nn and ops: for programs, not for the layers

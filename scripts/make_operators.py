@@ -288,6 +288,31 @@ FAMILIES = (
             "fixed_point_sum_pool2d": ("51 % of the byte floor, 1.9x as fast as float16", LAYERS),
         },
     ),
+    Family(
+        "Distillation",
+        "distillation.md",
+        "Losses of a student's rows against its teacher's, without a temporary of their size.",
+        {
+            "distillation_kl": (NOT_MEASURED, ""),
+            "distillation_kl_topk": (NOT_MEASURED, ""),
+            "hidden_mse": (NOT_MEASURED, ""),
+            "hidden_cosine": (NOT_MEASURED, ""),
+            "attention_kl": (NOT_MEASURED, ""),
+        },
+    ),
+    Family(
+        "Pruning",
+        "pruning.md",
+        "Which weights stay, as a bit per element, and weights that stay at zero.",
+        {
+            "prune_mask": (NOT_MEASURED, ""),
+            "prune_masks": (NOT_MEASURED, ""),
+            "pack_mask": (NOT_MEASURED, ""),
+            "unpack_mask": (NOT_MEASURED, ""),
+            "apply_masks_": (NOT_MEASURED, ""),
+            "sparsegpt_prune": (NOT_MEASURED, ""),
+        },
+    ),
 )
 
 # Operators with a derivative, and what it is. The others have none, or raise: the dispatcher says which.

@@ -94,7 +94,7 @@ fi
 
 cuda=${QUANTRAIN_CUDA:-AUTO}
 toolchain="${CUDAARCHS:-} ${CXX:-c++} $("${CXX:-c++}" -dumpfullversion) $(command -v nvcc || true) $(ls /dev/nvidiactl 2>/dev/null || true)"
-inputs=(CMakeLists.txt CMakePresets.json pyproject.toml cmake include csrc ops autograd optim nn amp python examples tests)
+inputs=(CMakeLists.txt CMakePresets.json pyproject.toml cmake include csrc ops autograd optim nn amp distill prune python examples tests)
 sources=$({ find "${inputs[@]}" -type f ! -name '*.py[co]' ! -path 'tests/python/*' 2>/dev/null || true; } | LC_ALL=C sort)
 for built in "$tests" ON; do # a build with tests serves a run without them
   stamp=$(fingerprint "$version" "$pins" "$toolchain" "$cuda" "$built" <<<"$sources")

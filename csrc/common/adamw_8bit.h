@@ -9,6 +9,7 @@
 #include "csrc/common/dynamic_map.h"
 #include "csrc/common/macros.h"
 #include "csrc/common/philox.h"
+#include "csrc/common/pruning.h"
 #include "csrc/common/types.h"
 
 namespace quantrain {
@@ -28,6 +29,7 @@ struct AdamW8bitTensor {
   float* exp_avg_scale = nullptr;     // [state_blocks_of(numel)], null without codes
   float* exp_avg_sq_scale = nullptr;  // likewise
   float* step = nullptr;              // [1]
+  const uint8_t* mask = nullptr;      // [mask_bytes_of(numel)] of csrc/common/pruning.h, or null: all is kept
   int64_t numel = 0;
   DType dtype = DType::kFloat32;
   DType grad_dtype = DType::kFloat32;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "csrc/common/fake_quant.h"
 #include "csrc/cpu/lanes.h"
 
 // A block of 256 at a time, as float32 in buffers that stay in the first-level cache: plain loops, one for each thing
@@ -51,17 +52,26 @@ QUANTRAIN_INLINE void decode(const DynamicMap& map, const uint8_t* codes, int n,
   for (int i = 0; i < n; ++i) values[i] = map.value[codes[i]] * scale;
 }
 
+QUANTRAIN_INLINE void zero_dropped(const uint8_t* mask, int n, float* values) {
+  for (int i = 0; i < n; ++i) values[i] = select(0u - static_cast<uint32_t>(is_kept(mask, i)), values[i], 0.0f);
+}
+
 // Moments and parameter of a block, apart from where the moments are: the compiler sees that nothing overlaps.
 template <typename P, typename G>
 QUANTRAIN_INLINE void update_values(const AdamW8bitFactors& f, P* __restrict__ param, const G* __restrict__ grad,
-                                    float* __restrict__ m, float* __restrict__ v, int n, bool stochastic,
-                                    const PhiloxState& philox, uint64_t first_draw) {
+                                    float* __restrict__ m, float* __restrict__ v, int n, const uint8_t* mask,
+                                    bool stochastic, const PhiloxState& philox, uint64_t first_draw) {
   float p_buffer[kStateBlock], g_buffer[kStateBlock];
   const float* g = load_block(grad, n, g_buffer);
   for (int i = 0; i < n; ++i) adamw_8bit_moments(f, g[i], m[i], v[i]);
+  if (mask) {
+    zero_dropped(mask, n, m);
+    zero_dropped(mask, n, v);
+  }
   const float* before = load_block(param, n, p_buffer);
   float* after = store_target(param, p_buffer);
   for (int i = 0; i < n; ++i) after[i] = adamw_8bit_param(f, before[i], m[i], v[i]);
+  if (mask) zero_dropped(mask, n, after);
   if (stochastic && std::is_same_v<P, BFloat16>) {
     for (int i = 0; i < n; i += kElementsOfDraw) {
       const uint64_t index = first_draw + static_cast<uint64_t>(i / kElementsOfDraw);
@@ -79,9 +89,10 @@ QUANTRAIN_INLINE void update_block(const AdamW8bitTensor& t, const AdamW8bitFact
                                    bool stochastic, const PhiloxState& philox, uint64_t first_draw) {
   P* param = static_cast<P*>(t.param) + first;
   const G* grad = static_cast<const G*>(t.grad) + first;
+  const uint8_t* mask = t.mask ? t.mask + first / 8 : nullptr;
   if (!t.codes) {
     update_values(f, param, grad, static_cast<float*>(t.exp_avg) + first, static_cast<float*>(t.exp_avg_sq) + first, n,
-                  stochastic, philox, first_draw);
+                  mask, stochastic, philox, first_draw);
     return;
   }
   const int64_t block = first / kStateBlock;
@@ -90,7 +101,7 @@ QUANTRAIN_INLINE void update_block(const AdamW8bitTensor& t, const AdamW8bitFact
   float m[kStateBlock], v[kStateBlock];
   decode(kSignedMap, m_codes, n, t.exp_avg_scale[block], m);
   decode(kUnsignedMap, v_codes, n, t.exp_avg_sq_scale[block], v);
-  update_values(f, param, grad, m, v, n, stochastic, philox, first_draw);
+  update_values(f, param, grad, m, v, n, mask, stochastic, philox, first_draw);
   t.exp_avg_scale[block] = encode_signed(m, n, m_codes);
   t.exp_avg_sq_scale[block] = encode_unsigned(v, n, v_codes);
 }

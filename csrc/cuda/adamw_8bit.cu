@@ -16,7 +16,7 @@ namespace quantrain::cuda {
 namespace {
 
 constexpr int kSmallList = 160;  // tensors of a launch: GPT-2 has 148
-constexpr int kLargeList = 448;  // 32 KB of arguments; longer lists take several launches
+constexpr int kLargeList = 416;  // 32 KB of arguments; longer lists take several launches
 
 // ---- kernels --------------------------------------------------------------------------------------------------------
 
@@ -100,6 +100,7 @@ __global__ void __launch_bounds__(kThreads, 1) adamw_8bit_kernel(const __grid_co
                       list.exp_avg_sq[t],
                       list.exp_avg_scale[t],
                       list.exp_avg_sq_scale[t],
+                      list.mask[t],
                       factors,
                       static_cast<uint64_t>(list.base_block + first) * kDrawsOfBlock};
       any_block(work, kind, block - first, left < kStateBlock ? static_cast<int>(left) : kStateBlock, lane, tables,
@@ -197,6 +198,7 @@ cudaError_t launch_pieces(const AdamW8bitArgs& a, cudaStream_t stream) {
       list.exp_avg_scale[i] = tensor.exp_avg_scale;
       list.exp_avg_sq_scale[i] = tensor.exp_avg_sq_scale;
       list.step[i] = steps.step[i] = tensor.step;
+      list.mask[i] = tensor.mask;
       list.numel[i] = tensor.numel;
       list.kind[i] = kind_of(tensor);
       list.first_block[i] = list.blocks;

@@ -94,6 +94,7 @@ struct DeviceList {
   float* exp_avg_scale[kCapacity];
   float* exp_avg_sq_scale[kCapacity];
   float* step[kCapacity];
+  const uint8_t* mask[kCapacity];
   int64_t numel[kCapacity];
   int32_t first_block[kCapacity];  // of the tensor, within this launch
   uint8_t kind[kCapacity];
@@ -108,6 +109,7 @@ struct Work {
   void* exp_avg_sq;
   float* exp_avg_scale;
   float* exp_avg_sq_scale;
+  const uint8_t* mask;
   AdamW8bitFactors factors;
   uint64_t first_draw;  // of the tensor
 };
@@ -244,6 +246,20 @@ __device__ __forceinline__ void round_at_random(float (&p)[kLaneElements], const
   }
 }
 
+// The bits of a lane's eight elements of block b, in their order.
+template <int kVec>
+__device__ __forceinline__ uint32_t kept_of_lane(const uint8_t* mask, int b, uint32_t lane) {
+  mask += static_cast<int64_t>(b) * (kStateBlock / 8);
+  if constexpr (kVec == 8) return mask[lane];
+  const uint32_t shift = lane % 2 * 4;
+  return (mask[lane / 2] >> shift & 15u) | (mask[16 + lane / 2] >> shift & 15u) << 4;
+}
+
+__device__ __forceinline__ void zero_dropped(uint32_t kept, float (&values)[kLaneElements]) {
+#pragma unroll
+  for (int j = 0; j < kLaneElements; ++j) values[j] = kept >> j & 1u ? values[j] : 0.0f;
+}
+
 // Block b of the tensor, whole and aligned.
 template <typename P, typename G, bool kCodes, int kCapacity>
 __device__ __forceinline__ void whole_block(const DeviceList<kCapacity>& list, int t, const AdamW8bitFactors& factors,
@@ -254,6 +270,7 @@ __device__ __forceinline__ void whole_block(const DeviceList<kCapacity>& list, i
   P* param = static_cast<P*>(list.param[t]) + first;
   load<G, kVec>(static_cast<const G*>(list.grad[t]) + first, lane, g);
   load<P, kVec>(param, lane, p);
+  const uint32_t kept = list.mask[t] ? kept_of_lane<kVec>(list.mask[t], b, lane) : 255u;
   if constexpr (kCodes) {
     uint32_t m_words[2], v_words[2];
     load_codes<kVec>(static_cast<const uint8_t*>(list.exp_avg[t]) + first, lane, m_words);
@@ -270,8 +287,13 @@ __device__ __forceinline__ void whole_block(const DeviceList<kCapacity>& list, i
   }
 #pragma unroll
   for (int j = 0; j < kLaneElements; ++j) adamw_8bit_moments(factors, g[j], m[j], v[j]);
+  if (kept != 255u) {
+    zero_dropped(kept, m);
+    zero_dropped(kept, v);
+  }
   const uint32_t largest_m = largest_magnitude(m), largest_v = largest_number(v);
   step(factors, p, m, v, largest_m, largest_v);
+  if (kept != 255u) zero_dropped(kept, p);
   if constexpr (std::is_same_v<P, BFloat16>) {
     if (list.args.stochastic) {
       const uint64_t block = static_cast<uint64_t>(list.base_block + list.first_block[t] + b);
@@ -342,7 +364,9 @@ static __device__ __noinline__ void any_block(const Work w, uint32_t kind, int64
       v[j] = static_cast<const float*>(w.exp_avg_sq)[first + i];
     }
     adamw_8bit_moments(w.factors, load_one(w.grad, grad_type, first + i), m[j], v[j]);
-    float p = adamw_8bit_param(w.factors, load_one(w.param, type, first + i), m[j], v[j]);
+    const bool kept = !w.mask || is_kept(w.mask, first + i);
+    if (!kept) m[j] = v[j] = 0.0f;
+    float p = kept ? adamw_8bit_param(w.factors, load_one(w.param, type, first + i), m[j], v[j]) : 0.0f;
     if (stochastic && type == static_cast<uint32_t>(DType::kBFloat16)) {
       const uint64_t draw = w.first_draw + static_cast<uint64_t>(first + i) / kElementsOfDraw;
       const Philox4 random = PhiloxKey(philox).block(draw);

@@ -6,6 +6,7 @@
 #include <csignal>
 #include <cstdio>
 #include <filesystem>
+#include <functional>
 #include <iostream>
 #include <map>
 #include <optional>
@@ -19,6 +20,8 @@
 #include <quantrain/nn/checkpoint.h>
 #include <quantrain/nn/fixed_point/network.h>
 #include <quantrain/nn/layers.h>
+#include <quantrain/ops/distillation.h>
+#include <quantrain/prune/pruner.h>
 #include <torch/utils.h>
 
 #include "fashion_mnist.h"
@@ -52,6 +55,9 @@ Fine-tunes ResNet-20 under one recipe and writes metrics.jsonl and safetensors c
   --batch-size N           samples a step (128)
   --calibration-batches N  batches that observers see (8)
   --train-rows N, --test-rows N    use only the first N samples
+  --prune X                drop this share of the weights on the way; recipe prune-magnitude does that and rounds nothing
+  --schedule NAME          cubic (default): more and more over two thirds of the steps; one-shot: before the first
+  --distill                also learn the float32 model's answers
   --max-steps N            stop each training after N steps of its schedule
   --seed N                 seeds weights and the order of the data (0)
   --threads N              CPU threads (default: PyTorch's)
@@ -93,11 +99,12 @@ struct Options {
 };
 
 Options parse(int argc, char** argv) {
-  static const std::set<std::string> kTexts = {"recipe", "checkpoint", "data", "output", "device", "logits", "network"};
-  static const std::set<std::string> kNumbers = {"epochs", "lr", "float-epochs", "float-lr"};
+  static const std::set<std::string> kTexts = {"recipe", "checkpoint", "data",    "output",
+                                               "device", "logits",     "network", "schedule"};
+  static const std::set<std::string> kNumbers = {"epochs", "lr", "float-epochs", "float-lr", "prune"};
   static const std::set<std::string> kWhole = {
       "batch-size", "calibration-batches", "train-rows", "test-rows", "max-steps", "seed", "threads"};
-  static const std::set<std::string> kSwitches = {"evaluate", "help"};
+  static const std::set<std::string> kSwitches = {"evaluate", "distill", "help"};
   Options options;
   for (int i = 1; i < argc; ++i) {
     const std::string argument = argv[i];
@@ -162,15 +169,35 @@ Evaluation evaluate(Model& model, const ImageData& data, at::Device device,
   return {static_cast<double>(correct) / size, loss / size};
 }
 
+using Teacher = std::function<at::Tensor(const at::Tensor&)>;
+
+// What Python's `quantrain finetune --distill` takes.
+constexpr double kTemperature = 2.0, kTaught = 0.7;
+
+at::Tensor loss_of(const at::Tensor& logits, const at::Tensor& images, const at::Tensor& labels,
+                   const Teacher& teacher) {
+  const at::Tensor loss = at::cross_entropy_loss(logits, labels);
+  if (!teacher) return loss;
+  at::Tensor taught;
+  {
+    const at::NoGradGuard no_grad;
+    taught = teacher(images);
+  }
+  return (1 - kTaught) * loss + kTaught * quantrain::distillation_kl(logits, taught, kTemperature);
+}
+
 // Trains in place and returns the number of steps taken. Throws Interrupted after the step during which Ctrl-C came.
 template <typename Model>
-int64_t train(Model& model, const ImageData& data, const Training& training, Metrics& metrics, at::Device device) {
+int64_t train(Model& model, const ImageData& data, const Training& training, Metrics& metrics, at::Device device,
+              const std::optional<qnn::PruneSpec>& prune = std::nullopt, const Teacher& teacher = {}) {
   const int64_t per_epoch = (data.train_size() + training.batch_size - 1) / training.batch_size;
   const auto total =
       std::max<int64_t>(1, static_cast<int64_t>(std::ceil(training.epochs * static_cast<double>(per_epoch))));
   const int64_t last = training.max_steps > 0 ? std::min(total, training.max_steps) : total;
   const auto freeze_step = static_cast<int64_t>(std::ceil(training.freeze * static_cast<double>(total)));
   torch::optim::SGD optimizer = example::make_optimizer(*model);
+  std::optional<quantrain::prune::Pruner> pruner;
+  if (prune) pruner.emplace(*model, *prune, total);
   torch::manual_seed(
       static_cast<uint64_t>(training.seed));  // quantized gradients draw from here, as in the Python trainer
   const auto start = std::chrono::steady_clock::now();
@@ -191,10 +218,12 @@ int64_t train(Model& model, const ImageData& data, const Training& training, Met
     const example::Batch batch = data.train_batch(indices, generator);
     const double lr = example::learning_rate(step, total, training.peak_lr);
     example::set_learning_rate(optimizer, lr);
-    const at::Tensor loss = at::cross_entropy_loss(model->forward(batch.images.to(device)), batch.labels.to(device));
+    const at::Tensor images = batch.images.to(device);
+    const at::Tensor loss = loss_of(model->forward(images), images, batch.labels.to(device), teacher);
     optimizer.zero_grad();
     loss.backward();
     optimizer.step();
+    if (pruner) pruner->step(step + 1, optimizer);
     const double value = loss.item<double>();
     if (!std::isfinite(value)) {
       throw std::runtime_error(training.stage + ": expected a finite loss, got " + std::to_string(value) + " at step " +
@@ -293,6 +322,15 @@ Job make_job(const Options& options) {
   } else {
     recipe = qnn::Recipe::from_name(options.text("recipe", "qat-w8a8"));
   }
+  if (options.has("prune")) {
+    if (!recipe.prune) recipe.prune.emplace();
+    recipe.prune->sparsity = options.number("prune", 0.0);
+    const std::string schedule = options.text("schedule", "cubic");
+    if (schedule != "cubic" && schedule != "one-shot")
+      throw std::invalid_argument("--schedule: expected cubic or one-shot, got '" + schedule + "'");
+    recipe.prune->schedule = schedule == "cubic" ? qnn::PruneSchedule::kCubic : qnn::PruneSchedule::kOneShot;
+    recipe.validate();
+  }
   const std::string output = options.text("output", "runs/cpp-" + recipe.name);
   return {options, read_data(options), at::Device(options.text("device", "cpu")), start, recipe, output};
 }
@@ -378,6 +416,28 @@ Evaluation convert_and_evaluate(const Job& job, FixedPointGraph& graph) {
   return evaluate(integers, job.data, job.device);
 }
 
+// The float32 model whose weights `model` begins with: the same layers, rounding nothing.
+Teacher teacher_of(const Job& job, ResNet20& model) {
+  ResNet20 copy(job.data.classes(), 1, job.recipe);
+  copy->to(job.device);
+  const at::NoGradGuard no_grad;
+  const auto copy_all = [](auto to, const auto& from) {
+    for (auto& item : to)
+      if (const auto* value = from.find(item.key()); value && value->sizes().equals(item.value().sizes()))
+        item.value().copy_(*value);
+  };
+  copy_all(copy->named_parameters(), model->named_parameters());
+  copy_all(copy->named_buffers(), model->named_buffers());
+  qnn::enable_fake_quant(*copy, false);
+  qnn::enable_observer(*copy, false);
+  copy->eval();
+  return [copy](const at::Tensor& images) mutable { return copy->forward(images); };
+}
+
+Teacher teacher_of(const Job&, FixedPointGraph&) {
+  throw std::invalid_argument("--distill: expected a recipe whose float32 model has the same layers, got f8net");
+}
+
 template <typename Model>
 int run_job(const Job& job, Model model) {
   std::filesystem::create_directories(job.output);
@@ -399,7 +459,8 @@ int run_job(const Job& job, Model model) {
     const Training training = settings(job, job.recipe.name, "", few_bits ? 0.5 : 0.25, 0.005);
     int64_t steps = 0;
     if (job.recipe.training) {
-      steps = train(model, job.data, training, metrics, job.device);
+      const Teacher teacher = job.options.has("distill") ? teacher_of(job, model) : Teacher{};
+      steps = train(model, job.data, training, metrics, job.device, job.recipe.prune, teacher);
       qnn::save_checkpoint(job.file("trained"), *model, job.recipe);
     }
     const Evaluation result = convert_and_evaluate(job, model);

@@ -15,6 +15,7 @@
 #include <system_error>
 #include <vector>
 
+#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/zeros.h>
 #include <quantrain/nn/captured.h>
@@ -41,6 +42,7 @@ of BertModel's pooler. Lines that begin with # say how it ran.
   --dtype NAME     of what is not int8: float32 (default), float16 or bfloat16
   --captured       on a GPU a CUDA graph per shape of batches
   --separate       layers one by one, to compare with blocks as one call
+  --threads N      CPU threads; 0: PyTorch's choice (0)
   --repeat N       run each batch so often again, and say the median time
 )";
 
@@ -53,6 +55,7 @@ struct Options {
   std::string dtype = "float32";
   bool captured = false;
   bool separate = false;
+  int64_t threads = 0;
   int64_t repeat = 0;
 
   at::ScalarType type() const {
@@ -75,6 +78,7 @@ Options parse(int argc, char** argv) {
   check_one_of("--dtype", options.dtype, {"float32", "float16", "bfloat16"});
   options.captured = flags.take("captured");
   options.separate = flags.take("separate");
+  flags.take<int64_t>("threads", options.threads, 0);
   flags.take<int64_t>("repeat", options.repeat, 0);
   flags.finish();
   if (options.help) return options;
@@ -181,6 +185,7 @@ int run(int argc, char** argv) {
     return 0;
   }
   const at::NoGradGuard no_grad;
+  if (options.threads > 0) at::set_num_threads(static_cast<int>(options.threads));
   const at::Device device = options.device == "cuda" ? at::Device(at::kCUDA, 0) : at::Device(at::kCPU);
   const std::vector<Sequence> sequences = read_sequences(options.ids, example::bert_config_of(options.folder));
   example::Bert model = example::load_bert(options.folder, options.type(), device);

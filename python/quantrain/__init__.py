@@ -15,13 +15,14 @@ built_with_cuda: bool = _C.built_with_cuda
 # For CMake: -DCMAKE_PREFIX_PATH=$(python -c "import quantrain; print(quantrain.cmake_prefix_path)")
 cmake_prefix_path: str = str(Path(_C.__file__).parent / "share" / "cmake")
 
-from quantrain import amp, nn, optim, ptq  # noqa: E402
+from quantrain import amp, distill, nn, optim, prune, ptq  # noqa: E402
 from quantrain._C import (  # noqa: E402
     FixedPointSpec,
     FourBitSpec,
     GradientQuantSpec,
     GradientSpec,
     Int8Spec,
+    PruneSpec,
     PtqSpec,
     QuantSpec,
     Recipe,
@@ -34,6 +35,13 @@ from quantrain.batch_norm import (  # noqa: E402
     batch_norm_act_fake_quantize,
     batch_norm_statistics,
     fold_fake_quantize,
+)
+from quantrain.distillation import (  # noqa: E402
+    attention_kl,
+    distillation_kl,
+    distillation_kl_topk,
+    hidden_cosine,
+    hidden_mse,
 )
 from quantrain.fake_quant import (  # noqa: E402
     choose_qparams,
@@ -111,6 +119,14 @@ from quantrain.nn import (  # noqa: E402
     save_checkpoint,
 )
 from quantrain.norm_act import norm_act_fake_quantize, norm_act_fake_quantize_dynamic  # noqa: E402
+from quantrain.pruning import (  # noqa: E402
+    apply_masks_,
+    pack_mask,
+    prune_mask,
+    prune_masks,
+    sparsegpt_prune,
+    unpack_mask,
+)
 from quantrain.ptq.operators import awq_scale, column_statistics_, gptq_round, smooth_factor  # noqa: E402
 from quantrain.quant_conv import fake_quantize_codes, quant_conv2d  # noqa: E402
 from quantrain.quant_linear import quant_linear  # noqa: E402
@@ -122,6 +138,7 @@ __all__ = [
     "GradientSpec",
     "FourBitSpec",
     "Int8Spec",
+    "PruneSpec",
     "PtqSpec",
     "QuantSpec",
     "QuantizedGradient",
@@ -129,6 +146,8 @@ __all__ = [
     "Scheme",
     "adamw_8bit_",
     "amp",
+    "apply_masks_",
+    "attention_kl",
     "awq_scale",
     "batch_norm_act",
     "batch_norm_act_fake_quantize",
@@ -141,6 +160,9 @@ __all__ = [
     "convert",
     "dequantize",
     "dequantize_8bit_blockwise",
+    "distill",
+    "distillation_kl",
+    "distillation_kl_topk",
     "fake_quantize",
     "fake_quantize_codes",
     "fake_quantize_dynamic",
@@ -158,6 +180,8 @@ __all__ = [
     "fqt_conv2d",
     "fqt_linear",
     "gptq_round",
+    "hidden_cosine",
+    "hidden_mse",
     "int8_add_layer_norm",
     "int8_add_rms_norm",
     "int8_gelu",
@@ -191,7 +215,11 @@ __all__ = [
     "norm_act_fake_quantize_dynamic",
     "optim",
     "pack_int4",
+    "pack_mask",
     "prepare",
+    "prune",
+    "prune_mask",
+    "prune_masks",
     "ptq",
     "quant_linear",
     "quantization_error",
@@ -202,7 +230,9 @@ __all__ = [
     "quantize_gradient_codes",
     "save_checkpoint",
     "smooth_factor",
+    "sparsegpt_prune",
     "unpack_int4",
+    "unpack_mask",
     "compress_scale",
     "decompress_scale",
     "dequantize_4bit",

@@ -35,6 +35,7 @@ def adamw_8bit_(
     weight_decay: float = 0.01,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    masks: Sequence[Tensor] = (),
     stochastic: bool = False,
     generator: Generator | None = None,
 ) -> None:
@@ -48,7 +49,9 @@ def adamw_8bit_(
     - steps: float32 of one element, the steps made before; counted here.
 
     lr, grad_scale and found_inf are float32 of one element on that device. Gradients are divided by grad_scale and stay
-    as they are; where found_inf is not 0, nothing changes. stochastic rounds bfloat16 parameters up or down at random,
+    as they are; where found_inf is not 0, nothing changes. masks: none, or one per parameter as
+    :func:`quantrain.pack_mask` gives it, of no elements where all is kept: what a mask drops is 0 after the step, with
+    its moments, whatever its gradient. stochastic rounds bfloat16 parameters up or down at random,
     with Philox's numbers by (seed, offset, element): the same on CPU and CUDA.
 
     >>> p, g = torch.ones(300), torch.full((300,), 0.5)
@@ -73,6 +76,7 @@ def adamw_8bit_(
         weight_decay=weight_decay,
         grad_scale=grad_scale,
         found_inf=found_inf,
+        masks=list(masks) or None,
         stochastic=stochastic,
         generator=generator,
     )

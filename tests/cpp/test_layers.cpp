@@ -32,7 +32,7 @@ std::vector<Recipe> recipes() {
   for (const std::string& name : Recipe::names()) {
     const Recipe recipe = Recipe::from_name(name);
     // The others: test_int8_layers, test_fixed_point_conv, test_four_bit_layers; w8a16 is not bit for bit.
-    const bool packed = recipe.scheme && recipe.scheme->packs_weight();
+    const bool packed = (recipe.scheme && recipe.scheme->packs_weight()) || recipe.prune;  // or rounds nothing
     if (!recipe.linear_only() && !recipe.scheme_as<quantrain::nn::FixedPointSpec>() && !packed && name != "w8a16")
       all.push_back(recipe);
   }

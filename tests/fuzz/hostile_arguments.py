@@ -722,7 +722,67 @@ def ptq_product(d):
     return arguments | {"scale": arguments["scale"][:, None]}
 
 
+def distilled(d):
+    shape = small(d, low=1)
+    return {"student": floats(d, shape), "teacher": floats(d, shape), "mask": torch.ones(shape[:-1])}
+
+
+def distilled_topk(d):
+    shape = small(d, low=1)
+    k = d.randint(1, max(shape[-1], 1))
+    values = torch.log_softmax(torch.randn(*shape[:-1], k), -1)
+    indices = torch.arange(k).expand(*shape[:-1], k).contiguous()
+    return {"student": floats(d, shape), "teacher_values": values, "teacher_indices": indices, "mask": None}
+
+
+def distilled_rows(d):
+    return distilled(d) | {"indices": None, "kind": d.choice(("kl", "mse", "cosine")), "temperature": 1.5}
+
+
+def distilled_gradient(d):
+    arguments = distilled_rows(d)
+    rows = list(arguments["student"].shape[:-1])
+    return arguments | {"grad": torch.ones(rows), "moments": torch.ones(*rows, 4)}
+
+
+def pruned(d):
+    return {"weight": floats(d, small(d, low=1)), "input_norm": None, "sparsity": 0.5, "pattern": "layer"}
+
+
+def pruned_together(d):
+    return {"weights": [floats(d, small(d, low=1)) for _ in range(2)], "sparsity": 0.5}
+
+
+def bits(d):
+    return {"mask": d.integers(small(d), 0, 1, torch.bool)}
+
+
+def packed_bits(d):
+    shape = small(d)
+    return {"mask": torch.zeros((torch.Size(shape).numel() + 7) // 8, dtype=torch.uint8), "shape": shape}
+
+
+def masked(d):
+    tensors = [torch.ones(small(d)) for _ in range(2)]
+    return {"tensors": tensors, "masks": [torch.zeros((t.numel() + 7) // 8, dtype=torch.uint8) for t in tensors]}
+
+
+def sparsegpt(d):
+    arguments = weight_and_hessian(d)
+    return {"weight": arguments["weight"], "hessian": arguments["hessian"], "sparsity": 0.5, "pattern": "row"}
+
+
 ARGUMENTS = {
+    **dict.fromkeys(("distillation_kl", "hidden_mse", "hidden_cosine", "attention_kl"), distilled),
+    "distillation_kl_topk": distilled_topk,
+    "_distillation_rows": distilled_rows,
+    "_distillation_rows_backward": distilled_gradient,
+    "prune_mask": pruned,
+    "prune_masks": pruned_together,
+    "pack_mask": bits,
+    "unpack_mask": packed_bits,
+    "apply_masks_": masked,
+    "sparsegpt_prune": sparsegpt,
     "int8_quantize_rows_outliers": outlier_rows,
     "int8_mm_outliers": outlier_product,
     "int8_outlier_columns": threshold_columns,

@@ -24,6 +24,8 @@ FAMILIES = (
     "adamw_8bit",
     "four_bit",
     "ptq",
+    "distillation",
+    "pruning",
 )
 
 # Operators without a drawn and a hostile test, with the reason.

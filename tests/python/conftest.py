@@ -22,3 +22,13 @@ def data_folder():
     if not DATA or not Path(DATA).is_dir():
         pytest.skip("no test data: set QUANTRAIN_DATA to its folder")
     return Path(DATA)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Sums are equal in both languages, and in another process, where the number of threads is; small models are
+    faster so, and a busy machine does not slow one thread down."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

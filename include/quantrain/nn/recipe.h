@@ -18,6 +18,9 @@ enum class Format { kInt, kNf4, kFp4, kE2m1 };
 enum class Granularity { kPerTensor, kPerChannel, kPerGroup, kPerToken };
 enum class ObserverKind { kDynamic, kMinMax, kMovingAverage, kPercentile, kMse };
 enum class NanPolicy { kRaise, kSkip };
+enum class PruneScore { kMagnitude, kWanda, kSparseGpt };
+enum class PruneScope { kLayer, kGlobal };
+enum class PruneSchedule { kOneShot, kCubic };
 template <>
 inline constexpr const char* const kNames<Format>[] = {"int", "nf4", "fp4", "e2m1"};
 template <>
@@ -27,6 +30,12 @@ inline constexpr const char* const kNames<ObserverKind>[] = {"dynamic", "min_max
                                                              "mse"};
 template <>
 inline constexpr const char* const kNames<NanPolicy>[] = {"raise", "skip"};
+template <>
+inline constexpr const char* const kNames<PruneScore>[] = {"magnitude", "wanda", "sparsegpt"};
+template <>
+inline constexpr const char* const kNames<PruneScope>[] = {"layer", "global"};
+template <>
+inline constexpr const char* const kNames<PruneSchedule>[] = {"one_shot", "cubic"};
 
 // One quantized tensor: which codes, how many elements share a scale, and where the scale comes from.
 //
@@ -92,11 +101,63 @@ struct QUANTRAIN_API QuantSpec {
   bool operator==(const QuantSpec&) const = default;
 };
 
+// Which weights of a model stay at zero (ops/pruning.h).
+//
+// sparsity   the share that is dropped, in [0, 1); not read where the pattern is n:m
+// pattern    "layer": of the whole weight; "row": of each output row; "n:m", such as "2:4"
+// score      magnitude   |w|
+//            wanda       |w| times the norm of the input column, of calibration batches (arXiv:2306.11695)
+//            sparsegpt   w^2 / U_jj^2, the kept weights adjusted, of calibration batches (arXiv:2301.00774)
+// scope      layer: each layer by itself; global: one threshold for all, with score magnitude and pattern "layer"
+// schedule   one_shot: before training; cubic: s (1 - (1 - t)^3) while training goes from `begin` to `end`, shares of
+//            the steps, with new masks every `every` steps, then fixed (Zhu and Gupta, arXiv:1710.01878, eq. 1)
+struct QUANTRAIN_API PruneSpec {
+  double sparsity = 0.5;
+  std::string pattern = "layer";
+  PruneScore score = PruneScore::kMagnitude;
+  PruneScope scope = PruneScope::kLayer;
+  PruneSchedule schedule = PruneSchedule::kOneShot;
+  double begin = 0.0;
+  double end = 0.67;
+  int64_t every = 20;
+
+  static constexpr const char* kTypeName = "PruneSpec";
+  template <typename Self, typename Visitor>
+  static void fields(Self& self, Visitor&& visit) {
+    visit("sparsity", self.sparsity);
+    visit("pattern", self.pattern);
+    visit("score", self.score);
+    visit("scope", self.scope);
+    visit("schedule", self.schedule);
+    visit("begin", self.begin);
+    visit("end", self.end);
+    visit("every", self.every);
+  }
+
+  bool needs_batches() const { return score != PruneScore::kMagnitude; }
+
+  // Of `steps` those after which the schedule begins, and after which the masks are fixed; of one_shot 0.
+  int64_t first_step(int64_t steps) const;
+  int64_t last_step(int64_t steps) const;
+  // What is dropped after `step` of `steps`: of one_shot `sparsity` at once.
+  double sparsity_at(int64_t step, int64_t steps) const;
+  // Whether masks are made anew after that step; 0 is before the first.
+  bool renews_at(int64_t step, int64_t steps) const;
+
+  // Throws std::invalid_argument naming the field, the rule and the value.
+  void validate() const;
+  std::string to_json() const;
+  static PruneSpec from_json(const std::string& text);
+
+  bool operator==(const PruneSpec&) const = default;
+};
+
 // One layer: specs of the tensors it quantizes (absent: left in floating point), and how it runs.
 //
 // training   false: calibrate only, no fine-tuning (post-training quantization)
 // edge_bits  > 0: the first and the last quantized layer of a model use this many bits (Esser et al., section 2.3)
 // scheme     none: floating-point arithmetic on fake-quantized values; else schemes/*.h
+// prune      none, or which weights stay at zero beside that
 struct QUANTRAIN_API Recipe {
   std::string name;
   std::optional<QuantSpec> weight;
@@ -105,10 +166,11 @@ struct QUANTRAIN_API Recipe {
   bool training = true;
   int64_t edge_bits = 0;
   SchemeValue scheme;
+  std::optional<PruneSpec> prune;
 
   static constexpr const char* kTypeName = "Recipe";
   template <typename Self, typename Visitor>
-  static void fields(Self& self, Visitor&& visit) {  // but the scheme
+  static void fields(Self& self, Visitor&& visit) {  // but scheme and prune, which are written where they are
     visit("name", self.name);
     visit("weight", self.weight);
     visit("input", self.input);
@@ -138,8 +200,8 @@ struct QUANTRAIN_API Recipe {
   // Throws std::invalid_argument naming the field, the rule and the value.
   void validate() const;
 
-  // {"name", "weight", "input", "output", "training", "edge_bits", "scheme": {"kind", its fields}}, without "scheme"
-  // where there is none.
+  // {"name", "weight", "input", "output", "training", "edge_bits", "scheme": {"kind", its fields}, "prune": {..}},
+  // without the last two where there is none.
   std::string to_json() const;
 
   // Throws std::invalid_argument, as QuantSpec's. Reads the form of before there were schemes too: "backend", "int8",

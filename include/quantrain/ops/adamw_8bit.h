@@ -36,6 +36,7 @@ struct AdamW8bitTensors {
   std::vector<at::Tensor> exp_avg_sq;        // as exp_avg
   std::vector<at::Tensor> exp_avg_sq_scale;  // as exp_avg_scale
   std::vector<at::Tensor> steps;             // float32 of one element: the steps made before, counted here
+  std::vector<at::Tensor> masks = {};        // none, or packed as in pruning.h; of no elements: all are kept
 };
 
 struct AdamW8bitArguments {
@@ -50,9 +51,9 @@ struct AdamW8bitArguments {
   std::optional<at::Generator> generator = std::nullopt;
 };
 
-// In place; on CUDA one launch for up to 448 parameters, and a second one that counts their steps. A NaN gradient makes
+// In place; on CUDA one launch for up to 416 parameters, and a second one that counts their steps. A NaN gradient makes
 // its parameter NaN unless found_inf skips the step. Random numbers are Philox's by (seed, offset, element): 16 bits
-// for each element. No derivative.
+// for each element. What a mask drops is 0 afterwards, with its moments, whatever its gradient. No derivative.
 QUANTRAIN_API void adamw_8bit_(const AdamW8bitTensors& tensors, const AdamW8bitArguments& arguments);
 QUANTRAIN_API void adamw_8bit_seeded_(const AdamW8bitTensors& tensors, const AdamW8bitArguments& arguments,
                                       int64_t seed, int64_t offset);

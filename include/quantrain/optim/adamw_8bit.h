@@ -76,6 +76,7 @@ class QUANTRAIN_API AdamW8bit : public GroupedOptimizer {
 
  private:
   void make_states() override;
+  void check_takes_masks(size_t) const override {}
   const at::Tensor& lr_of(size_t group, c10::Device device);
   void step_group(size_t group, size_t first_parameter, const at::Tensor& grad_scale,
                   const at::Tensor& found_inf) override;

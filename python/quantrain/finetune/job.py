@@ -17,9 +17,10 @@ from quantrain.finetune import memory, minilm, plots
 from quantrain.finetune.base_job import BaseJob
 from quantrain.finetune.config import JobConfig
 from quantrain.finetune.data import Batch, calibration_batches, load_image_data
+from quantrain.finetune.distillation import Distilled
 from quantrain.finetune.folder import BASELINE
 from quantrain.finetune.grids import input_grids, weight_grids
-from quantrain.finetune.models import load_model
+from quantrain.finetune.models import load_model, load_weights
 from quantrain.finetune.recipe_text import recipe_table
 from quantrain.finetune.recipes import raise_all
 from quantrain.finetune.rehearsal import check_model, evaluation_seconds, reason_of, rehearse
@@ -27,7 +28,8 @@ from quantrain.finetune.report import COLUMNS, ReportTable, audit_tables, conver
 from quantrain.finetune.results import AuditRow, LayerError, StageResult
 from quantrain.finetune.table import HEADER, format_seconds, rows
 from quantrain.finetune.text import load_text_data
-from quantrain.finetune.trainer import EVAL_BATCH, TrainResult, evaluate, latency_seconds, to_device
+from quantrain.finetune.trainer import EVAL_BATCH, Task, TrainResult, evaluate, latency_seconds, to_device
+from quantrain.nn.recipes import rounds_nothing
 
 _TIMED_STEPS = 3  # of each stage of a quick run, before it starts: the first warms up
 
@@ -71,7 +73,32 @@ class Job(BaseJob):
         model, self.call = _called_model(config, self.data)
         self.baseline = model.to(self.device)
         self.calibration = calibration_batches(self.data, config.batch_size, config.calibration_batches, config.seed)
+        if config.teacher is not None:
+            self.teacher = self._named_teacher()
         self._check_models()
+
+    def _named_teacher(self) -> nn.Module:
+        """The model of --teacher with the weights of --teacher-weights, tried on the data."""
+        config = self.config
+        if config.job == "sst2":
+            raise ValueError(
+                f"--teacher: expected none with --job sst2, whose teacher is its float32 model, got {config.teacher!r}"
+            )
+        model, call = load_model(config.teacher, num_classes=self.data.num_classes, **self.data.model_arguments)
+        if config.teacher_weights is not None:
+            load_weights(model, config.teacher_weights)
+        check_model(model, call, self.data, torch.device("cpu"))
+        return model.to(self.device)
+
+    def _task_of(self, stage: str) -> Task:
+        """With --teacher all stages learn from it, with --distill alone the recipes from the float32 model."""
+        if self.config.teacher is not None:
+            return Distilled(self.task, self.teacher)
+        return (
+            Distilled(self.task, copy.deepcopy(self.baseline))
+            if self.config.distill and stage != BASELINE
+            else self.task
+        )
 
     def _check_models(self) -> None:
         """Try the model on the data and every recipe that is not done on the model, and read the baseline's
@@ -159,21 +186,32 @@ class Job(BaseJob):
         recipe = self.recipes[name]
         started = time.perf_counter()
         memory.reset_peak(self.device)
-        model = self._prepared(name, recipe)
+        plain = rounds_nothing(recipe)
+        model = copy.deepcopy(self.baseline) if plain else self._prepared(name, recipe)
         trained = None
         settings = self.config.recipe_settings(recipe)
         if recipe.training:
             trained = self._train(model, name, settings)
-            qnn.save_checkpoint(self.checkpoint(name, "trained"), model, recipe)
-        converted = qnn.convert(copy.deepcopy(model).eval())
+            qnn.save_checkpoint(self.checkpoint(name, "trained"), model, None if plain else recipe)
+        converted = copy.deepcopy(model).eval()
         path = self.checkpoint(name, "converted")
-        if not qnn.handler_of(recipe).rebuilds:
+        if plain:
+            qnn.save_checkpoint(path, converted)
+        elif not qnn.handler_of(recipe).rebuilds:
+            converted = qnn.convert(converted)
             qnn.save_checkpoint(path, converted, recipe)
         else:
+            converted = qnn.convert(converted)
             converted.save(path)
         accuracy, loss = evaluate(converted, self.data, self.device, self.stop)
         result = self._result(name, accuracy, loss, path, trained, started)
         self._keep_stage(result, settings.epochs if trained else 0)
+        if plain:
+            with self._not_fatal(f"{name}: latency"):
+                latency = latency_seconds(converted, self.data, self.device)
+                self.results[name] = replace(result, latency_seconds=latency)
+                self._write_results()
+            return
         with self._not_fatal(f"{name}: latency and errors by layer"):
             self.results[name] = replace(result, **self._details(recipe, model, converted))
             self._write_results()
@@ -282,4 +320,5 @@ class Job(BaseJob):
             ("data", f"{data.name} from {data.source}, {data.train_size} + {data.test_size} samples"),
             ("training", "; ".join(trained) or "none"),
             ("calibration", f"{len(self.calibration)} batches of {config.batch_size}"),
+            *([("teacher", config.teacher or "the float32 model")] if config.distill else []),
         ]

@@ -7,6 +7,7 @@ import inspect
 import sys
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -42,19 +43,20 @@ class BasicBlock(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """ResNet-20 for small images (He et al. 2016, section 4.2): 3 stages of 3 blocks, 16, 32 and 64 planes wide.
+    """ResNet-20 for small images (He et al. 2016, section 4.2): 3 stages of 3 blocks, 16, 32 and 64 planes wide; with
+    more ``blocks`` a stage ResNet-32 (5) and ResNet-56 (9).
 
     Parameter names are those of akamaster/pytorch_resnet_cifar10. ``input`` is ``[N, in_channels, H, W]`` with H and W
     at least 4; the result is ``[N, num_classes]`` logits.
     """
 
-    def __init__(self, num_classes: int = 10, in_channels: int = 1) -> None:
+    def __init__(self, num_classes: int = 10, in_channels: int = 1, blocks: int = 3) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _stage(16, 16, stride=1)
-        self.layer2 = _stage(16, 32, stride=2)
-        self.layer3 = _stage(32, 64, stride=2)
+        self.layer1 = _stage(16, 16, stride=1, blocks=blocks)
+        self.layer2 = _stage(16, 32, stride=2, blocks=blocks)
+        self.layer3 = _stage(32, 64, stride=2, blocks=blocks)
         self.linear = nn.Linear(64, num_classes)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -66,10 +68,9 @@ class ResNet20(nn.Module):
         return self.linear(out.mean(dim=(2, 3)))
 
 
-def _stage(in_planes: int, planes: int, stride: int) -> nn.Sequential:
-    blocks = [BasicBlock(in_planes, planes, stride)]
-    blocks += [BasicBlock(planes, planes, 1) for _ in range(2)]
-    return nn.Sequential(*blocks)
+def _stage(in_planes: int, planes: int, stride: int, blocks: int) -> nn.Sequential:
+    first = BasicBlock(in_planes, planes, stride)
+    return nn.Sequential(first, *(BasicBlock(planes, planes, 1) for _ in range(blocks - 1)))
 
 
 def resnet20(num_classes: int = 10, in_channels: int = 1) -> ResNet20:
@@ -80,6 +81,16 @@ def resnet20(num_classes: int = 10, in_channels: int = 1) -> ResNet20:
         torch.Size([2, 10])
     """
     return ResNet20(num_classes, in_channels)
+
+
+def resnet56(num_classes: int = 10, in_channels: int = 1) -> ResNet20:
+    """ResNet-56 with fresh weights drawn from the default generator (0.85 M parameters): a teacher of ResNet-20.
+
+    Example:
+        >>> sum(parameter.numel() for parameter in resnet56(10, 3).parameters())
+        853018
+    """
+    return ResNet20(num_classes, in_channels, blocks=9)
 
 
 def mlp(num_classes: int, in_features: int, hidden: int = 64) -> nn.Sequential:
@@ -98,7 +109,33 @@ def mlp(num_classes: int, in_features: int, hidden: int = 64) -> nn.Sequential:
     )
 
 
-BUILT_IN = {"resnet20": resnet20, "mlp": mlp}
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Reads a state dict into ``model``: a safetensors file, or one of torch.save, also under ``"state_dict"`` and with the
+    prefix ``module.`` of a parallel model.
+
+    Raises:
+        ValueError: It is no such file, or of another model; the model is then unchanged.
+        FileNotFoundError: No such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--teacher-weights: expected a file, got none at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            tensors = tensors.get("state_dict", tensors)
+        model.load_state_dict({name.removeprefix("module."): tensor for name, tensor in tensors.items()})
+    except Exception as error:
+        text = str(error).splitlines()[0]
+        raise ValueError(
+            f"--teacher-weights: {path}: expected the weights of {type(model).__name__}, got {text}"
+        ) from error
+
+
+BUILT_IN = {"resnet20": resnet20, "resnet56": resnet56, "mlp": mlp}
 
 
 def names_code(name: str) -> bool:

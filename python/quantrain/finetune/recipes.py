@@ -48,6 +48,21 @@ def resolve_recipes(words: Sequence[str], overrides: Sequence[str] = ()) -> dict
     return recipes
 
 
+def pruned(recipe: Recipe, sparsity: float, schedule: str) -> Recipe:
+    """The recipe with that share of the weights dropped, by ``"cubic"`` or ``"one-shot"``; else its own settings.
+
+    Raises:
+        ValueError: A recipe that does not train, or that cannot be pruned so.
+
+    Example:
+        >>> pruned(Recipe.from_name("qat-w8a8"), 0.5, "cubic").prune.sparsity
+        0.5
+    """
+    kept = qnn.changed_recipe(recipe, {"prune": {"sparsity": sparsity, "schedule": schedule.replace("-", "_")}})
+    kept.name = recipe.name
+    return kept
+
+
 def raise_all(faults: Sequence[str]) -> None:
     """Raise one ValueError that says all ``faults``, where there are any."""
     if len(faults) > 1:

@@ -24,6 +24,7 @@ from quantrain.finetune.trainer import (
     to_device,
     train_step,
 )
+from quantrain.nn.recipes import rounds_nothing
 
 ROWS = 8  # samples of a step that is tried and not timed
 
@@ -85,7 +86,8 @@ def rehearse(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself says them again
         model = copy.deepcopy(baseline)
-        model = model if recipe is None else qnn.prepare(model, recipe, skip=skip, fuse=fuse).to(device)
+        plain = recipe is None or rounds_nothing(recipe)
+        model = model.to(device) if plain else qnn.prepare(model, recipe, skip=skip, fuse=fuse).to(device)
         rows = min(settings.batch_size if steps > 1 else ROWS, data.train_size)
         batch = to_device(data.train_batch(torch.arange(rows), None), device)
         batch = batch if steps > 1 else task.trial(batch)
@@ -102,7 +104,7 @@ def rehearse(
                 with torch.no_grad():
                     float(task.loss(model, batch))
             times.append(time.perf_counter() - started)
-        if recipe is not None:
+        if not plain:
             qnn.convert(model.eval(), check_observed=qnn.handler_of(recipe).rebuilds)
     return statistics.median(times[1:] or times)
 

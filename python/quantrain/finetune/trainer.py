@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quantrain import nn as qnn
-from quantrain._C import replace_file
+from quantrain._C import PruneSpec, replace_file
 from quantrain.finetune.data import Batch
 from quantrain.finetune.memory import peak_bytes
 from quantrain.finetune.metrics import Metrics
 from quantrain.finetune.progress import Progress
 from quantrain.optim import AdamW8bit
+from quantrain.prune import Pruner
 
 OPTIMIZERS = ("sgd", "adamw", "adamw8bit")
 SAVE_SECONDS = 30.0  # between saves of the training state; a save of MiniLM's 270 MB takes 0.3 s
@@ -196,8 +197,19 @@ class Task:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean cross-entropy of a batch, on the model's device."""
-        inputs, labels = batch
-        return functional.cross_entropy(model(*inputs).float(), labels)
+        return self.loss_of(self.logits(model, batch), batch)
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What the model says of each row that may count, ``[..., classes]``."""
+        return model(*batch[0])
+
+    def loss_of(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The loss of such logits."""
+        return functional.cross_entropy(logits.float(), batch[1])
+
+    def counted(self, batch: Batch) -> Tensor | None:
+        """Which rows of the logits count, 0 where one does not; None where all do."""
+        return None
 
     def terms(self, batch: Batch) -> int:
         """How many numbers ``loss`` is the mean of."""
@@ -240,8 +252,10 @@ FEW_STEPS = 20  # below it a schedule is over before it has warmed up; with one 
 class _State:
     """The state file of a stage in training: written whole, then renamed, so that it is never half a file."""
 
-    def __init__(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.path, self.model, self.optimizer = path, model, optimizer
+    def __init__(
+        self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner | None = None
+    ) -> None:
+        self.path, self.model, self.optimizer, self.pruner = path, model, optimizer, pruner
         self.saved_at = time.monotonic()
 
     def save(self, step: int, seconds: float, durations: list[float]) -> None:
@@ -251,6 +265,7 @@ class _State:
             "durations": durations,
             "model": _changing_tensors(self.model),
             "optimizer": self.optimizer.state_dict(),
+            "pruner": None if self.pruner is None else self.pruner.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         }
@@ -270,6 +285,8 @@ class _State:
             state = torch.load(self.path, map_location=device, weights_only=True)
             _load_changing_tensors(self.model, state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.pruner is not None:
+                self.pruner.load_state_dict(state["pruner"])
             torch.set_rng_state(state["rng"].cpu())
             if torch.cuda.is_available() and state.get("cuda_rng") is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"].cpu())
@@ -377,10 +394,12 @@ def train(
     device: torch.device,
     stop: StopRequest,
     task: Task = CLASSIFICATION,
+    prune: PruneSpec | None = None,
 ) -> TrainResult:
     """Train ``model`` in place, from the state file where an earlier run left one.
 
-    The ranges of a quantized model follow its tensors for the first ``settings.freeze`` of the steps.
+    The ranges of a quantized model follow its tensors for the first ``settings.freeze`` of the steps. With ``prune`` its
+    weights are pruned on the way, by the spec's schedule over the steps of ``settings``.
 
     A line goes to ``metrics`` for each step, and one for the test set after each epoch but the last, which the caller
     evaluates in the form that it keeps.
@@ -400,8 +419,9 @@ def train(
     freeze_step = settings.freeze_step(data.train_size)
     per_epoch = math.ceil(data.train_size / settings.batch_size)
     optimizer = make_optimizer(model, settings)
+    pruner = None if prune is None else Pruner.from_spec(model, prune, total, optimizer)
     torch.manual_seed(settings.seed)  # dropout and quantized gradients draw from here, whatever ran before
-    state = _State(state_path, model, optimizer)
+    state = _State(state_path, model, optimizer, pruner)
     first, before, durations = state.load(device)
     metrics.forget_after(stage, first)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
@@ -421,6 +441,8 @@ def train(
                 group["lr"] = rate
             options = {"task": task, "parts": settings.accumulate, "max_norm": settings.max_norm}
             loss = float(train_step(model, optimizer, to_device(batch, device), autocast, **options))
+            if pruner is not None:
+                pruner.step()
             durations.append(time.perf_counter() - begun)
             if not math.isfinite(loss):
                 raise ValueError(f"{stage}: expected a finite loss, got {loss} at step {step} (learning rate {rate:g})")

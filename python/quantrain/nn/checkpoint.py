@@ -2,8 +2,9 @@
 
 Metadata: ``format`` "quantrain", ``version`` "1", ``recipe`` (Recipe JSON, "" for a float model), ``converted`` "true"
 or "false", ``layers`` (JSON: converted layer -> ``{"bits": b, "shape": [...]}`` of its weight before packing), and
-``layer_recipes`` (JSON: ``{"recipes": [Recipe, ...], "of": {layer: index}}`` of every quantized layer). The C++ library
-reads and writes the same files.
+``layer_recipes`` (JSON: ``{"recipes": [Recipe, ...], "of": {layer: index}}`` of every quantized layer). A pruned weight has a
+buffer ``weight_mask``; of a converted layer that has one the file holds the codes that are kept (:mod:`.masked_codes`). The C++
+library reads and writes the same files.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .four_bit import FORMS, FourBitLayer, skeletons
 from .fuse import differing_shares
 from .int8_blocks import fuse_int8_blocks
 from .layers import QuantEmbedding, QuantLayer
+from .masked_codes import add_masks, keep_codes, spread_codes, take_new_masks
 from .prepare import prepare, quantizable
 from .quantized import QuantizedEmbedding, QuantizedLayer, name_codes
 from .recipes import as_recipe
@@ -73,6 +75,9 @@ def save_checkpoint(path: str | os.PathLike, model: nn.Module, recipe: Recipe | 
                 f"save_checkpoint: expected tensors in the state dict, got {type(value).__name__} at {name!r}"
             )
         tensors[name] = value.detach()
+    converted = _converted_layers(model)
+    if converted:
+        keep_codes(tensors)
     if recipe is None:
         recipe = _recipe_of(model)
     else:
@@ -83,7 +88,7 @@ def save_checkpoint(path: str | os.PathLike, model: nn.Module, recipe: Recipe | 
         "version": _VERSION,
         "recipe": "" if recipe is None else recipe.to_json(),
         "converted": "true" if is_converted(model) else "false",
-        "layers": json.dumps(_converted_layers(model)),
+        "layers": json.dumps(converted),
         "layer_recipes": _layer_recipes_json(model),
     }
     write_safetensors(os.fspath(path), tensors, metadata)
@@ -119,7 +124,9 @@ def load_checkpoint(path: str | os.PathLike, model: nn.Module) -> dict[str, str]
     _check_metadata(path, metadata, model)
     if nowhere := [name for name, value in model.state_dict().items() if value.is_meta]:
         _fail(path, "a model whose tensors have memory (model.to_empty(device=...))", f"{nowhere[0]!r} on meta")
+    spread_codes(str(path), tensors, {name: of["shape"] for name, of in _converted_layers(model).items()})
     name_codes(model, tensors)
+    masks = take_new_masks(str(path), tensors, model)
     state = model.state_dict()
     _check_names(path, state, tensors)
     for name, tensor in tensors.items():
@@ -134,6 +141,7 @@ def load_checkpoint(path: str | os.PathLike, model: nn.Module) -> dict[str, str]
     given = type(state)({**{name: value for name, value in state.items() if _may_lack(name)}, **tensors})
     given._metadata = getattr(state, "_metadata", None)  # the versions that some modules' loading asks for
     model.load_state_dict(given)
+    add_masks(masks)
     return metadata
 
 

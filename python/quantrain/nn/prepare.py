@@ -24,7 +24,7 @@ from .graph import ModelGraph, copied, trace_model
 from .layers import QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear, QuantTransposedLinear
 from .new_parameters import new_parameters
 from .quantized import QuantizedLayer
-from .recipes import as_recipe, changed_recipe
+from .recipes import as_recipe, changed_recipe, rounds_nothing
 from .schemes import SchemeHandler, handler_of, handlers
 from .weight_hooks import unknown_weight
 
@@ -147,6 +147,11 @@ def prepare(
     """
     check_model("prepare", model)
     base = as_recipe(recipe)
+    if rounds_nothing(base):
+        raise ValueError(
+            f"prepare: expected a recipe that rounds something, got {base.name!r}, which prunes alone "
+            "(quantrain.prune.Pruner.from_spec does that to a float model)"
+        )
     overrides = dict(overrides or {})
     check_patterns("prepare", "skip", skip)
     if handler_of(base).rebuilds:
@@ -446,6 +451,11 @@ def _summary_row(name: str, layer: QuantLayer) -> dict[str, str | None]:
 
 def swapped(model: nn.Module, twins: Mapping[int, nn.Module]) -> nn.Module:
     """``model`` with every module that has a twin (by identity) replaced, wherever it is registered."""
+    for module in [model, *model.modules()]:  # a pruned weight's mask goes with it
+        mask, twin = module._buffers.get("weight_mask"), twins.get(id(module))
+        packed = getattr(twin, "packed", False)  # two codes to a byte: their zeros say it, and take less than the mask
+        if mask is not None and twin is not None and not packed and "weight_mask" not in twin._buffers:
+            twin.register_buffer("weight_mask", mask)
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
             if id(child) in twins:

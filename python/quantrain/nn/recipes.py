@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from quantrain._C import QuantSpec, Recipe, Scheme
+from quantrain._C import PruneSpec, QuantSpec, Recipe, Scheme
 
-__all__ = ["as_recipe", "changed_recipe", "weight_scale_shape"]
+__all__ = ["as_recipe", "changed_recipe", "rounds_nothing", "weight_scale_shape"]
 
 _TENSORS = ("weight", "input", "output")
 # Fields of recipes from before there were schemes, and what says it today.
@@ -42,13 +42,22 @@ def as_recipe(recipe: Recipe | str) -> Recipe:
     return recipe
 
 
+def rounds_nothing(recipe: Recipe) -> bool:
+    """Whether the recipe prunes and no more.
+
+    >>> rounds_nothing(as_recipe("prune-magnitude")), rounds_nothing(as_recipe("qat-w8a8"))
+    (True, False)
+    """
+    return recipe.prune is not None and not (recipe.weight or recipe.input or recipe.output or recipe.scheme)
+
+
 def changed_recipe(base: Recipe | str, change: Recipe | str | Mapping) -> Recipe:
     """A copy of ``base`` with ``change`` applied; ``base`` stays as it is.
 
     Args:
         base: a Recipe or the name of one.
         change: a Recipe or a name replaces everything; a mapping changes single fields. The values of ``weight``,
-            ``input`` and ``output`` (QuantSpec) and of ``scheme`` are a spec, None (leave that tensor in floating
+            ``input`` and ``output`` (QuantSpec), of ``prune`` (PruneSpec) and of ``scheme`` are a spec, None (leave that tensor in floating
             point; no scheme), or a mapping of its fields, applied to the base's or, where it has none, to the default
             one. A mapping for ``scheme`` names the ``kind`` where the base has no scheme or one of another kind.
 
@@ -67,22 +76,25 @@ def changed_recipe(base: Recipe | str, change: Recipe | str | Mapping) -> Recipe
         if not hasattr(result, field) or callable(getattr(result, field)):
             hint = f' (which is now in "scheme": {_BEFORE[field]})' if field in _BEFORE else ""
             raise ValueError(
-                f"recipe: expected a field of Recipe (weight, input, output, training, edge_bits, scheme, name), got {field!r}{hint}"
+                f"recipe: expected a field of Recipe (weight, input, output, training, edge_bits, scheme, prune, name), got {field!r}{hint}"
             )
         if isinstance(value, Mapping):
             if field in _TENSORS:
                 value = _changed_spec(getattr(result, field) or QuantSpec(), value)
             elif field == "scheme":
                 value = _changed_scheme(result.scheme, value)
+            elif field == "prune":
+                value = _changed_spec(result.prune or PruneSpec(), value)
         setattr(result, field, value)
     result.validate()
     return result
 
 
-def _changed_spec(spec: QuantSpec, change: Mapping) -> QuantSpec:
+def _changed_spec(spec: QuantSpec | PruneSpec, change: Mapping) -> QuantSpec | PruneSpec:
     for field, value in change.items():
-        if not hasattr(spec, field) or callable(getattr(spec, field)):
-            raise ValueError(f"recipe: expected a field of QuantSpec (bits, granularity, ...), got {field!r}")
+        if field not in json.loads(spec.to_json()):
+            known = "bits, granularity, ..." if isinstance(spec, QuantSpec) else "sparsity, pattern, ..."
+            raise ValueError(f"recipe: expected a field of {type(spec).__name__} ({known}), got {field!r}")
         setattr(spec, field, value)
     return spec
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from quantrain.adamw_8bit import adamw_8bit_, dequantize_8bit_blockwise, quantize_8bit_blockwise
 from quantrain.optim.host_state import HostState, pinned
+from quantrain.pruning import check_mask
 
 __all__ = ["AdamW8bit"]
 
@@ -95,6 +96,7 @@ class AdamW8bit(torch.optim.Optimizer):
         self._generator, self._state_on_host = generator, state_on_host
         self._hosts: dict[torch.device, HostState] = {}
         self._lrs: dict[tuple[int, torch.device], tuple[float, Tensor]] = {}
+        self._masks: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -103,9 +105,41 @@ class AdamW8bit(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._generator, self._lrs, self._hosts = None, {}, {}
+        self.__dict__.setdefault("_masks", {})  # load_state_dict comes here too: masks stay
         self.__dict__.setdefault("_state_on_host", False)
         for parameter, held in self.state.items():
             self.state[parameter] = self._placed(parameter, held)
+
+    def set_masks(self, masks: Mapping[Tensor, Tensor | None]) -> None:
+        """From the next step on, what a mask drops of its parameter is 0 after each step, with its moments, whatever the
+        gradient, in the step's own pass.
+
+        Masks are packed as :func:`quantrain.pack_mask` packs them, and read at each step; None ends a parameter's. They are
+        not part of ``state_dict()``: masks belong to the model.
+
+        Raises:
+            ValueError: A parameter that this optimizer does not have, or a mask of another size; nothing is changed.
+            TypeError: A mask of another type or device.
+
+        Example:
+            >>> weight = torch.nn.Parameter(torch.tensor([1.0, 0.0]))
+            >>> optimizer = AdamW8bit([weight], lr=0.1)
+            >>> optimizer.set_masks({weight: torch.tensor([1], dtype=torch.uint8)})
+            >>> weight.sum().backward()
+            >>> optimizer.step()
+            >>> weight[1].item()
+            0.0
+        """
+        own = {parameter for group in self.param_groups for parameter in group["params"]}
+        for parameter, mask in masks.items():
+            if parameter not in own:
+                raise ValueError(
+                    f"AdamW8bit.set_masks: expected a parameter of this optimizer, got another of shape {list(parameter.shape)}"
+                )
+            if mask is not None:
+                check_mask("AdamW8bit.set_masks", parameter, mask)
+        merged = {**self._masks, **masks}
+        self._masks = {parameter: mask for parameter, mask in merged.items() if mask is not None}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim.Optimizer's; ValueError for an option outside its range."""
@@ -177,9 +211,16 @@ class AdamW8bit(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             grad_scale=getattr(self, "grad_scale", None),
             found_inf=getattr(self, "found_inf", None),
+            masks=self._masks_of(parameters),
             stochastic=group["stochastic_rounding"],
             generator=self._generator,
         )
+
+    def _masks_of(self, parameters: list[Tensor]) -> list[Tensor]:
+        if not any(parameter in self._masks for parameter in parameters):
+            return []
+        none = torch.empty(0, dtype=torch.uint8, device=parameters[0].device)
+        return [self._masks.get(parameter, none) for parameter in parameters]
 
     def _lr_on(self, index: int, device: torch.device) -> Tensor:
         """The group's learning rate as the operator takes it. A number is written to the device where it changed."""

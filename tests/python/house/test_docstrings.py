@@ -14,7 +14,7 @@ import quantrain.amp
 import quantrain.nn
 import quantrain.optim
 
-PACKAGES = (quantrain.amp, quantrain.nn, quantrain.optim)
+PACKAGES = (quantrain.amp, quantrain.distill, quantrain.nn, quantrain.optim, quantrain.prune)
 MODULES = sorted(
     f"{package.__name__}.{m.name}"
     for package in (quantrain, *PACKAGES)

@@ -1,6 +1,7 @@
 """The shell scripts parse, and fail with one clear line where something they need is missing."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -72,3 +73,16 @@ def test_gpu_check_needs_torch_and_then_a_gpu(bare):
     python.chmod(0o755)
     result = run(root / "scripts" / "gpu_check.sh", **environment)
     assert (result.returncode, result.stderr) == (1, "gpu_check: no GPU here: nvidia-smi does not answer\n")
+
+
+def test_every_tag_of_a_cpp_test_is_run():
+    """ctest runs the tests of a list of tags: one that is missing there would never run."""
+    folder = ROOT / "tests" / "cpp"
+    listed = set(re.search(r"foreach\(\s*family\s([\w\s]+)\)", (folder / "CMakeLists.txt").read_text())[1].split())
+    cases = re.findall(
+        r'TEST_CASE\(\s*"(?:[^"\\]|\\.)*",\s*"(\[[^"]+\])"', "".join(p.read_text() for p in folder.glob("test_*.cpp"))
+    )
+    assert len(cases) > 150
+    for tags in cases:
+        names = re.findall(r"\[([^\]]+)\]", tags)
+        assert "." in names or listed & set(names), tags

@@ -16,6 +16,8 @@ from model_zoo import NEEDS, ZOO, built, output_of
 
 import quantrain.nn as qnn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # What stays in floating point beside norms and the class of which it is (docs/models.md lists it); {} where nothing does.
 LEFT_FLOAT = {
     "convnext": {"CNBlock"},
@@ -39,15 +41,6 @@ def needed(name: str) -> None:
     package = NEEDS[name]
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{name} needs the package {package}: pip install 'quantrain[hf,data]'")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the fresh process, whose sums must be the same; small models are faster so."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

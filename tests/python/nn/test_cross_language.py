@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from samples.examples import example, why_missing
+from samples.examples import example, run_example, why_missing
 from torch import Tensor, nn
 
 pytest.importorskip("quantrain._C", reason="the compiled library is not installed")
@@ -45,23 +45,10 @@ STEPS = {
 
 
 EXAMPLE = example(NAME)
-pytestmark = pytest.mark.skipif(EXAMPLE is None, reason=why_missing(NAME))
-
-
-def run_example(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
-    command = [EXAMPLE, "--threads", 1, *arguments]
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=500)
-    assert not check or result.returncode == 0, result.stderr
-    return result
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Sums are equal in both languages where the number of threads is; one does not slow down on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(EXAMPLE is None, reason=why_missing(NAME)),
+]
 
 
 def write_idx(path: Path, tensor: Tensor) -> None:
@@ -121,7 +108,7 @@ def python_logits(model: nn.Module, data) -> Tensor:
 
 
 def cpp_logits(checkpoint: Path, folder: Path, out: Path) -> Tensor:
-    run_example("--evaluate", "--checkpoint", checkpoint, "--data", folder, "--logits", out)
+    run_example(NAME, "--evaluate", "--checkpoint", checkpoint, "--data", folder, "--logits", out)
     return load_file(out)["logits"]
 
 
@@ -135,7 +122,7 @@ def trained_alike(model, recipe, start, batch_size, steps, data, folder, tmp_pat
     mine = python_losses(model, data, recipe, settings, tmp_path / "py")
     out = tmp_path / "cpp"
     common = ["--data", folder, "--output", out, "--epochs", 3, "--lr", 0.02, "--batch-size", batch_size]
-    run_example("--checkpoint", start, "--max-steps", steps, *common)
+    run_example(NAME, "--checkpoint", start, "--max-steps", steps, *common)
     theirs = step_losses(out / "metrics.jsonl", recipe)
     assert len(mine) == len(theirs) == steps
     assert max(relative_differences(mine, theirs)) <= 1e-4
@@ -185,7 +172,7 @@ def test_fixed_point_networks_pass_between_the_languages(recipe, baseline, data,
     expected = python_logits(model, data)
     network = tmp_path / "network.safetensors"
     run_example(
-        "--evaluate", "--checkpoint", trained, "--data", folder, "--logits", tmp_path / "l", "--network", network
+        NAME, "--evaluate", "--checkpoint", trained, "--data", folder, "--logits", tmp_path / "l", "--network", network
     )
     assert torch.equal(load_file(tmp_path / "l")["logits"], expected)
     converted = qnn.convert(model)
@@ -207,7 +194,7 @@ def test_fixed_point_networks_pass_between_the_languages(recipe, baseline, data,
 def test_cpp_calibrates_a_float_checkpoint_as_python_does(baseline, data, folder, tmp_path):
     qnn.save_checkpoint(tmp_path / "float32.safetensors", baseline)
     arguments = ["--checkpoint", tmp_path / "float32.safetensors", "--recipe", "ptq-w4a8", "--data", folder]
-    run_example(*arguments, "--output", tmp_path / "cpp", "--batch-size", 16, "--calibration-batches", 2)
+    run_example(NAME, *arguments, "--output", tmp_path / "cpp", "--batch-size", 16, "--calibration-batches", 2)
     expected = prepared(baseline, data, "ptq-w4a8", 16).state_dict()
     found = load_file(tmp_path / "cpp" / "ptq-w4a8.prepared.safetensors")
     assert found.keys() == expected.keys()
@@ -233,7 +220,7 @@ def test_cpp_trains_a_float_baseline_that_python_reads(data, folder, tmp_path):
         "--calibration-batches",
         1,
     ]
-    run_example(*arguments, "--float-epochs", 2)
+    run_example(NAME, *arguments, "--float-epochs", 2)
     assert len(step_losses(tmp_path / "metrics.jsonl", "float32")) == 10
     model = resnet20()
     qnn.load_checkpoint(tmp_path / "float32.safetensors", model)
@@ -254,7 +241,7 @@ def test_ctrl_c_saves_a_checkpoint_that_goes_on(baseline, data, folder, tmp_path
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "interrupted after step" in errors
-    run_example("--evaluate", "--checkpoint", out / "qat-w8a8.interrupted.safetensors", "--data", folder)
+    run_example(NAME, "--evaluate", "--checkpoint", out / "qat-w8a8.interrupted.safetensors", "--data", folder)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +257,7 @@ def test_ctrl_c_saves_a_checkpoint_that_goes_on(baseline, data, folder, tmp_path
     ],
 )
 def test_cpp_refuses_bad_arguments_in_one_line(arguments, message, tmp_path):
-    result = run_example("--output", tmp_path / "out", *arguments, check=False)
+    result = run_example(NAME, "--output", tmp_path / "out", *arguments, check=False)
     assert result.returncode == 1
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
@@ -281,11 +268,11 @@ def test_cpp_refuses_truncated_data_and_a_foreign_checkpoint(folder, tmp_path):
     for path in folder.iterdir():
         content = path.read_bytes()
         (tmp_path / path.name).write_bytes(content[: len(content) // 2] if "train-images" in path.name else content)
-    result = run_example("--data", tmp_path, "--output", tmp_path / "out", check=False)
+    result = run_example(NAME, "--data", tmp_path, "--output", tmp_path / "out", check=False)
     assert result.returncode == 1
     assert "train-images-idx3-ubyte.gz: expected" in result.stderr and "truncated or damaged" in result.stderr
     (tmp_path / "foreign").write_bytes(b"PK\x03\x04" + bytes(100))
-    result = run_example("--checkpoint", tmp_path / "foreign", "--data", folder, check=False)
+    result = run_example(NAME, "--checkpoint", tmp_path / "foreign", "--data", folder, check=False)
     assert result.returncode == 1
     assert "foreign: expected a safetensors header" in result.stderr
 
@@ -301,6 +288,7 @@ def test_the_first_fifty_losses_on_fashion_mnist_agree(baseline, tmp_path):
     settings = TrainSettings(epochs=0.5, lr=0.02, batch_size=32, max_steps=50)
     mine = python_losses(model, data, "qat-w8a8", settings, tmp_path / "py")
     run_example(
+        NAME,
         "--checkpoint",
         start,
         "--output",

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
-from samples.examples import example, why_missing
+from samples.examples import run_example
 from torch import Tensor, nn
 
 pytest.importorskip("quantrain._C", reason="the compiled library is not installed")
@@ -39,22 +38,7 @@ KINDS = {"classifier": transformers.BertForSequenceClassification, "pooler": tra
 
 Rows = list[list[int]]
 
-
-def run_serve(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
-    if example("serve_bert") is None:
-        pytest.skip(why_missing("serve_bert"))
-    command = [str(part) for part in (example("serve_bert"), *arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert not check or result.returncode == 0, result.stderr
-    return result
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def float_model(kind: str = "classifier", **changes: object) -> nn.Module:
@@ -116,7 +100,7 @@ def write_ids(path: Path, rows: Rows) -> Path:
 def served(folder: Path, rows: Rows, *flags: object) -> tuple[Tensor, list[str]]:
     """What serve_bert prints: values by line, and what it says about them."""
     ids = write_ids(folder / "ids.txt", rows)
-    lines = run_serve("--folder", folder, "--ids", ids, *flags).stdout.splitlines()
+    lines = run_example("serve_bert", "--folder", folder, "--ids", ids, *flags).stdout.splitlines()
     values = [[float(word) for word in line.split()] for line in lines if not line.startswith("#")]
     return torch.tensor(values), [line for line in lines if line.startswith("#")]
 
@@ -235,7 +219,7 @@ def test_a_gpu_serves_the_same(dtype, models):
 
 
 def refusal(*arguments: object) -> str:
-    result = run_serve(*arguments, check=False)
+    result = run_example("serve_bert", *arguments, check=False)
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1, result.stderr
     return result.stderr

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from samples.examples import example, why_missing
+from samples.examples import example, run_example, why_missing
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
@@ -57,25 +57,8 @@ RECIPES = ["nf4", "nf4-dq", "fp4", "int4-g128", "int4-g64-affine", "w8a16"]
 LENGTH = 64  # of windows and sequences
 GENERATED = 8
 STEPS, BATCH, RANK, LR = 20, 2, 8, 5e-3
+pytestmark = pytest.mark.usefixtures("one_thread")
 QLORA = qnn.changed_recipe(qnn.as_recipe("qlora"), {"scheme": {"lora_rank": RANK}})
-
-
-def run_example(name: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
-    if example(name) is None:
-        pytest.skip(why_missing(name))
-    command = [str(part) for part in (example(name), "--threads", 1, *arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert not check or result.returncode == 0, result.stderr
-    return result
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Sums are equal in both languages where the number of threads is."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

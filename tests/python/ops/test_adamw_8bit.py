@@ -565,6 +565,61 @@ def test_each_tensor_draws_its_own_numbers(device):
 # ---- errors, schemas, compilers -------------------------------------------------------------------------------------
 
 
+# ---- masks ----
+
+
+def masks_for(params: list[Tensor]) -> list[Tensor]:
+    """Half of each parameter; of every third all is kept, as a tensor of no elements says."""
+    g = torch.Generator().manual_seed(9)
+    kept = [torch.rand(p.shape, generator=g) < 0.5 for p in params]
+    return [k.new_empty(0) if i % 3 == 2 else k for i, k in enumerate(kept)]
+
+
+@ON
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_what_a_mask_drops_is_zero(dtype, device):
+    """The same bits as without a mask where gradient, moments and parameter were 0 before, whatever they were."""
+    dense = many(dtype)
+    kept = masks_for(dense.params)
+    for seed in range(3):
+        apart = dense.to("cpu")
+        for i, keep in enumerate(kept):
+            if keep.numel():
+                zero = {8: 127, 32: 0}[8 if apart.m[i].dtype == torch.uint8 else 32]
+                apart.params[i][~keep] = 0
+                apart.grads[i][~keep] = 0
+                apart.m[i][~keep] = zero
+                apart.v[i][~keep] = 0
+                dense.grads[i][~keep] = torch.tensor([float("nan"), float("inf"), 3.0][seed])
+        masks = [torch.empty(0, dtype=torch.uint8) if not k.numel() else quantrain.pack_mask(k) for k in kept]
+        found = dense.to(device)
+        found.step(masks=[m.to(device) for m in masks])
+        apart.step()
+        for i, keep in enumerate(kept):
+            if keep.numel():
+                assert (found.params[i].cpu()[~keep] == 0).all()
+        assert same(found, apart)
+        dense = found.to("cpu")
+
+
+@ON
+def test_masks_of_parameters_in_another_order_of_memory(device):
+    p = torch.randn(8, 6, 5, 7, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
+    keep = torch.rand(p.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    for bits in (8, 32):
+        lists = Lists([p.clone(memory_format=torch.preserve_format)], [torch.ones_like(p)], bits).to(device)
+        lists.step(masks=[quantrain.pack_mask(keep).to(device)])
+        assert torch.equal(lists.params[0].cpu() != 0, keep) and lists.params[0].stride() == p.stride()
+
+
+@ON
+def test_a_mask_holds_without_eps(device):
+    lists = Lists([torch.zeros(300)], [torch.zeros(300)]).to(device)
+    mask = quantrain.pack_mask(torch.zeros(300)).to(device)
+    lists.step(masks=[mask], eps=0.0)
+    assert (lists.params[0] == 0).all()
+
+
 def changed(**changes) -> tuple[list, dict]:
     """Good arguments of two parameters, with these changed: a list's first entry, a list, or an option."""
     lists = Lists([torch.ones(300), torch.ones(4)], [torch.ones(300), torch.ones(4)], [8, 32])

@@ -735,7 +735,7 @@ ERRORS = [
     (ValueError, "expected cos [B or 1, T, D] for heads of an even size D, got [3, 4, 4] for heads of 4", lambda a: a | dict.fromkeys(("cos", "sin"), angles(a).expand(3, 4, 4))),
     (ValueError, "expected cos [B or 1, T, D] for heads of an even size D, got [1, 4, 2] for heads of 4", lambda a: a | dict.fromkeys(("cos", "sin"), angles(a)[..., :2])),
     (TypeError, "expected mask of bool or a floating type, got Long", lambda a: a | {"mask": masked(a).long()}),
-    (ValueError, "expected mask [B, heads, T, T], got [4]", lambda a: a | {"mask": masked(a)[0]}),
+    (ValueError, "expected mask [B, heads, T, T], got [3]", lambda a: a | {"mask": masked(a)[0, :3]}),
     (ValueError, "expected mask [B, heads, T, T], got [1, 1, 1, 4, 4]", lambda a: a | {"mask": masked(a)[None, None, None]}),
     (ValueError, "expected codes and scale together, got one", lambda a: a | {"codes": a["input"].to(torch.int8)}),
     (TypeError, "expected codes of int8, got Byte", lambda a: a | given_codes(a, torch.uint8)),

@@ -15,6 +15,7 @@ RECIPES = [
         if not (name.startswith(("fqt-", "f8net")) or Recipe.from_name(name).linear_only)
         and not Recipe.from_name(name).scheme_is("four_bit")  # test_four_bit_layers.py
         and name != "w8a16"  # not bit for bit: test_int8_weight_mm.py
+        and Recipe.from_name(name).prune is None  # rounds nothing
     ),
     "fqt-bhq5",
     "fqt-psq4-paper",

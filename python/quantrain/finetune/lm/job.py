@@ -24,6 +24,7 @@ from quantrain.finetune import memory, plots
 from quantrain.finetune.base_job import BaseJob
 from quantrain.finetune.config import trains_adapter
 from quantrain.finetune.data import calibration_batches
+from quantrain.finetune.distillation import Distilled
 from quantrain.finetune.folder import BASELINE, model_files
 from quantrain.finetune.lm.data import load_lm_data
 from quantrain.finetune.lm.models import load_language_model, set_checkpointing
@@ -44,7 +45,7 @@ from quantrain.finetune.recipes import raise_all
 from quantrain.finetune.rehearsal import reason_of, rehearse
 from quantrain.finetune.report import ReportTable, write_report
 from quantrain.finetune.table import format_seconds
-from quantrain.finetune.trainer import TrainResult
+from quantrain.finetune.trainer import Task, TrainResult
 
 SEQUENCE_LENGTH = 512
 _TIMED_STEPS = 3  # of each recipe of a quick run, before it starts: the first warms up
@@ -65,6 +66,9 @@ class LmJob(BaseJob):
         self.task = CausalLM(config.precision, length)
         frozen = all(qnn.handler_of(recipe).packs for recipe in self.recipes.values())
         half = config.precision == "bf16" and frozen
+        self._teacher: nn.Module | None = None
+        if config.teacher_weights is not None:
+            raise ValueError("--teacher-weights: expected none with --job lm, whose --teacher is a folder, got a file")
         self.lm = load_language_model(config.model, torch.bfloat16 if half else torch.float32, config.seed)
         if self.lm.context is not None and length > self.lm.context:
             raise ValueError(
@@ -77,6 +81,28 @@ class LmJob(BaseJob):
         self._check_tokens()
         self.calibration = calibration_batches(self.data, config.batch_size, config.calibration_batches, config.seed)
         self._check_recipes()
+
+    def _task_of(self, stage: str) -> Task:
+        """With --distill recipes learn from the model as it was given, or from --teacher."""
+        if not self.config.distill:
+            return self.task
+        if self._teacher is None:
+            half = self.config.precision == "bf16"
+            named = self.config.teacher
+            if named is None:
+                model = copy.deepcopy(self.lm.model)
+            else:
+                model = load_language_model(named, torch.bfloat16 if half else torch.float32, self.config.seed).model
+                self._check_vocabulary(named, model)
+            self._teacher = (model.to(torch.bfloat16) if half else model).to(self.device)
+        return Distilled(self.task, self._teacher, weight=0.5, temperature=2.0)
+
+    def _check_vocabulary(self, named: str, model: nn.Module) -> None:
+        found = model.get_output_embeddings().weight.shape[0]
+        if found != self.lm.vocabulary:
+            raise ValueError(
+                f"--teacher: expected the vocabulary of {self.config.model}, {self.lm.vocabulary} ids, got {found} of {named}"
+            )
 
     def _check_tokens(self) -> None:
         """Make sure that the tokenizer is the model's."""
@@ -198,7 +224,7 @@ class LmJob(BaseJob):
 
     def _prepared(self, name: str, recipe: Recipe) -> nn.Module:
         """The model prepared on the CPU, so that the device never holds the weights unpacked, moved and calibrated."""
-        last = name == next(reversed(self.recipes))  # whose stage needs no copy
+        last = name == next(reversed(self.recipes)) and not self.config.distill  # whose stage needs no copy
         model = self.lm.model if last else copy.deepcopy(self.lm.model)
         torch.manual_seed(self.config.seed)  # of the adapter's first values
         model = qnn.prepare(model, recipe, skip=self.config.skip).to(self.device)

@@ -28,14 +28,20 @@ class CausalLM(Task):
     def __init__(self, precision: str, length: int) -> None:
         self.precision, self.length = precision, length
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The mean over the tokens that are learned, each predicted from those before it."""
-        return self._cross_entropy(model, batch, "mean")
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Of every token but the last, for the one after it."""
+        (ids,), _ = batch
+        return model(input_ids=ids, use_cache=False).logits[:, :-1]
 
-    def _cross_entropy(self, model: nn.Module, batch: Batch, reduction: str) -> Tensor:
-        (ids,), labels = batch
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        targets = labels[:, 1:].flatten()
+    def loss_of(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The mean over the tokens that are learned, each predicted from those before it."""
+        return self._cross_entropy(logits, batch, "mean")
+
+    def counted(self, batch: Batch) -> Tensor:
+        return batch[1][:, 1:] != IGNORED
+
+    def _cross_entropy(self, logits: Tensor, batch: Batch, reduction: str) -> Tensor:
+        targets = batch[1][:, 1:].flatten()
         return functional.cross_entropy(
             logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction=reduction
         )
@@ -62,7 +68,7 @@ class CausalLM(Task):
         for batch in data.test_batches(max(1, EVAL_TOKENS // self.length)):
             batch = to_device(batch, device)
             with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-                loss += float(self._cross_entropy(model, batch, "sum"))
+                loss += float(self._cross_entropy(self.logits(model, batch), batch, "sum"))
             terms += self.terms(batch)
             if stop is not None:
                 stop.check()
