@@ -78,7 +78,8 @@ void check_rows(const Loss& loss, const at::Tensor& student, const at::Tensor& t
                         detail::shape_text(student));
   QUANTRAIN_CHECK_VALUE(temperature > 0 && std::isfinite(temperature), "{}: expected temperature above 0, got {}",
                         loss.op, temperature);
-  QUANTRAIN_CHECK_VALUE(topk == indices.has_value(), "{}: expected indices with stored values alone", loss.op);
+  QUANTRAIN_CHECK_VALUE(topk == indices.has_value(), "{}: expected indices with stored values alone, got {}", loss.op,
+                        topk ? "stored values without" : "a teacher with indices");
   if (!topk) {
     QUANTRAIN_CHECK_VALUE(same_sizes(teacher, leading(student, student.sym_size(-1))),
                           "{}: expected teacher of student's shape {}, got {}", loss.op, detail::shape_text(student),

@@ -308,12 +308,13 @@ SparseGptWeight sparsegpt(const at::Tensor& weight, const at::Tensor& hessian, c
   check_sparsegpt(weight, hessian, o);
   const at::NoGradGuard no_grad;
   const Pattern pattern = pattern_of(kSparseGpt, o.pattern);
-  at::Tensor w = weight.detach().to(at::kDouble).clone(), h = hessian.to(at::kDouble).clone();
+  at::Tensor w = weight.detach().to(at::kDouble).clone(at::MemoryFormat::Contiguous),
+             h = hessian.to(at::kDouble).clone();
   QUANTRAIN_CHECK_VALUE(w.isfinite().all().item<bool>() && h.isfinite().all().item<bool>(),
                         "{}: expected a finite weight and hessian, got NaN or Inf", kSparseGpt);
   const int64_t rows = w.size(0), k = w.size(1);
   at::Tensor kept = at::ones({rows, k}, w.options().dtype(at::kBool));
-  if (w.numel() == 0) return {weight.clone(), pack(kept)};
+  if (w.numel() == 0) return {weight.clone(at::MemoryFormat::Contiguous), pack(kept)};
   const at::Tensor dead = h.diagonal() == 0;  // of inputs that were never there: dropped first
   w.masked_fill_(dead, 0);
   h.diagonal().masked_fill_(dead, 1);

@@ -140,7 +140,10 @@ BY_ADDRESS = (
 # What an operator without kernels of its own calls, and which may lack a derivative.
 PARTS = {"_ptq_linear": ("int8_mm", "int8_mm_outliers", "int8_quantize_rows", "quantize")}
 # A private operator may speak in the name of the public one that it serves.
+LOSSES = ("distillation_kl", "distillation_kl_topk", "hidden_mse", "hidden_cosine", "attention_kl")
 ALIASES = {
+    **dict.fromkeys(("_distillation_rows", "_distillation_rows_backward"), (*LOSSES, "_distillation_rows")),
+    **dict.fromkeys(LOSSES, ("_distillation_rows",)),
     "_fake_quantize_mask": ("fake_quantize", "fake_quantize_dynamic"),
     "_fake_quantize_backward": ("fake_quantize", "fixed_point_quantize"),
     "_fake_quantize_learnable_backward": ("fake_quantize_learnable",),

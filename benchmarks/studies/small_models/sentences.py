@@ -24,7 +24,7 @@ FLOAT = ("*embeddings*", "classifier")
 
 @dataclass(frozen=True)
 class Sizes:
-    sentences: int = 24_000
+    sentences: int = 6_400
     epochs: float = 1.0
     test: int | None = None
 

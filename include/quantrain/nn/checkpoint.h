@@ -7,9 +7,9 @@
 // "converted" "true" or "false", "layers" (JSON {layer: {"bits", "shape"}} of converted layers), "layer_recipes" (JSON
 // {"recipes": [Recipe, ...], "of": {layer: index}} of every quantized layer).
 //
-// A pruned weight has a buffer weight_mask (<quantrain/ops/pruning.h>), which loading adds to a module without one. Of a
-// converted layer whose mask drops codes of 0 the file has `weight_codes_kept` in place of weight_codes: those that are
-// kept, in row-major order.
+// A pruned weight has a buffer weight_mask (<quantrain/ops/pruning.h>), which loading adds to a module without one. Of
+// a converted layer whose mask drops codes of 0 the file has `weight_codes_kept` in place of weight_codes: those that
+// are kept, in row-major order.
 //
 // Every reader checks the whole file and the whole match before it changes anything; errors are ValueError that name
 // the file, the rule and the value, or Error (c10) where the file cannot be opened or written.

@@ -23,7 +23,7 @@ from quantrain._C import QuantSpec, Recipe, write_safetensors
 from .convert import convert, is_converted
 from .four_bit import FORMS, FourBitLayer, skeletons
 from .fuse import differing_shares
-from .int8_blocks import fuse_int8_blocks
+from .int8_blocks import fuse_again, fuse_int8_blocks
 from .layers import QuantEmbedding, QuantLayer
 from .masked_codes import add_masks, keep_codes, spread_codes, take_new_masks
 from .prepare import prepare, quantizable
@@ -142,6 +142,7 @@ def load_checkpoint(path: str | os.PathLike, model: nn.Module) -> dict[str, str]
     given._metadata = getattr(state, "_metadata", None)  # the versions that some modules' loading asks for
     model.load_state_dict(given)
     add_masks(masks)
+    fuse_again(model)
     return metadata
 
 
@@ -184,13 +185,16 @@ def read_checkpoint_info(path: str | os.PathLike) -> CheckpointInfo:
     return CheckpointInfo(recipe, metadata.get("converted") == "true", _stored_layer_recipes(path, metadata) or {})
 
 
-def from_checkpoint(path: str | os.PathLike, model: nn.Module, *, example_inputs: tuple | None = None) -> nn.Module:
+def from_checkpoint(
+    path: str | os.PathLike, model: nn.Module, *, example_inputs: tuple | None = None, fuse_blocks: bool = True
+) -> nn.Module:
     """The model a checkpoint was written from: ``model`` prepared with its recipe, converted where it is, and loaded.
 
     Args:
         path: a file of :func:`save_checkpoint` or of the C++ library.
         model: the float model, whose own values do not matter. It becomes the result where ``prepare`` works in place.
         example_inputs: as :func:`quantrain.nn.prepare` was given.
+        fuse_blocks: of a converted model, as for :func:`convert`; the file does not say how blocks ran.
 
     Returns:
         The model in evaluation mode. ``train()`` goes on where a prepared checkpoint left off.
@@ -219,11 +223,11 @@ def from_checkpoint(path: str | os.PathLike, model: nn.Module, *, example_inputs
             with skeletons():
                 model = prepare(model, recipe, overrides=kept, skip=skip, example_inputs=example_inputs)
         if info.converted:
-            model = convert(model, check_observed=False)
+            model = convert(model, check_observed=False, fuse_blocks=False)
         _take_forms(path, model)
     load_checkpoint(path, model)
-    if info.converted:
-        fuse_int8_blocks(model)  # where its layers were on the meta device before
+    if info.converted and fuse_blocks:
+        fuse_int8_blocks(model)
     return model.eval()
 
 

@@ -109,11 +109,11 @@ def convert(
     summary = getattr(model, "quantization_summary", None)
     unfuse(model)
     model = swapped(model, twins)
-    blocks = fuse_int8_blocks(model) if fuse_blocks else None
     if summary is not None:
         rows = [row for row in summary.rows if row["layer"] not in left]
-        joined, separate = ([], {}) if blocks is None else (blocks.lines(), blocks.separate)
-        model.quantization_summary = PrepareSummary(rows, summary.left_float | left, summary.recipe, joined, separate)
+        model.quantization_summary = PrepareSummary(rows, summary.left_float | left, summary.recipe)
+    if fuse_blocks:
+        fuse_int8_blocks(model)
     return model
 
 

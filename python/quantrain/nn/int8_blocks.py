@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from quantrain import _C
 
 from .block_forms import (
+    FORMS,
+    TORCH_FORM,
     BlockForm,
     NotFused,
     activation_name,
@@ -38,6 +40,7 @@ from .quantized import QuantizedLayer
 __all__ = ["FusedBlocks", "Int8Block", "fuse_int8_blocks", "unfuse_int8_blocks"]
 
 _LARGEST_ERROR = 0.05  # of what a block adds to its input, between fused and separate: both round to 8 bits
+_LARGEST_TRIAL_INPUT = 8.0  # of normal values, and of products of two
 _ops = torch.ops.quantrain
 
 
@@ -382,15 +385,47 @@ def _trial_arguments(block: nn.Module, plan: _Plan) -> Iterator[tuple[Tensor, di
 
 @torch.no_grad()
 def _check(block: nn.Module, plan: _Plan) -> None:
-    """Raises where the block as one call gives other results than its layers."""
+    """Raises where the block as one call gives other results than its layers, as it is or with products that count."""
     trial = copied(block).eval()  # a model that trains may be converted first and told to evaluate afterwards
     joined_weights(trial, plan.form, share=False)  # says what cannot be joined
     for layer in trial.modules():
         if isinstance(layer, QuantizedLayer) and bool(layer.weight_scale.isnan().any()):
             layer.weight_scale.fill_(1 / (64 * layer.in_features**0.5))  # a skeleton, whose values are to be loaded
+    _compare(trial, plan)
+    _let_products_count(trial, plan)
+    _compare(trial, plan)
+
+
+def _let_products_count(trial: nn.Module, plan: _Plan) -> None:
+    """Scales the products so that queries meet keys sharply and every branch adds as much as the input has: what a block
+    computes shows even where its own weights, as a new model's, hide it."""
+    layers = [layer for path in plan.form.products.values() for p in path if (layer := inside(trial, p)) is not None]
+    scaled = [
+        layer for layer in layers if isinstance(layer, QuantizedLayer) and torch.is_floating_point(layer.weight_scale)
+    ]
+    sharp = {id(inside(trial, path)) for path in plan.form.qkv[:2]}
+    for norm in (inside(trial, path) for path in plan.form.norms):
+        norm.weight.copy_(torch.linspace(0.5, 1.5, norm.weight.numel(), device=norm.weight.device))
+    for layer in scaled:
+        scale = getattr(layer, "input_scale", None)
+        if isinstance(scale, Tensor):
+            scale.fill_(_LARGEST_TRIAL_INPUT / 127)
+    results: dict[int, Tensor] = {}
+    handles = [layer.register_forward_hook(lambda of, _, y: results.__setitem__(id(of), y)) for layer in scaled]
+    for _ in range(2):  # what a product reads has changed by the first
+        x, arguments = next(iter(_trial_arguments(trial, plan)))
+        trial(x, **arguments)
+        for layer in scaled:
+            if id(layer) in results and (std := float(results[id(layer)].float().std())) > 0:
+                layer.weight_scale.mul_((2 if id(layer) in sharp else 1) / std)
+    for handle in handles:
+        handle.remove()
+
+
+def _compare(trial: nn.Module, plan: _Plan) -> None:
     fused = copied(trial)
     _become_fused(fused, plan)
-    for x, arguments in _trial_arguments(block, plan):
+    for x, arguments in _trial_arguments(trial, plan):
         try:
             expected = trial(x, **arguments)
         except Exception as error:
@@ -425,7 +460,8 @@ class FusedBlocks:
         for path, form in self.fused.items():
             forms.setdefault(form, []).append(path or "the model")
         ends = {form: paths[0] if len(paths) == 1 else f"{paths[0]} to {paths[-1]}" for form, paths in forms.items()}
-        return [f"{len(forms[form])} blocks like {form}'s, one call each: {ends[form]}" for form in forms]
+        count = {form: f"{len(of)} block{'s' * (len(of) > 1)}" for form, of in forms.items()}
+        return [f"{count[form]} like {form}'s, one call each: {ends[form]}" for form in forms]
 
 
 def fuse_int8_blocks(model: nn.Module) -> FusedBlocks:
@@ -458,11 +494,39 @@ def fuse_int8_blocks(model: nn.Module) -> FusedBlocks:
         # Its own fast path would hand nested tensors, which a block's separate layers alone take.
         if isinstance(encoder, nn.TransformerEncoder) and any(isinstance(of, Int8Block) for of in encoder.layers):
             encoder._takes_nested_tensor, encoder.use_nested_tensor = encoder.use_nested_tensor, False
+    if not fused and not separate and _attends_in_codes(model):
+        known = ", ".join(dict.fromkeys(form.name for form in (*FORMS, TORCH_FORM)))
+        separate[""] = f"no block has the structure of a known one: {known}"
+    _note(model, separate)
     return FusedBlocks(fused, separate)
 
 
+def _attends_in_codes(model: nn.Module) -> bool:
+    """Whether it is a transformer with products of codes, and none of its blocks is one call already."""
+    modules = list(model.modules())
+    if any(isinstance(module, Int8Block) for module in modules):
+        return False
+    attends = any("attention" in type(module).__name__.lower() for module in modules)
+    return attends and any(multiplies_codes(module) for module in modules)
+
+
+def _note(model: nn.Module, separate: dict[str, str]) -> None:
+    """Lets the model's summary say how its blocks run from now on."""
+    summary = getattr(model, "quantization_summary", None)
+    if summary is None:
+        return
+    blocks = {name: of._int8_plan.form.name for name, of in model.named_modules() if isinstance(of, Int8Block)}
+    model.quantization_summary = summary.with_blocks(FusedBlocks(blocks, {}).lines(), separate)
+
+
+def fuse_again(model: nn.Module) -> None:
+    """Tries fused blocks once more, whose values are others now: what they compute may be too."""
+    if any(isinstance(module, Int8Block) for module in model.modules()):
+        fuse_int8_blocks(unfuse_int8_blocks(model))
+
+
 def unfuse_int8_blocks(model: nn.Module) -> nn.Module:
-    """Back to separate layers, and to the blocks' own classes.
+    """Back to separate layers, and to the blocks' own classes; ``quantization_summary`` no longer names them.
 
     >>> unfuse_int8_blocks(nn.Sequential())
     Sequential()
@@ -473,4 +537,5 @@ def unfuse_int8_blocks(model: nn.Module) -> nn.Module:
             del block._int8_plan, block._int8_state
         elif isinstance(block, nn.TransformerEncoder) and hasattr(block, "_takes_nested_tensor"):
             block.use_nested_tensor = block.__dict__.pop("_takes_nested_tensor")
+    _note(model, {})
     return model

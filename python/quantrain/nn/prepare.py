@@ -72,6 +72,10 @@ class PrepareSummary(Table):
         self.separate = dict(separate)
         self.new_parameters: tuple[str, ...] = ()
 
+    def with_blocks(self, fused: Sequence[str], separate: Mapping[str, str]) -> PrepareSummary:
+        """The same of a converted model whose blocks run so (:mod:`quantrain.nn.int8_blocks`)."""
+        return PrepareSummary(list(self.rows), self.left_float, self.recipe, fused, separate)
+
 
 def prepare(
     model: nn.Module,

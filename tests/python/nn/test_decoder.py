@@ -93,8 +93,41 @@ def test_what_a_decoder_refuses():
     decoder = qnn.Int8Decoder(converted(llama(), "w8a16"), capacity=8)
     with pytest.raises(ValueError, match="expected at most 8 tokens, got 0 and 9 more"):
         decoder.prefill(torch.zeros(1, 9, dtype=torch.int64))
-    with pytest.raises(ValueError, match="expected ids of 1 sequences, got shape"):
-        decoder.prefill(torch.zeros(2, 3, dtype=torch.int64))
+    for ids in (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), [[1, 2]]):
+        with pytest.raises(ValueError, match=r"expected ids \[B, T\] of 1 sequences \(batch=1\), got (shape|a list)"):
+            decoder.generate(ids, 2)
+    with pytest.raises(
+        ValueError, match="expected a prompt and 7 new tokens within the capacity of 8, got a prompt of 3"
+    ):
+        decoder.generate(torch.zeros(1, 3, dtype=torch.int64), 7)
+    assert decoder.generate(torch.zeros(1, 3, dtype=torch.int64), 6).shape == (1, 6)
+    with pytest.raises(ValueError, match="expected new_tokens of 1 or more, got 0"):
+        decoder.generate(torch.zeros(1, 3, dtype=torch.int64), 0)
+    with pytest.raises(ValueError, match="expected a capacity of 1 or more, got 0"):
+        qnn.Int8Decoder(decoder.model, capacity=0)
+    with pytest.raises(ValueError, match="at most the model's 64 positions, got 65"):
+        qnn.Int8Decoder(converted(gpt2(), "w8a16"), capacity=65)
+    with pytest.raises(ValueError, match="expected a model in evaluation mode"):
+        qnn.Int8Decoder(converted(llama(), "w8a16").train())
+    base = transformers.BertModel(transformers.BertConfig(**SIZES))
+    with pytest.raises(ValueError, match="expected one of transformers' decoders .*, got a BertModel"):
+        qnn.Int8Decoder(converted(wide(base), "w8a16"))
+
+
+def test_a_decoder_of_a_model_that_computes_more_is_refused():
+    torch.manual_seed(0)
+    config = {"num_key_value_heads": 2, "pad_token_id": 0} | SIZES
+    window = wide(transformers.MistralForCausalLM(transformers.MistralConfig(**config, sliding_window=16)))
+    window = converted(window, "w8a16")
+    with pytest.raises(ValueError, match="within the model's sliding window of 16 tokens, got 17"):
+        qnn.Int8Decoder(window, capacity=17)
+    ids = torch.randint(100, (1, 16))
+    assert error(qnn.Int8Decoder(window, capacity=16).prefill(ids), window(ids).logits[:, -1]) < 0.03
+    scaled = transformers.GraniteConfig(**config, embedding_multiplier=12.0, logits_scaling=8.0)
+    scaled = converted(wide(transformers.GraniteForCausalLM(scaled)), "w8a16")
+    assert scaled.quantization_summary.fused
+    with pytest.raises(ValueError, match="a GraniteForCausalLM computes something besides"):
+        qnn.Int8Decoder(scaled, capacity=16)
 
 
 # ---- captured ----

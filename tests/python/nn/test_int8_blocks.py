@@ -229,6 +229,69 @@ def test_a_block_that_does_something_else_keeps_its_layers():
     assert error(hidden(fused, given), hidden(separate(fused), given)) < NEAR_SEPARATE
 
 
+def positions(kind):
+    """Llama's structure, other positions: SmolLM3 has none in every fourth layer, Helium rotates neighbours."""
+    classes = {
+        "smollm3": (transformers.SmolLM3ForCausalLM, transformers.SmolLM3Config, {}),
+        "helium": (transformers.HeliumForCausalLM, transformers.HeliumConfig, {"head_dim": 16}),
+    }
+    made, config, more = classes[kind]
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return made(config(**LLAMA | tokens | more | {"num_hidden_layers": 4})).eval()
+
+
+@pytest.mark.parametrize("kind", ["smollm3", "helium"])
+@pytest.mark.parametrize("factor", [1, 10])
+def test_what_weights_of_a_new_model_hide_is_found(kind, factor, tmp_path):
+    """Attention that hardly looks at positions, as a new model's, and a trained model's, loaded into it."""
+    torch.manual_seed(0)
+    made = positions(kind)
+    for name, weight in made.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            weight.data *= factor
+    fused = qnn.convert(qnn.prepare(made, "w8a16"))
+    unlike = ["model.layers.3"] if kind == "smollm3" else [f"model.layers.{i}" for i in range(4)]
+    assert list(fused.quantization_summary.separate) == unlike and len(blocks(fused)) == 4 - len(unlike)
+    ids = torch.randint(3, 97, (1, 24))
+    expected = separate(fused)(ids).logits
+    assert error(fused(ids).logits, expected) < 1e-4
+    qnn.save_checkpoint(tmp_path / "trained.safetensors", fused)
+    other = qnn.convert(qnn.prepare(positions(kind), "w8a16"))
+    qnn.load_checkpoint(tmp_path / "trained.safetensors", other)
+    for read in (other, qnn.from_checkpoint(tmp_path / "trained.safetensors", positions(kind))):
+        assert list(read.quantization_summary.separate) == unlike
+        assert error(read(ids).logits, expected) < 1e-4
+
+
+@pytest.mark.parametrize("recipe", ["w8a16", "int8-static"])
+def test_the_summary_says_how_blocks_run_now(recipe, tmp_path):
+    given = inputs("bert")
+    made = qnn.prepare(model("bert"), recipe)
+    if recipe == "int8-static":
+        qnn.calibrate(made, [given], forward=lambda of, batch: of(**batch))
+    made = qnn.convert(made)
+    said = made.quantization_summary.fused
+    assert len(said) == 1 and said[0].startswith("2 blocks like BERT's")
+    qnn.save_checkpoint(tmp_path / "m.safetensors", made)
+    read = qnn.from_checkpoint(tmp_path / "m.safetensors", model("bert"))
+    assert read.quantization_summary.fused == said and not read.quantization_summary.separate and len(blocks(read)) == 2
+    plain = qnn.from_checkpoint(tmp_path / "m.safetensors", model("bert"), fuse_blocks=False)
+    assert not blocks(plain) and plain.quantization_summary.fused == ()
+    torch.testing.assert_close(hidden(plain, given), hidden(qnn.unfuse_int8_blocks(made), given), rtol=0, atol=0)
+    assert made.quantization_summary.fused == () and len(made.quantization_summary.rows) == len(
+        read.quantization_summary.rows
+    )
+
+
+def test_a_transformer_without_a_known_block_says_so():
+    config = transformers.OPTConfig(
+        **TEXT, hidden_size=64, ffn_dim=128, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=64
+    )
+    made = qnn.convert(qnn.prepare(transformers.OPTForCausalLM(config).eval(), "w8a16"))
+    reasons = made.quantization_summary.separate
+    assert list(reasons) == [""] and "no block has the structure of a known one: BERT, DistilBERT" in reasons[""]
+
+
 def test_a_trial_that_fails_is_named(monkeypatch, calls):
     monkeypatch.setattr(int8_blocks, "_LARGEST_ERROR", -1)
     made, given = converted("llama"), inputs("llama")
