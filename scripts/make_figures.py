@@ -10,6 +10,7 @@ benchmarks/common/drawing.py has the look of all."""
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
 import json
 import re
@@ -360,6 +361,45 @@ def transformer_inference(out: Path) -> None:
     save(figure, out / "transformer_inference.png", source(results[-1]))
 
 
+def small_models(out: Path) -> None:
+    """Accuracy over bytes of ResNet-20 pruned, in few bits, taught, and combined; what none beats is joined."""
+    results = sorted(RESULTS.glob("small-models-images-*.txt"), key=lambda p: p.stem[-10:])
+    if not results:
+        return
+    rows = [ast.literal_eval(line) for line in results[-1].read_text().splitlines() if line.startswith("{")]
+    points = {
+        row["case"]: (row["bytes"] / 1e3, row["accuracy"])
+        for row in rows
+        if row["seed"] == 0 and not row["case"].startswith("resnet20")
+    }
+    figure, [axis] = panels(1, 5.0)
+    front, best = [], 0.0
+    for place in sorted(points.values(), key=lambda p: (p[0], -p[1])):
+        if place[1] > best:
+            front.append(place)
+            best = place[1]
+    axis.plot(*zip(*front, strict=True), "--", color=GREY, linewidth=1.2, zorder=1, label="best for the bytes")
+    for taught, colour, marker in ((False, BLUE, "o"), (True, ORANGE, "s")):
+        chosen = {name: place for name, place in points.items() if name.endswith(" taught") == taught}
+        label = "learned a teacher's answers too" if taught else "learned from labels"
+        axis.scatter(*zip(*chosen.values(), strict=True), color=colour, marker=marker, s=48, zorder=2, label=label)
+        for name, (kilobytes, accuracy) in chosen.items():
+            words = name.removesuffix(" taught").replace("tuned", "float32")
+            words = re.sub(r"pruned 0\.(\d)", r"\g<1>0 % zeros", words)
+            up = {"qat-w4a4": -12, "qat-w4a4 taught": 0, "qat-w4a4 pruned 0.5 taught": -1}.get(name, 4)
+            up = -3 if name.startswith("qat-w8a8") else up
+            axis.annotate(words, (kilobytes, accuracy), xytext=(8, up), textcoords="offset points", fontsize=9)
+    axis.set_xscale("log", base=2)
+    axis.set_xlim(128, 1700)
+    axis.set_xticks([150, 200, 300, 400, 600, 800, 1100], ["150", "200", "300", "400", "600", "800", "1100"])
+    axis.minorticks_off()
+    axis.set_title("ResNet-20 on CIFAR-10-JPEG, one seed")
+    axis.set_xlabel("kB")
+    axis.set_ylabel("accuracy, %")
+    axis.legend(fontsize=9, loc="lower right")
+    save(figure, out / "small_models.png", source(results[-1]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures")
@@ -374,6 +414,7 @@ def main() -> None:
         amp_losses,
         fixed_point_error,
         transformer_inference,
+        small_models,
     ):
         draw(out)
     for study in (fixed_point, gradient_quant, int8_training):

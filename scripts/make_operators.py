@@ -37,6 +37,7 @@ INT8_WEIGHT = "int8-weight-h200-2026-11-28.txt"
 INT8 = "int8-bench-h200-2026-11-23.txt"
 PTQ = "ptq-bench-h200-2026-11-28.txt"
 TRANSFORMER = "transformer-h200-2026-11-28.txt"
+DISTILLATION = "distillation-h200-2026-11-29.txt"
 NOT_MEASURED = "not measured alone"
 
 
@@ -291,12 +292,17 @@ FAMILIES = (
     Family(
         "Distillation",
         "distillation.md",
-        "Losses of a student's rows against its teacher's, without a temporary of their size.",
+        "Losses of a student's rows against its teacher's, without a temporary of their size. Measured on one NVIDIA "
+        "H200, forward and backward, against PyTorch's operators in the same type.",
         {
-            "distillation_kl": (NOT_MEASURED, ""),
+            "distillation_kl": (
+                "5.0x to 5.8x the speed, on bfloat16 logits 12x to 13x that of float32 losses, before a change that "
+                "the file names",
+                DISTILLATION,
+            ),
             "distillation_kl_topk": (NOT_MEASURED, ""),
-            "hidden_mse": (NOT_MEASURED, ""),
-            "hidden_cosine": (NOT_MEASURED, ""),
+            "hidden_mse": ("1.9x the speed in bfloat16", DISTILLATION),
+            "hidden_cosine": ("10.6x the speed in bfloat16", DISTILLATION),
             "attention_kl": (NOT_MEASURED, ""),
         },
     ),
@@ -309,7 +315,11 @@ FAMILIES = (
             "prune_masks": (NOT_MEASURED, ""),
             "pack_mask": (NOT_MEASURED, ""),
             "unpack_mask": (NOT_MEASURED, ""),
-            "apply_masks_": (NOT_MEASURED, ""),
+            "apply_masks_": (
+                "0.74x the speed of a product with dense masks in float32, 1.18x in bfloat16, on an H200, before a "
+                "change that the file names",
+                DISTILLATION,
+            ),
             "sparsegpt_prune": (NOT_MEASURED, ""),
         },
     ),
@@ -335,6 +345,11 @@ GRADIENTS = {
     "linear_4bit_lora": "exact, in input, lora_a, lora_b and bias; no second derivative",
     "int8_weight_mm": "exact; any number of times",
     "int8_linear": "unbiased, at the rounded input and weight; no second derivative",
+    "distillation_kl": "exact, in student; no second derivative",
+    "distillation_kl_topk": "exact, in student; no second derivative",
+    "hidden_mse": "exact, in student; no second derivative",
+    "hidden_cosine": "exact, in student; no second derivative",
+    "attention_kl": "exact, in student, 0 below the floor; no second derivative",
 }
 
 # Operators that Python calls by another name than their own.
@@ -395,8 +410,10 @@ def runs_on(family: Family, schemas: dict[str, list]) -> str:
 
 
 def gradient(name: str, schema: torch._C.FunctionSchema) -> str:
-    """The words of GRADIENTS; else "none" where autograd falls through or knows nothing, "raises" where it refuses."""
-    kernels = re.findall(r"^Autograd\S*: (.*)$", torch._C._dispatch_dump(full_name(schema)), re.MULTILINE)
+    """The words of GRADIENTS; else "none" where autograd falls through or knows nothing, "raises" where it refuses. An
+    operator that is composed of others has their derivative."""
+    dump = torch._C._dispatch_dump(full_name(schema))
+    kernels = re.findall(r"^(?:Autograd|CompositeImplicitAutograd)\S*: (.*)$", dump, re.MULTILINE)
     text = " ".join(kernels)
     kind = "none" if "fallthrough" in text or not kernels else "raises" if ":: (none)" in text else "derivative"
     if (kind == "derivative") != (name in GRADIENTS):
@@ -425,7 +442,8 @@ def table(family: Family, schemas: dict[str, list]) -> str:
     lines = ["| operator | what it does | gradient | measured |", "|---|---|---|---|"]
     for name, (measured, path) in family.operators.items():
         source = f" ([file]({RESULTS}/{path}))" if path else ""
-        cells = (f"`{name}`", description(name), gradient(name, schemas[name][0]), measured + source)
+        what = description(name).replace("|", r"\|")  # a cell's end, also within code
+        cells = (f"`{name}`", what, gradient(name, schemas[name][0]), measured + source)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -195,15 +195,19 @@ def check_nothing_else(block: nn.Module, form: BlockForm) -> None:
 def norm_options(block: nn.Module, form: BlockForm) -> dict[str, Any]:
     norms = [inside(block, path) for path in form.norms]
     kinds = {"layer_norm" if isinstance(norm, nn.LayerNorm) else "rms_norm" for norm in norms}
-    found = {float(eps) for norm in norms if (eps := getattr(norm, "eps", getattr(norm, "variance_epsilon", None)))}
+    if any(getattr(norm, "weight", None) is None for norm in norms):
+        raise NotFused("a norm has no weight")
+    found = {getattr(norm, "eps", getattr(norm, "variance_epsilon", None)) for norm in norms}
+    if None in found:
+        raise NotFused("a norm does not say its eps")
     if len(kinds) > 1 or len(found) != 1:
         raise NotFused("its two norms differ")
-    return {"norm": kinds.pop(), "eps": found.pop(), "pre_norm": form.pre_norm}
+    return {"norm": kinds.pop(), "eps": float(found.pop()), "pre_norm": form.pre_norm}
 
 
 def activation_name(block: nn.Module, form: BlockForm) -> str:
     function = inside(block, form.activation)
-    x = torch.linspace(-6, 6, 257)
+    x = torch.linspace(-20, 20, 1025)  # beyond where some are clipped
     try:
         found = function(x)
         matching = [name for name, known in _ACTIVATIONS.items() if torch.allclose(found, known(x), atol=2e-6)]
@@ -248,6 +252,8 @@ def attention_options(
         raise NotFused("its attention is limited to a window or adds positions of its own")
     size = rows[0] // heads if len(rows) == 3 else rows[0] // (3 * heads)
     kv_heads = rows[1] // size if len(rows) == 3 else heads
+    if len(rows) == 1 and rows[0] != 3 * layers["out"][0].in_features:
+        raise NotFused("queries, keys and values are of different sizes")
     if len(rows) == 3 and (rows[1] != rows[2] or rows[1] % size or heads % kv_heads):
         raise NotFused("keys and values are of different sizes")
     scale = _first(attention, "scaling")

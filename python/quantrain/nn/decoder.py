@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from quantrain import _C
 from quantrain.kv_cache import Int8KvCache
 
 from .int8_blocks import Int8Block
@@ -125,6 +126,13 @@ class Int8Decoder:
             raise ValueError(
                 f"Int8Decoder: expected ids [B, T] of {self.batch} sequences (batch={self.batch}), got {_text(ids)}"
             )
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise TypeError(f"Int8Decoder: expected ids of integers, got {ids.dtype}")
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise ValueError(
+                f"Int8Decoder: expected ids from 0 to {vocabulary - 1}, got some from {int(ids.min())} to {int(ids.max())}"
+            )
 
     def _take(self, tokens: int) -> None:
         if self.length + tokens > self.capacity:
@@ -147,7 +155,7 @@ class Int8Decoder:
         if (rotary := getattr(self.base, "rotary_emb", None)) is not None:
             cos, sin = rotary(hidden, places[None])
         for block, cache in zip(self.blocks, self.caches, strict=True):
-            hidden = block._kept_layer(True).step(hidden, cos, sin, *cache.tensors, self.position, None)
+            hidden = _layer_of(block).step(hidden, cos, sin, *cache.tensors, self.position, None)
         return self.model.get_output_embeddings()(self.norm(hidden[:, -1:]))[:, 0]
 
     def _capture(self) -> None:
@@ -165,7 +173,17 @@ class Int8Decoder:
         self._graph = graph
 
 
+def _layer_of(block: Int8Block) -> _C.Int8TransformerCall:
+    if (layer := block._kept_layer(True)) is None:
+        raise ValueError(
+            f"Int8Decoder: expected blocks that run as one call, got a {type(block).__name__} of which a module was "
+            "replaced, wrapped or given a hook"
+        )
+    return layer
+
+
 def _head_size(block: Int8Block) -> int:
+    _layer_of(block)
     options, form = block._int8_plan.options, block._int8_plan.form
     layers = [block.get_submodule(path) for path in form.qkv]
     return sum(layer.out_features for layer in layers) // (options["heads"] + 2 * options["kv_heads"])

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.dropout import _DropoutNd
 
 from quantrain import _C
 
@@ -61,7 +63,7 @@ class _Plan:
         config: transformers', whose attention implementation may change.
         returns_tuple: as older blocks do.
         layer_idx: of the cache.
-        inner: the modules that a fused call passes over.
+        kinds: of the modules that a fused call passes over, by path.
     """
 
     form: BlockForm
@@ -71,6 +73,12 @@ class _Plan:
     config: Any
     returns_tuple: bool
     layer_idx: int | None
+    kinds: dict[str, str]
+
+
+def _kinds(block: nn.Module) -> dict[str, str]:
+    kinds = {path: type(module) for path, module in block.named_modules() if path}
+    return {path: f"{kind.__module__}.{kind.__qualname__}" for path, kind in kinds.items()}
 
 
 class Int8Block:
@@ -107,7 +115,7 @@ class Int8Block:
             return None
         if cache is not None and hasattr(cache, "self_attention_cache"):
             return None
-        if not torch.compiler.is_compiling() and not self._current_state().usable:
+        if not self._is_usable():
             return None
         return hidden, mask, angles, cache, plan.is_causal and implementation != "eager"
 
@@ -115,9 +123,28 @@ class Int8Block:
         """Whether one call may take these states, whatever else the block is given."""
         if self.training or not isinstance(hidden, Tensor) or hidden.is_nested or hidden.dim() != 3:
             return False
-        return not (torch.is_grad_enabled() and hidden.requires_grad) and not torch.is_autocast_enabled(
-            hidden.device.type
-        )
+        if torch.is_grad_enabled() and (hidden.requires_grad or self._trains()):
+            return False
+        return not torch.is_autocast_enabled(hidden.device.type)
+
+    def _trains(self) -> bool:
+        """Whether a parameter that the fused call reads asks for a gradient, which only the separate layers refuse."""
+        return any(weight.requires_grad for weight in self.parameters())
+
+    def _is_usable(self) -> bool:
+        if torch.compiler.is_compiling():
+            return self._usable_compiled()
+        return self._current_state().usable
+
+    def _usable_compiled(self) -> bool:
+        """As ``_State.usable``, asked once when a graph is traced, and without the storage that layers then share."""
+        if self._int8_state is not None and not self._int8_state.current():
+            self._int8_state = None
+        state = _State(self, share=False) if self._int8_state is None else self._int8_state
+        return state.usable
+
+    # What torch.compiler.assume_constant_result sets, without its import of the compiler: dynamo runs the method as it is.
+    _usable_compiled._dynamo_marked_constant = True
 
     def _run_int8(self, hidden: Tensor, mask: Tensor | None, angles: Any, cache: Any, causal: bool) -> Tensor:
         cos, sin = (None, None) if angles is None else angles
@@ -125,13 +152,16 @@ class Int8Block:
         if cache is not None:
             attended = self._attend(layer.qkv(hidden, cos, sin), mask, cache, causal)
             return layer.output(hidden, attended)
-        kept = _handed_over(hidden)
+        kept = (None, None) if _listened(self._forward_pre_hooks) else _handed_over(hidden)
         output, codes, scale = layer.layer(hidden, mask, cos, sin, *kept)
-        _hand_over(output, codes, scale)
+        if not _listened(self._forward_hooks):  # a hook may write into what it is given, past the version that counts
+            _hand_over(output, codes, scale)
         return output
 
-    def _kept_layer(self, causal: bool) -> _C.Int8TransformerCall:
-        return self._current_state().layer(causal)
+    def _kept_layer(self, causal: bool) -> _C.Int8TransformerCall | None:
+        """None where a module inside is another now, or is listened to."""
+        state = self._current_state()
+        return state.layer(causal) if state.usable else None
 
     def _current_state(self) -> _State:
         if self._int8_state is None or not self._int8_state.current():
@@ -193,9 +223,16 @@ class Int8TorchBlock(Int8Block):
     def _int8_call(self, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         given = dict(zip(self._int8_plan.names, args, strict=False)) | kwargs
         hidden, mask, padding = (given.get(name) for name in self._int8_plan.names[:3])
-        if not self._serves(hidden):
+        if not self._serves(hidden) or not self._is_usable():
             return None
-        if not torch.compiler.is_compiling() and not self._current_state().usable:
+        if mask is None and given.get("is_causal"):
+            return None
+        first = self.self_attn.batch_first
+        batch, tokens = hidden.shape[:2] if first else (hidden.shape[1], hidden.shape[0])
+        heads = self.self_attn.num_heads
+        if mask is not None and mask.shape not in ((tokens, tokens), (batch * heads, tokens, tokens)):
+            return None
+        if padding is not None and padding.shape != (batch, tokens):
             return None
         if mask is not None and mask.dim() == 3:  # [B heads, T, T]
             mask = mask.unflatten(0, (-1, self.self_attn.num_heads))
@@ -214,22 +251,25 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _held_by(block: nn.Module, form: BlockForm) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """What would make the state stale: (holder, name, object) of each module on the way to a layer or a norm, and of the
-    tensors of those."""
-    paths = (*(path for paths in form.products.values() for path in paths), *form.norms)
-    seen = set()
-    for path in paths:
-        module = block
-        for name in path.split("."):
-            child = getattr(module, name, None)
-            if isinstance(child, nn.Module) and id(child) not in seen:
-                seen.add(id(child))
-                yield module._modules, name, child
-            module = child
-        for of in (getattr(module, "_parameters", {}), getattr(module, "_buffers", {})):
-            yield from (
-                (of, name, of[name]) for name in ("weight", "weight_codes", "weight_scale", "bias") if name in of
-            )
+    """What would make the state stale: (holder, name, object) of each module inside, of the tensors that layers and norms
+    compute with, and of the numbers that say how."""
+    for module in block.modules():
+        yield from ((module._modules, name, child) for name, child in module._modules.items())
+    for path in (*(path for paths in form.products.values() for path in paths), *form.norms):
+        module = inside(block, path)
+        for part in (module, getattr(module, "input_fake_quant", None)):
+            for of in (getattr(part, "_parameters", {}), getattr(part, "_buffers", {})):
+                yield from ((of, name, of[name]) for name in _TENSORS if of.get(name) is not None)
+    *above, last = form.activation.split(".")
+    holders = (block, inside(block, ".".join(above)) if above else block, inside(block, form.attention))
+    for holder in (*holders, *(inside(block, path) for path in form.norms)):
+        own = getattr(holder, "__dict__", {})
+        yield from ((own, name, own[name]) for name in (*_NUMBERS, last) if name in own)
+
+
+_TENSORS = ("weight", "bias", "in_proj_weight", "in_proj_bias", "weight_codes", "weight_scale", "scale", "input_factor")
+_TENSORS += ("outlier_columns", "outlier_codes", "outlier_scale")
+_NUMBERS = ("eps", "variance_epsilon", "scaling", "num_attention_heads", "num_heads", "n_heads", "head_dim")
 
 
 class _State:
@@ -239,24 +279,30 @@ class _State:
         weights: in the order of WEIGHT_NAMES; None where the layers no longer make one call.
     """
 
-    def __init__(self, block: Int8Block) -> None:
+    def __init__(self, block: Int8Block, *, share: bool = True) -> None:
         form = block._int8_plan.form
         self._options = block._int8_plan.options
         self._layers: dict[bool, _C.Int8TransformerCall] = {}
         inner = [module for module in block.modules() if module is not block]
         self._hooks = tuple(of for module in inner for of in (module._forward_hooks, module._forward_pre_hooks))
         self._own = tuple(module.__dict__ for module in inner)  # where accelerate puts another forward
+        self._dropouts = tuple(module for module in inner if isinstance(module, _DropoutNd))
         self.weights: list[Tensor | None] | None = None
         try:
-            layers_of(block, form)
-            self.weights = joined_weights(block, form, share=True)
+            if _kinds(block) == block._int8_plan.kinds and _options(block, form) == self._options:
+                self.weights = joined_weights(block, form, share=share)
         except (NotFused, AttributeError):
             pass  # another module in a layer's place, an adapter's perhaps
         self._held = tuple(_held_by(block, form))
+        # Where the values lie: an assignment to a tensor's .data moves them and leaves the object.
+        self._places = tuple((value.data_ptr, value.data_ptr()) for *_, value in self._held if _has_memory(value))
 
     def current(self) -> bool:
         for of, key, value in self._held:  # noqa: SIM110, a generator takes twice as long
             if of.get(key) is not value:
+                return False
+        for place, was in self._places:  # noqa: SIM110
+            if place() != was:
                 return False
         return True
 
@@ -264,6 +310,8 @@ class _State:
     def usable(self) -> bool:
         """Whether nobody listens to a module inside, or calls it by a function of his own: a fused call passes over it."""
         if self.weights is None or any(map(dict.__contains__, self._own, repeat("forward"))):
+            return False
+        if any(dropout.training and dropout.p > 0 for dropout in self._dropouts):  # as Monte Carlo dropout has them
             return False
         return not any(self._hooks) or all(_sleeping(hook) for of in self._hooks for hook in of.values())
 
@@ -306,6 +354,14 @@ def _new_block(block_class: type[nn.Module]) -> nn.Module:
     return object.__new__(_fused_class(block_class))
 
 
+def _has_memory(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_meta and not isinstance(value, FakeTensor)
+
+
+def _listened(hooks: dict[int, Any]) -> bool:
+    return bool(hooks) and not all(map(_sleeping, hooks.values()))
+
+
 def _sleeping(hook: Any) -> bool:
     """Whether it is one of transformers' that collect attention's weights, while none are asked for."""
     if getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
@@ -340,21 +396,27 @@ def _handed_over(hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _plan(block: nn.Module, form: BlockForm) -> _Plan:
-    layers = layers_of(block, form)
-    for name, of in layers.items():
-        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in of):
-            raise NotFused(f"{' or '.join(form.products[name])} has hooks")
+    layers_of(block, form)
+    for path, module in block.named_modules():
+        if path and (_listened(module._forward_hooks) or _listened(module._forward_pre_hooks)):
+            raise NotFused(f"{path} has hooks")
     check_nothing_else(block, form)
     attention = inside(block, form.attention)
     if isinstance(block, nn.TransformerEncoderLayer):
         names: tuple[str, ...] = ("src", "src_mask", "src_key_padding_mask", "is_causal")
     else:
         names = tuple(inspect.signature(type(block).forward).parameters)[1:]
-    options = norm_options(block, form) | attention_options(block, form, layers) | product_options(layers)
-    options["activation"] = activation_name(block, form)
+    options = _options(block, form)
     is_causal = bool(getattr(attention, "is_causal", False))
     config, index = getattr(attention, "config", None), getattr(attention, "layer_idx", None)
-    return _Plan(form, options, names, is_causal, config, False, index)
+    return _Plan(form, options, names, is_causal, config, False, index, _kinds(block))
+
+
+def _options(block: nn.Module, form: BlockForm) -> dict[str, Any]:
+    """What the operator is told, of how the block's parts are now."""
+    layers = layers_of(block, form)
+    options = norm_options(block, form) | attention_options(block, form, layers) | product_options(layers)
+    return options | {"activation": activation_name(block, form)}
 
 
 def _trial_arguments(block: nn.Module, plan: _Plan) -> Iterator[tuple[Tensor, dict[str, Any]]]:
@@ -387,6 +449,9 @@ def _trial_arguments(block: nn.Module, plan: _Plan) -> Iterator[tuple[Tensor, di
 def _check(block: nn.Module, plan: _Plan) -> None:
     """Raises where the block as one call gives other results than its layers, as it is or with products that count."""
     trial = copied(block).eval()  # a model that trains may be converted first and told to evaluate afterwards
+    for module in trial.modules():
+        module._forward_hooks.clear()  # nobody wants to hear of the trial
+        module._forward_pre_hooks.clear()
     joined_weights(trial, plan.form, share=False)  # says what cannot be joined
     for layer in trial.modules():
         if isinstance(layer, QuantizedLayer) and bool(layer.weight_scale.isnan().any()):
@@ -434,7 +499,10 @@ def _compare(trial: nn.Module, plan: _Plan) -> None:
         expected = (expected[0] if plan.returns_tuple else expected).float()
         if fused._int8_call((x,), arguments) is None:
             raise NotFused("its arguments are not those of a block")
-        found = fused(x, **arguments)
+        try:
+            found = fused(x, **arguments)
+        except Exception as error:
+            raise NotFused(f"as one call it cannot be tried: {error}") from error
         found = (found[0] if plan.returns_tuple else found).float()
         added = (expected - x.float()).norm()
         error = float((found - expected).norm() / added)

@@ -283,6 +283,146 @@ def test_the_summary_says_how_blocks_run_now(recipe, tmp_path):
     )
 
 
+class Doubled(nn.Module):
+    """An adapter around a layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x) * 2
+
+
+def _set_data(part, name, value):
+    getattr(part, name).data = value
+
+
+CHANGES = {
+    "norm weight's data": lambda b: _set_data(b.output.LayerNorm, "weight", torch.linspace(-2, 2, 64)),
+    "bias's data": lambda b: _set_data(b.output.dense, "bias", torch.linspace(-2, 2, 64)),
+    "scale's data": lambda b: _set_data(b.output.dense, "weight_scale", b.output.dense.weight_scale * 3),
+    "activation": lambda b: setattr(b.intermediate, "intermediate_act_fn", nn.ReLU()),
+    "function": lambda b: setattr(b.intermediate, "intermediate_act_fn", nn.Tanh()),
+    "eps": lambda b: setattr(b.output.LayerNorm, "eps", 2.0),
+    "scaling": lambda b: setattr(b.attention.self, "scaling", 2.0),
+    "dropout": lambda b: setattr(b.output, "dropout", nn.Sequential(nn.Tanh())),
+    "adapter": lambda b: setattr(b.attention.self, "query", Doubled(b.attention.self.query)),
+    "norm": lambda b: setattr(b.output, "LayerNorm", nn.Identity()),
+    "norm's parameter": lambda b: setattr(b.output.LayerNorm, "weight", nn.Parameter(torch.linspace(-2, 2, 64))),
+    "hook": lambda b: b.intermediate.register_forward_hook(lambda module, args, output: output * 2),
+    "writing hook": lambda b: b.register_forward_hook(lambda module, args, output: _write(output)),
+}
+
+
+def _write(output):
+    (output[0] if isinstance(output, tuple) else output).numpy()[:] *= -3
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("called", [False, True], ids=["at once", "after a call"])
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_what_is_changed_after_conversion_is_computed_with(change, called, compiled):
+    if compiled and change == "writing hook":
+        pytest.skip("the compiler has no memory to write into")
+    fused, given = converted("bert"), inputs("bert")
+    plain = separate(fused)
+    before = hidden(plain, given)
+    if called:
+        hidden(fused, given)
+    for of in (fused, plain):
+        CHANGES[change](of.encoder.layer[0])
+    if compiled:
+        torch._dynamo.reset()
+        fused, plain = torch.compile(fused, backend="eager"), torch.compile(plain, backend="eager")
+    found, expected = hidden(fused, given), hidden(plain, given)
+    assert error(found, expected) < NEAR_SEPARATE < error(expected, before)
+
+
+@torch.no_grad()
+def test_dropout_that_trains_alone_is_run():
+    fused, given = converted("bert"), inputs("bert")
+    for module in fused.encoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    assert not torch.equal(hidden(fused, given), hidden(fused, given))
+
+
+@torch.no_grad()
+def test_a_parametrized_norm_is_computed_each_time():
+    class Times(nn.Module):
+        factor = 1.0
+
+        def forward(self, weight):
+            return weight * self.factor
+
+    fused, given = converted("bert"), inputs("bert")
+    plain = separate(fused)
+    for of in (fused, plain):
+        nn.utils.parametrize.register_parametrization(of.encoder.layer[0].output.LayerNorm, "weight", Times())
+        hidden(of, given)
+        of.encoder.layer[0].output.LayerNorm.parametrizations.weight[0].factor = -3.0
+    assert error(hidden(fused, given), hidden(plain, given)) < NEAR_SEPARATE
+
+
+def test_a_gradient_is_refused_where_only_norms_train():
+    fused = converted("bert")
+    for parameter in fused.parameters():
+        parameter.requires_grad_(False)
+    fused.encoder.layer[1].output.LayerNorm.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="derivative for quantrain::int8_mm is not implemented"):
+        fused.encoder.layer[1].attention.output.LayerNorm.requires_grad_(True)
+        fused(**inputs("bert")).last_hidden_state.sum().backward()
+
+
+@pytest.mark.parametrize("activation", ["relu6", "gelu_10"])
+def test_clipped_activations_are_none_of_the_known(activation):
+    made = qnn.convert(
+        qnn.prepare(
+            transformers.BertModel(transformers.BertConfig(**SIZES, **TEXT, hidden_act=activation)).eval(),
+            "int8-training",
+        )
+    )
+    assert all("has no kernel there" in reason for reason in made.quantization_summary.separate.values())
+    assert len(made.quantization_summary.separate) == 2
+
+
+def test_structures_that_come_near_are_left():
+    config = transformers.GPTBigCodeConfig(n_embd=64, n_layer=1, n_head=4, vocab_size=97)
+    made = qnn.convert(qnn.prepare(transformers.GPTBigCodeModel(config).eval(), "zeroquant-w8a8"))
+    assert "of different sizes" in made.quantization_summary.separate["h.0"]
+    made = model("bert")
+    made.encoder.layer[0].output.LayerNorm = nn.LayerNorm(64, elementwise_affine=False)
+    made.encoder.layer[1].attention.register_forward_hook(lambda module, args, output: None)
+    reasons = qnn.convert(qnn.prepare(made, "int8-training")).quantization_summary.separate
+    assert "a norm has no weight" in reasons["encoder.layer.0"] and "attention has hooks" in reasons["encoder.layer.1"]
+
+
+def test_hooks_do_not_hear_of_the_trial():
+    made, heard = model("bert"), []
+    made.encoder.layer[0].register_forward_hook(lambda module, args, output: heard.append(args[0].shape))
+    fused = qnn.convert(qnn.prepare(made, "int8-training"))
+    assert len(blocks(fused)) == 2 and not heard
+    hidden(fused, inputs("bert"))
+    assert len(heard) == 1
+
+
+def test_a_torch_encoder_refuses_what_its_layers_refuse():
+    made = nn.TransformerEncoderLayer(32, 4, 64, batch_first=False).eval()
+    fused = qnn.convert(qnn.prepare(made, "int8-training"))
+    x = torch.randn(12, 3, 32)
+    with torch.no_grad():
+        fused(x)
+        for wrong in (
+            {"is_causal": True},
+            {"src_mask": torch.zeros(1, 12)},
+            {"src_key_padding_mask": torch.zeros(1, 12, dtype=torch.bool)},
+        ):
+            with pytest.raises((RuntimeError, AssertionError)):
+                fused(x, **wrong)
+
+
 def test_a_transformer_without_a_known_block_says_so():
     config = transformers.OPTConfig(
         **TEXT, hidden_size=64, ffn_dim=128, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=64
