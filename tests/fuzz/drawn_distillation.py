@@ -42,7 +42,12 @@ def compare(d: Draw, name, given, options, want, gradient, mask, reduction):
         if student.dtype == torch.float16:
             room = room + 2.0**-24
             room = torch.where(gradient.abs() > 65000, torch.inf, room)  # which it holds as infinity
-        close(grad.double().clamp(-1e30, 1e30) if student.dtype == torch.float16 else grad, gradient, room, f"gradient of {name} on {device}")
+        close(
+            grad.double().clamp(-1e30, 1e30) if student.dtype == torch.float16 else grad,
+            gradient,
+            room,
+            f"gradient of {name} on {device}",
+        )
 
 
 def drawn_loss(name):

@@ -84,10 +84,12 @@ class Job(BaseJob):
             raise ValueError(
                 f"--teacher: expected none with --job sst2, whose teacher is its float32 model, got {config.teacher!r}"
             )
-        model, call = load_model(config.teacher, num_classes=self.data.num_classes, **self.data.model_arguments)
+        model, call = load_model(
+            config.teacher, option="--teacher", num_classes=self.data.num_classes, **self.data.model_arguments
+        )
         if config.teacher_weights is not None:
             load_weights(model, config.teacher_weights)
-        check_model(model, call, self.data, torch.device("cpu"))
+        check_model(model, call, self.data, torch.device("cpu"), "--teacher")
         return model.to(self.device)
 
     def _task_of(self, stage: str) -> Task:

@@ -148,7 +148,7 @@ def names_code(name: str) -> bool:
     return ":" in name
 
 
-def load_model(name: str, **offered: int) -> tuple[nn.Module, str]:
+def load_model(name: str, *, option: str = "--model", **offered: int) -> tuple[nn.Module, str]:
     """The model that ``name`` means, and the call that made it: ``resnet20``, or ``module:function`` for a function of
     the user.
 
@@ -157,11 +157,12 @@ def load_model(name: str, **offered: int) -> tuple[nn.Module, str]:
             ``num_classes`` too. Modules are looked for in the current folder as well.
         offered: What the data says: ``num_classes``, and ``in_channels`` of images or ``in_features`` of rows of
             numbers.
+        option: What errors call it.
 
     Raises:
         ValueError: ``name`` is neither, or the module has no such function, or it fails or returns something else.
     """
-    function = BUILT_IN.get(name) or import_function(name, "--model", ", ".join(BUILT_IN))
+    function = BUILT_IN.get(name) or import_function(name, option, ", ".join(BUILT_IN))
     known = inspect.signature(function).parameters.values()
     taken = {parameter.name for parameter in known}
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
@@ -172,10 +173,10 @@ def load_model(name: str, **offered: int) -> tuple[nn.Module, str]:
         model = function(**given)
     except Exception as error:
         raise ValueError(
-            f"--model: expected {call} to return a torch.nn.Module, got {type(error).__name__}: {error}"
+            f"{option}: expected {call} to return a torch.nn.Module, got {type(error).__name__}: {error}"
         ) from error
     if not isinstance(model, nn.Module):
-        raise ValueError(f"--model: expected {call} to return a torch.nn.Module, got {type(model).__name__}")
+        raise ValueError(f"{option}: expected {call} to return a torch.nn.Module, got {type(model).__name__}")
     return model, call
 
 

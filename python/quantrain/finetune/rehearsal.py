@@ -35,7 +35,7 @@ def reason_of(error: Exception) -> str:
     return text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
 
 
-def check_model(model: nn.Module, call: str, data, device: torch.device) -> None:
+def check_model(model: nn.Module, call: str, data, device: torch.device, option: str = "--model") -> None:
     """Make sure that ``model`` takes the data's inputs and returns a number for each of its classes.
 
     Raises:
@@ -48,12 +48,12 @@ def check_model(model: nn.Module, call: str, data, device: torch.device) -> None
             output = model.eval()(*inputs)
     except Exception as error:
         reason = reason_of(error).splitlines()[0]
-        raise ValueError(f"--model: expected {call} to take inputs of shape {shapes}, got {reason}") from error
+        raise ValueError(f"{option}: expected {call} to take inputs of shape {shapes}, got {reason}") from error
     expected = (len(labels), data.num_classes)
     if not isinstance(output, torch.Tensor) or tuple(output.shape) != expected:
         got = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise ValueError(
-            f"--model: expected {call} to return {list(expected)}, a number for each of the data's {data.num_classes} "
+            f"{option}: expected {call} to return {list(expected)}, a number for each of the data's {data.num_classes} "
             f"classes, got {got}"
         )
 

@@ -13,6 +13,7 @@ from quantrain._C import Recipe
 from quantrain.nn import QuantizedLayer, QuantLayer, as_recipe, calibrate, calibration, convert, prepare
 from quantrain.nn.calibrate import check_batches, enable_fake_quant, evaluating, keeping_fake_quant, run_batch
 from quantrain.nn.graph import copied
+from quantrain.nn.int8_blocks import fuse_int8_blocks
 from quantrain.nn.prepare import PrepareSummary, some
 from quantrain.nn.schemes import handler_of
 
@@ -128,6 +129,7 @@ def quantize(
         model = _convert_layers(model, blocks, progress, unreached)
     _leave_float(model, unreached)
     model.eval()
+    fuse_int8_blocks(model)  # those converted one by one are: it tells the summary
     model.ptq_report, model.ptq_distillation = None, distillation
     if exact is not None:
         model.ptq_report = quantization_report(model, check_batch, exact, forward=forward)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+import quantrain
 import quantrain.nn as qnn
+import quantrain.ptq
 from quantrain.nn import int8_blocks
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra [hf])")
@@ -421,6 +423,13 @@ def test_a_torch_encoder_refuses_what_its_layers_refuse():
         ):
             with pytest.raises((RuntimeError, AssertionError)):
                 fused(x, **wrong)
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_quantize_block_by_block_says_what_is_fused(sequential):
+    ids = [torch.randint(0, 97, (2, 16)) for _ in range(2)]
+    made = quantrain.ptq.quantize(model("llama head"), "gptq-w4a16", ids, sequential=sequential)
+    assert len(blocks(made)) == 2 and made.quantization_summary.fused[0].startswith("2 blocks like Llama's")
 
 
 def test_a_transformer_without_a_known_block_says_so():
