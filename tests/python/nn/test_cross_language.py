@@ -27,9 +27,11 @@ from quantrain import Recipe  # noqa: E402
 from quantrain import nn as qnn  # noqa: E402
 from quantrain._C import FixedPointNetwork  # noqa: E402
 from quantrain.finetune import data as image_data  # noqa: E402
+from quantrain.finetune.distillation import Distilled  # noqa: E402
 from quantrain.finetune.metrics import Metrics  # noqa: E402
 from quantrain.finetune.models import resnet20  # noqa: E402
-from quantrain.finetune.trainer import StopRequest, TrainSettings, train  # noqa: E402
+from quantrain.finetune.recipes import pruned  # noqa: E402
+from quantrain.finetune.trainer import CLASSIFICATION, StopRequest, TrainSettings, train  # noqa: E402
 
 NAME = "finetune_fashion_mnist"
 CPU = torch.device("cpu")
@@ -88,11 +90,13 @@ def prepared(baseline: nn.Module, data, recipe: str, batch_size: int) -> nn.Modu
     return model
 
 
-def python_losses(model: nn.Module, data, recipe: str, settings: TrainSettings, folder: Path) -> list[float]:
+def python_losses(model: nn.Module, data, recipe: str, settings: TrainSettings, folder: Path, **more) -> list[float]:
     folder.mkdir(parents=True, exist_ok=True)
     metrics = Metrics(folder / "metrics.jsonl")
     state = folder / "state.pt"
-    train(model, data, settings, stage=recipe, metrics=metrics, state_path=state, device=CPU, stop=StopRequest())
+    train(
+        model, data, settings, stage=recipe, metrics=metrics, state_path=state, device=CPU, stop=StopRequest(), **more
+    )
     return step_losses(folder / "metrics.jsonl", recipe)
 
 
@@ -305,3 +309,34 @@ def test_the_first_fifty_losses_on_fashion_mnist_agree(baseline, tmp_path):
     theirs = step_losses(tmp_path / "cpp" / "metrics.jsonl", "qat-w8a8")
     assert len(mine) == len(theirs) == 50
     assert max(relative_differences(mine, theirs)) <= 1e-4
+
+
+@pytest.mark.parametrize("schedule", ["cubic", "one-shot"])
+@pytest.mark.parametrize("taught", [False, True], ids=["labels", "taught"])
+def test_the_first_fifty_losses_of_pruning_and_distillation_agree(taught, schedule, baseline, data, folder, tmp_path):
+    """Train, prune, retrain, and the float model's answers: the same masks and the same losses in both languages."""
+    recipe, steps = Recipe.from_name("qat-w8a8"), 50
+    model = prepared(baseline, data, recipe.name, 8)
+    start, out = tmp_path / "prepared.safetensors", tmp_path / "cpp"
+    qnn.save_checkpoint(start, model, recipe)
+    more = {"prune": pruned(recipe, 0.5, schedule).prune}
+    if taught:
+        teacher = copy.deepcopy(model)  # folded as C++'s is: 50 steps of rounding turn a last bit into a code
+        qnn.enable_fake_quant(teacher, False)
+        qnn.enable_observer(teacher, False)
+        more["task"] = Distilled(CLASSIFICATION, teacher)
+    settings = TrainSettings(epochs=3, lr=0.02, batch_size=8, max_steps=steps)
+    mine = python_losses(model, data, recipe.name, settings, tmp_path / "py", **more)
+    common = ["--data", folder, "--output", out, "--epochs", 3, "--lr", 0.02, "--batch-size", 8, "--max-steps", steps]
+    common += ["--prune", 0.5, "--schedule", schedule, *(["--distill"] if taught else [])]
+    run_example(NAME, "--checkpoint", start, *common)
+    theirs = step_losses(out / "metrics.jsonl", recipe.name)
+    assert len(mine) == len(theirs) == steps
+    assert max(relative_differences(mine, theirs)) <= 1e-4
+    trained = load_file(out / f"{recipe.name}.trained.safetensors")
+    masks = {name: value for name, value in model.state_dict().items() if name.endswith("weight_mask")}
+    assert masks and sorted(masks) == sorted(name for name in trained if name.endswith("weight_mask"))
+    differing = sum(int((masks[name] != trained[name]).sum()) for name in masks)
+    assert differing <= sum(mask.numel() for mask in masks.values()) // 1000  # near ties of 8 weights to a byte
+    zeros = sum(int((trained[name.removesuffix("_mask")] == 0).sum()) for name in masks)
+    assert zeros > 0
