@@ -323,9 +323,9 @@ def fixed_point_error(out: Path) -> None:
 
 def transformer_inference(out: Path) -> None:
     """BERT in int8 and its alternatives over float16 without fusion, as Table 6 of ZeroQuant, from the newest
-    transformer-*.json.
+    transformer-h200-*.json, whole runs of the benchmark.
     """
-    results = sorted(RESULTS.glob("transformer-*.json"))
+    results = sorted(RESULTS.glob("transformer-h200-*.json"))
     rows = [row for path in results[-1:] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
     rows = [row for row in rows if row["section"] == "zeroquant" and row["case"].startswith("BERT-base")]
     if not rows:
