@@ -18,6 +18,7 @@ RUN_FILES = (
     "report.html",
     "table.txt",
     "plots/curves.png",
+    "plots/sizes.png",
     "plots/sqnr.png",
 )
 LONGEST_NAME = 200  # file systems take 255, and endings are added

@@ -265,6 +265,10 @@ class Job(BaseJob):
         folder = self.folder / "plots"
         figures = [("Loss and accuracy", "", folder / "curves.png")]
         plots.plot_curves(self.metrics.read(), results, folder / "curves.png")
+        if len(results) > 1:
+            plots.plot_sizes(results, folder / "sizes.png")
+            note = "Stages on the line are beaten by no other that is as small."
+            figures.append(("Accuracy over bytes", note, folder / "sizes.png"))
         if any(result.layer_errors for result in results):
             plots.plot_sqnr(results, folder / "sqnr.png")
             note = (

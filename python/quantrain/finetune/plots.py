@@ -1,4 +1,5 @@
-"""The plots of a run, as PNG files: loss and accuracy, histograms over their quantization grids, SQNR by layer."""
+"""The plots of a run, as PNG files: loss and accuracy, accuracy over bytes, histograms over their quantization
+grids, SQNR by layer."""
 
 from __future__ import annotations
 
@@ -202,5 +203,46 @@ def plot_sqnr(results: Sequence[StageResult], path: Path) -> None:
         panels[0][0].set_yticks(range(len(layers)), layers, fontsize=8)
         panels[0][0].invert_yaxis()
         panels[0][-1].legend(loc="best")
+        figure.savefig(path)
+        pyplot.close(figure)
+
+
+def pareto_front(results: Sequence[StageResult]) -> list[StageResult]:
+    """The results that no other of at most their bytes reaches in accuracy, by size.
+
+    Example:
+        >>> from types import SimpleNamespace as Stage
+        >>> [stage.accuracy for stage in pareto_front([Stage(accuracy=0.9, weight_bytes=9), Stage(accuracy=0.8, weight_bytes=9)])]
+        [0.9]
+    """
+    front: list[StageResult] = []
+    for result in sorted(results, key=lambda result: (result.weight_bytes, -result.accuracy)):
+        if not front or result.accuracy > front[-1].accuracy:
+            front.append(result)
+    return front
+
+
+def plot_sizes(results: Sequence[StageResult], path: Path) -> None:
+    """Accuracy over the bytes of the file, a point for each stage, and a line through those that none beats."""
+    pyplot = pyplot_for_files()
+    colors = stage_colors([result.stage for result in results])
+    front = pareto_front(results)
+    with pyplot.rc_context(STYLE):
+        figure, axes = pyplot.subplots(figsize=(6.4, 3.6))
+        axes.plot(
+            [result.weight_bytes / 1000 for result in front], [100 * result.accuracy for result in front],
+            color=FAINT, linewidth=1.5, drawstyle="steps-post", zorder=1,
+        )  # fmt: skip
+        for result in results:
+            axes.plot(
+                result.weight_bytes / 1000, 100 * result.accuracy, "o", color=colors[result.stage], markersize=7,
+                label=result.stage,
+            )  # fmt: skip
+        axes.set_xlim(left=0)
+        axes.set_xlabel("kilobytes of the file, metadata included")
+        axes.set_ylabel("test accuracy in percent")
+        axes.grid(color=FAINT, linewidth=0.6, which="both")
+        axes.set_axisbelow(True)
+        axes.legend(loc="best")
         figure.savefig(path)
         pyplot.close(figure)

@@ -106,7 +106,7 @@ def test_run_leaves_every_file(finished):
     for recipe in ("qat-w8a8", "qat-w4a4"):
         expected |= {f"{recipe}.{form}.safetensors" for form in ("prepared", "trained", "converted")}
     expected |= {f"ptq-w8a8.{form}.safetensors" for form in ("prepared", "converted")}
-    expected |= {"plots/curves.png", "plots/sqnr.png"}
+    expected |= {"plots/curves.png", "plots/sizes.png", "plots/sqnr.png"}
     expected |= {
         f"plots/{recipe}-{kind}.png"
         for recipe in ("qat-w8a8", "qat-w4a4", "ptq-w8a8")
@@ -148,7 +148,7 @@ def test_report_stands_alone(finished):
     page = (finished / "report.html").read_text(encoding="utf-8")
     parser = _Sources()
     parser.feed(page)
-    assert len(parser.sources) == 8
+    assert len(parser.sources) == 9
     assert all(source.startswith("data:image/png;base64,") for source in parser.sources)
     assert parser.cells == 4 * len(table.HEADER) + 3 * 6  # no column of outputs and gradients: all are float32
     assert "http" not in page.replace("http-equiv", "")

@@ -18,10 +18,10 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra [dat
 from safetensors.torch import load_file  # noqa: E402
 
 from quantrain import nn as qnn  # noqa: E402
-from quantrain.finetune import job, metrics  # noqa: E402
+from quantrain.finetune import job, metrics, plots  # noqa: E402
 from quantrain.finetune.cli import main  # noqa: E402
 from quantrain.finetune.folder import BASELINE  # noqa: E402
-from quantrain.finetune.results import read_results  # noqa: E402
+from quantrain.finetune.results import StageResult, read_results  # noqa: E402
 
 
 def tiny(num_classes: int = 10, in_channels: int = 1) -> nn.Module:
@@ -164,3 +164,12 @@ def test_what_is_wrong_is_named_before_anything_trains(tmp_path, capsys, argumen
         code = end.code
     assert code not in (0, None) and message in capsys.readouterr().err
     assert not (tmp_path / "t" / "metrics.jsonl").exists() or not losses(tmp_path, BASELINE)
+
+
+def test_the_front_is_what_none_beats():
+    def stage(accuracy, size):
+        return StageResult("s", accuracy, 0.0, size, 0, 0, None, 0.0)
+
+    small, large, beaten, tied = stage(0.8, 10), stage(0.9, 40), stage(0.79, 20), stage(0.8, 30)
+    assert plots.pareto_front([large, beaten, tied, small]) == [small, large]
+    assert plots.pareto_front([beaten, stage(0.9, 20)]) == [stage(0.9, 20)]
