@@ -189,7 +189,7 @@ class Distiller:
             attached, self._attached = self._attached, None
             attached.close()
 
-    def __call__(self, batch: Any, *, index: int | None = None) -> DistillationLoss:
+    def __call__(self, batch: Any = None, *, index: int | None = None, **inputs: Any) -> DistillationLoss:
         """Runs teacher and student on a batch, and gives their losses.
 
         Works outside of ``with`` too, which then holds for this call. Without gradients (``torch.no_grad``) it
@@ -199,7 +199,13 @@ class Distiller:
         Args:
             batch: as :func:`quantrain.nn.calibrate` takes it, on the student's device.
             index: of the batch in a stored teacher; None: found by its digest.
+            inputs: in place of a mapping, as transformers' models are called: ``distiller(**batch)``.
         """
+        if (batch is None) != bool(inputs):
+            raise TypeError(
+                f"Distiller: expected a batch, or its parts as keywords, got {'both' if inputs else 'neither'}"
+            )
+        batch = inputs if batch is None else batch
         with ExitStack() as stack:
             if self._attached is None:
                 self.attach()

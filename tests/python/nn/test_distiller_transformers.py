@@ -192,3 +192,12 @@ def test_padding_of_a_vocabulary_can_be_cut_off():
     distiller = Distiller(student, teacher, logits=lambda output: output.logits[..., :61])
     own, taught = (m(**inputs).logits[..., :61] for m in (student, teacher))
     assert distiller(inputs).floats()["kl"] == rows(own, taught, inputs["attention_mask"])
+
+
+def test_a_batch_as_keywords():
+    distiller = Distiller(llama(), llama(layers=4, seed=1))
+    assert distiller(**batch()).floats() == distiller(batch()).floats()
+    with pytest.raises(TypeError, match="expected a batch, or its parts as keywords, got both"):
+        distiller(batch(), **batch())
+    with pytest.raises(TypeError, match="expected a batch, or its parts as keywords, got neither"):
+        distiller()
