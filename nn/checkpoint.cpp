@@ -286,8 +286,7 @@ CheckpointInfo load_checkpoint(const std::string& path, torch::nn::Module& modul
   SafeTensors content = read_tensors(path, file, header);
   std::map<std::string, std::vector<int64_t>> shapes;
   const Json layers = converted_layers(module);
-  for (const auto& [name, layer] : layers.items())
-    shapes[name] = layer["shape"].get<std::vector<int64_t>>();
+  for (const auto& [name, layer] : layers.items()) shapes[name] = layer["shape"].get<std::vector<int64_t>>();
   detail::spread_codes(path, content.tensors, shapes);
   name_codes(content.tensors, module);
   const auto masks = detail::take_new_masks(path, content.tensors, module);
