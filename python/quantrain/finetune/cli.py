@@ -1,5 +1,6 @@
 """The console script ``quantrain``: ``finetune`` compares a model under recipes, ``probe`` looks at its gradients,
-``quantize`` calibrates a language model and converts it without training, ``evaluate`` measures one."""
+``quantize`` calibrates a language model and converts it without training, ``prune`` sets weights of one to zero,
+``evaluate`` measures one."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from quantrain.finetune.data import is_csv
 from quantrain.finetune.lm.data import default_data
 from quantrain.finetune.lm.models import default_model
 from quantrain.finetune.models import names_code
+from quantrain.finetune.prune.command import add_prune, prune
 from quantrain.finetune.quantize.command import add_evaluate, add_quantize, evaluate, quantize
 from quantrain.finetune.trainer import OPTIMIZERS, Interrupted, StopRequest
 
@@ -212,6 +214,7 @@ def build_parser() -> argparse.ArgumentParser:
     machine.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's)")
     _add_probe(commands)
     add_quantize(commands)
+    add_prune(commands)
     add_evaluate(commands)
     return parser
 
@@ -352,6 +355,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(words)
     if arguments.command == "probe":
         return probe(arguments)
+    if arguments.command == "prune":
+        return prune(arguments)
     if arguments.command == "evaluate":
         return evaluate(arguments)
     run = quantize if arguments.command == "quantize" else finetune

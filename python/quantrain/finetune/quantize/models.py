@@ -19,6 +19,7 @@ from quantrain.finetune.rehearsal import reason_of
 FACTS, WEIGHTS = "quantrain.json", "model.safetensors"
 VERSION = 1  # of FACTS
 TARGET = "quantrain"  # of the folders that this package itself reads
+PLAIN = "transformers"  # of those that quantrain prune writes: in floating point, as any other model's
 
 
 def task_of(name: str, what: str = "MODEL") -> TextTask:
@@ -68,7 +69,7 @@ def load_float(name: str, task: TextTask, what: str = "MODEL") -> LanguageModel:
     Raises:
         FileNotFoundError, ValueError: As ``task.load``; also a folder of quantized weights.
     """
-    if (Path(name) / FACTS).is_file():
+    if _is_quantized(Path(name)):
         raise ValueError(f"{what}: expected a model in floating point, got {name}, which quantrain quantize wrote")
     try:
         return task.load(name)
@@ -79,7 +80,16 @@ def load_float(name: str, task: TextTask, what: str = "MODEL") -> LanguageModel:
 
 def load_any(name: str, task: TextTask, what: str = "MODEL") -> LanguageModel:
     """The model that ``name`` means, in floating point or quantized, on the CPU; arguments and errors as load_float."""
-    return load_quantized(Path(name), task) if (Path(name) / FACTS).is_file() else load_float(name, task, what)
+    return load_quantized(Path(name), task) if _is_quantized(Path(name)) else load_float(name, task, what)
+
+
+def _is_quantized(folder: Path) -> bool:
+    """Whether ``quantrain quantize`` wrote ``folder``; a damaged quantrain.json counts as its, and reading it says so."""
+    path = folder / FACTS
+    try:
+        return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("target") != PLAIN
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return True
 
 
 def load_quantized(folder: Path, task: TextTask) -> LanguageModel:
