@@ -56,7 +56,10 @@ std::vector<c10::SymInt> leading(const at::Tensor& tensor, std::optional<c10::Sy
 }
 
 // Its leading sizes as a message has them.
-std::string rows_text(const at::Tensor& tensor) { return detail::shape_text(tensor.select(-1, 0)); }
+std::string rows_text(const at::Tensor& tensor) {
+  const c10::SymIntArrayRef sizes = tensor.sym_sizes();
+  return c10::str(sizes.slice(0, sizes.empty() ? 0 : sizes.size() - 1));
+}
 
 bool same_sizes(const at::Tensor& tensor, const std::vector<c10::SymInt>& sizes) {
   if (tensor.dim() != static_cast<int64_t>(sizes.size())) return false;

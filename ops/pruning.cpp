@@ -1,6 +1,7 @@
 #include "quantrain/ops/pruning.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
@@ -13,6 +14,8 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
+#include <array>
+#include <bit>
 #include <charconv>
 #include <cmath>
 #include <limits>
@@ -238,6 +241,12 @@ void apply_meta(at::TensorList tensors, at::TensorList masks) {
   }
 }
 
+// Zero is all bits zero in every type, and not every type has masked_fill_.
+at::Tensor as_integers(const at::Tensor& tensor) {
+  constexpr std::array kIntegers = {at::kByte, at::kShort, at::kInt, at::kLong};  // of 1, 2, 4 and 8 bytes
+  return tensor.view(kIntegers[std::countr_zero(static_cast<uint64_t>(tensor.element_size()))]);
+}
+
 void apply_kernel(at::TensorList tensors, at::TensorList masks) {
   apply_meta(tensors, masks);
   std::vector<MaskedTensor> list;
@@ -247,7 +256,8 @@ void apply_kernel(at::TensorList tensors, at::TensorList masks) {
     const at::Tensor& tensor = tensors[i];
     if (tensor.numel() == 0) continue;
     if (!tensor.is_contiguous()) {  // bits are in row-major order, which its memory is not
-      tensor.masked_fill_(unpack(masks[i], tensor.sizes()).logical_not(), 0);
+      const at::AutoDispatchBelowADInplaceOrView below;
+      as_integers(tensor).masked_fill_(unpack(masks[i], tensor.sizes()).logical_not(), 0);
       continue;
     }
     held.push_back(masks[i].contiguous());
