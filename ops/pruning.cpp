@@ -14,6 +14,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <charconv>
@@ -208,9 +209,13 @@ void check_packed(std::string_view op, const at::Tensor& mask, const c10::SymInt
 
 at::Tensor unpack_meta(const at::Tensor& mask, c10::SymIntArrayRef shape) {
   c10::SymInt numel = 1;
+  int64_t reach = 1;  // what PyTorch's strides come to, even where a size is 0
   for (const c10::SymInt& size : shape) {
     QUANTRAIN_CHECK_VALUE(TORCH_GUARD_OR_TRUE(size.sym_ge(0)), "{}: expected sizes of at least 0, got {}", kUnpack,
                           c10::str(shape));
+    const int64_t known = size.maybe_as_int().value_or(1);
+    QUANTRAIN_CHECK_VALUE(!__builtin_mul_overflow(reach, std::max<int64_t>(known, 1), &reach),
+                          "{}: expected a shape of fewer than 2^63 elements, got {}", kUnpack, c10::str(shape));
     numel *= size;
   }
   check_packed(kUnpack, mask, numel, "");

@@ -25,6 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from common.augmented import Images, accuracy
 from common.data import cifar10_jpeg, pretrained_resnet20, random_images
 from common.models import MODELS
 from common.report import environment, write_json
@@ -33,7 +34,7 @@ import quantrain
 from quantrain import nn as qnn
 from quantrain.finetune.data import load_fashion_mnist
 from quantrain.finetune.trainer import TrainSettings
-from studies.fixed_point.training import Images, accuracy, train
+from studies.fixed_point.training import train
 
 # data, model -> epochs and learning rate of float32, and of the full fine-tuning (batches of 128, Nesterov momentum, one cycle).
 SCHEDULES = {

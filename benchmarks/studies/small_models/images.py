@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from common.augmented import Images, accuracy
 from common.data import cifar10_jpeg, data_root, random_images
 from torch import nn
 
@@ -15,7 +16,6 @@ from quantrain import PruneSpec, save_checkpoint
 from quantrain import nn as qnn
 from quantrain.finetune.models import load_weights, resnet20, resnet56
 from quantrain.finetune.trainer import TrainSettings
-from studies.fixed_point.training import Images, accuracy
 from studies.small_models.training import Teaching, train, zeros
 
 BATCH = 128

@@ -274,7 +274,7 @@ def test_unknown_recipe_is_named(tmp_path, capsys):
     [
         ("no_such_module:f", "expected an importable module, got 'no_such_module'"),
         ("test_finetune:no_such_function", "expected a function in test_finetune, got 'no_such_function'"),
-        ("resnet99", "expected resnet20, mlp or module:function, got 'resnet99'"),
+        ("resnet99", "expected resnet20, resnet56, mlp or module:function, got 'resnet99'"),
         ("test_finetune:not_a_model", "expected test_finetune:not_a_model() to return a torch.nn.Module, got dict"),
     ],
 )
