@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantrain.nn.calibrate import calibrate, check_batches, evaluating, fake_quants, run_batch
+from quantrain.nn.calibrate import calibrate, evaluating, fake_quants, measured_and_all, run_batch
 from quantrain.nn.prepare import check_model
 from quantrain.tables import Table
 
@@ -23,7 +23,6 @@ from .projections import reshard
 
 __all__ = ["Distillation", "distill"]
 
-kMeasuredBatches = 4  # the losses before and after are means over the first batches
 kLearningRate = 1e-4  # of AdamW, for a model that prepare has just made of a trained one
 
 
@@ -99,7 +98,7 @@ def distill(
         raise ValueError(f"distill: expected at least one step, got {steps}")
     if optimizer is not None and lr is not None:
         raise ValueError(f"distill: expected lr or an optimizer, which has its own, got lr={lr} beside one")
-    measured, source = _measured_and_all(batches, steps)
+    measured, source = measured_and_all("distill", batches, steps)
     parameters = _trained(model, optimizer)
     with Distiller(model, teacher, **options) as distiller, _training(model):
         _calibrate_fresh(model, measured, options.get("forward"))
@@ -180,17 +179,6 @@ def _calibrate_fresh(model: nn.Module, batches: Sequence[Any], forward: Callable
     if any(not fake_quant.ready for fake_quant in fake_quants(inner)):
         run = forward or run_batch
         calibrate(inner, batches, forward=lambda network, batch: run(network, without_labels(batch, network)))
-
-
-def _measured_and_all(batches: Iterable[Any], steps: int) -> tuple[list[Any], Iterator[Any]]:
-    """The batches to measure the losses with, and as many as are asked for."""
-    check_batches("distill", batches)
-    if isinstance(batches, Iterator):  # read once, so what is read is kept
-        batches = list(itertools.islice(batches, steps))
-    measured = list(itertools.islice(batches, min(steps, kMeasuredBatches)))
-    if not measured:
-        raise ValueError("distill: expected at least one batch, got none")
-    return measured, itertools.chain.from_iterable(itertools.repeat(batches))
 
 
 @contextmanager

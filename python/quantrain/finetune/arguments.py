@@ -33,6 +33,21 @@ def failed(command: str, error: Exception | str) -> int:
     return EXIT_ERROR
 
 
+def run_command(command: str, run: Callable[[], object], stopped: str = "") -> int:
+    """Run a command; the result is the exit status. ``stopped`` is said where it is interrupted."""
+    try:
+        run()
+    except KeyboardInterrupt:
+        if stopped:
+            print(f"\n{stopped}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except ModuleNotFoundError as error:
+        return missing(command, error)
+    except (ValueError, OSError) as error:
+        return failed(command, error)
+    return 0
+
+
 def missing(command: str, error: ModuleNotFoundError) -> int:
     """As failed, of a package that is not installed."""
     extra = "hf" if error.name in ("transformers", "tokenizers") else "train"

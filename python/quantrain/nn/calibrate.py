@@ -29,6 +29,8 @@ __all__ = [
     "enable_observer",
 ]
 
+_MEASURED_BATCHES = 4  # the losses before and after are means over the first ones
+
 
 def fake_quants(model: nn.Module) -> list[FakeQuantize]:
     """Every FakeQuantize of ``model``, once each."""
@@ -98,6 +100,17 @@ def check_batches(op: str, batches: object) -> None:
         raise TypeError(
             f"{op}: expected batches to be an iterable of batches, got one {type(batches).__name__} (a list of one is fine)"
         )
+
+
+def measured_and_all(op: str, batches: Iterable[Any], steps: int) -> tuple[list[Any], Iterator[Any]]:
+    """The batches to measure a training's losses with, before and after, and as many as are asked for."""
+    check_batches(op, batches)
+    if isinstance(batches, Iterator):  # read once, so what is read is kept
+        batches = list(itertools.islice(batches, steps))
+    measured = list(itertools.islice(batches, min(steps, _MEASURED_BATCHES)))
+    if not measured:
+        raise ValueError(f"{op}: expected at least one batch, got none")
+    return measured, itertools.chain.from_iterable(itertools.repeat(batches))
 
 
 @dataclass(frozen=True)

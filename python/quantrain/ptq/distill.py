@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantrain.nn.calibrate import check_batches, evaluating, run_batch
+from quantrain.nn.calibrate import evaluating, measured_and_all, run_batch
 from quantrain.nn.prepare import check_model
 from quantrain.tables import Table
 
@@ -31,7 +31,6 @@ from .blocks import block_names, without_cache
 __all__ = ["LayerDistillation", "distill_layers"]
 
 kSinkRatio = 10.0  # a token whose norm is that many times the median is a sink; ordinary tokens stay below 3 times
-kMeasuredBatches = 4  # the losses before and after are means over the first batches
 
 Forward = Callable[[nn.Module, Any], Any]
 Mask = Callable[[Any], "Tensor | None"]
@@ -116,7 +115,7 @@ def distill_layers(
     names = _block_names(teacher, blocks)
     pairs = _pairs(student, teacher, names)
     parameters = _trained(pairs)
-    measured, source = _measured_and_all(batches, steps)
+    measured, source = measured_and_all("distill_layers", batches, steps)
     passes = _Passes(student, teacher, pairs, forward or run_batch, mask or _attention_mask, normalize)
 
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
@@ -407,17 +406,6 @@ def _trained(pairs: Mapping[str, tuple[nn.Module, nn.Module]]) -> list[nn.Parame
                 )
             found[id(parameter)] = parameter
     return list(found.values())
-
-
-def _measured_and_all(batches: Iterable[Any], steps: int) -> tuple[list[Any], Iterator[Any]]:
-    """The batches to measure the losses with, and as many as are asked for."""
-    check_batches("distill_layers", batches)
-    if isinstance(batches, Iterator):  # read once, so what is read is kept
-        batches = list(itertools.islice(batches, steps))
-    measured = list(itertools.islice(batches, min(steps, kMeasuredBatches)))
-    if not measured:
-        raise ValueError("distill_layers: expected at least one batch, got none")
-    return measured, itertools.chain.from_iterable(itertools.repeat(batches))
 
 
 @contextmanager

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from quantrain.finetune.arguments import EXIT_INTERRUPTED, failed, missing, positive
+from quantrain.finetune.arguments import positive, run_command
 
 _EXAMPLES = """\
 examples:
@@ -78,15 +77,10 @@ def prune(arguments: argparse.Namespace) -> int:
     """Run the command ``prune``; the result is the exit status."""
     values = {key: value for key, value in vars(arguments).items() if key != "command"}
     values["skip"] = tuple(dict.fromkeys(arguments.skip))
-    try:
+
+    def run() -> None:
         from quantrain.finetune.prune.job import PruneSettings, run_prune
 
         run_prune(PruneSettings(**values))
-    except KeyboardInterrupt:
-        print("\nstopped; nothing was written", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except ModuleNotFoundError as error:
-        return missing("prune", error)
-    except (ValueError, OSError) as error:
-        return failed("prune", error)
-    return 0
+
+    return run_command("prune", run, "stopped; nothing was written")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from quantrain.finetune.arguments import EXIT_INTERRUPTED, failed, missing, positive
+from quantrain.finetune.arguments import positive, run_command
 
 _MODELS = (
     "the folder of a causal language model or a sequence classifier that transformers reads, a .gguf file, "
@@ -117,31 +116,22 @@ def quantize(arguments: argparse.Namespace, command: str) -> int:
     """Run the command ``quantize``, given on the command line as ``command``; the result is the exit status."""
     values = {key: value for key, value in vars(arguments).items() if key != "command"}
     values["skip"] = tuple(dict.fromkeys(arguments.skip))
-    try:
+
+    def run() -> None:
         from quantrain.finetune.quantize.job import QuantizeSettings, run_quantize
 
         run_quantize(QuantizeSettings(**values), command)
-    except KeyboardInterrupt:
-        print("\nstopped; nothing was written", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except ModuleNotFoundError as error:
-        return missing("quantize", error)
-    except (ValueError, OSError) as error:
-        return failed("quantize", error)
-    return 0
+
+    return run_command("quantize", run, "stopped; nothing was written")
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Run the command ``evaluate``; the result is the exit status."""
     values = {key: value for key, value in vars(arguments).items() if key != "command"}
-    try:
+
+    def run() -> None:
         from quantrain.finetune.quantize.evaluate import EvaluateSettings, run_evaluate
 
         run_evaluate(EvaluateSettings(**values))
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except ModuleNotFoundError as error:
-        return missing("evaluate", error)
-    except (ValueError, OSError) as error:
-        return failed("evaluate", error)
-    return 0
+
+    return run_command("evaluate", run)
