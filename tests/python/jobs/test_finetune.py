@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from samples.digits import arguments, tiny
 from torch import nn
 
 pytest.importorskip("quantrain._C", reason="the compiled library is not installed")
@@ -32,38 +33,9 @@ needs_minilm = pytest.mark.skipif(
 )
 
 
-def tiny(num_classes: int = 10, in_channels: int = 1) -> nn.Module:
-    """A model small enough for a test: one folded convolution and a linear layer."""
-    return nn.Sequential(
-        nn.Conv2d(in_channels, 8, 3, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(8 * 64, num_classes),
-    )
-
-
 def not_a_model() -> dict:
     """What --model must refuse."""
     return {}
-
-
-def arguments(folder: Path, *more: str) -> list[str]:
-    """A command line for a run of a second or two."""
-    common = ["finetune", "--data", "digits", "--model", "test_finetune:tiny", "--runs", str(folder), "--name", "t"]
-    training = [
-        "--epochs",
-        "2",
-        "--qat-epochs",
-        "1",
-        "--batch-size",
-        "64",
-        "--calibration-batches",
-        "2",
-        "--lr",
-        "0.05",
-    ]
-    return [*common, *training, *more]
 
 
 @pytest.fixture(autouse=True)

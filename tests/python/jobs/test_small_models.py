@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from samples.digits import arguments, tiny
 from torch import nn
 
 pytest.importorskip("quantrain._C", reason="the compiled library is not installed")
@@ -22,16 +23,6 @@ from quantrain.finetune import job, metrics, plots  # noqa: E402
 from quantrain.finetune.cli import main  # noqa: E402
 from quantrain.finetune.folder import BASELINE  # noqa: E402
 from quantrain.finetune.results import StageResult, read_results  # noqa: E402
-
-
-def tiny(num_classes: int = 10, in_channels: int = 1) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(in_channels, 8, 3, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(8 * 64, num_classes),
-    )
 
 
 def wide(num_classes: int = 10, in_channels: int = 1) -> nn.Module:
@@ -51,20 +42,7 @@ def _quick(monkeypatch):
 
 
 def run(folder: Path, *more: str) -> int:
-    common = ["finetune", "--data", "digits", "--model", "test_small_models:tiny", "--runs", str(folder), "--name", "t"]
-    training = [
-        "--epochs",
-        "2",
-        "--qat-epochs",
-        "1",
-        "--batch-size",
-        "64",
-        "--calibration-batches",
-        "2",
-        "--lr",
-        "0.05",
-    ]
-    return main([*common, *training, *more])
+    return main(arguments(folder, *more))
 
 
 def losses(folder: Path, stage: str) -> list[float]:
