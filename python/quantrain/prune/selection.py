@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -180,18 +180,23 @@ def in_embedding(weight: Weight) -> bool:
     return any(isinstance(module, nn.Embedding) for module, _ in weight.owners)
 
 
-def _matching(op: str, argument: str, patterns: Iterable[str], names: Sequence[str], model: nn.Module) -> list[str]:
+def matching(
+    op: str, argument: str, patterns: Iterable[str], names: Sequence[str], rule: str, there_is: Callable[[str], str]
+) -> list[str]:
+    """The names that each pattern matches, in the patterns' order; ``there_is`` says what a pattern without one could be."""
     check_patterns(op, argument, patterns)
     found: list[str] = []
     for pattern in patterns:
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
-            raise ValueError(
-                f"{op}: expected every pattern of {argument} to name a layer that can be pruned, got {pattern!r} "
-                f"({_nearest(pattern, names, model)})"
-            )
+            raise ValueError(f"{op}: expected every {rule}, got {pattern!r} ({there_is(pattern)})")
         found += matches
     return found
+
+
+def _matching(op: str, argument: str, patterns: Iterable[str], names: Sequence[str], model: nn.Module) -> list[str]:
+    rule = f"pattern of {argument} to name a layer that can be pruned"
+    return matching(op, argument, patterns, names, rule, lambda pattern: _nearest(pattern, names, model))
 
 
 def _nearest(pattern: str, names: Sequence[str], model: nn.Module) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from .blocks import (
 from .calibrated import InputNorms, observed, running
 from .channels import trace_channels
 from .cuts import Chosen, Group, Removal, check_float, coarsest, cut_groups, kept_units, tried
-from .selection import Weight, check_sparsity, is_transposed
+from .selection import Weight, check_sparsity, is_transposed, matching
 
 __all__ = ["remove_channels", "remove_ffn_rows", "remove_heads", "remove_layers"]
 
@@ -343,17 +342,8 @@ def _share(op: str, units: float | Indices) -> float | None:
 
 
 def _named(op: str, argument: str, patterns: Iterable[str], names: Sequence[str]) -> list[str]:
-    check_patterns(op, argument, patterns)
-    found: list[str] = []
-    for pattern in patterns:
-        matches = [name for name in names if fnmatchcase(name, pattern)]
-        if not matches:
-            raise ValueError(
-                f"{op}: expected every name of {argument} to be a layer's that makes channels, got {pattern!r} (there are "
-                f"{some(map(repr, names))})"
-            )
-        found += matches
-    return found
+    rule = f"name of {argument} to be a layer's that makes channels"
+    return matching(op, argument, patterns, names, rule, lambda _: f"there are {some(map(repr, names))}")
 
 
 def _wanted(op: str, layers: Iterable[str] | None, units: Indices | None, known: Sequence[str]) -> list[str] | None:
